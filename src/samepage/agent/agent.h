@@ -1,0 +1,277 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The samepage agent: what has to live inside a process so that its pages can be merged.
+ *
+ * It decides nothing. The service (Python, at the far end of a socket) asks; the agent's one thread
+ * hashes pages, copies them into sealed segments, swaps equal pages for a segment's, and breaks that
+ * again. It is loaded by LD_PRELOAD or by `import samepage`.
+ *
+ * Whose memory. Only *areas* are ever touched (area.c): large allocations that alloc.c served itself,
+ * and ranges the program named with madvise(MADV_MERGEABLE) or samepage_register(). Every libc call that
+ * changes an area passes through a wrapper (wrappers.h) and takes the mmap_lock below, so that an area
+ * never changes under a step of the agent's.
+ *
+ * Page planes. For every page of an area the agent knows three bits (area.c):
+ *
+ *   PAGE_SEGMENT  the mapping here is a private mapping of a segment, not anonymous memory. Discarding
+ *                 it must give zeros, so whoever discards maps anonymous memory over it first.
+ *   PAGE_ISLAND   inside such a mapping, this page has a private copy: its copy-on-write was broken.
+ *                 An island may be pinned for DMA, and no system call tells; so it is never swapped
+ *                 again by the move path (see docs/architecture.md).
+ *   PAGE_KNOWN    the service was told that this page is merged.
+ *
+ * Threads and descriptors. The agent thread has a file table and fs_struct of its own
+ * (CLOSE_RANGE_UNSHARE, CLONE_FS): its socket and userfaultfds cannot be closed, inherited or seen by the
+ * application, and the application's are not kept open by it. Application threads never use them; what
+ * needs one is handed over with agent_call().
+ *
+ * Memory. Nothing comes from the application's heap. All state is static or mmapped by the agent.
+ *
+ * Files, in the order of the story: area.c (areas, lock, planes); in front of libc (wrappers.h): alloc.c (the malloc
+ * family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c (the rest); uffd.c (the
+ * kernel's calls, one function each), scan.c (look and hash), swap.c (donate and merge), break.c (unmerge),
+ * headroom.c (is there memory?), peer.c (thread, wire and C API).
+ */
+#ifndef SAMEPAGE_AGENT_H
+#define SAMEPAGE_AGENT_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "wire.h"
+
+#define SP_EXPORT __attribute__((visibility("default")))
+#define PAGE_SHIFT 12
+#define PAGE_SIZE (1UL << PAGE_SHIFT)
+#define PAGE_ALIGN_DOWN(x) ((uintptr_t)(x) & ~(PAGE_SIZE - 1))
+#define PAGE_ALIGN_UP(x) PAGE_ALIGN_DOWN((uintptr_t)(x) + PAGE_SIZE - 1)
+#define SECTION_MAX 512UL /* pages that are swapped under one hold of the lock: one PMD */
+#define WINDOW (SECTION_MAX * PAGE_SIZE)
+#define COPY_WINDOW (8 * WINDOW)
+
+static inline uintptr_t min_addr(uintptr_t a, uintptr_t b)
+{
+	return a < b ? a : b;
+}
+
+/* ---- the real libc (wrappers.c) ---------------------------------------------------------------- */
+
+/* The functions we stand in front of, as the next object in the search order has them; mmap to madvise: the kernel's. */
+struct real {
+	void *(*malloc)(size_t);
+	void (*free)(void *);
+	void *(*calloc)(size_t, size_t);
+	void *(*realloc)(void *, size_t);
+	int (*posix_memalign)(void **, size_t, size_t);
+	void *(*aligned_alloc)(size_t, size_t);
+	void *(*memalign)(size_t, size_t);
+	size_t (*malloc_usable_size)(void *);
+	void *(*mmap)(void *, size_t, int, int, int, off_t);
+	int (*munmap)(void *, size_t);
+	void *(*mremap)(void *, size_t, size_t, int, ...);
+	int (*mprotect)(void *, size_t, int);
+	int (*madvise)(void *, size_t, int);
+	int (*mlock)(const void *, size_t);
+	int (*munlock)(const void *, size_t);
+	int (*mlockall)(int);
+	int (*munlockall)(void);
+	int (*prctl)(int, ...);
+	int (*ioctl)(int, unsigned long, ...);
+	long (*syscall)(long, ...);
+	pid_t (*_Fork)(void);
+	int (*clone)(int (*)(void *), void *, int, void *, ...);
+	int (*unshare)(int);
+	int (*setns)(int, int);
+};
+extern struct real real;
+
+/* Fills `real`. Safe to call from anywhere, also from inside malloc while dlsym runs. */
+void real_init(void);
+
+/* ---- areas and their lock (area.c) ------------------------------------------------------------- */
+
+enum area_flags {
+	AREA_ALLOC = 1 << 0,	 /* served by alloc.c */
+	AREA_ADVISED = 1 << 1,	 /* MADV_MERGEABLE, samepage_register, PR_SET_MEMORY_MERGE */
+	AREA_LOCKED = 1 << 2,	 /* mlocked */
+	AREA_EXCLUDED = 1 << 3,	 /* an application's userfaultfd, MADV_WIPEONFORK: left alone for good */
+	AREA_UNMERGING = 1 << 4, /* an unmerge walks it: do not merge meanwhile */
+	AREA_QUIET = 1 << 5,	 /* its owner vows that nobody touches it (samepage_quiet) */
+	AREA_DONTFORK = 1 << 6,	 /* advice that a new mapping in the area must be given too */
+	AREA_DONTDUMP = 1 << 7,
+	AREA_HUGEPAGE = 1 << 8,
+	AREA_NOHUGEPAGE = 1 << 9,
+	AREA_UNMERGED = 1 << 10, /* MADV_UNMERGEABLE on memory of ours: known, not mergeable */
+};
+
+struct area {
+	uintptr_t start, end;
+	unsigned flags;
+	int prot;
+};
+
+/* The address-space lock. An application thread takes it with all signals blocked, since a handler may
+ * call mprotect() too. The agent thread yields it between steps while anybody waits. */
+void mmap_lock(sigset_t *saved);
+void mmap_unlock(const sigset_t *saved);
+void agent_mmap_lock(void);
+void agent_mmap_unlock(void);
+bool mmap_lock_contended(void);
+void mmap_lock_reinit(void); /* in a forked child */
+
+extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every wrapper passes straight through */
+extern uint64_t areas_seq;	       /* changes whenever the set of mergeable ranges does */
+
+/* All need the lock. area_next: the first area that ends after `addr`, or NULL; valid until the list changes. */
+struct area *area_next(uintptr_t addr);
+bool area_overlaps(uintptr_t start, uintptr_t end);
+int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot);
+void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot); /* prot -1: keep */
+void area_remove(uintptr_t start, uintptr_t end);
+void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start);
+bool area_mergeable(const struct area *a);
+/* Drops areas of [start, end) that nothing has to be remembered of: not ours, not mergeable, nothing merged. */
+void area_forget_plain(uintptr_t start, uintptr_t end);
+unsigned long area_index(const struct area *a);
+
+enum page_plane { PAGE_SEGMENT, PAGE_ISLAND, PAGE_KNOWN, NR_PLANES };
+
+/* Page numbers, half-open ranges. page_reserve makes sure that later sets cannot fail. page_next finds the
+ * first page in [vpn, end) whose bit equals `value`, or end. */
+int page_reserve(uint64_t vpn, uint64_t end);
+bool page_test(enum page_plane plane, uint64_t vpn);
+void page_set(enum page_plane plane, uint64_t vpn, uint64_t end, bool value);
+uint64_t page_next(enum page_plane plane, uint64_t vpn, uint64_t end, bool value);
+void page_forget_known(void);				 /* nothing is known to the service any more */
+void page_move(uint64_t vpn, uint64_t end, uint64_t to); /* mremap: bits travel, KNOWN does not */
+
+/* Maps fresh anonymous memory over whatever part of the range is mapped from segments, so that a discard
+ * gives zeros there. Needs the lock. 0, or -errno with nothing lost. */
+int discard_segments(uintptr_t start, uintptr_t end);
+/* Gives a new mapping inside `a` the advice that its neighbours have. */
+void area_readvise(const struct area *a, uintptr_t start, uintptr_t end);
+
+/* ---- the kernel's calls (uffd.c); the agent thread only ------------------------------------------ */
+
+struct kernel {
+	int move;    /* userfaultfd with MOVE, and WP_ASYNC where tracking; -1 */
+	int wp;	     /* userfaultfd with synchronous write-protection; -1 */
+	int pagemap; /* /proc/self/pagemap */
+	int mem;     /* /proc/self/mem */
+	int maps;    /* /proc/self/maps */
+	bool scan;   /* PAGEMAP_SCAN works */
+	bool tracking;
+	enum sp_swap swap;
+	/* Three windows, the only places where the agent thread maps anything: WINDOW bytes, copy COPY_WINDOW. */
+	uintptr_t scratch; /* registered with `move`, always empty between steps */
+	uintptr_t view;	   /* of a segment, to compare with */
+	uintptr_t copy;	   /* where a break prepares private copies */
+};
+extern struct kernel kernel;
+
+/* include/uapi/linux/fs.h, Linux 6.7 */
+enum {
+	PAGE_IS_WRITTEN = 1 << 1,
+	PAGE_IS_FILE = 1 << 2,
+	PAGE_IS_PRESENT = 1 << 3,
+	PAGE_IS_SWAPPED = 1 << 4,
+	PAGE_IS_PFNZERO = 1 << 5,
+};
+
+struct page_region {
+	uint64_t start, end, categories;
+};
+
+struct pm_walk {
+	uint64_t must, must_not; /* categories a page needs, and may not have */
+	uint64_t max_pages;	 /* stop after that many; 0: no limit */
+	bool protect;		 /* write-protect what is found: the next walk finds what was written since */
+};
+
+int kernel_open(int dev_userfaultfd); /* dev: a descriptor of /dev/userfaultfd from the service, or -1 */
+void kernel_close(void);
+/* Maps a window, or part of one, afresh: anonymous when fd is -1, else fd shared. NULL: no memory. */
+void *window_reset(uintptr_t start, size_t len, int prot, int fd, off_t offset);
+/* Regions of [start, end) that match, at most n; *walked says how far it came. Number of regions or -errno. */
+int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct page_region *v, int n,
+		 uintptr_t *walked);
+/* What stands at each of n <= SECTION_MAX pages, from /proc/self/pagemap. FORKED: anonymous, but other
+ * processes map it too (bit 56 is clear). */
+enum page_kind { PAGE_ABSENT, PAGE_FILE, PAGE_OWN, PAGE_FORKED };
+int page_kinds(uintptr_t start, size_t n, uint8_t *kind);
+int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode);
+int uffd_unregister(int uffd, uintptr_t start, uintptr_t len);
+int uffd_protect(uintptr_t start, uintptr_t len, bool on);
+void uffd_wake(int uffd, uintptr_t start, uintptr_t len);
+int uffd_move(uintptr_t dst, uintptr_t src, uintptr_t len); /* 0, or -errno: believe neither, read the pagemap */
+int uffd_copy(uintptr_t dst, uintptr_t src, uintptr_t len);
+void track(uintptr_t start, uintptr_t end); /* follow writes to anonymous memory here from now on */
+void untrack(uintptr_t start, uintptr_t end);
+
+/* What /proc/self/maps says of one mapping. */
+struct vma {
+	uintptr_t start, end;
+	uint64_t offset, ino; /* offset in bytes */
+	bool read, write, exec, shared;
+};
+/* The first mapping that ends after `addr`; false when there is none. `file` is an open /proc/self/maps. */
+bool vma_find(int file, uintptr_t addr, struct vma *out);
+unsigned long vma_count(void);
+
+/* ---- the verbs ------------------------------------------------------------------------------------ */
+
+extern struct sp_welcome settings;
+extern const uint8_t zero_page[PAGE_SIZE];
+
+/* Looks from req->vpn on; fills `runs` and `sums`, both with room for the most a packet can carry. */
+void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
+	       uint64_t *sums, uint32_t max_sums);
+uint64_t page_checksum(const void *page);
+
+/* Copies pages to a new sealed memfd: the descriptor, -1 when no page could be had. One PageStatus a page. */
+int donate(const struct sp_area *runs, size_t n, uint8_t *status);
+
+enum page_status { DONE, DIFFERENT, BUSY, GONE, NOMEM, NOMAP, REFUSED }; /* PageStatus in samepage/memory */
+/* fd: a segment, or -1 when all extents are SP_ZERO_PAGE. 0, or the errno for a segment that is none. */
+int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status);
+
+/* Breaks merged pages of [start, end), at most max_pages. out->error 0: none is left in the range;
+ * EAGAIN: max_pages were done. */
+void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out);
+/* The same for any thread: on the agent thread, or where there is none, here and now. */
+void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out);
+
+/* Bytes this process could still be given before anybody would have to be killed: the least over its
+ * memory cgroup, every ancestor, and MemAvailable. Needs the lock, for its buffers' sake. */
+uint64_t headroom(bool with_swap);
+
+/* ---- the thread (peer.c) --------------------------------------------------------------------------- */
+
+/* Runs fn(arg) on the agent thread and waits. 0, or -ENOTCONN when there is no agent thread. */
+int agent_call(void (*fn)(void *arg), void *arg);
+/* There is something to merge: start the agent thread if there is a service to join and none yet. */
+void agent_start(void);
+void agent_stop(void);	 /* ends the thread; merged memory stays merged */
+void agent_retire(void); /* the same, for good */
+void agent_fork_child(bool may_start_thread);
+bool on_agent_thread(void);
+uint64_t thread_cpu_ns(void);
+void agent_configure(const char *path); /* the service to join (SAMEPAGE_SOCKET), from the constructor */
+bool agent_configured(void);		/* there is a service to join, or one was attached */
+
+/* The C API (peer.c). samepage_unmerge: at most max_pages; -EAGAIN: that many are done, call again, or call
+ * with max_pages 0 to leave it at that; 0: nothing in the range is merged or mergeable any more; else -errno
+ * and the range stays registered. It serves MADV_UNMERGEABLE too. */
+int samepage_register(void *addr, size_t len);
+int samepage_unmerge(void *addr, size_t len, size_t max_pages, struct sp_broken *out);
+
+#endif

@@ -1,0 +1,461 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Areas, the lock that keeps them still, and what is known of every page in them. */
+#include "agent.h"
+
+#include <pthread.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+/* ---- the lock ------------------------------------------------------------------------------------ */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static _Atomic int waiters; /* application threads that want the lock */
+
+void mmap_lock(sigset_t *saved)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, saved);
+	if (pthread_mutex_trylock(&lock)) {
+		atomic_fetch_add(&waiters, 1);
+		pthread_mutex_lock(&lock);
+		atomic_fetch_sub(&waiters, 1);
+	}
+}
+
+void mmap_unlock(const sigset_t *saved)
+{
+	pthread_mutex_unlock(&lock);
+	pthread_sigmask(SIG_SETMASK, saved, NULL);
+}
+
+void agent_mmap_lock(void)
+{
+	/* A mutex that is let go and retaken at once never reaches a sleeper: stand back while one waits. */
+	while (atomic_load_explicit(&waiters, memory_order_relaxed))
+		real.syscall(SYS_sched_yield);
+	pthread_mutex_lock(&lock);
+}
+
+void agent_mmap_unlock(void)
+{
+	pthread_mutex_unlock(&lock);
+}
+
+bool mmap_lock_contended(void)
+{
+	return atomic_load_explicit(&waiters, memory_order_relaxed);
+}
+
+void mmap_lock_reinit(void)
+{
+	pthread_mutex_init(&lock, NULL);
+	atomic_store(&waiters, 0);
+}
+
+/* ---- the list ------------------------------------------------------------------------------------ */
+
+static struct area *areas; /* ascending, disjoint */
+static unsigned long capacity;
+_Atomic unsigned long nr_areas;
+uint64_t areas_seq = 1;
+
+/* What makes two neighbouring areas different ones; a change in anything else is not worth a new seq. */
+#define AREA_MERGEABLE_BITS (AREA_ALLOC | AREA_ADVISED | AREA_EXCLUDED | AREA_UNMERGED)
+
+bool area_mergeable(const struct area *a)
+{
+	return (a->flags & (AREA_ALLOC | AREA_ADVISED)) && !(a->flags & (AREA_EXCLUDED | AREA_UNMERGED));
+}
+
+unsigned long area_index(const struct area *a)
+{
+	return (unsigned long)(a - areas);
+}
+
+/* Index of the first area that ends after `addr`. */
+static unsigned long lower(uintptr_t addr)
+{
+	unsigned long lo = 0, hi = nr_areas;
+
+	while (lo < hi) {
+		unsigned long mid = (lo + hi) / 2;
+
+		if (areas[mid].end > addr)
+			hi = mid;
+		else
+			lo = mid + 1;
+	}
+	return lo;
+}
+
+struct area *area_next(uintptr_t addr)
+{
+	unsigned long i = lower(addr);
+
+	return i < nr_areas ? &areas[i] : NULL;
+}
+
+bool area_overlaps(uintptr_t start, uintptr_t end)
+{
+	const struct area *a = area_next(start);
+
+	return a && a->start < end;
+}
+
+/* Room for `more` areas beyond those there are: every operation below asks for its worst case first. */
+static int make_room(unsigned long more)
+{
+	unsigned long want = nr_areas + more;
+	unsigned long bytes = capacity * sizeof(*areas), bigger;
+	void *p;
+
+	if (want <= capacity)
+		return 0;
+	bigger = bytes ? bytes * 2 : 4 * PAGE_SIZE;
+	p = areas ? real.mremap(areas, bytes, bigger, MREMAP_MAYMOVE)
+		  : real.mmap(NULL, bigger, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (p == MAP_FAILED)
+		return -ENOMEM;
+	areas = p;
+	capacity = bigger / sizeof(*areas);
+	return 0;
+}
+
+static void insert(unsigned long i, struct area a)
+{
+	memmove(&areas[i + 1], &areas[i], (nr_areas - i) * sizeof(*areas));
+	areas[i] = a;
+	nr_areas++;
+}
+
+static void delete(unsigned long i)
+{
+	memmove(&areas[i], &areas[i + 1], (nr_areas - i - 1) * sizeof(*areas));
+	nr_areas--;
+}
+
+/* Makes `addr` a boundary between areas, if it lies inside one. Needs room for one more. */
+static void split_at(uintptr_t addr)
+{
+	unsigned long i = lower(addr);
+
+	if (i < nr_areas && areas[i].start < addr) {
+		struct area right = areas[i];
+
+		areas[i].end = addr;
+		right.start = addr;
+		insert(i + 1, right);
+	}
+}
+
+static bool same_kind(const struct area *a, const struct area *b)
+{
+	return a->end == b->start && a->flags == b->flags && a->prot == b->prot;
+}
+
+/* Joins equal neighbours among the areas that touch [start, end]. */
+static void join_around(uintptr_t start, uintptr_t end)
+{
+	unsigned long i = lower(start ? start - 1 : 0);
+
+	while (i + 1 < nr_areas && areas[i].start <= end) {
+		if (same_kind(&areas[i], &areas[i + 1])) {
+			areas[i].end = areas[i + 1].end;
+			delete(i + 1);
+		} else {
+			i++;
+		}
+	}
+}
+
+int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
+{
+	if (start >= end || make_room(3) || page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT))
+		return start < end ? -ENOMEM : -EINVAL;
+	split_at(start);
+	split_at(end);
+	/* What is an area already keeps what it has and gains `flags`; the gaps become new areas. */
+	for (uintptr_t at = start; at < end;) {
+		unsigned long i = lower(at);
+
+		if (i < nr_areas && areas[i].start <= at) {
+			areas[i].flags |= flags;
+			if (flags & AREA_ADVISED)
+				areas[i].flags &= ~AREA_UNMERGED;
+			areas[i].prot = prot;
+			at = areas[i].end;
+		} else {
+			uintptr_t stop = i < nr_areas ? min_addr(areas[i].start, end) : end;
+
+			if (make_room(2)) /* only a list with many gaps gets here; the head of the range is added */
+				return -ENOMEM;
+			insert(i, (struct area){.start = at, .end = stop, .flags = flags, .prot = prot});
+			at = stop;
+		}
+	}
+	join_around(start, end);
+	areas_seq++;
+	return 0;
+}
+
+void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot)
+{
+	unsigned long i;
+
+	if (!area_overlaps(start, end))
+		return;
+	if (make_room(2)) {
+		/* No memory for the two pieces: give the whole areas the stricter reading, which merges less. */
+		for (i = lower(start); i < nr_areas && areas[i].start < end; i++) {
+			areas[i].flags |= AREA_EXCLUDED;
+			areas_seq++;
+		}
+		return;
+	}
+	split_at(start);
+	split_at(end);
+	for (i = lower(start); i < nr_areas && areas[i].start < end; i++) {
+		if (((set & ~areas[i].flags) | (clear & areas[i].flags)) & AREA_MERGEABLE_BITS)
+			areas_seq++;
+		areas[i].flags = (areas[i].flags & ~clear) | set;
+		if (prot >= 0)
+			areas[i].prot = prot;
+	}
+	join_around(start, end);
+}
+
+void area_remove(uintptr_t start, uintptr_t end)
+{
+	unsigned long i;
+
+	if (!area_overlaps(start, end))
+		return;
+	/* What is unmapped is mapped from no segment. KNOWN stays: the service hears that the pages are gone
+	 * should the range become an area again before it asks. */
+	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
+	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
+	if (make_room(1)) { /* cannot cut a hole: forget the area altogether, which is safe */
+		for (i = lower(start); i < nr_areas && areas[i].start < end;)
+			delete(i);
+	} else {
+		split_at(start);
+		split_at(end);
+		for (i = lower(start); i < nr_areas && areas[i].start < end;)
+			delete(i);
+	}
+	areas_seq++;
+}
+
+void area_forget_plain(uintptr_t start, uintptr_t end)
+{
+	for (unsigned long i = lower(start); i < nr_areas && areas[i].start < end;) {
+		const struct area *a = &areas[i];
+		uint64_t last = a->end >> PAGE_SHIFT;
+
+		/* Locks and exclusions outlive the advice. Islands stay: their mapping is still a segment's, and a discard has to know. */
+		if (!(a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_LOCKED | AREA_EXCLUDED)) &&
+		    page_next(PAGE_SEGMENT, a->start >> PAGE_SHIFT, last, true) == last) {
+			delete(i);
+			areas_seq++;
+		} else {
+			i++;
+		}
+	}
+}
+
+void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start)
+{
+	uintptr_t at = old_start;
+
+	area_remove(new_start, new_start + (old_end - old_start));
+	while (at < old_end) {
+		struct area *a = area_next(at);
+		struct area copy;
+		uintptr_t from, to;
+
+		if (!a || a->start >= old_end)
+			break;
+		copy = *a;
+		from = copy.start > at ? copy.start : at;
+		to = min_addr(copy.end, old_end);
+		page_reserve((new_start + from - old_start) >> PAGE_SHIFT, (new_start + to - old_start) >> PAGE_SHIFT);
+		area_add(new_start + (from - old_start), new_start + (to - old_start), copy.flags, copy.prot);
+		at = to;
+	}
+	page_move(old_start >> PAGE_SHIFT, old_end >> PAGE_SHIFT, new_start >> PAGE_SHIFT);
+	area_remove(old_start, old_end);
+}
+
+/* ---- the planes ----------------------------------------------------------------------------------- */
+
+/* A leaf holds the bits of 1 GiB of addresses. It is mapped whole and touched where needed: 4 KiB of it
+ * stand for 128 MiB of one plane. User addresses are below 2^48 unless a program asks otherwise by hint. */
+#define LEAF_SHIFT 18
+#define LEAF_PAGES (1UL << LEAF_SHIFT)
+#define WORD_BITS (8 * sizeof(unsigned long))
+#define NR_LEAVES (1UL << (48 - PAGE_SHIFT - LEAF_SHIFT))
+
+struct leaf {
+	unsigned long bits[NR_PLANES][LEAF_PAGES / WORD_BITS];
+};
+
+static struct leaf *leaves[NR_LEAVES];
+static uint64_t first_leaf = NR_LEAVES, last_leaf; /* that exist */
+
+static struct leaf *leaf_of(uint64_t vpn)
+{
+	uint64_t i = vpn >> LEAF_SHIFT;
+
+	return i < NR_LEAVES ? leaves[i] : NULL;
+}
+
+int page_reserve(uint64_t vpn, uint64_t end)
+{
+	for (uint64_t i = vpn >> LEAF_SHIFT; i <= (end - 1) >> LEAF_SHIFT; i++) {
+		void *p;
+
+		if (i >= NR_LEAVES)
+			return -ENOMEM;
+		if (leaves[i])
+			continue;
+		p = real.mmap(NULL, sizeof(struct leaf), PROT_READ | PROT_WRITE,
+			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		if (p == MAP_FAILED)
+			return -ENOMEM;
+		leaves[i] = p;
+		first_leaf = i < first_leaf ? i : first_leaf;
+		last_leaf = i > last_leaf ? i : last_leaf;
+	}
+	return 0;
+}
+
+bool page_test(enum page_plane plane, uint64_t vpn)
+{
+	const struct leaf *l = leaf_of(vpn);
+	uint64_t at = vpn % LEAF_PAGES;
+
+	return l && l->bits[plane][at / WORD_BITS] >> at % WORD_BITS & 1;
+}
+
+/* The bits of [vpn, end) that fall into the word of `vpn`, as a mask; *next is where the next word starts. */
+static unsigned long word_mask(uint64_t vpn, uint64_t end, uint64_t *next)
+{
+	uint64_t word_end = (vpn / WORD_BITS + 1) * WORD_BITS;
+	uint64_t stop = end < word_end ? end : word_end;
+	uint64_t n = stop - vpn;
+
+	*next = stop;
+	return (n == WORD_BITS ? ~0UL : (1UL << n) - 1) << vpn % WORD_BITS;
+}
+
+void page_set(enum page_plane plane, uint64_t vpn, uint64_t end, bool value)
+{
+	while (vpn < end) {
+		struct leaf *l = leaf_of(vpn);
+		uint64_t next;
+		unsigned long mask = word_mask(vpn, end, &next);
+		unsigned long *word;
+
+		if (!l) {
+			vpn = (vpn | (LEAF_PAGES - 1)) + 1;
+			continue;
+		}
+		word = &l->bits[plane][vpn % LEAF_PAGES / WORD_BITS];
+		/* Clearing what is clear would only touch a page of the leaf for nothing. */
+		if (value)
+			*word |= mask;
+		else if (*word & mask)
+			*word &= ~mask;
+		vpn = next;
+	}
+}
+
+uint64_t page_next(enum page_plane plane, uint64_t vpn, uint64_t end, bool value)
+{
+	while (vpn < end) {
+		const struct leaf *l = leaf_of(vpn);
+		uint64_t next;
+		unsigned long mask = word_mask(vpn, end, &next), word;
+
+		if (!l) {
+			if (!value)
+				return vpn;
+			vpn = (vpn | (LEAF_PAGES - 1)) + 1;
+			continue;
+		}
+		word = l->bits[plane][vpn % LEAF_PAGES / WORD_BITS];
+		word = (value ? word : ~word) & mask;
+		if (word)
+			return vpn - vpn % WORD_BITS + (uint64_t)__builtin_ctzl(word);
+		vpn = next;
+	}
+	return end;
+}
+
+void page_forget_known(void)
+{
+	for (uint64_t i = first_leaf; i <= last_leaf && i < NR_LEAVES; i++)
+		if (leaves[i])
+			page_set(PAGE_KNOWN, i << LEAF_SHIFT, (i + 1) << LEAF_SHIFT, false);
+}
+
+void page_move(uint64_t vpn, uint64_t end, uint64_t to)
+{
+	for (uint64_t at = vpn; at < end;) {
+		uint64_t first = page_next(PAGE_SEGMENT, at, end, true);
+		uint64_t last = page_next(PAGE_SEGMENT, first, end, false);
+
+		page_set(PAGE_SEGMENT, to + (first - vpn), to + (last - vpn), true);
+		for (uint64_t p = first; p < last; p++)
+			if (page_test(PAGE_ISLAND, p))
+				page_set(PAGE_ISLAND, to + (p - vpn), to + (p - vpn) + 1, true);
+		at = last;
+	}
+	page_set(PAGE_SEGMENT, vpn, end, false);
+	page_set(PAGE_ISLAND, vpn, end, false);
+}
+
+/* ---- mappings inside areas ------------------------------------------------------------------------ */
+
+void area_readvise(const struct area *a, uintptr_t start, uintptr_t end)
+{
+	static const struct {
+		unsigned flag;
+		int advice;
+	} advices[] = {
+		{AREA_DONTFORK, MADV_DONTFORK},
+		{AREA_DONTDUMP, MADV_DONTDUMP},
+		{AREA_HUGEPAGE, MADV_HUGEPAGE},
+		{AREA_NOHUGEPAGE, MADV_NOHUGEPAGE},
+	};
+
+	for (size_t i = 0; i < sizeof(advices) / sizeof(advices[0]); i++)
+		if (a->flags & advices[i].flag)
+			real.madvise((void *)start, end - start, advices[i].advice);
+}
+
+int discard_segments(uintptr_t start, uintptr_t end)
+{
+	uint64_t last = end >> PAGE_SHIFT;
+
+	for (uint64_t at = start >> PAGE_SHIFT; at < last;) {
+		uint64_t vpn = page_next(PAGE_SEGMENT, at, last, true);
+		const struct area *a = area_next(vpn << PAGE_SHIFT);
+		uintptr_t from = vpn << PAGE_SHIFT, to;
+
+		if (vpn >= last || !a)
+			break;
+		to = min_addr(page_next(PAGE_SEGMENT, vpn, last, false) << PAGE_SHIFT, a->end);
+		if (real.mmap((void *)from, to - from, a->prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+		    MAP_FAILED)
+			return -errno;
+		area_readvise(a, from, to);
+		page_set(PAGE_SEGMENT, vpn, to >> PAGE_SHIFT, false);
+		page_set(PAGE_ISLAND, vpn, to >> PAGE_SHIFT, false);
+		at = to >> PAGE_SHIFT;
+	}
+	return 0;
+}

@@ -1,0 +1,264 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * madvise(2) and prctl(PR_SET_MEMORY_MERGE). MADV_MERGEABLE and MADV_UNMERGEABLE are answered here, by the
+ * rules of the kernel's madvise_walk_vmas() and ksm_madvise(). Advice that discards memory must find
+ * anonymous memory where merged pages are, for what is discarded reads as zeros afterwards. Everything else
+ * is the kernel's, and remembered where mappings to come have to be given it too.
+ */
+#include "wrappers.h"
+
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+#define UNMERGE_BATCH SECTION_MAX /* pages; a signal's handler runs, and the lock is free, after each */
+
+bool has_segments(uintptr_t start, uintptr_t end)
+{
+	uint64_t last = end >> PAGE_SHIFT;
+
+	return start < end && page_next(PAGE_SEGMENT, start >> PAGE_SHIFT, last, true) < last;
+}
+
+/* ---- discarding ------------------------------------------------------------------------------------- */
+
+int zero_segments(uintptr_t start, uintptr_t end)
+{
+	uint64_t last = end >> PAGE_SHIFT, stop;
+
+	if (!discard_segments(start, end))
+		return 0;
+	/* No mapping to be had (vm.max_map_count). Writing zeros comes to the same, but takes memory. */
+	for (uint64_t vpn = start >> PAGE_SHIFT; (vpn = page_next(PAGE_SEGMENT, vpn, last, true)) < last; vpn = stop) {
+		const struct area *a = area_next(vpn << PAGE_SHIFT);
+		size_t bytes;
+
+		stop = min_addr(page_next(PAGE_SEGMENT, vpn, last, false), a ? a->end >> PAGE_SHIFT : 0);
+		bytes = (stop - vpn) << PAGE_SHIFT;
+		if (stop <= vpn || !(a->prot & PROT_WRITE) || headroom(settings.use_swap) < bytes + settings.reserve)
+			return -EAGAIN;
+		memset((void *)(vpn << PAGE_SHIFT), 0, bytes);
+		page_set(PAGE_ISLAND, vpn, stop, true);
+	}
+	return 0;
+}
+
+/* The kernel refuses to discard locked memory and stops there, so whatever lies behind is not discarded. */
+static uintptr_t first_locked(uintptr_t start, uintptr_t end)
+{
+	for (const struct area *a; (a = area_next(start)) && a->start < end; start = a->end)
+		if (a->flags & AREA_LOCKED)
+			return a->start > start ? a->start : start;
+	return end;
+}
+
+static int discard(uintptr_t start, uintptr_t end, int advice)
+{
+	uintptr_t stop = advice == MADV_DONTNEED_LOCKED ? end : first_locked(start, end);
+
+	/* MADV_FREE may do nothing; and where a part of a range cannot be emptied, it does. */
+	if (advice == MADV_FREE && discard_segments(start, stop))
+		return 0;
+	if (zero_segments(start, stop)) {
+		errno = EAGAIN;
+		return -1;
+	}
+	if (advice == MADV_GUARD_INSTALL) /* a guard's SIGSEGV would be the agent's, too */
+		area_change(start, end, AREA_EXCLUDED, 0, -1);
+	return real.madvise((void *)start, end - start, advice);
+}
+
+/* ---- merging ---------------------------------------------------------------------------------------- */
+
+/* Nothing that the kernel would merge, or nothing that we may: the stack we run on grows under our feet. */
+static bool is_mergeable(const struct vma *v)
+{
+	uintptr_t here = (uintptr_t)&v;
+
+	return !v->shared && !v->ino && !(v->start <= here && here < v->end);
+}
+
+/* 0, or -ENOMEM: a part is not mapped (the rest is an area now), or no memory to note it. */
+static int advise_range(uintptr_t start, uintptr_t end)
+{
+	int maps = maps_open(), err = maps < 0 ? -errno : 0, hole = 0;
+	struct vma v;
+
+	for (uintptr_t at = start; !err && at < end; at = v.end) {
+		uintptr_t stop;
+
+		if (!vma_find(maps, at, &v) || v.start >= end) {
+			hole = -ENOMEM;
+			break;
+		}
+		if (v.start > at) {
+			hole = -ENOMEM;
+			at = v.start;
+		}
+		stop = min_addr(v.end, end);
+		if (is_mergeable(&v) || page_test(PAGE_SEGMENT, at >> PAGE_SHIFT))
+			err = area_cover(at, stop, AREA_ADVISED, AREA_UNMERGED, vma_prot(&v));
+	}
+	if (maps >= 0)
+		maps_close(maps);
+	alloc_note_advised(start, end);
+	return err ? err : hole;
+}
+
+int unmerge(uintptr_t start, uintptr_t end)
+{
+	struct sp_broken out;
+	sigset_t saved;
+
+	mmap_lock(&saved);
+	area_change(start, end, AREA_UNMERGING, 0, -1);
+	mmap_unlock(&saved);
+	do
+		unmerge_range(start, end, UNMERGE_BATCH, &out);
+	while (out.error == EAGAIN);
+	mmap_lock(&saved);
+	area_change(start, end, 0, AREA_UNMERGING, -1);
+	mmap_unlock(&saved);
+	return -out.error;
+}
+
+/* The same for good: MADV_UNMERGEABLE. */
+static int withdraw_advice(uintptr_t start, uintptr_t end)
+{
+	struct sp_broken out;
+	int err;
+
+	do
+		err = samepage_unmerge((void *)start, end - start, UNMERGE_BATCH, &out);
+	while (err == -EAGAIN);
+	return err;
+}
+
+static int merge_advice(uintptr_t start, uintptr_t end, int advice)
+{
+	sigset_t saved;
+	int err;
+
+	if (advice == MADV_MERGEABLE) {
+		mmap_lock(&saved);
+		err = advise_range(start, end);
+		mmap_unlock(&saved);
+		agent_start();
+	} else {
+		err = withdraw_advice(start, end);
+		/* Does nothing but say whether all of the range is mapped. */
+		if (!err && real.syscall(SYS_msync, start, end - start, MS_ASYNC))
+			err = -errno;
+	}
+	if (!err)
+		return 0;
+	errno = -err;
+	return -1;
+}
+
+int sp_set_memory_merge(bool on)
+{
+	sigset_t saved;
+	int err = 0;
+
+	if (!on && merge_any)
+		err = withdraw_advice(0, ADDRESS_END);
+	if (!err)
+		merge_any = on;
+	if (on) {
+		mmap_lock(&saved);
+		area_change(0, ADDRESS_END, 0, AREA_UNMERGED, -1);
+		mmap_unlock(&saved);
+		agent_start();
+	}
+	return err;
+}
+
+/* ---- everything else --------------------------------------------------------------------------------- */
+
+/* What mappings to come in the range have to be told, after the kernel took the advice. */
+static void remember(uintptr_t start, uintptr_t end, int advice)
+{
+	static const struct {
+		int advice;
+		unsigned set, clear;
+	} flags[] = {
+		{MADV_DONTFORK, AREA_DONTFORK, 0},
+		{MADV_DOFORK, 0, AREA_DONTFORK},
+		{MADV_DONTDUMP, AREA_DONTDUMP, 0},
+		{MADV_DODUMP, 0, AREA_DONTDUMP},
+		{MADV_HUGEPAGE, AREA_HUGEPAGE, AREA_NOHUGEPAGE},
+		{MADV_NOHUGEPAGE, AREA_NOHUGEPAGE, AREA_HUGEPAGE},
+		{MADV_WIPEONFORK, AREA_EXCLUDED, 0}, /* not for private file mappings: a segment's is one */
+		{MADV_HWPOISON, AREA_EXCLUDED, 0},
+	};
+
+	for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]); i++)
+		if (flags[i].advice == advice)
+			area_change(start, end, flags[i].set, flags[i].clear, -1);
+}
+
+static int advise(uintptr_t start, uintptr_t end, int advice)
+{
+	int ret;
+
+	switch (advice) {
+	case MADV_DONTNEED:
+	case MADV_DONTNEED_LOCKED:
+	case MADV_FREE:
+	case MADV_GUARD_INSTALL:
+		return discard(start, end, advice);
+	case MADV_REMOVE:
+		ret = real.madvise((void *)start, end - start, advice);
+		/* Anonymous memory has no file to punch; a private mapping of one may not. */
+		if (ret && errno == EACCES && has_segments(start, end))
+			errno = EINVAL;
+		return ret;
+	default:
+		ret = real.madvise((void *)start, end - start, advice);
+		/* ENOMEM: a part is not mapped. The rest took the advice. */
+		if (!ret || errno == ENOMEM)
+			remember(start, end, advice);
+		return ret;
+	}
+}
+
+int sp_madvise(void *addr, size_t len, int advice)
+{
+	bool merging = advice == MADV_MERGEABLE || advice == MADV_UNMERGEABLE;
+	uintptr_t start = (uintptr_t)addr, end = PAGE_ALIGN_UP(start + len);
+	bool nonsense = start % PAGE_SIZE || PAGE_ALIGN_UP(len) < len || end < start;
+	sigset_t saved;
+	int ret;
+
+	need_real();
+	merging = merging && (agent_configured() || !no_areas());
+	if (merging && nonsense) {
+		errno = EINVAL;
+		return -1;
+	}
+	/* A range of no length tells whether the kernel knows the advice at all, before anything is done. */
+	if ((no_areas() && !merging) || nonsense || (!merging && real.madvise(addr, 0, advice)))
+		return real.madvise(addr, len, advice);
+	if (start == end)
+		return 0;
+	if (merging)
+		return merge_advice(start, end, advice);
+	/* Wiping is not for the file mapping that a merged page is. */
+	if (advice == MADV_WIPEONFORK && unmerge(start, end) == -ENOMEM) {
+		errno = ENOMEM;
+		return -1;
+	}
+	mmap_lock(&saved);
+	if (area_overlaps(start, end))
+		ret = advise(start, end, advice);
+	else
+		ret = real.madvise(addr, len, advice);
+	mmap_unlock(&saved);
+	return ret;
+}
+
+SP_EXPORT int madvise(void *addr, size_t len, int advice)
+{
+	return sp_madvise(addr, len, advice);
+}

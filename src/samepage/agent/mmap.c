@@ -1,0 +1,341 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The calls that map, unmap, protect and lock memory, where they meet an area. */
+#include "wrappers.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000 /* 4.17 */
+#endif
+
+_Atomic bool merge_any;
+static _Atomic bool lock_future; /* mlockall(MCL_FUTURE) */
+
+unsigned area_new_flags(void)
+{
+	return lock_future ? AREA_LOCKED : 0;
+}
+
+int maps_open(void)
+{
+	return (int)real.syscall(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);
+}
+
+void maps_close(int file)
+{
+	real.syscall(SYS_close, file);
+}
+
+int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot)
+{
+	uintptr_t stop;
+
+	for (uintptr_t at = start; at < end; at = stop) {
+		const struct area *a = area_next(at);
+
+		if (a && a->start <= at) {
+			stop = min_addr(a->end, end);
+			area_change(at, stop, set, clear, prot ? prot : -1);
+		} else {
+			int err;
+
+			stop = a ? min_addr(a->start, end) : end;
+			err = area_add(at, stop, set | area_new_flags(), prot);
+			if (err)
+				return err;
+		}
+	}
+	return 0;
+}
+
+int vma_prot(const struct vma *v)
+{
+	return (v->read ? PROT_READ : 0) | (v->write ? PROT_WRITE : 0) | (v->exec ? PROT_EXEC : 0);
+}
+
+void area_reconcile(uintptr_t start, uintptr_t end)
+{
+	int err = errno, maps;
+	uintptr_t at = start;
+	struct vma v;
+
+	if (!area_overlaps(start, end))
+		return;
+	maps = maps_open();
+	if (maps < 0) { /* whatever stands there now, it is not touched */
+		area_change(start, end, AREA_EXCLUDED, 0, -1);
+		errno = err;
+		return;
+	}
+	while (at < end && vma_find(maps, at, &v)) {
+		if (v.start > at)
+			area_remove(at, min_addr(v.start, end));
+		at = min_addr(v.end, end);
+		area_change(v.start > start ? v.start : start, at, 0, 0, vma_prot(&v));
+	}
+	if (at < end)
+		area_remove(at, end);
+	maps_close(maps);
+	errno = err;
+}
+
+/* ---- mapping --------------------------------------------------------------------------------------- */
+
+/* PR_SET_MEMORY_MERGE: what the kernel would make VM_MERGEABLE by itself. */
+static bool merged_from_birth(int flags)
+{
+	return merge_any && (flags & MAP_TYPE) == MAP_PRIVATE && (flags & MAP_ANONYMOUS) &&
+	       !(flags & (MAP_HUGETLB | MAP_GROWSDOWN | MAP_STACK));
+}
+
+void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
+{
+	bool merge, fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE);
+	uintptr_t start, end;
+	sigset_t saved;
+	void *p;
+
+	need_real();
+	merge = merged_from_birth(flags);
+	if (!merge && no_areas())
+		return real.mmap(addr, len, prot, flags, fd, offset);
+	mmap_lock(&saved);
+	p = real.mmap(addr, len, prot, flags, fd, offset);
+	if (p == MAP_FAILED) {
+		if (fixed) /* the kernel may have unmapped what was there before it failed */
+			area_reconcile(PAGE_ALIGN_DOWN(addr), PAGE_ALIGN_UP((uintptr_t)addr + len));
+		merge = false;
+	} else {
+		start = (uintptr_t)p;
+		end = PAGE_ALIGN_UP(start + len);
+		/* Without MAP_FIXED, too: an area that stands here was unmapped where no wrapper saw it. */
+		area_remove(start, end);
+		alloc_forget(start, end);
+		if (merge)
+			area_add(start, end, AREA_ADVISED | area_new_flags(), prot);
+	}
+	mmap_unlock(&saved);
+	if (merge)
+		agent_start();
+	return p;
+}
+
+int sp_munmap(void *addr, size_t len)
+{
+	uintptr_t start = (uintptr_t)addr;
+	sigset_t saved;
+	int ret;
+
+	if (no_areas())
+		return real.munmap(addr, len);
+	mmap_lock(&saved);
+	ret = real.munmap(addr, len);
+	if (!ret) {
+		area_remove(start, PAGE_ALIGN_UP(start + len));
+		alloc_forget(start, PAGE_ALIGN_UP(start + len));
+	}
+	mmap_unlock(&saved);
+	return ret;
+}
+
+/* Some calls want private copies of all pages. For merged ones that takes memory, and a break knows beforehand
+ * whether it is there. -1 with errno ENOMEM when it is not. */
+static int unmerge_first(uintptr_t start, uintptr_t end)
+{
+	bool any;
+	sigset_t saved;
+
+	if (no_areas())
+		return 0;
+	mmap_lock(&saved);
+	any = has_segments(start, end);
+	mmap_unlock(&saved);
+	if (any && unmerge(start, end) == -ENOMEM) {
+		errno = ENOMEM;
+		return -1;
+	}
+	return 0;
+}
+
+static int real_mprotect(void *addr, size_t len, int prot, int pkey)
+{
+	if (pkey == -1)
+		return real.mprotect(addr, len, prot);
+	return (int)real.syscall(SYS_pkey_mprotect, addr, len, prot, pkey);
+}
+
+int sp_mprotect(void *addr, size_t len, int prot, int pkey)
+{
+	uintptr_t start = PAGE_ALIGN_DOWN(addr), end = PAGE_ALIGN_UP((uintptr_t)addr + len);
+	sigset_t saved;
+	int ret;
+
+	if (no_areas())
+		return real_mprotect(addr, len, prot, pkey);
+	/* A mapping to come would lack the key, and the agent's thread may not have the right to it. */
+	if (pkey > 0 && unmerge_first(start, end))
+		return -1;
+	mmap_lock(&saved);
+	ret = real_mprotect(addr, len, prot, pkey);
+	if (ret) /* but a part of the range may have changed */
+		area_reconcile(start, end);
+	else
+		area_change(start, end, pkey > 0 ? AREA_EXCLUDED : 0, 0, prot & (PROT_READ | PROT_WRITE | PROT_EXEC));
+	mmap_unlock(&saved);
+	return ret;
+}
+
+/* ---- locking --------------------------------------------------------------------------------------- */
+
+/* Marks what the kernel locked. Memory that is no area yet becomes one, so that it is known to be locked
+ * should it be advised later; with prot 0 the agent will not look at it. */
+static void mark_locked(uintptr_t start, uintptr_t end)
+{
+	if (area_overlaps(start, end) || agent_configured())
+		area_cover(start, end, AREA_LOCKED, 0, PROT_NONE);
+}
+
+static void mark_unlocked(uintptr_t start, uintptr_t end)
+{
+	const struct area *a;
+
+	area_change(start, end, 0, AREA_LOCKED, -1);
+	while ((a = area_next(start)) && a->start < end) {
+		uintptr_t stop = min_addr(a->end, end);
+
+		if (!a->flags) /* was only known for being locked */
+			area_remove(a->start, stop);
+		start = stop;
+	}
+}
+
+static int real_mlock(const void *addr, size_t len, unsigned flags, bool second)
+{
+	return second ? (int)real.syscall(SYS_mlock2, addr, len, flags) : real.mlock(addr, len);
+}
+
+int sp_mlock(const void *addr, size_t len, unsigned flags, bool second)
+{
+	uintptr_t start = PAGE_ALIGN_DOWN(addr), end = PAGE_ALIGN_UP((uintptr_t)addr + len);
+	sigset_t saved;
+	int ret;
+
+	need_real();
+	if (start >= end || (no_areas() && !agent_configured()))
+		return real_mlock(addr, len, flags, second);
+	if (unmerge_first(start, end))
+		return -1;
+	mmap_lock(&saved);
+	ret = real_mlock(addr, len, flags, second);
+	/* A call that failed with ENOMEM or EAGAIN may have locked a part. */
+	if (!ret)
+		mark_locked(start, end);
+	else if (errno == ENOMEM || errno == EAGAIN)
+		area_change(start, end, AREA_LOCKED, 0, -1);
+	mmap_unlock(&saved);
+	return ret;
+}
+
+int sp_munlock(const void *addr, size_t len)
+{
+	sigset_t saved;
+	int ret;
+
+	if (no_areas())
+		return real.munlock(addr, len);
+	mmap_lock(&saved);
+	ret = real.munlock(addr, len);
+	if (!ret)
+		mark_unlocked(PAGE_ALIGN_DOWN(addr), PAGE_ALIGN_UP((uintptr_t)addr + len));
+	mmap_unlock(&saved);
+	return ret;
+}
+
+int sp_mlockall(int flags)
+{
+	sigset_t saved;
+	int ret;
+
+	need_real();
+	if ((flags & MCL_CURRENT) && unmerge_first(0, ADDRESS_END))
+		return -1;
+	mmap_lock(&saved);
+	ret = real.mlockall(flags);
+	if (flags & MCL_CURRENT && (!ret || errno != EPERM))
+		area_change(0, ADDRESS_END, AREA_LOCKED, 0, -1);
+	if (!ret)
+		lock_future = flags & MCL_FUTURE;
+	mmap_unlock(&saved);
+	return ret;
+}
+
+int sp_munlockall(void)
+{
+	sigset_t saved;
+	int ret;
+
+	need_real();
+	mmap_lock(&saved);
+	ret = real.munlockall();
+	if (!ret) {
+		mark_unlocked(0, ADDRESS_END);
+		lock_future = false;
+	}
+	mmap_unlock(&saved);
+	return ret;
+}
+
+/* ---- libc's names ---------------------------------------------------------------------------------- */
+
+SP_EXPORT void *mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
+{
+	return sp_mmap(addr, len, prot, flags, fd, offset);
+}
+
+SP_EXPORT void *mmap64(void *addr, size_t len, int prot, int flags, int fd, off64_t offset)
+{
+	return sp_mmap(addr, len, prot, flags, fd, offset);
+}
+
+SP_EXPORT int munmap(void *addr, size_t len)
+{
+	return sp_munmap(addr, len);
+}
+
+SP_EXPORT int mprotect(void *addr, size_t len, int prot)
+{
+	return sp_mprotect(addr, len, prot, -1);
+}
+
+SP_EXPORT int pkey_mprotect(void *addr, size_t len, int prot, int pkey)
+{
+	return sp_mprotect(addr, len, prot, pkey);
+}
+
+SP_EXPORT int mlock(const void *addr, size_t len)
+{
+	return sp_mlock(addr, len, 0, false);
+}
+
+/* glibc's answers flags of 0 by mlock, for kernels before 4.4; so do we not need to ask which it is. */
+SP_EXPORT int mlock2(const void *addr, size_t len, unsigned flags)
+{
+	return sp_mlock(addr, len, flags, flags != 0);
+}
+
+SP_EXPORT int munlock(const void *addr, size_t len)
+{
+	return sp_munlock(addr, len);
+}
+
+SP_EXPORT int mlockall(int flags)
+{
+	return sp_mlockall(flags);
+}
+
+SP_EXPORT int munlockall(void)
+{
+	return sp_munlockall();
+}

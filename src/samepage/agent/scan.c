@@ -1,0 +1,207 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Looking at pages. Anonymous memory: what was written since the last look is hashed, straight from where it
+ * is. Memory mapped from segments: which pages lost their copy (islands), and which are merged without the
+ * service knowing (after a fork, an mremap, or a new service).
+ */
+#include "agent.h"
+
+#include <linux/userfaultfd.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#define STEP_PAGES 512UL       /* hashed under one hold of the lock: 2 MiB, some 200 us */
+#define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms when nothing changed */
+#define NR_REGIONS 64
+
+struct out {
+	struct sp_run *runs;
+	uint64_t *sums;
+	uint32_t nruns, max_runs, nsums, max_sums;
+};
+
+uint64_t page_checksum(const void *page)
+{
+	uint64_t sum = XXH3_64bits(page, PAGE_SIZE);
+
+	return settings.flags & SP_WELCOME_TRUNCATE_HASH ? sum & 0xff : sum;
+}
+
+static bool full(const struct out *o)
+{
+	return o->nruns == o->max_runs || o->nsums == o->max_sums;
+}
+
+static void emit(struct out *o, uint64_t vpn, uint64_t end, uint32_t kind, uint64_t ino, uint64_t offset)
+{
+	struct sp_run *last = o->nruns ? &o->runs[o->nruns - 1] : NULL;
+
+	if (last && last->kind == kind && last->vpn + last->npages == vpn && last->ino == ino &&
+	    (!ino || last->offset + last->npages == offset))
+		last->npages += (uint32_t)(end - vpn);
+	else
+		o->runs[o->nruns++] = (struct sp_run){vpn, (uint32_t)(end - vpn), kind, ino, offset};
+}
+
+enum { RUN_HASHED, RUN_BROKEN, RUN_GONE, RUN_FOUND }; /* RunKind in samepage/memory */
+
+/* Hashes one region, as far as there is room for checksums. Where it stopped. */
+static uint64_t hash_region(struct out *o, const struct page_region *r)
+{
+	uint64_t vpn = r->start >> PAGE_SHIFT, end = r->end >> PAGE_SHIFT;
+
+	if (end - vpn > o->max_sums - o->nsums)
+		end = vpn + (o->max_sums - o->nsums);
+	if (vpn == end)
+		return vpn;
+	for (uint64_t p = vpn; p < end; p++)
+		o->sums[o->nsums++] = page_checksum((const void *)(p << PAGE_SHIFT));
+	emit(o, vpn, end, RUN_HASHED, 0, 0);
+	return end;
+}
+
+static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
+{
+	struct pm_walk w = {
+		.must = PAGE_IS_PRESENT | (kernel.tracking ? PAGE_IS_WRITTEN : 0),
+		.must_not = PAGE_IS_FILE | PAGE_IS_SWAPPED | (kernel.scan ? PAGE_IS_PFNZERO : 0),
+		.protect = kernel.tracking,
+	};
+	struct page_region v[NR_REGIONS];
+	uintptr_t start = vpn << PAGE_SHIFT, stop, walked;
+	struct vma vma;
+	int n, room;
+
+	/* What was merged and is anonymous now was discarded or unmerged by the application. Its content is
+	 * looked at next time. */
+	if (page_test(PAGE_KNOWN, vpn)) {
+		end = page_next(PAGE_KNOWN, vpn, end, false);
+		page_set(PAGE_KNOWN, vpn, end, false);
+		emit(o, vpn, end, RUN_GONE, 0, 0);
+		return end;
+	}
+	end = page_next(PAGE_KNOWN, vpn, end, true);
+	if ((a->flags & AREA_LOCKED) || !(a->prot & 1))
+		return end;
+	stop = end << PAGE_SHIFT;
+	/* An application that changes an area behind the wrappers' back must not be able to make us fault. */
+	if (!vma_find(kernel.maps, start, &vma) || vma.start >= stop)
+		return end;
+	if (vma.start > start)
+		return vma.start >> PAGE_SHIFT;
+	stop = min_addr(stop, vma.end);
+	if (!vma.read || vma.shared || vma.ino)
+		return stop >> PAGE_SHIFT;
+	track(start, stop);
+	w.max_pages = o->max_sums - o->nsums < STEP_PAGES ? o->max_sums - o->nsums : STEP_PAGES;
+	room = (int)(o->max_runs - o->nruns < NR_REGIONS ? o->max_runs - o->nruns : NR_REGIONS);
+	n = pagemap_walk(start, stop, &w, v, room, &walked);
+	if (n < 0)
+		return stop >> PAGE_SHIFT;
+	for (int i = 0; i < n; i++)
+		hash_region(o, &v[i]);
+	return walked >> PAGE_SHIFT;
+}
+
+/* Marks private copies in [vpn, end) of a segment mapping as islands. How far it came. */
+static uint64_t mark_islands(uint64_t vpn, uint64_t end)
+{
+	const struct pm_walk w = {.must = PAGE_IS_PRESENT, .must_not = PAGE_IS_FILE};
+	struct page_region v[NR_REGIONS];
+	uintptr_t walked;
+	int n = pagemap_walk(vpn << PAGE_SHIFT, end << PAGE_SHIFT, &w, v, NR_REGIONS, &walked);
+
+	for (int i = 0; i < n; i++)
+		page_set(PAGE_ISLAND, v[i].start >> PAGE_SHIFT, v[i].end >> PAGE_SHIFT, true);
+	return n < 0 ? end : walked >> PAGE_SHIFT;
+}
+
+/* Merged pages of [vpn, end) that the service does not know of. */
+static void report_found(struct out *o, uint64_t vpn, uint64_t end)
+{
+	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_FILE};
+
+	while (vpn < end && o->nruns < o->max_runs) {
+		struct page_region r;
+		struct vma vma;
+		uintptr_t walked;
+
+		if (pagemap_walk(vpn << PAGE_SHIFT, end << PAGE_SHIFT, &w, &r, 1, &walked) != 1 ||
+		    !vma_find(kernel.maps, r.start, &vma) || vma.start > r.start || !vma.ino || vma.shared)
+			return;
+		vpn = min_addr(r.end, vma.end) >> PAGE_SHIFT;
+		page_set(PAGE_KNOWN, r.start >> PAGE_SHIFT, vpn, true);
+		emit(o, r.start >> PAGE_SHIFT, vpn, RUN_FOUND, vma.ino,
+		     (vma.offset + (r.start - vma.start)) >> PAGE_SHIFT);
+	}
+}
+
+static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
+{
+	/* Only write-protection can swap an island again; there it is memory like any other. */
+	bool hash_islands = kernel.swap == SP_SWAP_WP && (a->prot & 1);
+
+	end = mark_islands(vpn, end);
+	while (vpn < end && !full(o)) {
+		bool island = page_test(PAGE_ISLAND, vpn), known = page_test(PAGE_KNOWN, vpn);
+		uint64_t stop = page_next(PAGE_ISLAND, vpn, end, !island);
+
+		stop = page_next(PAGE_KNOWN, vpn, stop, !known);
+		if (island && hash_islands) {
+			struct page_region r = {vpn << PAGE_SHIFT, min_addr(stop, vpn + STEP_PAGES) << PAGE_SHIFT, 0};
+
+			stop = hash_region(o, &r);
+			page_set(PAGE_KNOWN, vpn, stop, false);
+			return stop;
+		}
+		if (island && known) {
+			page_set(PAGE_KNOWN, vpn, stop, false);
+			emit(o, vpn, stop, RUN_BROKEN, 0, 0);
+		} else if (!island && !known) {
+			report_found(o, vpn, stop);
+		}
+		vpn = stop;
+	}
+	return vpn;
+}
+
+/* One hold of the lock. Where to go on, or 0 when there is no area behind. */
+static uint64_t step(struct out *o, uint64_t vpn)
+{
+	const struct area *a = area_next(vpn << PAGE_SHIFT);
+	uint64_t end;
+	bool segment;
+
+	if (!a)
+		return 0;
+	end = a->end >> PAGE_SHIFT;
+	if (!area_mergeable(a)) /* not in the service's list of areas; it has forgotten what was there */
+		return end;
+	if (vpn < a->start >> PAGE_SHIFT)
+		vpn = a->start >> PAGE_SHIFT;
+	if (end - vpn > WALK_PAGES)
+		end = vpn + WALK_PAGES;
+	segment = page_test(PAGE_SEGMENT, vpn);
+	end = page_next(PAGE_SEGMENT, vpn, end, !segment);
+	return segment ? scan_segment(o, a, vpn, end) : scan_anonymous(o, a, vpn, end);
+}
+
+void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
+	       uint64_t *sums, uint32_t max_sums)
+{
+	struct out o = {.runs = runs, .sums = sums, .max_runs = max_runs, .max_sums = max_sums};
+	uint64_t vpn = req->vpn;
+
+	if (req->budget < max_sums)
+		o.max_sums = (uint32_t)req->budget;
+	do {
+		agent_mmap_lock();
+		vpn = step(&o, vpn);
+		head->areas_seq = areas_seq;
+		agent_mmap_unlock();
+	} while (vpn && !full(&o));
+	head->next_vpn = vpn;
+	head->nruns = o.nruns;
+	head->nhashed = o.nsums;
+}

@@ -1,0 +1,560 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Donating pages to a segment, and swapping pages for a segment's.
+ *
+ * The swap must be atomic for the application's other threads. By *move*: the range is registered for
+ * missing faults, its pages are moved to the scratch range, where nobody else can reach them, compared
+ * there, and either the segment is mapped over the hole or the pages go home. A thread that touches the hole
+ * sleeps in the kernel until it is woken. By *write-protection*: the range is write-protected, compared where
+ * it is, and mapped over; a thread that writes sleeps.
+ *
+ * While a hole is open its pages are nowhere else. Hence the one rule of this file: what a call returned is
+ * a hint; where pages stand is read from the pagemap, and no section ends before the scratch is empty and
+ * every page is at home or equal to the segment page that is mapped there.
+ */
+#include "agent.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define MODE_MISSING_WP (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP)
+#define SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+
+const uint8_t zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
+
+/* A stretch of one area that lies in one mapping: what is swapped under one hold of the lock. */
+struct chunk {
+	uintptr_t addr;
+	size_t n;		/* pages, at most SECTION_MAX */
+	const uint8_t *segment; /* the segment's pages for these, or NULL: zeros */
+	int fd;
+	uint64_t offset; /* of `segment` in fd, in pages */
+	uint8_t *status; /* one a page */
+	const struct area *area;
+};
+
+static uintptr_t page_at(const struct chunk *c, size_t i)
+{
+	return c->addr + i * PAGE_SIZE;
+}
+
+static uintptr_t scratch_at(size_t i)
+{
+	return kernel.scratch + i * PAGE_SIZE;
+}
+
+static bool page_equal(const struct chunk *c, size_t i, const void *page)
+{
+	return !memcmp(page, c->segment ? c->segment + i * PAGE_SIZE : zero_page, PAGE_SIZE);
+}
+
+/* Maps the segment over pages [i, j) of the chunk. The caller has made sure that they are equal. */
+static int map_segment(const struct chunk *c, size_t i, size_t j)
+{
+	uintptr_t start = page_at(c, i), end = page_at(c, j);
+
+	if (real.mmap((void *)start, end - start, c->area->prot, MAP_PRIVATE | MAP_FIXED, c->fd,
+		      (off_t)((c->offset + i) * PAGE_SIZE)) == MAP_FAILED)
+		return -errno;
+	area_readvise(c->area, start, end);
+	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, true);
+	page_set(PAGE_KNOWN, start >> PAGE_SHIFT, end >> PAGE_SHIFT, true);
+	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
+	return 0;
+}
+
+/* The end of the run of pages from i on, before n, whose flag equals flag[i]. */
+static size_t run_end(const bool *flag, size_t i, size_t n)
+{
+	size_t j = i + 1;
+
+	while (j < n && flag[j] == flag[i])
+		j++;
+	return j;
+}
+
+/* ---- by move --------------------------------------------------------------------------------------- */
+
+/* Which pages of scratch [0, n) hold something: the truth about every move. */
+static void scratch_holds(size_t n, bool *here)
+{
+	const struct pm_walk present = {.must = PAGE_IS_PRESENT}, swapped = {.must = PAGE_IS_SWAPPED};
+	const struct pm_walk *walks[] = {&present, &swapped};
+	struct page_region v[16];
+
+	memset(here, 0, n);
+	for (int k = 0; k < 2; k++) {
+		uintptr_t at = kernel.scratch, end = scratch_at(n);
+
+		while (at < end) {
+			int regions = pagemap_walk(at, end, walks[k], v, 16, &at);
+
+			if (regions < 0) {
+				if (regions != -EINTR && regions != -ENOMEM)
+					return; /* EFAULT, EINVAL: cannot be, the arguments are ours */
+				real.syscall(SYS_sched_yield);
+			}
+			for (int r = 0; r < regions; r++)
+				memset(here + ((v[r].start - kernel.scratch) >> PAGE_SHIFT), 1,
+				       (v[r].end - v[r].start) >> PAGE_SHIFT);
+		}
+	}
+}
+
+/* Moves pages [i, j) of the chunk to scratch [0, j - i), as many as will go. here[k]: page i + k came. */
+static void pull(struct chunk *c, size_t i, size_t j, bool *here)
+{
+	size_t n = j - i, at = 0;
+	bool written = false;
+	int tries = 0;
+
+	while (at < n) {
+		int err = uffd_move(scratch_at(at), page_at(c, i + at), (n - at) * PAGE_SIZE);
+
+		scratch_holds(n, here);
+		while (at < n && here[at])
+			at++;
+		if (at == n)
+			return;
+		if (err == -EBUSY && !written) {
+			/* A page that a fork shared once is not ours alone again (PageAnonExclusive) until
+			 * it is written; who maps it was asked before: nobody else. This writes without
+			 * changing a byte. A pinned page is exclusive already and stays where it is. */
+			written = true;
+			if (!real.madvise((void *)page_at(c, i + at), (n - at) * PAGE_SIZE, MADV_POPULATE_WRITE))
+				continue;
+		}
+		if (err == -EAGAIN && tries++ < 8)
+			continue;
+		c->status[i + at++] = err == -ENOENT ? GONE : BUSY;
+	}
+}
+
+/* Moves what scratch [0, n) still holds home to page i of the chunk on. Does not return before it is there. */
+static void push_back(struct chunk *c, size_t i, size_t n)
+{
+	bool here[SECTION_MAX];
+	uint8_t kind;
+
+	for (unsigned long tries = 0;; tries++) {
+		bool left = false;
+
+		scratch_holds(n, here);
+		for (size_t k = 0, end; k < n; k = end) {
+			size_t len;
+			int err;
+
+			end = run_end(here, k, n);
+			if (!here[k])
+				continue;
+			left = true;
+			len = (end - k) * PAGE_SIZE;
+			err = uffd_move(page_at(c, i + k), scratch_at(k), len);
+			if (!err || tries < 16)
+				continue;
+			/* It will not move (a migration keeps it, say): a copy is as good, nobody else can write
+			 * the page here. One page at a time, since a copy may stop half-way too. */
+			err = uffd_copy(page_at(c, i + k), scratch_at(k), PAGE_SIZE);
+			/* EEXIST: something stands at home. With the range registered for missing pages only
+			 * we can have put it there: the page itself, of which this is the copied original. */
+			if (!err || (err == -EEXIST && !page_kinds(page_at(c, i + k), 1, &kind) && kind != PAGE_ABSENT))
+				real.madvise((void *)scratch_at(k), PAGE_SIZE, MADV_DONTNEED);
+			/* The mapping at home is gone (a kernel before 6.12 can fail a MAP_FIXED half-way): put the
+			 * scratch pages there. */
+			else if (err == -ENOENT && real.mremap((void *)scratch_at(k), len, len,
+							       MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
+							       (void *)page_at(c, i + k)) != MAP_FAILED)
+				uffd_register(kernel.move, scratch_at(k), len, UFFDIO_REGISTER_MODE_WP);
+		}
+		if (!left)
+			return;
+		real.syscall(SYS_sched_yield);
+	}
+}
+
+/* One critical section: pages [i, j) of the chunk, all present and exclusive a moment ago. */
+static void section_by_move(struct chunk *c, size_t i, size_t j)
+{
+	bool here[SECTION_MAX], equal[SECTION_MAX];
+	size_t n = j - i;
+	bool all = true;
+
+	pull(c, i, j, here);
+	for (size_t k = 0; k < n; k++) {
+		equal[k] = here[k] && page_equal(c, i + k, (void *)scratch_at(k));
+		if (here[k] && !equal[k])
+			c->status[i + k] = DIFFERENT;
+	}
+	for (size_t k = 0, end; k < n; k = end) {
+		int err = 0;
+
+		end = run_end(equal, k, n);
+		if (equal[k] && c->segment)
+			err = map_segment(c, i + k, i + end);
+		if (equal[k] && !err) {
+			memset(c->status + i + k, DONE, end - k);
+			real.madvise((void *)scratch_at(k), (end - k) * PAGE_SIZE, MADV_DONTNEED);
+			if (c->segment)
+				continue;
+		} else if (equal[k]) {
+			memset(c->status + i + k, err == -ENOMEM ? NOMAP : REFUSED, end - k);
+		}
+		all = false;
+	}
+	if (!all)
+		push_back(c, i, n);
+	uffd_wake(kernel.move, page_at(c, i), n * PAGE_SIZE);
+}
+
+/* Swaps pages [i, j) of the chunk. */
+static void swap_by_move(struct chunk *c, size_t i, size_t j)
+{
+	uintptr_t start = page_at(c, i), end = page_at(c, j);
+
+	if (uffd_register(kernel.move, start, end - start, MODE_MISSING_WP)) {
+		memset(c->status + i, REFUSED, j - i);
+		return;
+	}
+	for (size_t at = i; at < j; at += settings.section)
+		section_by_move(c, at, at + settings.section < j ? at + settings.section : j);
+	/* What stayed anonymous is no longer watched for missing pages; unregistering wakes who waits there. */
+	for (uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, stop; vpn < last; vpn = stop) {
+		vpn = page_next(PAGE_SEGMENT, vpn, last, false);
+		stop = page_next(PAGE_SEGMENT, vpn, last, true);
+		if (vpn < stop) {
+			untrack(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+			track(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+		}
+	}
+}
+
+/* ---- by write-protection --------------------------------------------------------------------------- */
+
+/* Drops pages [i, j), which are zeros, so that they read as the kernel's zero page. */
+static int drop_zeros(const struct chunk *c, size_t i, size_t j)
+{
+	int err = discard_segments(page_at(c, i), page_at(c, j));
+
+	return err ? err : real.madvise((void *)page_at(c, i), (j - i) * PAGE_SIZE, MADV_DONTNEED) ? -errno : 0;
+}
+
+static void swap_by_protect(struct chunk *c, size_t i, size_t j)
+{
+	uintptr_t start = page_at(c, i), len = page_at(c, j) - start;
+	bool equal[SECTION_MAX];
+	uint8_t kind[SECTION_MAX];
+	size_t n = j - i;
+
+	if (kernel.tracking)
+		untrack(start, start + len);
+	if (uffd_register(kernel.wp, start, len, UFFDIO_REGISTER_MODE_WP) || uffd_protect(start, len, true) ||
+	    page_kinds(start, n, kind)) {
+		memset(c->status + i, REFUSED, n);
+	} else {
+		for (size_t k = 0; k < n; k++) {
+			/* The one look that counts: from here on nobody writes. */
+			equal[k] = kind[k] == PAGE_OWN && page_equal(c, i + k, (void *)page_at(c, i + k));
+			if (!equal[k])
+				c->status[i + k] = kind[k] == PAGE_OWN	    ? DIFFERENT
+						   : kind[k] == PAGE_FORKED ? BUSY
+									    : GONE;
+		}
+		for (size_t k = 0, end; k < n; k = end) {
+			int err;
+
+			end = run_end(equal, k, n);
+			if (!equal[k])
+				continue;
+			err = c->segment ? map_segment(c, i + k, i + end) : drop_zeros(c, i + k, i + end);
+			memset(c->status + i + k, !err ? DONE : err == -ENOMEM ? NOMAP : REFUSED, end - k);
+		}
+	}
+	uffd_unregister(kernel.wp, start, len);
+	for (uint64_t vpn = start >> PAGE_SHIFT, last = (start + len) >> PAGE_SHIFT, stop; vpn < last; vpn = stop) {
+		vpn = page_next(PAGE_SEGMENT, vpn, last, false);
+		stop = page_next(PAGE_SEGMENT, vpn, last, true);
+		if (vpn < stop)
+			track(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+	}
+}
+
+/* ---- merging --------------------------------------------------------------------------------------- */
+
+static bool may_swap(const struct area *a)
+{
+	if (!area_mergeable(a) || (a->flags & (AREA_LOCKED | AREA_UNMERGING)) || a->prot != (PROT_READ | PROT_WRITE))
+		return false;
+	return kernel.swap == SP_SWAP_MOVE || kernel.swap == SP_SWAP_WP ||
+	       (kernel.swap == SP_SWAP_QUIET && (a->flags & AREA_QUIET));
+}
+
+/* Sorts out what cannot be swapped, and swaps the rest run by run. */
+static void merge_chunk(struct chunk *c)
+{
+	bool go[SECTION_MAX];
+	uint8_t kind[SECTION_MAX];
+
+	if (page_kinds(c->addr, c->n, kind)) {
+		memset(c->status, GONE, c->n);
+		return;
+	}
+	for (size_t k = 0; k < c->n; k++) {
+		uint64_t vpn = (c->addr >> PAGE_SHIFT) + k;
+		bool anonymous = !page_test(PAGE_SEGMENT, vpn) || (kernel.swap == SP_SWAP_WP && kind[k] != PAGE_FILE);
+
+		go[k] = kind[k] == PAGE_OWN && anonymous;
+		if (!go[k])
+			c->status[k] = !anonymous		? REFUSED
+				       : kind[k] == PAGE_FORKED ? BUSY
+				       : kind[k] == PAGE_FILE	? REFUSED
+								: GONE;
+	}
+	for (size_t i = 0, j; i < c->n; i = j) {
+		j = run_end(go, i, c->n);
+		if (!go[i])
+			continue;
+		if (kernel.swap == SP_SWAP_WP)
+			swap_by_protect(c, i, j);
+		else
+			swap_by_move(c, i, j);
+	}
+}
+
+/* Fills the page tables of what was just mapped: the application need not fault, and what /proc says of the
+ * process (PSS, PAGE_IS_FILE) is true at once. */
+static void populate(const struct chunk *c)
+{
+	for (size_t i = 0, j; i < c->n; i = j) {
+		for (j = i; j < c->n && c->status[j] == DONE; j++)
+			;
+		if (j > i)
+			real.madvise((void *)page_at(c, i), (j - i) * PAGE_SIZE, MADV_POPULATE_READ);
+		else
+			j = i + 1;
+	}
+}
+
+/* Merges up to SECTION_MAX pages at `addr` under one hold of the lock. How many it answered for. */
+static size_t merge_some(uintptr_t addr, size_t n, int fd, uint64_t offset, uint8_t *status)
+{
+	struct chunk c = {.addr = addr, .n = n < SECTION_MAX ? n : SECTION_MAX, .fd = fd, .status = status};
+	struct vma vma;
+
+	if (offset != SP_ZERO_PAGE) {
+		c.offset = offset;
+		c.segment = window_reset(kernel.view, c.n * PAGE_SIZE, PROT_READ, fd, (off_t)(offset * PAGE_SIZE));
+		if (!c.segment) {
+			memset(status, NOMAP, c.n);
+			return c.n;
+		}
+		/* Before the hole is open, so that the comparison does not fault in it. */
+		real.madvise((void *)kernel.view, c.n * PAGE_SIZE, MADV_POPULATE_READ);
+	}
+	agent_mmap_lock();
+	c.area = area_next(addr);
+	if (!c.area || c.area->start > addr) {
+		c.n = 1;
+		*status = GONE;
+	} else if (!may_swap(c.area) || !vma_find(kernel.maps, addr, &vma) || vma.start > addr || vma.shared) {
+		c.n = min_addr(c.n, (c.area->end - addr) >> PAGE_SHIFT);
+		memset(status, REFUSED, c.n);
+	} else {
+		/* A move must stay within one mapping. */
+		c.n = min_addr(c.n, (min_addr(c.area->end, vma.end) - addr) >> PAGE_SHIFT);
+		merge_chunk(&c);
+		if (c.segment)
+			populate(&c);
+	}
+	agent_mmap_unlock();
+	return c.n;
+}
+
+/* The number of pages of a segment, or -errno when it is none: sealed content is what makes a comparison
+ * worth anything, and a sealed size is what makes a mapping safe from SIGBUS. */
+static int64_t segment_pages(int fd)
+{
+	int seals = fcntl(fd, F_GET_SEALS);
+	struct stat st;
+
+	if (seals < 0 || (seals & SEALS & ~F_SEAL_SEAL) != (SEALS & ~F_SEAL_SEAL))
+		return -EPERM;
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+		return -EBADF;
+	return st.st_size >> PAGE_SHIFT;
+}
+
+/* Merging gives memory back, but takes some for mappings and page tables first: 256 KiB do for SECTION_MAX pages. In a
+ * cgroup that is full to the last page these would wake the OOM killer as well. */
+static bool room_to_merge(void)
+{
+	bool room;
+
+	agent_mmap_lock();
+	room = headroom(settings.use_swap) >= 256UL << 10;
+	agent_mmap_unlock();
+	return room;
+}
+
+int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
+{
+	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
+	uint64_t since = SECTION_MAX;
+	bool room = false;
+
+	if (pages < 0)
+		return (int)-pages;
+	for (size_t i = 0; i < n; i++)
+		if (extents[i].offset != SP_ZERO_PAGE &&
+		    (extents[i].offset > (uint64_t)pages || extents[i].npages > (uint64_t)pages - extents[i].offset))
+			return EINVAL;
+	for (size_t i = 0; i < n; i++) {
+		const struct sp_extent *e = &extents[i];
+
+		for (uint64_t at = 0; at < e->npages;) {
+			size_t did;
+
+			if (since >= SECTION_MAX) {
+				since = 0;
+				room = room_to_merge();
+			}
+			if (!room) {
+				memset(status, NOMEM, e->npages - at);
+				status += e->npages - at;
+				break;
+			}
+			did = merge_some((e->vpn + at) << PAGE_SHIFT, e->npages - at, fd,
+					 e->offset == SP_ZERO_PAGE ? SP_ZERO_PAGE : e->offset + at, status);
+
+			at += did;
+			since += did;
+			status += did;
+		}
+	}
+	if (pages && kernel.view) /* the segment is not ours to keep alive */
+		window_reset(kernel.view, WINDOW, PROT_NONE, -1, 0);
+	return 0;
+}
+
+/* ---- donating --------------------------------------------------------------------------------------- */
+
+static int new_segment(void)
+{
+	int fd = (int)real.syscall(SYS_memfd_create, "samepage", 1 | 2 | 8); /* CLOEXEC, ALLOW_SEALING, NOEXEC_SEAL */
+
+	if (fd < 0 && errno == EINVAL) /* MFD_NOEXEC_SEAL: 6.3 */
+		fd = (int)real.syscall(SYS_memfd_create, "samepage", 1 | 2);
+	return fd;
+}
+
+/* Appends pages [i, j) at `addr` to the segment, and says so. */
+static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
+{
+	while (i < j) {
+		ssize_t put = write(fd, (void *)(addr + i * PAGE_SIZE), (j - i) * PAGE_SIZE);
+		off_t end;
+
+		if (put < 0 && errno == EINTR)
+			continue;
+		if (put < (ssize_t)PAGE_SIZE) {
+			memset(status + i, put < 0 && errno == EFAULT ? GONE : NOMEM, j - i);
+			return;
+		}
+		/* A short write may have ended inside a page: that page is not there. */
+		memset(status + i, DONE, (size_t)put / PAGE_SIZE);
+		i += (size_t)put / PAGE_SIZE;
+		if (put % (ssize_t)PAGE_SIZE) {
+			end = lseek(fd, -(put % (ssize_t)PAGE_SIZE), SEEK_CUR);
+			if (end < 0 || ftruncate(fd, end)) {
+				memset(status + i, NOMEM, j - i);
+				return;
+			}
+		}
+	}
+}
+
+/* Pages written to a segment after one look at the headroom: 512 KiB, which takes a tenth of a millisecond. A write to
+ * a memfd that finds its cgroup full wakes the OOM killer like any fault. */
+#define DONATE_STEP 128UL
+
+static size_t donate_some(int fd, uintptr_t addr, size_t n, uint8_t *status)
+{
+	uint8_t kind[SECTION_MAX];
+	const struct area *a;
+
+	n = n < DONATE_STEP ? n : DONATE_STEP;
+	agent_mmap_lock();
+	a = area_next(addr);
+	if (!a || a->start > addr) {
+		n = 1;
+		*status = GONE;
+	} else {
+		n = min_addr(n, (a->end - addr) >> PAGE_SHIFT);
+		if (headroom(settings.use_swap) < n * PAGE_SIZE + settings.reserve)
+			memset(status, NOMEM, n);
+		else if (!may_swap(a))
+			memset(status, REFUSED, n);
+		else if (page_kinds(addr, n, kind))
+			memset(status, GONE, n);
+		else
+			for (size_t i = 0, j; i < n; i = j) {
+				for (j = i; j < n && kind[j] == kind[i]; j++)
+					;
+				if (kind[i] == PAGE_OWN)
+					append(fd, addr, i, j, status);
+				else
+					memset(status + i,
+					       kind[i] == PAGE_FORKED ? BUSY
+					       : kind[i] == PAGE_FILE ? REFUSED
+								      : GONE,
+					       j - i);
+			}
+	}
+	agent_mmap_unlock();
+	return n;
+}
+
+static int seal(int fd)
+{
+	int err, tries = 0;
+
+	do { /* EBUSY: something holds a page for a moment (compaction, another CPU's LRU batch); it was waited for */
+		err = fcntl(fd, F_ADD_SEALS, SEALS) ? errno : 0;
+	} while (err == EBUSY && tries++ < 4);
+	return err;
+}
+
+int donate(const struct sp_area *runs, size_t n, uint8_t *status)
+{
+	uint64_t pages = 0, done = 0;
+	uint8_t *first = status;
+	int fd;
+
+	for (size_t i = 0; i < n; i++)
+		pages += runs[i].npages;
+	agent_mmap_lock();
+	fd = headroom(settings.use_swap) < pages * PAGE_SIZE + settings.reserve ? -1 : new_segment();
+	agent_mmap_unlock();
+	if (fd < 0) {
+		memset(status, NOMEM, pages);
+		return -1;
+	}
+	for (size_t i = 0; i < n; i++)
+		for (uint64_t at = 0; at < runs[i].npages;) {
+			size_t did = donate_some(fd, (runs[i].vpn + at) << PAGE_SHIFT, runs[i].npages - at, status);
+
+			at += did;
+			status += did;
+		}
+	while (first < status)
+		done += *first++ == DONE;
+	if (done && !seal(fd))
+		return fd;
+	close(fd);
+	memset(status - pages, BUSY, done ? pages : 0);
+	return -1;
+}

@@ -1,0 +1,441 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The kernel's calls, one function each, with what each kernel version can do. Sources: userfaultfd(2),
+ * ioctl_userfaultfd(2), PAGEMAP_SCAN(2const), Documentation/admin-guide/mm/{userfaultfd,pagemap}.rst.
+ */
+#include "agent.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+struct kernel kernel = {.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1};
+
+/* Newer than the headers of Debian 12 (6.1). Values from the uAPI of Linux 6.8. */
+#define FEATURE_WP_HUGETLBFS_SHMEM (1 << 12) /* 5.19 */
+#define FEATURE_WP_UNPOPULATED (1 << 13)     /* 6.4 */
+#define FEATURE_WP_ASYNC (1 << 15)	     /* 6.7 */
+#define FEATURE_MOVE (1 << 16)		     /* 6.8 */
+
+struct move_request {
+	uint64_t dst, src, len, mode;
+	int64_t move;
+};
+#define MOVE_REQUEST _IOWR(UFFDIO, 0x05, struct move_request)
+#define MOVE_MODE_DONTWAKE 1
+
+struct scan_request { /* struct pm_scan_arg */
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define SCAN_REQUEST _IOWR('f', 16, struct scan_request)
+#define SCAN_WP_MATCHING 1
+
+#define DEV_NEW _IO(0xAA, 0x00) /* USERFAULTFD_IOC_NEW, 6.1 */
+
+#define WINDOWS (2 * WINDOW + COPY_WINDOW)
+
+/* ---- opening --------------------------------------------------------------------------------------- */
+
+static int new_uffd(int dev, uint64_t features, bool *user_mode_only)
+{
+	struct uffdio_api api = {.api = UFFD_API, .features = features};
+	int own = -1, fd = -1;
+
+	*user_mode_only = false;
+	if (dev < 0)
+		dev = own = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	if (dev >= 0)
+		fd = real.ioctl(dev, DEV_NEW, O_CLOEXEC | O_NONBLOCK);
+	if (own >= 0)
+		close(own);
+	if (fd < 0)
+		fd = (int)real.syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (fd < 0) {
+		fd = (int)real.syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+		*user_mode_only = true;
+	}
+	if (fd >= 0 && real.ioctl(fd, UFFDIO_API, &api)) {
+		close(fd);
+		fd = -1;
+	}
+	return fd;
+}
+
+void *window_reset(uintptr_t start, size_t len, int prot, int fd, off_t offset)
+{
+	int flags = MAP_FIXED | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED);
+	void *p = real.mmap((void *)start, len, prot, flags, fd, offset);
+
+	if (p == MAP_FAILED)
+		return NULL;
+	real.madvise(p, len, MADV_DONTFORK);
+	return p;
+}
+
+/* All that this thread ever maps lies in one range that is its own from the start. A program with one thread
+ * may unmap memory and map something at the same place a moment later; nothing of ours may land there. */
+static bool new_windows(void)
+{
+	char *p = real.mmap(NULL, WINDOWS + WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	uintptr_t slack = -(uintptr_t)p % WINDOW;
+
+	if (p == MAP_FAILED)
+		return false;
+	/* A copy window that huge pages fit into. */
+	if (slack)
+		real.munmap(p, slack);
+	real.munmap(p + slack + WINDOWS, WINDOW - slack);
+	kernel.scratch = (uintptr_t)p + slack;
+	kernel.view = kernel.scratch + WINDOW;
+	kernel.copy = kernel.view + WINDOW;
+	real.madvise((void *)kernel.scratch, WINDOWS, MADV_DONTFORK);
+	if (!window_reset(kernel.scratch, WINDOW, PROT_READ | PROT_WRITE, -1, 0))
+		return false;
+	/* A huge page faulted here would stand in the way of pages moved here. */
+	real.madvise((void *)kernel.scratch, WINDOW, MADV_NOHUGEPAGE);
+	return kernel.move < 0 || !uffd_register(kernel.move, kernel.scratch, WINDOW, UFFDIO_REGISTER_MODE_WP);
+}
+
+/* Whether `move` really moves: one page of our own there and back. */
+static bool move_works(void)
+{
+	bool works = false;
+	uintptr_t page = kernel.copy;
+
+	if (!window_reset(page, PAGE_SIZE, PROT_READ | PROT_WRITE, -1, 0))
+		return false;
+	*(volatile char *)page = 1;
+	if (!uffd_register(kernel.move, page, PAGE_SIZE, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP))
+		works = !uffd_move(kernel.scratch, page, PAGE_SIZE);
+	window_reset(page, PAGE_SIZE, PROT_NONE, -1, 0);
+	real.madvise((void *)kernel.scratch, PAGE_SIZE, MADV_DONTNEED);
+	return works;
+}
+
+int kernel_open(int dev)
+{
+	const uint64_t sync_wp = UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+	bool user_only = false, wp_user_only = false;
+	struct page_region one;
+	uintptr_t walked;
+	struct pm_walk any = {.must = PAGE_IS_PRESENT};
+
+	kernel.pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	kernel.mem = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
+	kernel.maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	if (kernel.pagemap < 0 || kernel.mem < 0 || kernel.maps < 0)
+		return -errno;
+	kernel.scan = true;
+	if (pagemap_walk(PAGE_ALIGN_DOWN(&one), PAGE_ALIGN_DOWN(&one) + PAGE_SIZE, &any, &one, 1, &walked) < 0)
+		kernel.scan = false;
+
+	kernel.move = new_uffd(dev, sync_wp | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC | FEATURE_MOVE, &user_only);
+	kernel.tracking = kernel.move >= 0 && kernel.scan;
+	kernel.wp = new_uffd(dev, sync_wp | FEATURE_WP_HUGETLBFS_SHMEM, &wp_user_only);
+	if (kernel.wp < 0)
+		kernel.wp = new_uffd(dev, sync_wp, &wp_user_only);
+
+	if (!new_windows())
+		return -ENOMEM;
+	if (kernel.move >= 0 && !(settings.flags & SP_WELCOME_NO_MOVE) && move_works())
+		kernel.swap = user_only ? SP_SWAP_QUIET : SP_SWAP_MOVE;
+	else if (kernel.wp >= 0 && !wp_user_only)
+		kernel.swap = SP_SWAP_WP;
+	else
+		kernel.swap = SP_SWAP_NONE;
+	if (settings.flags & SP_WELCOME_NO_TRACKING)
+		kernel.tracking = false;
+	if (wp_user_only && kernel.wp >= 0) { /* a system call that met it would fail with EFAULT */
+		close(kernel.wp);
+		kernel.wp = -1;
+	}
+	return 0;
+}
+
+void kernel_close(void)
+{
+	int *fds[] = {&kernel.move, &kernel.wp, &kernel.pagemap, &kernel.mem, &kernel.maps};
+
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
+		if (*fds[i] >= 0)
+			close(*fds[i]);
+		*fds[i] = -1;
+	}
+	if (kernel.scratch)
+		real.munmap((void *)kernel.scratch, WINDOWS);
+	kernel.scratch = kernel.view = kernel.copy = 0;
+	kernel.swap = SP_SWAP_NONE;
+	kernel.tracking = false;
+}
+
+/* ---- pagemap --------------------------------------------------------------------------------------- */
+
+#define PM_PRESENT (1ULL << 63)
+#define PM_SWAPPED (1ULL << 62)
+#define PM_FILE (1ULL << 61)
+#define PM_EXCLUSIVE (1ULL << 56)
+
+/* The same answer from /proc/self/pagemap, 8 bytes a page, where PAGEMAP_SCAN is missing. It cannot tell
+ * what was written, so everything was; nor the zero page, whose content says it. */
+static int walk_entries(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct page_region *v, int n,
+			uintptr_t *walked)
+{
+	uint64_t entry[512], found = 0;
+	int used = 0;
+
+	for (uintptr_t at = start; at < end;) {
+		uint64_t want = (end - at) >> PAGE_SHIFT;
+		ssize_t got;
+
+		if (want > 512)
+			want = 512;
+		got = pread(kernel.pagemap, entry, want * 8, (off_t)((at >> PAGE_SHIFT) * 8));
+		if (got < 8)
+			return got < 0 ? -errno : -EIO;
+		for (ssize_t i = 0; i < got / 8; i++, at += PAGE_SIZE) {
+			uint64_t c = PAGE_IS_WRITTEN;
+
+			c |= entry[i] & PM_PRESENT ? PAGE_IS_PRESENT : 0;
+			c |= entry[i] & PM_SWAPPED ? PAGE_IS_SWAPPED : 0;
+			c |= entry[i] & PM_FILE ? PAGE_IS_FILE : 0;
+			if ((c & w->must) != w->must || (c & w->must_not))
+				continue;
+			if (used && v[used - 1].end == at &&
+			    v[used - 1].categories == (c & ~(uint64_t)PAGE_IS_WRITTEN)) {
+				v[used - 1].end = at + PAGE_SIZE;
+			} else if (used == n) {
+				*walked = at;
+				return used;
+			} else {
+				v[used++] = (struct page_region){at, at + PAGE_SIZE, c & ~(uint64_t)PAGE_IS_WRITTEN};
+			}
+			if (++found == w->max_pages) {
+				*walked = at + PAGE_SIZE;
+				return used;
+			}
+		}
+	}
+	*walked = end;
+	return used;
+}
+
+int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct page_region *v, int n,
+		 uintptr_t *walked)
+{
+	struct scan_request r = {
+		.size = sizeof(r),
+		.flags = w->protect ? SCAN_WP_MATCHING : 0,
+		.start = start,
+		.end = end,
+		.vec = (uintptr_t)v,
+		.vec_len = (uint64_t)n,
+		.max_pages = w->max_pages,
+		.category_inverted = w->must_not,
+		.category_mask = w->must | w->must_not,
+		.return_mask = PAGE_IS_PRESENT | PAGE_IS_FILE,
+	};
+	long got;
+
+	if (!kernel.scan)
+		return walk_entries(start, end, w, v, n, walked);
+	do {
+		got = real.ioctl(kernel.pagemap, SCAN_REQUEST, &r);
+	} while (got < 0 && errno == EINTR);
+	*walked = got < 0 ? start : r.walk_end;
+	return got < 0 ? -errno : (int)got;
+}
+
+int page_kinds(uintptr_t start, size_t n, uint8_t *kind)
+{
+	uint64_t entry[SECTION_MAX];
+
+	if (pread(kernel.pagemap, entry, n * 8, (off_t)((start >> PAGE_SHIFT) * 8)) != (ssize_t)(n * 8))
+		return -EIO;
+	for (size_t i = 0; i < n; i++)
+		kind[i] = !(entry[i] & PM_PRESENT)  ? PAGE_ABSENT
+			  : entry[i] & PM_FILE	    ? PAGE_FILE
+			  : entry[i] & PM_EXCLUSIVE ? PAGE_OWN
+						    : PAGE_FORKED;
+	return 0;
+}
+
+/* ---- userfaultfd ------------------------------------------------------------------------------------ */
+
+int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode)
+{
+	struct uffdio_register r = {.range = {start, len}, .mode = mode};
+
+	return real.ioctl(uffd, UFFDIO_REGISTER, &r) ? -errno : 0;
+}
+
+int uffd_unregister(int uffd, uintptr_t start, uintptr_t len)
+{
+	struct uffdio_range r = {start, len};
+	int err = real.ioctl(uffd, UFFDIO_UNREGISTER, &r) ? -errno : 0;
+
+	/* The kernel wakes those who wait for a missing page, but before it takes the range out of our hands: whoever
+	 * faults in between, under the lock of one mapping only (6.7 and later), would sleep for ever. Those who wait
+	 * to write it does not wake at all. Once it returned, nobody can fall asleep there any more. */
+	uffd_wake(uffd, start, len);
+	return err;
+}
+
+int uffd_protect(uintptr_t start, uintptr_t len, bool on)
+{
+	struct uffdio_writeprotect w = {.range = {start, len}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
+	int err;
+
+	do { /* EAGAIN: a mapping was changing under it, 5.7 and later */
+		err = real.ioctl(kernel.wp, UFFDIO_WRITEPROTECT, &w) ? -errno : 0;
+	} while (err == -EAGAIN);
+	return err;
+}
+
+void uffd_wake(int uffd, uintptr_t start, uintptr_t len)
+{
+	struct uffdio_range r = {start, len};
+
+	real.ioctl(uffd, UFFDIO_WAKE, &r);
+}
+
+int uffd_move(uintptr_t dst, uintptr_t src, uintptr_t len)
+{
+	struct move_request m = {.dst = dst, .src = src, .len = len, .mode = MOVE_MODE_DONTWAKE};
+
+	if (real.ioctl(kernel.move, MOVE_REQUEST, &m))
+		return -errno;
+	return m.move == (int64_t)len ? 0 : -EAGAIN;
+}
+
+int uffd_copy(uintptr_t dst, uintptr_t src, uintptr_t len)
+{
+	struct uffdio_copy c = {.dst = dst, .src = src, .len = len, .mode = UFFDIO_COPY_MODE_DONTWAKE};
+
+	if (real.ioctl(kernel.move, UFFDIO_COPY, &c))
+		return -errno;
+	return c.copy == (int64_t)len ? 0 : -EAGAIN;
+}
+
+void track(uintptr_t start, uintptr_t end)
+{
+	if (kernel.tracking)
+		uffd_register(kernel.move, start, end - start, UFFDIO_REGISTER_MODE_WP);
+}
+
+void untrack(uintptr_t start, uintptr_t end)
+{
+	if (kernel.move >= 0)
+		uffd_unregister(kernel.move, start, end - start);
+}
+
+/* ---- /proc/self/maps -------------------------------------------------------------------------------- */
+
+static bool hex(const char **p, const char *end, uint64_t *out)
+{
+	const char *s = *p;
+
+	for (*out = 0; s < end; s++) {
+		int c = *s, d = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+
+		if (d < 0)
+			break;
+		*out = *out << 4 | (uint64_t)d;
+	}
+	*p = s;
+	return s < end;
+}
+
+/* "start-end perms offset maj:min inode ..." */
+static bool parse_vma(const char *s, const char *end, struct vma *v)
+{
+	uint64_t a, b, skip;
+
+	if (!hex(&s, end, &a) || *s++ != '-' || !hex(&s, end, &b) || end - s < 6)
+		return false;
+	v->start = a;
+	v->end = b;
+	v->read = s[1] == 'r';
+	v->write = s[2] == 'w';
+	v->exec = s[3] == 'x';
+	v->shared = s[4] == 's';
+	s += 6;
+	if (!hex(&s, end, &v->offset) || !hex((s++, &s), end, &skip) || !hex((s++, &s), end, &skip))
+		return false;
+	for (s++, v->ino = 0; s < end && *s >= '0' && *s <= '9'; s++)
+		v->ino = v->ino * 10 + (uint64_t)(*s - '0');
+	return true;
+}
+
+struct procmap_query { /* include/uapi/linux/fs.h, Linux 6.11 */
+	uint64_t size, flags, addr, start, end, vma_flags, page_size, offset, inode;
+	uint32_t dev_major, dev_minor, name_size, build_id_size;
+	uint64_t name, build_id;
+};
+#define PROCMAP_REQUEST _IOWR('f', 17, struct procmap_query)
+#define PROCMAP_COVERING_OR_NEXT 0x10
+
+static bool vma_query(int file, uintptr_t addr, struct vma *out, bool *known)
+{
+	struct procmap_query q = {.size = sizeof(q), .flags = PROCMAP_COVERING_OR_NEXT, .addr = addr};
+
+	if (real.ioctl(file, PROCMAP_REQUEST, &q)) {
+		*known = errno == ENOENT; /* there is no mapping from here on */
+		return false;
+	}
+	*out = (struct vma){.start = q.start,
+			    .end = q.end,
+			    .offset = q.offset,
+			    .ino = q.inode,
+			    .read = q.vma_flags & 1,
+			    .write = q.vma_flags & 2,
+			    .exec = q.vma_flags & 4,
+			    .shared = q.vma_flags & 8};
+	return *known = true;
+}
+
+bool vma_find(int file, uintptr_t addr, struct vma *out)
+{
+	char buf[8192]; /* more than a line can take: a path has at most PATH_MAX bytes */
+	size_t have = 0;
+	bool known;
+
+	*out = (struct vma){0};
+	if (vma_query(file, addr, out, &known) || known)
+		return out->end > addr;
+	if (lseek(file, 0, SEEK_SET) < 0)
+		return false;
+	for (;;) {
+		/* Not read(2): application threads hold the lock here, and that is a cancellation point. */
+		long got = real.syscall(SYS_read, file, buf + have, sizeof(buf) - have);
+		char *line = buf, *stop;
+
+		if (got <= 0)
+			return false;
+		stop = buf + have + got;
+		for (char *nl; (nl = memchr(line, '\n', (size_t)(stop - line))); line = nl + 1)
+			if (parse_vma(line, nl, out) && out->end > addr)
+				return true;
+		have = (size_t)(stop - line);
+		memmove(buf, line, have);
+	}
+}
+
+unsigned long vma_count(void)
+{
+	int file = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	unsigned long lines = 0;
+	char buf[4096];
+	ssize_t got;
+
+	while (file >= 0 && (got = read(file, buf, sizeof(buf))) > 0)
+		for (char *p = buf; (p = memchr(p, '\n', (size_t)(buf + got - p))); p++)
+			lines++;
+	if (file >= 0)
+		close(file);
+	return lines;
+}

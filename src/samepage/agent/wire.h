@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The agent's side of the wire. samepage/memory/wire.py is the other; the two are kept equal by
+ * tests/memory/test_wire.py, which compiles this file.
+ *
+ * The socket is AF_UNIX, SOCK_SEQPACKET: one message is one packet, at most SP_MSG_MAX bytes, little-endian
+ * (the host's order), and a descriptor rides on the packet it belongs to (SCM_RIGHTS). The agent speaks
+ * first (HELLO), the service answers (WELCOME), the agent says what it can do (READY); from then on the
+ * service asks and the agent answers, strictly in turn, each answer carrying the request's op and seq.
+ * A connection whose first packet starts with '{' is a control connection instead (see service/control.py).
+ *
+ * Pages are named by virtual page number (vpn): address / page size.
+ */
+#ifndef SAMEPAGE_WIRE_H
+#define SAMEPAGE_WIRE_H
+
+#include <stdint.h>
+
+#define SP_MAGIC 0x45504d53u /* "SMPE" */
+#define SP_VERSION 1u
+#define SP_MSG_MAX (128u << 10)
+
+enum sp_op {
+	SP_HELLO = 1,	  /* agent: sp_hello */
+	SP_WELCOME = 2,	  /* service: sp_welcome [+ fd of /dev/userfaultfd] */
+	SP_READY = 3,	  /* agent: sp_ready */
+	SP_AREAS = 4,	  /* -> u64 from_vpn         <- sp_areas, sp_area[n] */
+	SP_SCAN = 5,	  /* -> sp_scan              <- sp_scanned, sp_run[nruns], u64 checksum[nhashed] */
+	SP_DONATE = 6,	  /* -> sp_area[]            <- sp_done, u8 status[npages] [+ fd of the sealed memfd] */
+	SP_MERGE = 7,	  /* -> sp_extent[] [+ fd]   <- sp_done, u8 status[npages] */
+	SP_BREAK = 8,	  /* -> sp_area (one)        <- sp_broken */
+	SP_MAP_COUNT = 9, /* ->                      <- sp_map_count */
+	SP_HEADROOM = 10, /* ->                      <- sp_headroom */
+};
+
+struct sp_hdr {
+	uint32_t op;
+	uint32_t seq;
+	int32_t error; /* answers: 0 or a positive errno (EPROTO: the request made no sense) */
+	uint32_t len;  /* bytes after this header */
+};
+
+struct sp_hello {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t pid; /* in the agent's own pid namespace; the service believes SO_PEERCRED */
+	uint32_t page_size;
+	char comm[16];
+};
+
+/* For tests and measurements: what an older kernel would do. */
+enum sp_welcome_flags {
+	SP_WELCOME_TRUNCATE_HASH = 1, /* keep 8 bits of every checksum, so that they collide */
+	SP_WELCOME_NO_MOVE = 2,	      /* swap by write-protection */
+	SP_WELCOME_NO_TRACKING = 4,   /* hash everything at every scan */
+};
+
+struct sp_welcome {
+	uint32_t version;
+	uint32_t flags;
+	uint64_t reserve;  /* bytes of headroom that a break or a donation leaves untouched */
+	uint32_t section;  /* pages in one critical section */
+	uint32_t use_swap; /* count free swap as headroom */
+};
+
+/* How pages are swapped under the application's threads. */
+enum sp_swap {
+	SP_SWAP_NONE = 0,  /* no userfaultfd: nothing can be merged */
+	SP_SWAP_MOVE = 1,  /* UFFDIO_MOVE */
+	SP_SWAP_WP = 2,	   /* UFFDIO_WRITEPROTECT */
+	SP_SWAP_QUIET = 3, /* user-mode-only userfaultfd: only areas their owner declares quiet */
+};
+
+struct sp_ready {
+	uint32_t swap;	   /* enum sp_swap */
+	uint32_t tracking; /* 1: PAGEMAP_SCAN tells which pages were written; 0: every scan hashes everything */
+	uint64_t zero_checksum;
+};
+
+struct sp_area {
+	uint64_t vpn;
+	uint64_t npages;
+};
+
+struct sp_areas {
+	uint64_t seq;
+	uint64_t next_vpn; /* 0, or where the rest of a long list starts */
+};
+
+struct sp_scan {
+	uint64_t vpn;
+	uint64_t budget; /* pages to hash at most */
+};
+
+struct sp_run {
+	uint64_t vpn;
+	uint32_t npages;
+	uint32_t kind; /* RunKind in samepage/memory */
+	uint64_t ino;
+	uint64_t offset;
+};
+
+struct sp_scanned {
+	uint64_t next_vpn;
+	uint64_t areas_seq;
+	uint64_t cpu_ns;
+	uint32_t nruns;
+	uint32_t nhashed;
+};
+
+struct sp_extent {
+	uint64_t vpn;
+	uint64_t npages;
+	uint64_t offset; /* in pages; SP_ZERO_PAGE: the kernel's zero page */
+};
+#define SP_ZERO_PAGE UINT64_MAX
+
+struct sp_done {
+	uint64_t cpu_ns;
+	uint64_t npages;
+};
+
+struct sp_broken {
+	uint64_t pages_unmerged;
+	uint64_t pages_remaining;
+	uint64_t bytes_needed;
+	uint64_t bytes_available;
+	uint64_t cpu_ns;
+	int32_t error; /* 0, ENOMEM, EINTR, EFAULT */
+	uint32_t pad;
+};
+
+struct sp_map_count {
+	uint64_t used;
+	uint64_t limit;
+};
+
+struct sp_headroom {
+	uint64_t available; /* bytes */
+};
+
+#endif

@@ -1,0 +1,289 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The door to libc: who it is (struct real), when the agent is told of it (the constructor), and the calls that
+ * are about neither memory nor processes alone: prctl, ioctl, and syscall(2), through which all others may come.
+ */
+#include "wrappers.h"
+
+#include <dlfcn.h>
+#include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+
+#define MIN_ALLOC_DEFAULT (1UL << 20)
+#define MIN_ALLOC_LEAST (64UL << 10)
+
+/* ---- the real libc ----------------------------------------------------------------------------------- */
+
+struct real real;
+_Atomic bool real_ready;
+
+int (*real_register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
+void (*real_pthread_exit)(void *);
+
+/*
+ * What changes mappings goes to the kernel, whoever else stands in front of libc. tcmalloc has an mmap() that is made
+ * of syscall(), which is ours and would call it again; and while pages are out of their place the agent must not
+ * meet foreign code.
+ */
+static void *kernel_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
+{
+	return (void *)real.syscall(SYS_mmap, addr, len, prot, flags, fd, offset);
+}
+
+static int kernel_munmap(void *addr, size_t len)
+{
+	return (int)real.syscall(SYS_munmap, addr, len);
+}
+
+static void *kernel_mremap(void *addr, size_t old_len, size_t new_len, int flags, ...)
+{
+	va_list args;
+	void *target;
+
+	va_start(args, flags);
+	target = va_arg(args, void *);
+	va_end(args);
+	return (void *)real.syscall(SYS_mremap, addr, old_len, new_len, flags, target);
+}
+
+static int kernel_mprotect(void *addr, size_t len, int prot)
+{
+	return (int)real.syscall(SYS_mprotect, addr, len, prot);
+}
+
+static int kernel_madvise(void *addr, size_t len, int advice)
+{
+	return (int)real.syscall(SYS_madvise, addr, len, advice);
+}
+
+static void look_up(void)
+{
+	static const struct {
+		void *slot;
+		const char *name;
+	} symbols[] = {
+		{&real.syscall, "syscall"},
+		/* dlsym() may call these two. */
+		{&real.calloc, "calloc"},
+		{&real.malloc, "malloc"},
+		{&real.free, "free"},
+		{&real.realloc, "realloc"},
+		{&real.posix_memalign, "posix_memalign"},
+		{&real.aligned_alloc, "aligned_alloc"},
+		{&real.memalign, "memalign"},
+		{&real.malloc_usable_size, "malloc_usable_size"},
+		{&real.mlock, "mlock"},
+		{&real.munlock, "munlock"},
+		{&real.mlockall, "mlockall"},
+		{&real.munlockall, "munlockall"},
+		{&real.prctl, "prctl"},
+		{&real.ioctl, "ioctl"},
+		{&real._Fork, "_Fork"},
+		{&real.clone, "clone"},
+		{&real.unshare, "unshare"},
+		{&real.setns, "setns"},
+		{&real_register_atfork, "__register_atfork"},
+		{&real_pthread_exit, "pthread_exit"},
+	};
+
+	/* First, since the allocator needs them. */
+	real.mmap = kernel_mmap;
+	real.munmap = kernel_munmap;
+	real.mremap = kernel_mremap;
+	real.mprotect = kernel_mprotect;
+	real.madvise = kernel_madvise;
+	for (size_t i = 0; i < sizeof(symbols) / sizeof(symbols[0]); i++)
+		*(void **)symbols[i].slot = dlsym(RTLD_NEXT, symbols[i].name);
+}
+
+void real_init(void)
+{
+	static _Atomic(pthread_t) owner;
+	pthread_t nobody = 0;
+
+	if (real_ready)
+		return;
+	if (!atomic_compare_exchange_strong(&owner, &nobody, pthread_self())) {
+		/* From inside dlsym(), go on with what there is; another thread waits. */
+		while (!real_ready && owner != pthread_self())
+			sched_yield();
+		return;
+	}
+	look_up();
+	atomic_store_explicit(&real_ready, true, memory_order_release);
+	fork_init();
+}
+
+/* ---- prctl and ioctl ----------------------------------------------------------------------------------- */
+
+static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
+{
+	int err;
+
+	need_real();
+	switch (option) {
+	case PR_SET_MEMORY_MERGE:
+	case PR_GET_MEMORY_MERGE:
+		if (!agent_configured())
+			break;
+		err = b || c || d || (a && option == PR_GET_MEMORY_MERGE) ? -EINVAL : 0;
+		if (!err && option == PR_GET_MEMORY_MERGE)
+			return merge_any;
+		if (!err)
+			err = sp_set_memory_merge(a);
+		if (!err)
+			return 0;
+		errno = -err;
+		return -1;
+	case PR_SET_SECCOMP:
+		/* A filter may kill for the calls that the agent needs. NULL is a question what the kernel can do. */
+		if (a == SECCOMP_MODE_STRICT || b)
+			agent_retire();
+		break;
+	}
+	return real.prctl(option, a, b, c, d);
+}
+
+SP_EXPORT int prctl(int option, ...)
+{
+	unsigned long a, b, c, d;
+	va_list args;
+
+	va_start(args, option);
+	a = va_arg(args, unsigned long);
+	b = va_arg(args, unsigned long);
+	c = va_arg(args, unsigned long);
+	d = va_arg(args, unsigned long);
+	va_end(args);
+	return sp_prctl(option, a, b, c, d);
+}
+
+static void untrack_range(void *arg)
+{
+	const struct uffdio_range *range = arg;
+
+	untrack(range->start, range->start + range->len);
+}
+
+/* The application's own userfaultfd: the range is its affair from now on. False, with errno, when pages there
+ * have to stay merged for want of memory. */
+static bool leave_to_userfaultfd(struct uffdio_range *range)
+{
+	uintptr_t start = range->start, end = range->start + range->len;
+	bool ours;
+	sigset_t saved;
+
+	if (no_areas() || start >= end)
+		return true;
+	mmap_lock(&saved);
+	ours = area_overlaps(start, end);
+	area_change(start, end, AREA_EXCLUDED, 0, -1);
+	mmap_unlock(&saved);
+	if (!ours)
+		return true;
+	if (unmerge(start, end) == -ENOMEM) {
+		errno = ENOMEM;
+		return false;
+	}
+	agent_call(untrack_range, range);
+	return true;
+}
+
+static int sp_ioctl(int fd, unsigned long request, void *arg)
+{
+	need_real();
+	if (request == UFFDIO_REGISTER && arg && !leave_to_userfaultfd(&((struct uffdio_register *)arg)->range))
+		return -1;
+	return real.ioctl(fd, request, arg);
+}
+
+SP_EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+	va_list args;
+	void *arg;
+
+	va_start(args, request);
+	arg = va_arg(args, void *);
+	va_end(args);
+	return sp_ioctl(fd, request, arg);
+}
+
+/* ---- syscall(2) ------------------------------------------------------------------------------------------ */
+
+SP_EXPORT long syscall(long number, ...)
+{
+	long a[6];
+	va_list args;
+
+	va_start(args, number);
+	for (int i = 0; i < 6; i++)
+		a[i] = va_arg(args, long);
+	va_end(args);
+	need_real();
+	switch (number) {
+	case SYS_mmap:
+		return (long)sp_mmap((void *)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], a[5]);
+	case SYS_munmap:
+		return sp_munmap((void *)a[0], (size_t)a[1]);
+	case SYS_mremap:
+		return (long)sp_mremap((void *)a[0], (size_t)a[1], (size_t)a[2], (int)a[3], (void *)a[4]);
+	case SYS_mprotect:
+		return sp_mprotect((void *)a[0], (size_t)a[1], (int)a[2], -1);
+	case SYS_pkey_mprotect:
+		return sp_mprotect((void *)a[0], (size_t)a[1], (int)a[2], (int)a[3]);
+	case SYS_madvise:
+		return sp_madvise((void *)a[0], (size_t)a[1], (int)a[2]);
+	case SYS_mlock:
+		return sp_mlock((void *)a[0], (size_t)a[1], 0, false);
+	case SYS_mlock2:
+		return sp_mlock((void *)a[0], (size_t)a[1], (unsigned)a[2], true);
+	case SYS_munlock:
+		return sp_munlock((void *)a[0], (size_t)a[1]);
+	case SYS_mlockall:
+		return sp_mlockall((int)a[0]);
+	case SYS_munlockall:
+		return sp_munlockall();
+	case SYS_prctl:
+		return sp_prctl((int)a[0], (unsigned long)a[1], (unsigned long)a[2], (unsigned long)a[3],
+				(unsigned long)a[4]);
+	case SYS_ioctl:
+		return sp_ioctl((int)a[0], (unsigned long)a[1], (void *)a[2]);
+	case SYS_unshare:
+		return sp_unshare((int)a[0]);
+	case SYS_setns:
+		return sp_setns((int)a[0], (int)a[1]);
+	case SYS_exit:
+		thread_exits();
+		break;
+	case SYS_seccomp:
+		if (a[0] == SECCOMP_SET_MODE_STRICT || (a[0] == SECCOMP_SET_MODE_FILTER && a[2]))
+			agent_retire();
+		break;
+	default:
+		if (is_plain_fork(number, a))
+			return plain_fork(number, a);
+	}
+	return real.syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+
+/* ---- the constructor --------------------------------------------------------------------------------------- */
+
+/* Runs in every process of a tree, also in those that live for a millisecond: no thread, no file, no socket. */
+__attribute__((constructor)) static void initialise(void)
+{
+	const char *service = secure_getenv("SAMEPAGE_SOCKET"), *least = secure_getenv("SAMEPAGE_MIN_ALLOC");
+	unsigned long bytes = least && *least ? strtoul(least, NULL, 10) : MIN_ALLOC_DEFAULT;
+
+	need_real();
+	if (!service || !*service)
+		return;
+	agent_configure(service);
+	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
+}

@@ -1,0 +1,108 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What stands between the application and libc. Every call that the agent has to see is answered by an sp_
+ * function below; the exported wrapper of libc's name and syscall(2) both lead there. Return values and errno
+ * are those of the call answered. A file a concern: alloc.c, mmap.c, mremap.c, madvise.c, fork.c, and
+ * wrappers.c for the rest.
+ */
+#ifndef SAMEPAGE_WRAPPERS_H
+#define SAMEPAGE_WRAPPERS_H
+
+#include "agent.h"
+
+/* Newer than the headers of Debian 12 (6.1), or absent from old ones. */
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* 5.18 */
+#endif
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102 /* 6.13 */
+#endif
+#ifndef PR_SET_MEMORY_MERGE
+#define PR_SET_MEMORY_MERGE 67 /* 6.4 */
+#define PR_GET_MEMORY_MERGE 68
+#endif
+
+/* Beyond every address that can be an area's (area.c). */
+#define ADDRESS_END (1UL << 48)
+
+extern _Atomic bool real_ready;
+
+static inline void need_real(void)
+{
+	if (__builtin_expect(!atomic_load_explicit(&real_ready, memory_order_acquire), 0))
+		real_init();
+}
+
+/* Nothing is an area: no call can concern the agent. */
+static inline bool no_areas(void)
+{
+	need_real();
+	return !atomic_load_explicit(&nr_areas, memory_order_relaxed);
+}
+
+/* ---- alloc.c: all need the lock, save the first two ---- */
+
+/* From now on malloc serves `bytes` and more from mappings of its own. */
+void alloc_enable(size_t bytes);
+/* The range was given to madvise(MADV_MERGEABLE) and may hold blocks of the real allocator's. */
+void alloc_note_advised(uintptr_t start, uintptr_t end);
+/* The application unmapped or moved the range itself: blocks that overlap it are no longer ours. */
+void alloc_forget(uintptr_t start, uintptr_t end);
+
+/* ---- mmap.c ---- */
+
+void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset);
+int sp_munmap(void *addr, size_t len);
+int sp_mprotect(void *addr, size_t len, int prot, int pkey);		 /* pkey -1: mprotect */
+int sp_mlock(const void *addr, size_t len, unsigned flags, bool second); /* second: mlock2 */
+int sp_munlock(const void *addr, size_t len);
+int sp_mlockall(int flags);
+int sp_munlockall(void);
+
+/* The rest need the lock. What a new area starts with: AREA_LOCKED under mlockall(MCL_FUTURE). */
+unsigned area_new_flags(void);
+/* What is an area in the range gets `set` and loses `clear`; what is none becomes one with `set`. All get `prot`,
+ * unless it is 0 and they have one. */
+int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot);
+/* After a call that failed, maybe half-way: forgets areas of the range that are not mapped any more, and learns how
+ * the rest is protected. Keeps errno. */
+void area_reconcile(uintptr_t start, uintptr_t end);
+int vma_prot(const struct vma *v);
+int maps_open(void); /* /proc/self/maps, or -1; no cancellation point, unlike open(2) */
+void maps_close(int file);
+
+extern _Atomic bool merge_any; /* PR_SET_MEMORY_MERGE: new private anonymous mappings are advised */
+
+/* ---- mremap.c ---- */
+
+void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new_addr);
+/* The same under the lock and without a thought for alloc.c's blocks. */
+void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_t target);
+
+/* ---- madvise.c ---- */
+
+int sp_madvise(void *addr, size_t len, int advice);
+int sp_set_memory_merge(bool on); /* 0, or -errno */
+/* Breaks all merged pages of the range; takes the lock itself. 0, or -errno and the rest stays merged. */
+int unmerge(uintptr_t start, uintptr_t end);
+/* Needs the lock. Merged pages of the range become zeros: by discard_segments(), or where no mapping can be
+ * had, by writing. 0 or -EAGAIN. */
+int zero_segments(uintptr_t start, uintptr_t end);
+/* Needs the lock. A merged page is in the range. */
+bool has_segments(uintptr_t start, uintptr_t end);
+
+/* ---- fork.c ---- */
+
+/* What pthread_atfork() calls. The application's calls pass through us, so that ours is the first. */
+extern int (*real_register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
+extern void (*real_pthread_exit)(void *);
+
+void fork_init(void);
+/* A system call by which the process forks and the child goes on where its parent is. */
+bool is_plain_fork(long number, const long *arg);
+long plain_fork(long number, const long *arg); /* number -1: _Fork() */
+int sp_unshare(int flags);
+int sp_setns(int fd, int type);
+void thread_exits(void); /* the calling thread, without the process */
+
+#endif

@@ -1,0 +1,117 @@
+"""The `samepage` command: one module a subcommand, each a thin door to what does the work.
+
+A subcommand is a class whose docstring is its help; `prepare_parser` adds its arguments, `run` does it and
+returns the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class CommandError(Exception):
+    """Something the user can put right; printed as one line."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Command(Protocol):
+    """A subcommand."""
+
+    __doc__: str | None
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None: ...
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's); returns the exit status."""
+    args = _parser().parse_args(argv)
+    command: Command = args.command
+    try:
+        status = command.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CommandError, OSError) as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        name = f": {e.filename}" if isinstance(e, OSError) and e.filename else ""
+        print(f"samepage: {why}{name}", file=sys.stderr)
+        return e.status if isinstance(e, CommandError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from samepage.commands.daemon import Daemon
+    from samepage.commands.knobs import Get, Set
+    from samepage.commands.run import Run
+    from samepage.commands.status import Status
+    from samepage.commands.unmerge import Unmerge
+
+    commands: dict[str, Command] = {
+        "run": Run(),
+        "daemon": Daemon(),
+        "status": Status(),
+        "get": Get(),
+        "set": Set(),
+        "unmerge": Unmerge(),
+    }
+    parser = argparse.ArgumentParser(
+        prog="samepage", description="Same-page merging in user space: equal memory pages of processes share one copy."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in commands.items():
+        doc = command.__doc__ or ""
+        subparser = subparsers.add_parser(name, help=doc.partition("\n")[0].rstrip("."), description=doc)
+        command.prepare_parser(subparser)
+        subparser.set_defaults(command=command)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: that takes longer than starting a command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import samepage
+
+        print(f"samepage {samepage.__version__}")
+        parser.exit()
+
+
+def add_socket(parser: argparse.ArgumentParser) -> None:
+    """The option by which commands find the service."""
+    parser.add_argument(
+        "--socket", metavar="PATH", help="the service to talk to (default: $SAMEPAGE_SOCKET, else this user's daemon)"
+    )
+
+
+def add_reserve(parser: argparse.ArgumentParser) -> None:
+    """The option that says how much memory unmerging and donating leave alone."""
+    parser.add_argument(
+        "--reserve",
+        metavar="SIZE",
+        type=size,
+        default=16 << 20,
+        help="memory that unmerging and merging leave to others: what must still be available, in the machine and in "
+        "every memory cgroup of a process, when they have taken theirs (default: 16M)",
+    )
+
+
+def size(text: str) -> int:
+    """The bytes that `text` says. A type for an argument of a parser."""
+    shift = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
+    digits = text[:-1] if shift else text
+    if not digits.isdecimal() or not int(digits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write bytes, or a number and K, M or G")
+    return int(digits) << shift

@@ -1,0 +1,63 @@
+"""`samepage daemon`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import stat
+import threading
+from pathlib import Path
+
+from samepage.commands import CommandError, add_reserve
+from samepage.service import sockets
+
+
+class Daemon:
+    """Merge the pages of all processes that join, until SIGTERM or SIGINT.
+
+    Run by root it serves every user, each in a merge domain of their own; run by anyone else, that user alone.
+    When it ends, processes run on as they are, merged.
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--socket", metavar="PATH", help=f"where to listen (default: {sockets.default_path()})")
+        add_reserve(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        path = args.socket or sockets.default_path()
+        if args.socket is None:
+            _private_parent(Path(path).parent)
+        listener = sockets.listen(path, everybody=os.getuid() == 0)
+        try:
+            _serve(listener, path, args.reserve)
+        finally:
+            Path(path).unlink(missing_ok=True)
+        return 0
+
+
+def _serve(listener: socket.socket, path: str, reserve: int) -> None:
+    # Imported once the socket is ours: numpy takes longer to load than to refuse.
+    from samepage.memory.agent import Terms
+    from samepage.service.scanner import Scanner
+    from samepage.service.server import Server, raise_descriptor_limit
+
+    raise_descriptor_limit()
+    scanner = Scanner()
+    server = Server(listener, scanner, Terms(reserve=reserve))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    threading.Thread(target=scanner.run, name="ksmd", daemon=True).start()
+    print(f"samepage: listening at {path}", flush=True)
+    server.run()
+    scanner.stop()
+
+
+def _private_parent(folder: Path) -> None:
+    """Make the directory of the default socket where nobody else did; /tmp is everyone's."""
+    if str(folder).startswith("/tmp/"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise CommandError(f"{folder} is not a directory of this user alone: name a place with --socket")

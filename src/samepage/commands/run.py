@@ -1,0 +1,127 @@
+"""`samepage run`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+from samepage import agent
+from samepage.commands import CommandError, add_reserve, child, size
+from samepage.service.private import PrivateService
+
+MIB = 1 << 20
+
+
+class Run:
+    """Run a command, and merge the pages of it and all its children.
+
+    The exit status is the command's; 128 and the signal's number when a signal ended it. One line on stderr says at
+    the end what was saved.
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--json",
+            metavar="FILE",
+            type=Path,
+            help="write counters, peak and a row for every process to FILE, every second and at the end",
+        )
+        parser.add_argument(
+            "--set",
+            metavar="KNOB=VALUE",
+            type=_knob,
+            action="append",
+            default=[],
+            help="set a knob before the first scan",
+        )
+        parser.add_argument(
+            "--min-alloc",
+            metavar="SIZE",
+            type=size,
+            help="allocations of at least this size are merged: bytes, or with K, M or G (default: 1M)",
+        )
+        add_reserve(parser)
+        parser.add_argument("command_line", metavar="COMMAND", nargs=argparse.REMAINDER, help="what to run")
+        self._parser = parser
+
+    def run(self, args: argparse.Namespace) -> int:
+        command: list[str] = args.command_line
+        if command[:1] == ["--"]:
+            command = command[1:]
+        if not command:
+            self._parser.error("COMMAND is missing")
+        report = _writable(args.json) if args.json else None
+        library = _preloadable(agent.library_path())
+        program = child.locate(command[0])
+        service = PrivateService(args.set, report, args.reserve)
+        try:
+            pid = child.start(program, command, _environment(library, service.path, args.min_alloc))
+        except BaseException:
+            service.finish()
+            raise
+        status = child.wait(pid)
+        print(f"samepage: {_saved(service.finish())}", file=sys.stderr)
+        return status
+
+
+def _knob(text: str) -> tuple[str, str]:
+    knob, equals, value = text.partition("=")
+    if not knob or not equals or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KNOB=VALUE")
+    return knob, value
+
+
+def _writable(file: Path) -> Path:
+    """Where FILE really is. It is replaced as a whole, so what counts is whether its directory can be written."""
+    path = Path(os.path.realpath(file))
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise CommandError(f"cannot write {file}: not a regular file")
+    try:
+        probe = path.with_name(f".{path.name}.{os.getpid()}")
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as e:
+        raise CommandError(f"cannot write {file}: {e.strerror}") from e
+    return path
+
+
+def _preloadable(library: Path) -> Path:
+    if not library.exists():
+        raise CommandError(f"the agent is missing: {library}")
+    if any(c in ": \t\n" for c in str(library)):
+        raise CommandError(f"the agent cannot be preloaded from a path with a space or colon in it: {library}")
+    return library
+
+
+def _environment(library: Path, socket: str, min_alloc: int | None) -> dict[str, str]:
+    environment = dict(os.environ)
+    others = environment.get("LD_PRELOAD", "")
+    environment["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
+    environment["SAMEPAGE_SOCKET"] = socket
+    if min_alloc is not None:
+        environment["SAMEPAGE_MIN_ALLOC"] = str(min_alloc)
+    return environment
+
+
+def _saved(summary: dict[str, Any] | None) -> str:
+    """What was saved, in plain words."""
+    if summary is None:
+        return "the service ended before the command did; what was saved is not known"
+    joined = summary["processes_joined"]
+    if not joined:
+        return (
+            "nothing was saved: no process joined, for none had memory to merge, or the command ended at once, "
+            "is statically linked, or is setuid"
+        )
+    if summary["swap"] and not {"move", "wp"} & set(summary["swap"]):
+        return (
+            "nothing was saved: without privilege userfaultfd cannot hold up system calls, so no page may be swapped. "
+            "Let root run `samepage daemon` for this machine, or set vm.unprivileged_userfaultfd=1"
+        )
+    last, peak = summary["bytes_saved"] / MIB, summary["bytes_saved_peak"] / MIB
+    processes = f"{joined} process{'' if joined == 1 else 'es'}"
+    return f"saved {peak:.1f} MiB at most and {last:.1f} MiB last, in {processes}"

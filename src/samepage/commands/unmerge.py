@@ -1,0 +1,71 @@
+"""`samepage unmerge`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+from samepage.commands import CommandError, add_socket
+from samepage.service import sockets
+
+if TYPE_CHECKING:
+    from samepage.service.control import Client
+
+MIB = 1 << 20
+
+
+class Unmerge:
+    """Give merged pages private copies again, as long as there is memory for them.
+
+    Stops with ENOMEM before the memory runs out; what was done stays done, the rest stays merged, and calling
+    again goes on. So does Ctrl-C.
+    """
+
+    def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
+        add_socket(parser)
+        parser.add_argument(
+            "--pid", metavar="PID", type=int, action="append", default=[], help="only this process; may be repeated"
+        )
+        parser.add_argument("--json", action="store_true", help="print how far it came as one JSON object")
+
+    def run(self, args: argparse.Namespace) -> int:
+        from samepage.service.control import Client
+
+        with Client(sockets.find(args.socket), timeout=None) as client:
+            outcome = _last(client, args.pid)
+        if "error" in outcome and "pages_unmerged" not in outcome:
+            raise CommandError(outcome["error"])
+        outcome.pop("ok")
+        if args.json:
+            print(json.dumps(outcome))
+        elif outcome["errno"] is None:
+            print(f"{outcome['pages_unmerged']} pages unmerged")
+        if outcome["errno"] is not None:
+            print(f"samepage: {_explain(outcome)}", file=sys.stderr)
+        return 0 if outcome["errno"] is None else 1
+
+
+def _last(client: Client, pids: list[int]) -> dict[str, Any]:
+    """The final packet. Ctrl-C cancels the unmerge, and the final packet then says how far it came."""
+    cancel = signal.signal(signal.SIGINT, lambda *_: client.cancel())
+    try:
+        for packet in client.stream("unmerge", pids=pids):
+            last = packet
+        return last
+    finally:
+        signal.signal(signal.SIGINT, cancel)
+
+
+def _explain(outcome: dict[str, Any]) -> str:
+    done, left = outcome["pages_unmerged"], outcome["pages_remaining"]
+    if outcome["errno"] == "ENOMEM":
+        needed, there = outcome["bytes_needed"] / MIB, outcome["bytes_available"] / MIB
+        why = f"the next step needs {needed:.1f} MiB and there are {there:.1f}: free some memory and call again"
+    elif outcome["errno"] == "EINTR":
+        why = "interrupted; calling again goes on"
+    else:
+        why = outcome.get("error") or outcome["errno"]
+    return f"{done} pages unmerged, {left} remain merged: {why}"

@@ -1,0 +1,70 @@
+"""When ksmd works, and how much at a time.
+
+`none`: as ksmd ever did, `pages_to_scan` pages, then sleep. `scan-time`: the same, with `pages_to_scan` set after
+every pass so that a pass takes `advisor_target_scan_time`. `cpu`, the default: memory never seen before is looked
+at, and what matches is merged, without a pause; looking again at what was seen is spaced so that it costs at most
+`advisor_max_cpu` percent of a core, and while nothing happens passes come ever more rarely, up to a second apart.
+"""
+
+from __future__ import annotations
+
+from samepage.ksmd.knobs import Knobs
+
+BURST_PAGES = 1 << 16
+"""Pages hashed in one batch by the advisor "cpu" (256 MiB: some 25 ms for two processes)."""
+
+IDLE_SECONDS = 1.0
+"""Longest pause between two passes over memory in which nothing happens."""
+
+
+class Advisor:
+    """Turns what batches cost into what to do next. Times are in seconds, of the clock given to `Ksmd`."""
+
+    def __init__(self, knobs: Knobs) -> None:
+        self._knobs = knobs
+        self._paid = 0.0  # by then, looking again will have cost no more than its share of the time
+        self._rest = 0.0  # pause after the pass just over, and its end
+        self._rest_until = 0.0
+        self._pass_pages = 0
+        self._pass_cpu = 0.0
+
+    def batch_pages(self) -> int:
+        """How many pages the next batch may hash."""
+        if self._knobs.advisor_mode == "cpu":
+            return BURST_PAGES
+        return self._knobs.pages_to_scan
+
+    def scanned(self, now: float, cpu: float, hashed: int, first_looks: int) -> None:
+        """A batch looked at `hashed` pages, at `first_looks` of them for the first time, for `cpu` seconds."""
+        self._pass_pages += hashed
+        self._pass_cpu += cpu
+        again = cpu * (1 - first_looks / hashed) if hashed else cpu
+        self._paid = max(self._paid, now) + again * 100 / self._knobs.advisor_max_cpu
+
+    def joined(self) -> None:
+        """A process came: no more idling."""
+        self._rest = self._rest_until = 0.0
+
+    def pass_over(self, now: float, quiet: bool) -> None:
+        """A pass ended; `quiet`: nothing had changed, nothing was merged."""
+        sleep = self._knobs.sleep_millisecs / 1000
+        self._rest = min(max(2 * self._rest, sleep), max(IDLE_SECONDS, sleep)) if quiet else sleep
+        self._rest_until = now + self._rest
+        if self._knobs.advisor_mode == "scan-time" and self._pass_pages:
+            self._knobs.pages_to_scan = self._scan_time_target(sleep)
+        self._pass_pages, self._pass_cpu = 0, 0.0
+
+    def _scan_time_target(self, sleep: float) -> int:
+        """Pages a batch for the next pass to take the time it should, without costing more CPU than it may."""
+        knobs = self._knobs
+        pages = self._pass_pages * sleep / knobs.advisor_target_scan_time
+        if self._pass_cpu:
+            share = knobs.advisor_max_cpu / 100
+            pages = min(pages, share * sleep * self._pass_pages / self._pass_cpu)
+        return int(min(max(pages, knobs.advisor_min_pages_to_scan), knobs.advisor_max_pages_to_scan))
+
+    def wait(self, now: float, urgent: bool) -> float:
+        """Seconds until the next batch. `urgent`: candidates wait to be merged, or memory to be seen at all."""
+        if self._knobs.advisor_mode == "cpu":
+            return 0.0 if urgent else max(0.0, self._paid - now, self._rest_until - now)
+        return self._knobs.sleep_millisecs / 1000

@@ -1,0 +1,153 @@
+"""What ksmd shows of itself: KSM's names and meanings (admin-guide/mm/ksm.rst), and a few that KSM has no need of.
+
+These hold in every snapshot:
+
+- `pages_shared + pages_sharing` pages of registered processes are merged with segments, `ksm_zero_pages` with the
+  zero page; together they are the sum of `merged` over the processes;
+- `bytes_saved` is `pages_sharing`, less `pages_inherited` and `pages_dead`, plus `ksm_zero_pages`, in bytes. Pages
+  that share by fork would share without us, and segment pages that nobody maps are memory all the same. So it is
+  less than nothing when segments hold more than merging freed, and never more than PSS shows;
+- `general_profit` is `bytes_saved` less `metadata_bytes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from samepage.ksmd.domain import Domain
+from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.rmap import VOLATILE, PageState
+from samepage.memory import PAGE_SIZE, PageStatus
+
+
+@dataclass(slots=True, frozen=True)
+class ProcessRow:
+    """One process. Counts are of pages."""
+
+    pid: int
+    comm: str
+    swap: str
+    """How pages are swapped under the process's threads: a property of its agent, "" if not said."""
+    domain: int
+    ksm_rmap_items: int
+    """Pages whose content is known."""
+    ksm_merging_pages: int
+    """Pages merged with segments."""
+    ksm_zero_pages: int
+    """Pages merged with the zero page."""
+    merged: int
+    """Both of these."""
+    bytes_needed: int
+    """What it would take if all of them were written at once."""
+    pages_inherited: int
+    pages_broken: int
+    """Were merged, and have a private copy again that was not looked at since."""
+    pages_deferred: int
+    """Matched, and will be tried again."""
+    pages_unmerged_vma: int
+    """Matched, and left for want of mappings (`vm.max_map_count`)."""
+    ksm_process_profit: int
+    """Bytes: merged pages, less what ksmd spends on knowing this process's pages (nine bytes each)."""
+    cpu_seconds: float
+    """CPU time spent for ksmd in the process itself."""
+
+
+@dataclass(slots=True, frozen=True)
+class Counters:
+    """All processes together. Counts are of pages where nothing else is said."""
+
+    run: int = 0
+    pages_shared: int = 0
+    """Stable nodes in use."""
+    pages_sharing: int = 0
+    """How many more pages map them: the pages saved, so to speak; but see `bytes_saved`."""
+    pages_unshared: int = 0
+    """Stand in the unstable index: looked at again and again for nothing."""
+    pages_volatile: int = 0
+    """Changing too fast, or waiting to have been the same for a whole pass."""
+    pages_inherited: int = 0
+    """Of `pages_sharing`: shared by fork, not by us."""
+    pages_dead: int = 0
+    """Pages of segments that no registered process maps."""
+    pages_broken: int = 0
+    pages_deferred: int = 0
+    pages_unmerged_vma: int = 0
+    pages_collided: int = 0
+    """Were compared different from a page of equal checksum; left alone until they change."""
+    ksm_zero_pages: int = 0
+    full_scans: int = 0
+    pages_scanned: int = 0
+    """Pages hashed so far."""
+    pages_skipped: int = 0
+    """Pages passed over so far because the kernel said they had not been written."""
+    stable_node_chains: int = 0
+    stable_node_dups: int = 0
+    segments: int = 0
+    bytes_saved: int = 0
+    general_profit: int = 0
+    metadata_bytes: int = 0
+    cpu_seconds: float = 0.0
+    """CPU time of ksmd and, on its behalf, of the processes."""
+    merge_failures: dict[str, int] = field(default_factory=dict)
+    """Failures so far, by name of `PageStatus`."""
+
+
+def process_row(slot: MmSlot) -> ProcessRow:
+    """A snapshot of one process."""
+    n = [int(count) for count in slot.counts]
+    merging = n[PageState.MERGED] + n[PageState.INHERITED]
+    own = n[PageState.MERGED] + n[PageState.ZERO]
+    return ProcessRow(
+        pid=slot.pid,
+        comm=slot.comm,
+        swap=slot.swap,
+        domain=slot.domain.number,
+        ksm_rmap_items=slot.rmap_items,
+        ksm_merging_pages=merging,
+        ksm_zero_pages=n[PageState.ZERO],
+        merged=slot.merged,
+        bytes_needed=slot.merged * PAGE_SIZE,
+        pages_inherited=n[PageState.INHERITED],
+        pages_broken=n[PageState.BROKEN],
+        pages_deferred=n[PageState.DEFERRED],
+        pages_unmerged_vma=n[PageState.OVER_BUDGET],
+        ksm_process_profit=own * PAGE_SIZE - 9 * slot.rmap_items,
+        cpu_seconds=slot.cpu_ns / 1e9,
+    )
+
+
+def total(domains: list[Domain], metadata_bytes: int) -> dict[str, int]:
+    """The counters that are sums over the pages known now."""
+    n = [0] * len(PageState)
+    for domain in domains:
+        for slot in domain.slots:
+            n = [a + int(b) for a, b in zip(n, slot.counts, strict=True)]
+    trees = [domain.stable for domain in domains]
+    shared = sum(tree.pages_shared for tree in trees)
+    sharing = sum(tree.sharers_total for tree in trees) - shared
+    dead = sum(tree.dead_nodes for tree in trees)
+    saved = (sharing - n[PageState.INHERITED] - dead + n[PageState.ZERO]) * PAGE_SIZE
+    return {
+        "pages_shared": shared,
+        "pages_sharing": sharing,
+        "pages_unshared": n[PageState.UNSHARED],
+        "pages_volatile": sum(n[state] for state in VOLATILE),
+        "pages_inherited": n[PageState.INHERITED],
+        "pages_dead": dead,
+        "pages_broken": n[PageState.BROKEN],
+        "pages_deferred": n[PageState.DEFERRED],
+        "pages_unmerged_vma": n[PageState.OVER_BUDGET],
+        "pages_collided": n[PageState.COLLIDED],
+        "ksm_zero_pages": n[PageState.ZERO],
+        "stable_node_chains": sum(tree.chains for tree in trees),
+        "stable_node_dups": sum(tree.dups for tree in trees),
+        "segments": sum(len(tree.segments) for tree in trees),
+        "bytes_saved": saved,
+        "general_profit": saved - metadata_bytes,
+        "metadata_bytes": metadata_bytes,
+    }
+
+
+def failures(statuses: list[int]) -> dict[str, int]:
+    """Merge failures by name."""
+    return {status.name: statuses[status] for status in PageStatus if status != PageStatus.DONE}

@@ -1,0 +1,232 @@
+"""A merge domain: everything ksmd knows of the processes that may share pages with one another.
+
+Nothing here is reachable from another domain. That is how pages of different owners are kept from being
+compared: not by a check that could be forgotten, but because there is nothing to compare them with.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from samepage.ksmd.deferred import Deferred
+from samepage.ksmd.index import ChecksumIndex
+from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.rmap import (
+    HAS_CHECKSUM,
+    HAS_NODE,
+    VOLATILE,
+    Ints,
+    PageState,
+    RmapItems,
+    expand,
+    sorted_refs,
+)
+from samepage.ksmd.stable import StableTree
+from samepage.memory import U8, U32, U64
+
+SLICE_PAGES = 1 << 17
+"""Pages worked on at once (512 MiB of memory), so that temporaries stay small whatever the number of pages."""
+
+CANDIDATE = HAS_CHECKSUM.copy()
+"""States a page that was put aside as a candidate may still be in when its turn comes."""
+CANDIDATE[[PageState.UNSHARED, PageState.COLLIDED, PageState.ALONE]] = False
+
+
+class Domain:
+    """State of one merge domain. Everything is touched under `Ksmd.mutex` only."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.rmap = RmapItems()
+        self.slots: list[MmSlot] = []
+        self.stable = StableTree()
+        self.unstable = ChecksumIndex(lambda: self.rmap.checksum)
+        self.deferred = Deferred()
+        self.parity = 0
+        self.changed_now: list[U32] = []  # refs whose checksum was new in this pass,
+        self.changed_before: list[U32] = []  # and in the one before: candidates at its end, if still the same
+        self.candidates: deque[U32] = deque()  # to be matched, in parts
+        self._table: tuple[Ints, Ints, Ints, list[MmSlot]] | None = None
+
+    @property
+    def checksum(self) -> U64:
+        """u64 a ref."""
+        return self.rmap.checksum
+
+    @property
+    def state(self) -> U8:
+        """`PageState` a ref."""
+        return self.rmap.state
+
+    def nbytes(self) -> int:
+        """Bytes of memory all this takes, temporaries aside."""
+        lists = [*self.changed_now, *self.changed_before, *self.candidates]
+        indexes = self.unstable.nbytes() + self.stable.nbytes() + self.deferred.nbytes()
+        slots = sum(slot.pieces.nbytes + slot.counts.nbytes for slot in self.slots)
+        return self.rmap.resident() + indexes + slots + sum(part.nbytes for part in lists)
+
+    def release(self) -> None:
+        """The last of its processes has gone."""
+        self.stable.release()
+        self.rmap.release()
+
+    # -- areas and refs ---------------------------------------------------------------------------------
+
+    def set_areas(self, slot: MmSlot, areas: Structured) -> None:
+        """Fit the refs of a slot to its areas. MemoryError when there are too many pages."""
+        kept, fell_out, no_refs = slot.recut(areas)
+        for base, npages in fell_out.tolist():
+            self._forget_range(slot, base, npages)
+        slot.pieces = kept
+        self._table = None
+        if len(no_refs):
+            slot.extend([(vpn, npages, self.rmap.allocate(npages)) for vpn, npages in no_refs.tolist()])
+
+    def _forget_range(self, slot: MmSlot, base: int, npages: int) -> None:
+        for start in range(base, base + npages, SLICE_PAGES):
+            end = min(start + SLICE_PAGES, base + npages)
+            self.forget(slot, np.flatnonzero(self.state[start:end]) + start)
+        self.rmap.free(base, npages)
+
+    def drop(self, slot: MmSlot) -> None:
+        """Forget a slot and all its pages (remove_trailing_rmap_items)."""
+        for _, npages, base in slot.pieces.tolist():
+            self._forget_range(slot, base, npages)
+        slot.pieces = slot.pieces[:0]
+        self.slots.remove(slot)
+        self._table = None
+
+    def table(self) -> tuple[Ints, Ints, Ints, list[MmSlot]]:
+        """Every piece of the domain in the order of refs: first ref, ref past the last, first vpn, slot."""
+        if self._table is None:
+            rows = [(b, b + n, v, slot) for slot in self.slots for v, n, b in slot.pieces.tolist()]
+            rows.sort(key=lambda row: row[0])
+            columns = [np.array([row[i] for row in rows], np.int64) for i in range(3)]
+            self._table = (columns[0], columns[1], columns[2], [row[3] for row in rows])
+        return self._table
+
+    def cut(self, refs: U32 | Ints) -> Iterator[tuple[MmSlot, int, slice]]:
+        """Cut ascending refs along the pieces: the slot, what to add to a ref for its vpn, which of `refs`."""
+        bases, _, vpns, slots = self.table()
+        bounds = np.append(np.searchsorted(refs, bases.astype(refs.dtype)), len(refs))
+        for i in np.flatnonzero(np.diff(bounds)):
+            yield slots[i], int(vpns[i] - bases[i]), slice(int(bounds[i]), int(bounds[i + 1]))
+
+    def by_slot(self, refs: U32 | Ints) -> dict[MmSlot, Ints]:
+        """Positions of ascending `refs`, by slot, ascending."""
+        parts: dict[MmSlot, list[tuple[int, int]]] = {}
+        for slot, _, part in self.cut(refs):
+            parts.setdefault(slot, []).append((part.start, part.stop - part.start))
+        return {slot: expand(*np.array(runs, np.int64).T) for slot, runs in parts.items()}
+
+    # -- what a page is ---------------------------------------------------------------------------------
+
+    def set_state(self, slot: MmSlot, refs: U32 | Ints, state: PageState) -> None:
+        """Make pages of one slot something else, and count them as that."""
+        if not len(refs):
+            return
+        slot.counts -= np.bincount(self.state[refs], minlength=len(slot.counts))
+        slot.counts[state] += len(refs)
+        self.state[refs] = state
+
+    def set_states(self, refs: U32 | Ints, state: PageState) -> None:
+        """The same for ascending refs of any slots."""
+        for slot, _, part in self.cut(refs):
+            self.set_state(slot, refs[part], state)
+
+    def forget(self, slot: MmSlot, refs: Ints) -> None:
+        """Pages that are gone: nothing is known of them any more."""
+        self.withdraw(slot, refs)
+        self.set_state(slot, refs, PageState.UNTOUCHED)
+
+    def withdraw(self, slot: MmSlot, refs: Ints) -> int:
+        """Take pages of one slot out of both trees, before they become something else.
+
+        Returns how many of them were merged. The state is the caller's to change, at once.
+        """
+        state = self.state[refs]
+        self.unstable.remove(refs[state == PageState.UNSHARED].astype(np.uint32))
+        has_node = HAS_NODE[state]
+        if has_node.any():
+            self._bequeath(slot, refs[state == PageState.MERGED])
+            self.stable.detach(self.checksum[refs[has_node]].astype(np.int64))
+        return int(np.count_nonzero(has_node)) + int(np.count_nonzero(state == PageState.ZERO))
+
+    def _bequeath(self, slot: MmSlot, refs: Ints) -> None:
+        """Where a page that leaves its node has heirs by fork and nobody else stands in for them, one of them takes its
+        place as the page that was merged. So, of pages that would be one without us, exactly one counts as saved."""
+        others = [s for s in self.slots if s is not slot]
+        if not len(refs) or not any(s.counts[PageState.INHERITED] for s in others):
+            return
+        vpns, nodes = slot.vpns_of(refs), self.checksum[refs]
+        for state in (PageState.MERGED, PageState.INHERITED):
+            for other in others:
+                if not other.counts[state]:
+                    continue
+                theirs = other.refs_of(vpns)
+                at = np.flatnonzero(theirs >= 0)
+                at = at[(self.state[theirs[at]] == state) & (self.checksum[theirs[at]] == nodes[at])]
+                self.set_state(other, theirs[at], PageState.MERGED)
+                vpns, nodes = np.delete(vpns, at), np.delete(nodes, at)
+
+    def inherited(self, slot: MmSlot, vpns: Ints, nodes: Ints) -> Ints:
+        """Which of the pages found in `slot` another process has at the same address, merged with the same node."""
+        known = np.zeros(len(vpns), np.bool_)
+        for other in self.slots:
+            if other is slot or not other.merged:
+                continue
+            theirs = other.refs_of(vpns)
+            at = np.flatnonzero(theirs >= 0)
+            refs = theirs[at]
+            known[at] |= HAS_NODE[self.state[refs]] & (self.checksum[refs].astype(np.int64) == nodes[at])
+        return np.flatnonzero(known)
+
+    def changed(self, slot: MmSlot, refs: Ints, checksums: U64) -> None:
+        """Pages (in neither tree) whose content is new: candidates if they stay so for a whole pass."""
+        self.rmap.touch(refs)
+        self.checksum[refs] = checksums
+        self.set_state(slot, refs, VOLATILE[self.parity])
+        self.changed_now.append(refs.astype(np.uint32))
+
+    # -- candidates -------------------------------------------------------------------------------------
+
+    def end_pass(self, passes: int) -> None:
+        """What was new one pass ago and did not change since becomes a candidate; so does what was deferred."""
+        self.candidates.extend(self.changed_before)
+        self.candidates.extend(self.deferred.due(passes))
+        self.changed_before, self.changed_now = self.changed_now, []
+        self.parity ^= 1
+
+    def next_candidates(self) -> U32:
+        """The next slice of candidates, ascending; empty when there are none left."""
+        parts: list[U32] = []
+        taken = 0
+        while self.candidates and taken < SLICE_PAGES:
+            part = self.candidates.popleft()
+            if taken + len(part) > SLICE_PAGES:
+                part, rest = part[: SLICE_PAGES - taken], part[SLICE_PAGES - taken :]
+                self.candidates.appendleft(rest)
+            # What changed in the pass just over has the other parity, and waits for one pass more.
+            state = self.state[part]
+            part = part[CANDIDATE[state] & (state != VOLATILE[self.parity ^ 1])]
+            parts.append(part)
+            taken += len(part)
+        return sorted_refs(parts)
+
+    def start_afresh(self) -> None:
+        """After everything was unmerged: nothing is known but checksums, and every page is a candidate anew."""
+        self.unstable.clear()
+        self.deferred = Deferred()
+        self.candidates.clear()
+        self.changed_now, self.changed_before = [], []
+        for slot in self.slots:
+            for _, npages, base in slot.pieces.tolist():
+                for start in range(base, base + npages, SLICE_PAGES):
+                    end = min(start + SLICE_PAGES, base + npages)
+                    refs = np.flatnonzero(HAS_CHECKSUM[self.state[start:end]]) + start
+                    self.set_state(slot, refs, PageState.KNOWN)
+                    if len(refs):
+                        self.changed_before.append(refs.astype(np.uint32))

@@ -1,0 +1,99 @@
+"""The knobs of /sys/kernel/mm/ksm, with the kernel's names, meanings and errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+
+class Run(IntEnum):
+    """What `run` can be set to."""
+
+    STOP = 0
+    MERGE = 1
+    UNMERGE = 2
+
+
+ADVISOR_MODES = ("none", "scan-time", "cpu")
+
+
+@dataclass(slots=True)
+class Knobs:
+    """Their values; the defaults are the kernel's but for `use_zero_pages` and the advisor.
+
+    Pages of zeros are merged with the zero page by default (the kernel does not): here that costs no mapping
+    and no segment, so there is nothing to be weighed against it.
+    """
+
+    run: int = Run.MERGE
+    pages_to_scan: int = 100
+    """Pages hashed in a batch when the advisor is "none" (or as "scan-time" found best)."""
+    sleep_millisecs: int = 20
+    """Milliseconds between batches; with the advisor "cpu", at least that between two passes."""
+    max_page_sharing: int = 256
+    """Pages that may be merged with one node; from the next on a second copy is made."""
+    use_zero_pages: int = 1
+    max_overcommit: int = 0
+    """Percent; 0 is off. Nothing is merged in a memory cgroup if what its processes would need, were all their merged
+    pages written at once, is then more than so many percent of what it has available."""
+    advisor_mode: str = "cpu"
+    advisor_max_cpu: int = 5
+    """Percent of one core that looking again at memory already seen may cost."""
+    advisor_target_scan_time: int = 200
+    """Seconds a pass is to take, in mode "scan-time"."""
+    advisor_min_pages_to_scan: int = 500
+    advisor_max_pages_to_scan: int = 30000
+
+
+_LIMITS = {
+    "run": (0, 2),
+    "pages_to_scan": (1, (1 << 32) - 1),
+    "sleep_millisecs": (0, (1 << 32) - 1),
+    "max_page_sharing": (2, 32768),
+    "use_zero_pages": (0, 1),
+    "max_overcommit": (0, (1 << 32) - 1),
+    "advisor_max_cpu": (1, 100),
+    "advisor_target_scan_time": (1, (1 << 32) - 1),
+    "advisor_min_pages_to_scan": (1, (1 << 32) - 1),
+    "advisor_max_pages_to_scan": (1, (1 << 32) - 1),
+}
+
+NAMES = tuple(f.name for f in fields(Knobs))
+"""All knobs, in the order they are shown."""
+
+
+def error(code: int, what: str) -> OSError:
+    """An OSError with the errno's own text and what it is about."""
+    return OSError(code, os.strerror(code), what)
+
+
+def parse(name: str, value: str | int) -> str | int:
+    """The value a knob would get. KeyError: no such knob; OSError EINVAL: no such value."""
+    if name not in NAMES:
+        raise KeyError(name)
+    if name == "advisor_mode":
+        if value not in ADVISOR_MODES:
+            raise error(errno.EINVAL, f"{name}: {value!r}")
+        return value
+    try:
+        number = int(value)
+    except ValueError:
+        raise error(errno.EINVAL, f"{name}: {value!r}") from None
+    low, high = _LIMITS[name]
+    if not low <= number <= high:
+        raise error(errno.EINVAL, f"{name}: {number} is not in {low}..{high}")
+    return number
+
+
+def check_change(knobs: Knobs, name: str, value: str | int, merged: bool) -> None:
+    """Raise the kernel's error where a value is good but not now."""
+    if name == "max_page_sharing" and value != knobs.max_page_sharing and merged:
+        raise error(errno.EBUSY, "max_page_sharing: pages are merged; set run to 2 first")
+    if name == "pages_to_scan" and knobs.advisor_mode == "scan-time":
+        raise error(errno.EINVAL, "pages_to_scan: the advisor sets it; set advisor_mode to none first")
+    minimum = value if name == "advisor_min_pages_to_scan" else knobs.advisor_min_pages_to_scan
+    maximum = value if name == "advisor_max_pages_to_scan" else knobs.advisor_max_pages_to_scan
+    if int(minimum) > int(maximum):
+        raise error(errno.EINVAL, f"{name}: minimum {minimum} is over maximum {maximum}")

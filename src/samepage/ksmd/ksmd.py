@@ -1,0 +1,508 @@
+"""The daemon itself: the list of processes, the scan cursor, run control, and what others may ask of it."""
+
+from __future__ import annotations
+
+import errno
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from samepage.ksmd import check
+from samepage.ksmd import counters as show
+from samepage.ksmd import knobs as knob_rules
+from samepage.ksmd.advisor import Advisor
+from samepage.ksmd.counters import Counters, ProcessRow
+from samepage.ksmd.domain import SLICE_PAGES, Domain
+from samepage.ksmd.knobs import Knobs, Run
+from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
+from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
+from samepage.ksmd.scan import Seen, ingest, look
+from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
+from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone
+
+ROUNDS = 64
+"""Steps of a scan in one batch at most: a process that never gets on must not keep ksmd from the others."""
+
+STEP_PAGES = 256
+"""A process is not asked for fewer pages than these if the budget is larger: a message has its price."""
+
+SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
+"""When less than this share of a segment's pages is in use after so many passes, and at least so many pages
+(1 MiB) are held for nothing in such segments, their last users are moved out."""
+
+WHOLE = (0, 1 << 52)
+"""All pages an address space can have: (vpn, npages)."""
+
+
+@dataclass(slots=True, frozen=True)
+class MergeOutcome:
+    """What `Ksmd.merge_range` did. `pages_merged` of the range are merged now, `pages_new` of them by this call;
+    `failures` are counted by name of `PageStatus` over all pages it touched."""
+
+    pages_merged: int
+    pages_new: int
+    failures: dict[str, int]
+
+
+class Ksmd:
+    """Finds equal pages in address spaces, and has them share one copy.
+
+    Any thread may call any method. One works at a time, under `mutex` (ksm_thread_mutex); `enter`, `exit`,
+    `counters`, `rows`, `get`, `next_wait` and `metadata_bytes` never wait for it.
+
+    `concurrently` is used like `map` to have several processes work at once. `clock` and `cpu_clock` give seconds:
+    of the time, and of this thread's CPU time.
+    """
+
+    def __init__(
+        self,
+        *,
+        concurrently: Concurrently = map,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self.mutex = threading.Lock()
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._knobs = Knobs()
+        self._advisor = Advisor(self._knobs)
+        self._work = MergeWork(concurrently)
+        self._domains: dict[int, Domain] = {}
+        self._mmlist_lock = threading.Lock()  # guards the next three, and is held for moments only
+        self._slots: dict[int, MmSlot] = {}  # by number, ascending: the list of ksm_mm_head
+        self._joining: list[MmSlot] = []
+        self._next_number = 1
+        self._cursor: dict[MmSlot, int] = {}  # slots of this pass not yet looked at to the end, and where to go on
+        self._in_pass = False
+        self._seqnr = 0
+        self._pages_scanned = self._pages_skipped = 0
+        self._pass_hashed = 0
+        self._pass_changed = False
+        self._cpu = 0.0
+        self._departed_cpu_ns = 0
+        self._counters = Counters(run=self._knobs.run)
+        self._rows: tuple[ProcessRow, ...] = ()
+        self._urgent = False
+
+    # -- who takes part ---------------------------------------------------------------------------------
+
+    def enter(self, space: AddressSpace, comm: str = "", swap: str = "") -> MmSlot:
+        """A process joins (__ksm_enter). It is looked at before the pass going on ends."""
+        with self._mmlist_lock:
+            domain = self._domains.get(space.domain)
+            if domain is None:
+                domain = self._domains[space.domain] = Domain(space.domain)
+            slot = MmSlot(space, domain, self._next_number, comm, swap)
+            self._next_number += 1
+            self._slots[slot.number] = slot
+            self._joining.append(slot)
+            self._advisor.joined()
+        return slot
+
+    def exit(self, slot: MmSlot) -> None:
+        """A process leaves (__ksm_exit). Its pages stay as they are; they are just not known any more."""
+        slot.gone = True
+        if self.mutex.acquire(blocking=False):
+            try:
+                self._reap()
+                self._publish()
+            finally:
+                self.mutex.release()
+
+    def slots(self, pid: int | None = None) -> list[MmSlot]:
+        """Those that take part, or those of them with that pid (a process that called exec may have two)."""
+        with self._mmlist_lock:
+            return [s for s in self._slots.values() if not s.gone and pid in (None, s.pid)]
+
+    def _reap(self) -> None:
+        """Take in who joined, forget who left. Only ever between two steps: nobody's refs are in hand here."""
+        with self._mmlist_lock:
+            joining, self._joining = self._joining, []
+            gone = [slot for slot in self._slots.values() if slot.gone]
+            for slot in joining:
+                slot.domain.slots.append(slot)
+            for slot in gone:
+                del self._slots[slot.number]
+        for slot in joining:
+            if self._in_pass:
+                self._cursor[slot] = 0
+        for slot in gone:
+            self._cursor.pop(slot, None)
+            self._departed_cpu_ns += slot.cpu_ns
+            slot.domain.drop(slot)
+        with self._mmlist_lock:
+            named = {slot.domain.number for slot in self._slots.values()}
+            for number in [n for n in self._domains if n not in named]:
+                self._domains.pop(number).release()
+
+    # -- the scan ---------------------------------------------------------------------------------------
+
+    def do_scan(self, budget: int | None = None) -> int:
+        """One batch (ksm_do_scan): hash at most `budget` pages (None: as many as the advisor says), or merge one slice
+        of the candidates that a pass left. Returns how many pages were looked at or tried; 0 when stopped.
+
+        Candidates are matched when a pass is over, not while it goes on: with all of memory in view, runs of
+        equal pages are found whole, and one slice is merged at a time, so that nobody waits long for the mutex.
+        """
+        with self.mutex:
+            if self._knobs.run != Run.MERGE:
+                return 0
+            started = self._cpu_clock()
+            try:
+                self._reap()
+                candidates = self._merge_slice()
+                if candidates is not None:
+                    return candidates
+                return self._scan_batch(self._advisor.batch_pages() if budget is None else budget)
+            finally:
+                self._cpu += self._cpu_clock() - started
+                self._reap()
+                self._publish()
+
+    def _merge_slice(self) -> int | None:
+        for domain in list(self._domains.values()):
+            if domain.candidates:
+                refs = domain.next_candidates()
+                self._pass_changed |= bool(len(refs))
+                self._allow()
+                merge_candidates(domain, refs, self._work)
+                return len(refs)
+        return None
+
+    def _allow(self) -> None:
+        """How much may be merged in each memory cgroup by `max_overcommit`, as things stand."""
+        percent = self._knobs.max_overcommit
+        self._work.allowance = None
+        if not percent:
+            return
+        committed: dict[str, int] = {}
+        available: dict[str, int] = {}
+        for slot, (group, there) in self._work.each(self.slots(), headroom).items():
+            slot.group = group
+            committed[group] = committed.get(group, 0) + slot.merged
+            available[group] = min(available.get(group, there), there)
+        self._work.allowance = {
+            group: available[group] * percent // 100 // PAGE_SIZE - committed[group] for group in committed
+        }
+
+    def _scan_batch(self, budget: int) -> int:
+        if not self._in_pass:
+            self._begin_pass()
+            if not self._cursor:  # nobody there: that is no pass
+                self._in_pass = False
+                return 0
+        started = self._cpu_clock()
+        spent_before = sum(slot.cpu_ns for slot in self._cursor)
+        scanned = list(self._cursor)
+        total = Seen()
+        for _ in range(ROUNDS):
+            if not self._cursor or total.hashed >= budget:
+                break
+            self._scan_step(budget - total.hashed, total)
+        self._pages_scanned += total.hashed
+        self._pass_hashed += total.hashed
+        self._pass_changed |= bool(total.changed)
+        in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
+        cpu = self._cpu_clock() - started + in_processes / 1e9
+        self._advisor.scanned(self._clock(), cpu, total.hashed, total.first_looks)
+        if not self._cursor:
+            self._end_pass()
+        return total.hashed
+
+    def _begin_pass(self) -> None:
+        with self._mmlist_lock:
+            slots = [slot for slot in self._slots.values() if not slot.gone and slot not in self._joining]
+        slots.sort(key=lambda slot: slot.passes > 0)  # the new ones first; they are not made to wait
+        self._cursor = dict.fromkeys(slots, 0)
+        self._in_pass = True
+        self._pass_hashed = 0
+
+    def _scan_step(self, budget: int, total: Seen) -> None:
+        """Ask every process of the pass for one step, or as many as the budget is worth asking."""
+        slots = list(self._cursor)[: max(1, budget // STEP_PAGES)]
+        share = budget // len(slots)
+        looks = self._work.each(slots, lambda slot: look(slot, self._cursor[slot], share))
+        for slot in slots:
+            seen = looks.get(slot)
+            try:
+                if seen is None:
+                    del self._cursor[slot]
+                    continue
+                outcome = ingest(slot.domain, slot, seen, self._work.passes)
+            except AddressSpaceGone:
+                slot.gone = True
+                del self._cursor[slot]
+                continue
+            total.hashed += outcome.hashed
+            total.first_looks += outcome.first_looks
+            total.changed += outcome.changed
+            if seen.reply.next_vpn:
+                self._cursor[slot] = seen.reply.next_vpn
+            else:
+                del self._cursor[slot]
+                slot.passes += 1
+
+    def _end_pass(self) -> None:
+        self._in_pass = False
+        self._seqnr += 1
+        self._work.passes += 1
+        known = sum(slot.rmap_items for slot in self.slots())
+        self._pages_skipped += max(0, known - self._pass_hashed)
+        for domain in self._domains.values():
+            domain.end_pass(self._work.passes)
+            for slot in [s for s in domain.slots if s.pending_breaks and not s.gone]:
+                try:
+                    retry_pending(domain, slot, self._work.passes)
+                except AddressSpaceGone:
+                    slot.gone = True
+            self._compact(domain)
+        self._advisor.pass_over(self._clock(), quiet=not self._pass_changed)
+        self._pass_changed = False
+
+    def _compact(self, domain: Domain) -> None:
+        """Free the segments that are mostly dead, if that is worth the trouble; one try in `SPARSE_PASSES` passes."""
+        passes = self._work.passes
+        if passes % SPARSE_PASSES or domain.stable.dead_nodes < SPARSE_PAGES:
+            return
+        sparse = [
+            (segment.base, segment.base + segment.rows, segment.dead)
+            for segment in domain.stable.segments
+            if segment.handle and segment.live < SPARSE_SHARE * segment.size and passes - segment.born > SPARSE_PASSES
+        ]
+        if sum(dead for _, _, dead in sparse) < SPARSE_PAGES:
+            return
+        for first, past, _ in sparse:
+            if not move_out(domain, [s for s in domain.slots if not s.gone], (first, past)):
+                return
+
+    # -- merging and unmerging on request ---------------------------------------------------------------
+
+    def merge_range(self, slot: MmSlot, vpn: int, npages: int) -> MergeOutcome:
+        """Merge pages now, also with one another: their owner says they will not change, so there is no waiting
+        for a pass; works while `run` is 0, too. AddressSpaceGone if the process is not there any more; OSError EBUSY
+        while `run` is 2."""
+        with self.mutex:
+            if self._knobs.run == Run.UNMERGE:
+                raise knob_rules.error(errno.EBUSY, "run is 2: nothing is to be merged")
+            started = self._cpu_clock()
+            try:
+                self._reap()
+                self._scan_range(slot, vpn, npages)
+                # Of pages that their owner unmerged a moment ago, the first look only hears that they are gone.
+                self._scan_range(slot, vpn, npages)
+                before = self._work.statuses.copy()
+                domain = slot.domain
+                refs = self._refs_in(slot, vpn, npages)
+                merged = int(np.count_nonzero(_is_merged(domain, refs)))
+                candidates = HAS_CHECKSUM[domain.state[refs]]
+                candidates &= domain.state[refs] != PageState.UNSHARED
+                candidates &= domain.state[refs] != PageState.COLLIDED
+                for part in np.array_split(refs[candidates], 1 + int(candidates.sum()) // SLICE_PAGES):
+                    self._allow()
+                    merge_candidates(domain, sorted_refs([part.astype(np.uint32)]), self._work)
+                if slot.gone:
+                    raise AddressSpaceGone("gone while it was merged")
+                now = int(np.count_nonzero(_is_merged(domain, refs)))
+                return MergeOutcome(now, now - merged, show.failures((self._work.statuses - before).tolist()))
+            finally:
+                self._cpu += self._cpu_clock() - started
+                self._reap()
+                self._publish()
+
+    def _scan_range(self, slot: MmSlot, vpn: int, npages: int) -> None:
+        at = vpn
+        try:
+            while at < vpn + npages:
+                if slot.gone:
+                    raise AddressSpaceGone("has left")
+                seen = look(slot, at, vpn + npages - at)
+                self._pages_scanned += ingest(slot.domain, slot, seen, self._work.passes).hashed
+                if not seen.reply.next_vpn:
+                    break
+                at = seen.reply.next_vpn
+        except AddressSpaceGone:
+            slot.gone = True
+            raise
+
+    def _refs_in(self, slot: MmSlot, vpn: int, npages: int) -> Ints:
+        whole = np.array([(vpn, npages)], AREA)
+        _, _, ref, length = slot.locate(whole["vpn"], whole["npages"])
+        return expand(ref, length)
+
+    def unmerge(
+        self,
+        slot: MmSlot | None = None,
+        vpn: int = WHOLE[0],
+        npages: int = WHOLE[1],
+        cancelled: Cancelled = lambda: False,
+    ) -> UnmergeResult:
+        """Give pages private copies again: those of a range, a process, or (None) of all.
+
+        Stops at the first error, which is in the outcome: ENOMEM, or EINTR when `cancelled()` said so between
+        two steps. What was unmerged is left alone until it changes. What was not, for want of memory, stays
+        merged and is tried again by later passes. The process gone is no error: nothing of it is left to unmerge.
+        """
+        with self.mutex:
+            try:
+                self._reap()
+                return self._unmerge([slot] if slot else None, (vpn, npages), cancelled, leave_alone=True)
+            finally:
+                self._reap()
+                self._publish()
+
+    def _unmerge(
+        self, only: list[MmSlot] | None, extent: tuple[int, int], cancelled: Cancelled, leave_alone: bool
+    ) -> UnmergeResult:
+        result = UnmergeResult()
+        slot = only[0] if only else self._next_slot(0)
+        while slot is not None:
+            if not slot.gone:
+                self._unmerge_slot(slot, extent, cancelled, leave_alone, result)
+            if result.errno:
+                break
+            slot = None if only else self._next_slot(slot.number)
+        return result
+
+    def _unmerge_slot(
+        self, slot: MmSlot, extent: tuple[int, int], cancelled: Cancelled, leave_alone: bool, result: UnmergeResult
+    ) -> None:
+        if slot not in slot.domain.slots:  # joined this moment
+            self._reap()
+        try:
+            row, last = unmerge_pages(slot.domain, slot, *extent, cancelled, leave_alone)
+        except AddressSpaceGone:
+            slot.gone = True
+            return
+        result.add(row, last)
+        slot.pending_breaks = [run for run in slot.pending_breaks if not _within(run, extent)]
+        if row.errno == errno.ENOMEM and leave_alone:
+            slot.pending_breaks.append(extent)
+
+    def _next_slot(self, number: int) -> MmSlot | None:
+        """The process after that of `number` in the list, whoever joined or left meanwhile."""
+        with self._mmlist_lock:
+            return next((slot for n, slot in self._slots.items() if n > number and not slot.gone), None)
+
+    def _unmerge_and_remove_all_rmap_items(self, cancelled: Cancelled) -> UnmergeResult:
+        """All of it: only then is `full_scans` zero again. The cursor goes back to the head either way."""
+        result = self._unmerge(None, WHOLE, cancelled, leave_alone=False)
+        self._cursor = {}
+        self._in_pass = False
+        self._reap()
+        if not result.errno:
+            self._seqnr = 0
+            for domain in self._domains.values():
+                domain.start_afresh()
+        return result
+
+    # -- run control and the other knobs ----------------------------------------------------------------
+
+    def get(self, name: str) -> str:
+        """The value of a knob, as its file would show it. KeyError: there is no such knob."""
+        if name not in knob_rules.NAMES:
+            raise KeyError(name)
+        return str(getattr(self._knobs, name))
+
+    def knobs(self) -> dict[str, str]:
+        """All knobs."""
+        return {name: self.get(name) for name in knob_rules.NAMES}
+
+    def set(self, name: str, value: str | int, cancelled: Cancelled = lambda: False) -> None:
+        """Set a knob. KeyError: no such knob. OSError: EINVAL or EBUSY as the kernel has it.
+
+        Setting `run` to 2 unmerges everything, and raises ENOMEM or EINTR if that fails; `run` is 0 then.
+        """
+        new = knob_rules.parse(name, value)
+        with self.mutex:
+            self._reap()
+            merged = any(slot.merged for slot in self.slots())
+            knob_rules.check_change(self._knobs, name, new, merged)
+            try:
+                if name == "run":
+                    self._set_run(Run(int(new)), cancelled)
+                    return
+                if name == "pages_to_scan" and self._knobs.advisor_mode == "cpu":
+                    self._knobs.advisor_mode = "none"
+                if name == "advisor_mode" and new == "scan-time" != self._knobs.advisor_mode:
+                    self._knobs.pages_to_scan = self._knobs.advisor_min_pages_to_scan
+                setattr(self._knobs, name, new)
+                self._work.max_page_sharing = self._knobs.max_page_sharing
+                self._work.use_zero_pages = bool(self._knobs.use_zero_pages)
+            finally:
+                self._reap()
+                self._publish()
+
+    def _set_run(self, run: Run, cancelled: Cancelled) -> None:
+        if run == self._knobs.run:
+            return
+        self._knobs.run = run
+        if run == Run.UNMERGE:
+            result = self._unmerge_and_remove_all_rmap_items(cancelled)
+            if result.errno:
+                self._knobs.run = Run.STOP
+                raise UnmergeFailed(result)
+
+    # -- what is shown ----------------------------------------------------------------------------------
+
+    def next_wait(self) -> float:
+        """Seconds until `do_scan` should be called again; infinite while there is nothing to do until
+        somebody joins or a knob is set."""
+        if self._knobs.run != Run.MERGE or not self._slots:
+            return math.inf
+        return self._advisor.wait(self._clock(), self._urgent or bool(self._joining))
+
+    def counters(self) -> Counters:
+        """How things stood after the last batch."""
+        return self._counters
+
+    def rows(self) -> tuple[ProcessRow, ...]:
+        """A row for every process, of the same moment."""
+        return self._rows
+
+    def metadata_bytes(self) -> int:
+        """Bytes of memory that knowing pages takes, of the same moment (temporaries of a batch are not in it)."""
+        return self._counters.metadata_bytes
+
+    def _publish(self) -> None:
+        """Make a new snapshot, for readers that must not wait."""
+        with self._mmlist_lock:
+            domains = list(self._domains.values())
+            slots = list(self._slots.values())
+        self._urgent = any(domain.candidates for domain in domains) or any(not slot.passes for slot in slots)
+        self._rows = tuple(show.process_row(slot) for slot in slots)
+        self._counters = Counters(
+            run=self._knobs.run,
+            full_scans=self._seqnr,
+            pages_scanned=self._pages_scanned,
+            pages_skipped=self._pages_skipped,
+            cpu_seconds=self._cpu + (self._departed_cpu_ns + sum(slot.cpu_ns for slot in slots)) / 1e9,
+            merge_failures=show.failures(self._work.statuses.tolist()),
+            **show.total(domains, sum(domain.nbytes() for domain in domains)),
+        )
+
+
+class UnmergeFailed(OSError):
+    """Setting `run` to 2 did not get to its end. `result` says how far it came."""
+
+    def __init__(self, result: UnmergeResult) -> None:
+        super().__init__(*knob_rules.error(result.errno, "run").args)
+        self.result = result
+
+
+def headroom(slot: MmSlot) -> tuple[str, int]:
+    """The memory cgroup of a process and the bytes available there, as it says now. AddressSpaceGone."""
+    found = slot.space.headroom()
+    check.headroom(found)
+    return found
+
+
+def _within(run: tuple[int, int], extent: tuple[int, int]) -> bool:
+    return extent[0] <= run[0] and run[0] + run[1] <= extent[0] + extent[1]
+
+
+def _is_merged(domain: Domain, refs: Ints) -> Bools:
+    return IS_MERGED[domain.state[refs]]

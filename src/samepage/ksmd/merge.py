@@ -1,0 +1,474 @@
+"""Matching candidates, donating one copy of each, and merging (cmp_and_merge_page, stable_tree_search,
+unstable_tree_search_insert, try_to_merge_with_ksm_page; but for a hundred thousand pages at once).
+
+A slice of candidates goes through here in the order of refs, because that is the order of memory, and runs of
+pages that stay runs in a segment cost one mapping instead of thousands:
+
+ 1. pages of zeros are merged with the zero page, which costs neither mapping nor segment;
+ 2. `_match` gives every other page a *target*: a stable node, or the page (its *donor*) of which a copy is to be
+    made; who has no partner goes to the unstable index;
+ 3. `_within_budget` drops the shortest extents where a process has not mappings enough;
+ 4. `_donate` has the donors' pages copied into segments, run by run;
+ 5. `_merge` merges first the others, then, where that succeeded for anybody, the donors themselves. A copy that
+    nobody else turned out to equal (the donor's page was just being written, or checksums collided) is never
+    used again: its donor is left alone, and the others are matched anew without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from samepage.ksmd import check
+from samepage.ksmd.domain import Domain
+from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.rmap import Bools, Ints, PageState, expand, run_starts, sorted_refs
+from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment, StableTree
+from samepage.memory import (
+    AREA,
+    EXTENT,
+    U8,
+    U32,
+    U64,
+    ZERO_PAGE,
+    AddressSpaceGone,
+    Donation,
+    PageStatus,
+    Segment,
+)
+
+Concurrently = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""Like `map`: the service gives that of a thread pool, so that processes work at the same time."""
+
+ROUNDS = 3
+"""Times a slice is matched anew for the sake of pages whose donor failed them; then they are deferred."""
+
+ALONE = np.uint64((1 << 64) - 1)
+"""Target of a page that has no partner."""
+
+COPY = np.uint64(1 << 32)
+"""Target `COPY + ref`: a copy still to be made of that page. Less than this: a stable node."""
+
+
+@dataclass(slots=True)
+class MergeWork:
+    """What merging needs to know besides the domain, and what it counts. One for the life of a ksmd."""
+
+    concurrently: Concurrently
+    max_page_sharing: int = 256
+    use_zero_pages: bool = True
+    allowance: dict[str, int] | None = None
+    """Pages that may still be merged, by memory cgroup; None: no limit (max_overcommit)."""
+    passes: int = 0
+    statuses: Ints = field(default_factory=lambda: np.zeros(len(PageStatus), np.int64))
+
+    def each(self, slots: Iterable[MmSlot], work: Callable[[MmSlot], Any]) -> dict[MmSlot, Any]:
+        """Do something to several processes at the same time. Those that turn out to be gone are marked, and missing
+        from the outcome."""
+        present = [slot for slot in slots if not slot.gone]
+
+        def attempt(slot: MmSlot) -> Any:
+            try:
+                return work(slot)
+            except AddressSpaceGone as gone:
+                return gone
+
+        outcome = {}
+        for slot, result in zip(present, self.concurrently(attempt, present), strict=True):
+            if isinstance(result, AddressSpaceGone):
+                slot.gone = True
+            else:
+                outcome[slot] = result
+        return outcome
+
+
+def merge_candidates(domain: Domain, refs: U32, work: MergeWork) -> None:
+    """Merge what can be merged of a slice of candidates: ascending refs whose checksums are known, in no index."""
+    if work.use_zero_pages:
+        refs = _merge_zero_pages(domain, refs, work)
+    for n in range(ROUNDS):
+        if not len(refs):
+            return
+        refs = _Round(domain, refs, work, again=n > 0).run()
+    _defer(domain, refs, work, PageState.DEFERRED)
+
+
+def _defer(domain: Domain, refs: U32, work: MergeWork, state: PageState) -> None:
+    domain.set_states(refs, state)
+    domain.deferred.defer(refs, work.passes)
+
+
+def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
+    """Merge pages of zeros with the zero page; returns the others."""
+    zero = np.zeros(len(refs), np.bool_)
+    for slot, _, part in domain.cut(refs):
+        zero[part] = domain.checksum[refs[part]] == np.uint64(slot.zero_checksum)
+    if not zero.any():
+        return refs
+    may = _may_merge(domain, refs[zero], refs[zero].astype(np.uint64), work)
+    _defer(domain, refs[zero][~may], work, PageState.DEFERRED)
+    pages = refs[zero][may]
+    status = _merge_all(domain, pages, None, work)
+    domain.set_states(pages[status == PageStatus.DONE], PageState.ZERO)
+    _settle_failures(domain, pages, status, work)
+    domain.set_states(pages[status == PageStatus.DIFFERENT], PageState.COLLIDED)
+    return refs[~zero]
+
+
+def _may_merge(domain: Domain, refs: U32, target: U64, work: MergeWork) -> Bools:
+    """Which of ascending refs can be merged without more being promised to their memory cgroups than `max_overcommit`
+    allows; those are taken off the allowance, which is made anew for each slice, whatever becomes of them. Pages of one
+    target go in together, for one alone would have nobody to share with."""
+    may = np.ones(len(refs), np.bool_)
+    if work.allowance is None:
+        return may
+    groups: dict[str, list[Ints]] = {}
+    for slot, at in domain.by_slot(refs).items():
+        groups.setdefault(slot.group, []).append(at)
+    for group, parts in groups.items():
+        at = np.concatenate(parts)
+        allowed = max(0, work.allowance.get(group, 0))
+        may[at[np.argsort(target[at], kind="stable")][allowed:]] = False
+        work.allowance[group] = allowed - min(len(at), allowed)
+    return may
+
+
+def _settle_failures(domain: Domain, refs: U32, status: U8, work: MergeWork) -> None:
+    """What becomes of pages that could not be merged; DONE and DIFFERENT are the caller's."""
+    domain.set_states(refs[status == PageStatus.GONE], PageState.UNTOUCHED)
+    domain.set_states(refs[status == PageStatus.REFUSED], PageState.ALONE)
+    _defer(domain, refs[(status == PageStatus.BUSY) | (status == PageStatus.NOMEM)], work, PageState.DEFERRED)
+    _defer(domain, refs[status == PageStatus.NOMAP], work, PageState.OVER_BUDGET)
+
+
+class _Round:
+    """One round of matching and merging. `refs` ascend; `target` has one entry a ref."""
+
+    def __init__(self, domain: Domain, refs: U32, work: MergeWork, again: bool) -> None:
+        self.domain = domain
+        self.work = work
+        self.again = again
+        self.refs = refs
+        self.target: U64 = np.empty(0, np.uint64)
+
+    def run(self) -> U32:
+        """Returns the refs that are to be matched anew."""
+        self._match()
+        if not len(self.refs):
+            return self.refs
+        donors = self._within_budget()
+        node, donor_status, segments = self._donate(donors)
+        again = self._merge(donors, node, donor_status, segments)
+        self.domain.stable.close_unused(segments)
+        return again
+
+    # -- 2. matching ------------------------------------------------------------------------------------
+
+    def _match(self) -> None:
+        """Give every page its target; put those without a partner into the unstable index and drop them here."""
+        domain, refs = self.domain, self.refs
+        sums = domain.checksum[refs]
+        order = np.argsort(sums)
+        in_order = sums[order]
+        first = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1])))
+        size = np.diff(np.append(first, len(refs)))
+        key = in_order[first]
+        del sums, in_order
+
+        node = domain.stable.index.find(key)
+        mate = domain.unstable.find(key)
+        leader = np.minimum.reduceat(order, first)  # refs ascend: the least position is the lowest ref
+        donor = np.where(mate >= 0, mate, refs[leader].astype(np.int64)).astype(np.uint64)
+        goal = np.where(size + (mate >= 0) >= 2, COPY + donor, ALONE)
+        many = size + (mate >= 0) > self.work.max_page_sharing
+        stable = np.flatnonzero(node >= 0)
+        goal[stable] = node[stable]
+        room = self.work.max_page_sharing - domain.stable.sharers[node[stable]].astype(np.int64)
+        many[stable] = room < size[stable]
+
+        # A mate is matched with when its group needs a copy made; then it takes part like the others.
+        group = np.empty(len(refs), np.int64)
+        group[order] = np.repeat(np.arange(len(first)), size)
+        target = goal[group]
+        del group
+        joins = (goal >= COPY) & (goal != ALONE) & (mate >= 0) & ~many
+        mates, mate_targets = [mate[joins].astype(np.uint32)], [goal[joins]]
+        for g in np.flatnonzero(many):
+            members = np.sort(order[first[g] : first[g] + size[g]])
+            others = [int(mate[g])] if mate[g] >= 0 else []
+            goals = self._share_out(int(key[g]), refs[members], others)
+            target[members] = goals[len(goals) - len(members) :]
+            if len(goals) > len(members):
+                mates.append(np.array(others, np.uint32))
+                mate_targets.append(goals[:1])
+        self._take_part(np.concatenate(mates), np.concatenate(mate_targets), target)
+
+    def _take_part(self, mates: U32, mate_targets: U64, target: U64) -> None:
+        domain, refs = self.domain, self.refs
+        single = target == ALONE
+        singles = refs[single]
+        if self.again:
+            # Its partner failed it just now. They are tried again together: if this one stood in the index then, it
+            # would be the donor, and of two pages that are both busy one would be asked in every pass.
+            _defer(domain, singles, self.work, PageState.DEFERRED)
+        else:
+            domain.set_states(singles, PageState.UNSHARED)
+        refs, target = refs[~single], target[~single]
+        if len(mates):
+            domain.unstable.remove(mates)
+            refs, target = np.concatenate([refs, mates]), np.concatenate([target, mate_targets])
+            order = np.argsort(refs)
+            refs, target = refs[order], target[order]
+        if not self.again:
+            domain.unstable.insert(singles)
+        self.refs, self.target = refs, target
+
+    def _share_out(self, checksum: int, members: U32, mate: list[int]) -> U64:
+        """Targets for pages of one content when one node is not enough: `max_page_sharing` to each.
+
+        The pages go round over the nodes (or the copies to be made), so that of a long run of equal pages each
+        stretch maps a stretch of copies in a row. The outcome has one entry more, in front, if `mate` takes part.
+        """
+        limit = self.work.max_page_sharing
+        nodes = self.domain.stable.index.entries(checksum).astype(np.int64)
+        room = limit - self.domain.stable.sharers[nodes].astype(np.int64)
+        rounds, have = [], 0
+        for used in range(limit):
+            free = nodes[room > used]
+            if have >= len(members) or not len(free):
+                break
+            rounds.append(free)
+            have += len(free)
+        places = np.concatenate(rounds)[: len(members)] if rounds else np.empty(0, np.int64)
+        rest = np.concatenate([np.array(mate, np.uint32), members[len(places) :]])
+        if len(places) == len(members):
+            goals: U64 = places.astype(np.uint64)
+        elif len(rest) < 2:
+            goals = np.append(places.astype(np.uint64), ALONE)
+        else:
+            goals = self._copies(places.astype(np.uint64), rest, bool(mate))
+        return goals
+
+    def _copies(self, places: U64, rest: U32, with_mate: bool) -> U64:
+        """The targets in `places`, and around them those of `rest`, for which copies are to be made."""
+        limit = self.work.max_page_sharing
+        copied = COPY + np.resize(rest[: -(-len(rest) // limit)].astype(np.uint64), len(rest))
+        first = int(with_mate)
+        goals: U64 = np.concatenate([copied[:first], places, copied[first:]])
+        return goals
+
+    # -- 3. the budget of mappings ----------------------------------------------------------------------
+
+    def _within_budget(self) -> U32:
+        """Drop pages whose mappings no process can afford; returns the donors of what is left, ascending."""
+        refs, target = self.refs, self.target
+        to_copy = target >= COPY
+        donors: U32 = refs[target == COPY + refs]
+        starts = self._extent_starts(target)
+        length = np.diff(np.append(starts, len(refs)))
+        wanted = np.ones(len(starts), np.bool_)
+        by_slot = self.domain.by_slot(refs[starts])
+        for slot, count in self.work.each(by_slot, _map_count).items():
+            mine = by_slot[slot]
+            cost = 2 * -(-length[mine] // SEGMENT_PAGES)  # a segment's end splits an extent
+            if int(cost.sum()) <= count:
+                continue
+            longest = np.argsort(-length[mine], kind="stable")
+            wanted[mine[longest]] = np.cumsum(cost[longest]) <= count
+        keep = np.repeat(wanted, length)
+        may = np.ones(len(refs), np.bool_)
+        may[keep] = _may_merge(self.domain, refs[keep], target[keep], self.work)
+        if wanted.all() and may.all():
+            return donors
+        keep &= may
+        rank = np.searchsorted(donors, (target & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+        users = np.bincount(rank[to_copy & keep], minlength=len(donors) + 1)
+        keep[to_copy] &= users[rank[to_copy]] >= 2  # one page alone would save nothing
+        _defer(self.domain, refs[~keep & may], self.work, PageState.OVER_BUDGET)
+        _defer(self.domain, refs[~may], self.work, PageState.DEFERRED)
+        self.refs, self.target = refs[keep], target[keep]
+        donors = donors[users[: len(donors)] >= 2]
+        return donors
+
+    def _extent_starts(self, target: U64) -> Ints:
+        starts = np.zeros(len(self.refs), np.bool_)
+        starts[run_starts(self.refs, target)] = True
+        bounds = np.searchsorted(self.refs, self.domain.table()[0].astype(np.uint32))
+        starts[bounds[bounds < len(starts)]] = True
+        return np.flatnonzero(starts)
+
+    # -- 4. donation ------------------------------------------------------------------------------------
+
+    def _donate(self, donors: U32) -> tuple[Ints, U8, list[StableSegment]]:
+        """Have copies made. For each donor its new node (-1: none) and the status of its page."""
+        domain = self.domain
+        node = np.full(len(donors), -1, np.int64)
+        status = np.full(len(donors), PageStatus.GONE, np.uint8)
+        segments: list[StableSegment] = []
+        by_slot = domain.by_slot(donors)
+        vpns = {slot: slot.vpns_of(donors[at].astype(np.int64)) for slot, at in by_slot.items()}
+        for slot, donations in self.work.each(by_slot, lambda slot: _donate_all(slot, vpns[slot])).items():
+            for start, donation in enumerate(donations):
+                at = by_slot[slot][start * SEGMENT_PAGES : (start + 1) * SEGMENT_PAGES]
+                slot.cpu_ns += donation.cpu_ns
+                status[at] = donation.status
+                if donation.segment is not None:
+                    done = at[donation.status == PageStatus.DONE]
+                    segment = domain.stable.add(donation.segment, domain.checksum[donors[done]], self.work.passes)
+                    node[done] = segment.base + np.arange(len(done))
+                    segments.append(segment)
+        self.work.statuses += np.bincount(status[status != PageStatus.DONE], minlength=len(PageStatus))
+        return node, status, segments
+
+    # -- 5. merging -------------------------------------------------------------------------------------
+
+    def _merge(self, donors: U32, copies: Ints, donor_status: U8, segments: list[StableSegment]) -> U32:
+        domain, refs, work = self.domain, self.refs, self.work
+        stable = domain.stable
+        copied = self.target >= COPY
+        rank = np.zeros(len(refs), np.int64)
+        rank[copied] = np.searchsorted(donors, (self.target[copied] - COPY).astype(np.uint32))
+        node = self.target.astype(np.int64)
+        node[copied] = copies[rank[copied]]
+        donating = self.target == COPY + refs
+
+        # Pages whose donor has nothing to give are matched anew; not if memory is short, which it is for all.
+        orphan = (node < 0) & ~donating
+        no_memory = orphan.copy()
+        no_memory[orphan] = donor_status[rank[orphan]] == PageStatus.NOMEM
+        _defer(domain, refs[no_memory], work, PageState.DEFERRED)
+        again = [refs[orphan & ~no_memory]]
+        failed = donating & (node < 0)
+        _settle_failures(domain, refs[failed], donor_status[rank[failed]], work)
+
+        others = np.flatnonzero(~donating & (node >= 0))
+        status = self._merge_with(refs[others], node[others], work)
+        proven = ~copied[others] | (stable.sharers[node[others]] > 0)
+        lied = status == PageStatus.DIFFERENT
+        domain.set_states(refs[others[lied & proven]], PageState.COLLIDED)
+        again.append(refs[others[lied & ~proven]])
+
+        mine = np.flatnonzero(donating & (node >= 0))
+        used = stable.sharers[node[mine]] > 0
+        disproven = np.zeros(len(donors), np.bool_)
+        disproven[rank[others[lied & ~proven]]] = True
+        useless = mine[~used]
+        domain.set_states(refs[useless[disproven[rank[useless]]]], PageState.COLLIDED)
+        _defer(domain, refs[useless[~disproven[rank[useless]]]], work, PageState.DEFERRED)
+        mine = mine[used]
+        status = self._merge_with(refs[mine], node[mine], work)
+        # The copy is what the others have; this page was written since it was made. Unless it is reported so,
+        # it is of equal checksum, and left alone.
+        domain.set_states(refs[mine[status == PageStatus.DIFFERENT]], PageState.COLLIDED)
+        new = copies[copies >= 0]
+        stable.publish(new[stable.sharers[new] > 0].astype(np.uint32))
+        return sorted_refs(again)
+
+    def _merge_with(self, refs: U32, node: Ints, work: MergeWork) -> U8:
+        """Merge pages with nodes, and settle all but DIFFERENT. Returns one status a page."""
+        if not len(refs):
+            return np.empty(0, np.uint8)
+        domain = self.domain
+        status = _merge_all(domain, refs, node, work)
+        done = status == PageStatus.DONE
+        if done.any():
+            domain.stable.attach(node[done])
+            domain.checksum[refs[done]] = node[done].astype(np.uint64)
+            domain.set_states(refs[done], PageState.MERGED)
+        _settle_failures(domain, refs, status, work)
+        return status
+
+
+def _map_count(slot: MmSlot) -> int:
+    """How many mappings more the process may have."""
+    count = slot.space.map_count()
+    check.map_count(count)
+    return max(0, count[1] - count[0])
+
+
+def _donate_all(slot: MmSlot, vpns: Ints) -> list[Donation]:
+    """Donate pages, `SEGMENT_PAGES` at a time. Runs in any thread. If the process goes meanwhile, what it gave is
+    let go of."""
+    donations: list[Donation] = []
+    try:
+        for start in range(0, len(vpns), SEGMENT_PAGES):
+            part = vpns[start : start + SEGMENT_PAGES]
+            first = run_starts(part)
+            runs = np.empty(len(first), AREA)
+            runs["vpn"], runs["npages"] = part[first], np.diff(np.append(first, len(part)))
+            donations.append(slot.space.donate(runs))
+            check.donated(donations[-1], len(part))
+    except AddressSpaceGone:
+        for donation in donations:
+            if donation.segment is not None:
+                donation.segment.close()
+        raise
+    return donations
+
+
+@dataclass(slots=True)
+class _Order:
+    """Extents of one process to be merged with one segment; `pages` are the positions of their refs, in order."""
+
+    segment: Segment | None
+    extents: Structured
+    pages: Ints
+
+
+def _merge_all(domain: Domain, refs: U32, node: Ints | None, work: MergeWork) -> U8:
+    """Merge pages (ascending refs) with nodes (None: with the zero page) by as few extents as can be, all processes
+    at the same time. Returns one status a page; pages of processes that go meanwhile are GONE."""
+    status = np.full(len(refs), PageStatus.GONE, np.uint8)
+    orders: dict[MmSlot, list[_Order]] = {}
+    for slot, to_vpn, part in domain.cut(refs):
+        vpns = refs[part].astype(np.int64) + to_vpn
+        for order in _zero_order(vpns) if node is None else _orders(vpns, node[part], domain.stable):
+            order.pages += part.start
+            orders.setdefault(slot, []).append(order)
+    for slot, results in work.each(orders, lambda slot: _carry_out(slot, orders[slot])).items():
+        for order, (result, cpu_ns) in zip(orders[slot], results, strict=True):
+            slot.cpu_ns += cpu_ns
+            status[order.pages] = result
+    work.statuses += np.bincount(status, minlength=len(PageStatus))
+    return status
+
+
+def _extents(vpns: Ints, starts: Ints, length: Ints, offset: Ints | int) -> Structured:
+    extents = np.empty(len(starts), EXTENT)
+    extents["vpn"], extents["npages"], extents["offset"] = vpns[starts], length, offset
+    return extents
+
+
+def _zero_order(vpns: Ints) -> list[_Order]:
+    starts = run_starts(vpns)
+    length = np.diff(np.append(starts, len(vpns)))
+    return [_Order(None, _extents(vpns, starts, length, ZERO_PAGE), np.arange(len(vpns)))]
+
+
+def _orders(vpns: Ints, node: Ints, stable: StableTree) -> list[_Order]:
+    """One order for every segment that the pages (ascending) are to be merged with."""
+    place = stable.which(node)
+    # An extent that goes on in the next segment is two.
+    starts = np.union1d(run_starts(vpns, node), np.flatnonzero(np.diff(place)) + 1)
+    length = np.diff(np.append(starts, len(vpns)))
+    place = place[starts]
+    by_place = np.argsort(place, kind="stable")
+    orders = []
+    for at in np.split(by_place, np.flatnonzero(np.diff(place[by_place])) + 1):
+        segment = stable.segments[place[at[0]]]
+        extents = _extents(vpns, starts[at], length[at], node[starts[at]] - segment.base)
+        orders.append(_Order(segment.handle, extents, expand(starts[at], length[at])))
+    return orders
+
+
+def _carry_out(slot: MmSlot, orders: list[_Order]) -> list[tuple[U8, int]]:
+    """Runs in any thread."""
+    results = []
+    for order in orders:
+        result = slot.space.merge(order.segment, order.extents)
+        check.merged(result, len(order.pages))
+        results.append((result.status, result.cpu_ns))
+    return results

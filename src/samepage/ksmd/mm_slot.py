@@ -1,0 +1,134 @@
+"""One process, as ksmd keeps it: its areas, cut into pieces that own refs, and what its pages are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage.ksmd.rmap import HAS_CHECKSUM, Ints, PageState
+from samepage.memory import AREA, AddressSpace
+
+if TYPE_CHECKING:
+    from samepage.ksmd.domain import Domain
+
+PIECE = np.dtype([("vpn", "<u8"), ("npages", "<u8"), ("base", "<u8")])
+"""A stretch of an area whose page `vpn + i` is ref `base + i`."""
+
+Structured = npt.NDArray[np.void]
+
+NSTATES = len(PageState)
+
+
+class MmSlot:
+    """The handle `Ksmd.enter` gives for a process (struct ksm_mm_slot).
+
+    `pid`, `comm` and `swap` (how pages are swapped under its threads) are for show. The rest is ksmd's.
+    """
+
+    def __init__(self, space: AddressSpace, domain: Domain, number: int, comm: str, swap: str) -> None:
+        self.space = space
+        self.domain = domain
+        self.number = number  # position in the list of slots: they are walked in this order
+        self.pid = space.pid
+        self.comm = comm
+        self.swap = swap
+        self.gone = False  # asked to leave, or its process is gone: forgotten at the next safe moment
+        self.areas_seq: int | None = None
+        self.pieces: Structured = np.empty(0, PIECE)  # ascending by vpn, disjoint
+        self.counts: Ints = np.zeros(NSTATES, np.int64)  # pages by PageState
+        self.passes = 0  # times all its areas were looked at
+        self.cpu_ns = 0
+        self.zero_checksum = space.zero_checksum & ((1 << 64) - 1)
+        self.group = ""  # its memory cgroup, when last asked
+        self.pending_breaks: list[tuple[int, int]] = []  # (vpn, npages) whose unmerge was asked for and failed
+        self.pending_attempts = 0
+        self.pending_due = 0
+
+    @property
+    def npages(self) -> int:
+        """Pages of all its areas."""
+        return int(self.pieces["npages"].sum())
+
+    @property
+    def merged(self) -> int:
+        """Pages merged with a segment or the zero page."""
+        return int(self.counts[[PageState.MERGED, PageState.INHERITED, PageState.ZERO]].sum())
+
+    @property
+    def rmap_items(self) -> int:
+        """Pages whose content is known."""
+        return int(self.counts[HAS_CHECKSUM[:NSTATES]].sum()) + self.merged
+
+    def locate(self, vpn: npt.NDArray[Any], npages: npt.NDArray[Any]) -> tuple[Ints, Ints, Ints, Ints]:
+        """Cut ascending disjoint runs of pages along the pieces.
+
+        Returns, for every part that lies in a piece: which run it is of, its first vpn, its first ref, its pages.
+        """
+        start, end = vpn.astype(np.int64), (vpn + npages).astype(np.int64)
+        piece_start = self.pieces["vpn"].astype(np.int64)
+        piece_end = piece_start + self.pieces["npages"].astype(np.int64)
+        first = np.searchsorted(piece_end, start, "right")
+        count = np.maximum(np.searchsorted(piece_start, end, "left") - first, 0)
+        run = np.repeat(np.arange(len(start)), count)
+        piece = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count) + first[run]
+        low = np.maximum(start[run], piece_start[piece])
+        high = np.minimum(end[run], piece_end[piece])
+        ref = self.pieces["base"].astype(np.int64)[piece] + low - piece_start[piece]
+        return run, low, ref, high - low
+
+    def refs_of(self, vpns: Ints) -> Ints:
+        """The ref of each page, or -1 where it is in no area."""
+        if not len(self.pieces):
+            return np.full(len(vpns), -1, np.int64)
+        piece = np.searchsorted(self.pieces["vpn"].astype(np.int64), vpns, "right") - 1
+        at = np.maximum(piece, 0)
+        inside = vpns - self.pieces["vpn"].astype(np.int64)[at]
+        refs = self.pieces["base"].astype(np.int64)[at] + inside
+        return np.where((piece >= 0) & (inside < self.pieces["npages"].astype(np.int64)[at]), refs, -1)
+
+    def vpns_of(self, refs: Ints) -> Ints:
+        """The virtual page number of each ref of this slot."""
+        pieces = self.pieces[np.argsort(self.pieces["base"])]
+        base = pieces["base"].astype(np.int64)
+        piece = np.searchsorted(base, refs, "right") - 1
+        return pieces["vpn"].astype(np.int64)[piece] + refs - base[piece]
+
+    def recut(self, areas: Structured) -> tuple[Structured, Structured, Structured]:
+        """How the pieces would have to be for a new list of areas, of which nothing is changed here.
+
+        Returns the pieces that are in both, the runs of refs (dtype AREA) that fell out, and the runs of pages
+        that have no refs yet.
+        """
+        _, vpn, ref, npages = self.locate(areas["vpn"], areas["npages"])
+        kept = np.empty(len(vpn), PIECE)
+        kept["vpn"], kept["base"], kept["npages"] = vpn, ref, npages
+        new = _difference(areas["vpn"], areas["npages"], kept["vpn"], kept["npages"])
+        old = _difference(self.pieces["base"], self.pieces["npages"], kept["base"], kept["npages"])
+        return kept, old, new
+
+    def extend(self, pieces: list[tuple[int, int, int]]) -> None:
+        """Add pieces (vpn, npages, base), joining those that are neighbours in both."""
+        both = np.concatenate([self.pieces, np.array(pieces, PIECE)])
+        both = both[np.argsort(both["vpn"])]
+        joins = np.zeros(len(both), np.bool_)
+        for field in ("vpn", "base"):
+            after = both[field] + both["npages"]
+            meets = both[field][1:] == after[:-1]
+            joins[1:] = meets if field == "vpn" else joins[1:] & meets
+        first = np.flatnonzero(~joins)
+        self.pieces = both[first]
+        self.pieces["npages"] = np.add.reduceat(both["npages"], first)
+
+
+def _difference(
+    start: npt.NDArray[Any], length: npt.NDArray[Any], inner_start: npt.NDArray[Any], inner_length: npt.NDArray[Any]
+) -> Structured:
+    """The parts of disjoint runs that no inner run covers; every inner run lies within an outer one."""
+    begin = np.sort(np.concatenate([start, inner_start + inner_length]))
+    end = np.sort(np.concatenate([inner_start, start + length]))
+    keep = begin < end
+    runs = np.empty(int(keep.sum()), AREA)
+    runs["vpn"], runs["npages"] = begin[keep], end[keep] - begin[keep]
+    return runs

@@ -1,0 +1,153 @@
+"""Looking at pages: what an `AddressSpace.scan` says becomes states (scan_get_next_rmap_item, and the start of
+cmp_and_merge_page)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from samepage.ksmd import check
+from samepage.ksmd.domain import Domain
+from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, Ints, PageState, expand
+from samepage.memory import U64, AddressSpaceGone, RunKind, ScanResult
+
+
+@dataclass(slots=True)
+class Look:
+    """One answer to a scan: what was said, and the areas too if they changed. `wall_ns` bounds what it may
+    claim in CPU time."""
+
+    reply: ScanResult
+    areas: tuple[int, Structured] | None
+    wall_ns: int
+
+
+@dataclass(slots=True)
+class Seen:
+    """What came of a `Look`: pages hashed, pages among them never seen before, merged pages found broken."""
+
+    hashed: int = 0
+    first_looks: int = 0
+    changed: int = 0
+
+
+def look(slot: MmSlot, vpn: int, budget: int) -> Look:
+    """Ask a process for one step of its scan. Runs in any thread: nothing of ksmd's is touched."""
+    started = time.perf_counter_ns()
+    reply = slot.space.scan(vpn, budget)
+    check.scanned(reply, vpn)
+    areas = None
+    if reply.areas_seq != slot.areas_seq:
+        areas = slot.space.areas()
+        check.areas(areas[1])
+    return Look(reply, areas, time.perf_counter_ns() - started)
+
+
+def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
+    """Take in what a scan said. AddressSpaceGone if it makes no sense."""
+    reply = seen.reply
+    if seen.areas is not None:
+        _take_areas(domain, slot, *seen.areas)
+    slot.cpu_ns += min(reply.cpu_ns, seen.wall_ns)
+    # Areas that changed once more after the scan may have lost what it reports; then, and only then, runs may
+    # lie outside: their pages are gone.
+    strict = reply.areas_seq == slot.areas_seq
+    outcome = Seen()
+    runs = reply.runs
+    for kind in (RunKind.GONE, RunKind.BROKEN, RunKind.FOUND):  # first those that end something
+        of_kind = runs[runs["kind"] == kind]
+        if len(of_kind):
+            run, _, ref, npages = _located(slot, of_kind, strict)
+            refs = expand(ref, npages)
+            if kind == RunKind.GONE:
+                domain.forget(slot, refs)
+            elif kind == RunKind.BROKEN:
+                _broken(domain, slot, refs)
+            else:
+                _found(domain, slot, of_kind, strict, passes)
+    hashed = runs[runs["kind"] == RunKind.HASHED]
+    if len(hashed):
+        run, low, ref, npages = _located(slot, hashed, strict)
+        sums = reply.checksums
+        if len(sums) != int(npages.sum()):
+            lengths = hashed["npages"].astype(np.int64)
+            sums = sums[expand((np.cumsum(lengths) - lengths)[run] + low - hashed["vpn"].astype(np.int64)[run], npages)]
+        outcome.hashed = len(sums)
+        _hashed(domain, slot, expand(ref, npages), sums, outcome)
+    return outcome
+
+
+def _take_areas(domain: Domain, slot: MmSlot, seq: int, areas: Structured) -> None:
+    try:
+        domain.set_areas(slot, areas)
+    except MemoryError as error:
+        raise AddressSpaceGone("more pages than can be kept") from error
+    slot.areas_seq = seq
+
+
+def refresh_areas(domain: Domain, slot: MmSlot) -> None:
+    """Ask for the areas now."""
+    seq, areas = slot.space.areas()
+    check.areas(areas)
+    _take_areas(domain, slot, seq, areas)
+
+
+def _located(slot: MmSlot, runs: Structured, strict: bool) -> tuple[Ints, Ints, Ints, Ints]:
+    located = slot.locate(runs["vpn"], runs["npages"].astype(np.uint64))
+    if strict and int(located[3].sum()) != int(runs["npages"].sum(dtype=np.int64)):
+        raise AddressSpaceGone("talks nonsense: runs outside its areas")
+    return located
+
+
+def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) -> None:
+    """New checksums. A page whose checksum is what it was is left as it is."""
+    old = domain.state[refs]
+    outcome.first_looks = len(old) - int(np.count_nonzero(old))
+    if outcome.first_looks < len(old):
+        new = domain.checksum[refs] != sums
+        new |= ~HAS_CHECKSUM[old]
+        refs, sums = refs[new], sums[new]
+        domain.withdraw(slot, refs)
+    outcome.changed = len(refs)
+    if len(refs):
+        domain.changed(slot, refs, sums)
+
+
+def _broken(domain: Domain, slot: MmSlot, refs: Ints) -> None:
+    """Copy-on-write was broken. What is known not to be merged (we may have broken it ourselves) stays."""
+    refs = refs[IS_MERGED[domain.state[refs]]]
+    domain.withdraw(slot, refs)
+    domain.set_state(slot, refs, PageState.BROKEN)
+
+
+def _found(domain: Domain, slot: MmSlot, runs: Structured, strict: bool, passes: int) -> None:
+    """Pages that are merged already: by fork, by mremap, or by a service that went."""
+    for found in runs:
+        offset, npages = int(found["offset"]), int(found["npages"])
+        segment = domain.stable.found(int(found["ino"]), offset, npages, passes)
+        _, low, ref, lengths = _located(slot, found.reshape(1), strict)
+        refs, vpns = expand(ref, lengths), expand(low, lengths)
+        room = np.zeros(len(refs), np.bool_)
+        if segment is not None:
+            nodes = segment.base + offset + vpns - int(found["vpn"])
+            new = ~(HAS_NODE[domain.state[refs]] & (domain.checksum[refs].astype(np.int64) == nodes))
+            refs, vpns, nodes = refs[new], vpns[new], nodes[new]
+            room = domain.stable.has_room(nodes)
+            _adopt(domain, slot, refs[room], vpns[room], nodes[room])
+            domain.stable.close_unused([segment])
+        _broken(domain, slot, refs[~room])  # more than can be counted: not known to be merged, and left alone
+
+
+def _adopt(domain: Domain, slot: MmSlot, refs: Ints, vpns: Ints, nodes: Ints) -> None:
+    if not len(refs):
+        return
+    domain.stable.attach(nodes)  # before the pages leave another node of the same segment, lest it be closed
+    domain.withdraw(slot, refs)
+    inherited = domain.inherited(slot, vpns, nodes)
+    domain.rmap.touch(refs)
+    domain.checksum[refs] = nodes.astype(np.uint64)
+    domain.set_state(slot, refs, PageState.MERGED)
+    domain.set_state(slot, refs[inherited], PageState.INHERITED)

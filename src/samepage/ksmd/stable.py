@@ -1,0 +1,201 @@
+"""Stable nodes: the pages of sealed segments, and how many use them.
+
+A *stable node* is one page of a segment. The nodes of a segment are numbered contiguously, so that runs of
+pages stay runs of nodes. A node weighs ten bytes: the checksum of its content, and its sharers.
+
+Some segments are *adopted*: an earlier service made them, processes map them, nobody can hand them out any
+more. They are counted and can be broken, but nothing is ever merged with them.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage.ksmd.index import ChecksumIndex
+from samepage.ksmd.rmap import Bools, Columns, Ints
+from samepage.memory import U32, U64, Segment
+
+SEGMENT_PAGES = 2048
+"""Most pages in a segment (8 MiB): a segment is freed as a whole or not at all, so they are kept small."""
+
+SHARERS_MAX = (1 << 16) - 1
+"""The sharers of a node are u16. `max_page_sharing` stays far below; only forks come near."""
+
+ADOPTED_NODES_MAX = 1 << 21
+"""Nodes a domain keeps for adopted segments (20 MiB): a lying process must not fill the service's memory."""
+
+
+@dataclass(slots=True, eq=False)
+class StableSegment:
+    """One segment. `live` of its nodes have sharers, `sharers` in all; `size` is how many pages it is known to
+    have (for an adopted one: up to the last page seen). `rows` nodes from `base` on are its own."""
+
+    base: int
+    rows: int
+    size: int
+    ino: int
+    handle: Segment | None
+    born: int
+    live: int = 0
+    sharers: int = 0
+
+    @property
+    def dead(self) -> int:
+        """Pages that nobody registered maps: memory held for nothing."""
+        return self.size - self.live
+
+
+class StableTree:
+    """The stable nodes of one domain, their segments, and the index over those that can be merged with."""
+
+    def __init__(self) -> None:
+        self._nodes = Columns(np.uint64, np.uint16, rows=1 << 13)
+        self.index = ChecksumIndex(lambda: self.checksum)
+        self.segments: list[StableSegment] = []  # ascending by base
+        self._bases: Ints = np.empty(0, np.int64)
+        self._by_ino: dict[int, StableSegment] = {}
+        self._adopted_rows = 0
+        self.pages_shared = 0
+        self.sharers_total = 0
+        self.dead_nodes = 0
+        self.chains = 0
+        self.dups = 0
+
+    @property
+    def checksum(self) -> U64:
+        """u64 a node; 0 in adopted segments, where it is not known."""
+        return self._nodes.columns[0]
+
+    @property
+    def sharers(self) -> npt.NDArray[np.uint16]:
+        """u16 a node: how many registered pages map it."""
+        return self._nodes.columns[1]
+
+    def nbytes(self) -> int:
+        """Bytes of memory all this takes."""
+        return self._nodes.resident() + self.index.nbytes() + self._bases.nbytes + 256 * len(self.segments)
+
+    def release(self) -> None:
+        """Close every segment and give all memory back. Not to be used any more."""
+        for segment in self.segments:
+            if segment.handle is not None:
+                segment.handle.close()
+        self.segments = []
+        self._nodes.release()
+
+    # -- segments ---------------------------------------------------------------------------------------
+
+    def add(self, handle: Segment, checksums: U64, born: int) -> StableSegment:
+        """A new segment. Its nodes can be found only once `publish` was called for them."""
+        segment = self._register(handle.ino, handle.npages, handle, born)
+        segment.size = handle.npages
+        self.dead_nodes += segment.size
+        self.checksum[segment.base : segment.base + segment.rows] = checksums
+        return segment
+
+    def _register(self, ino: int, rows: int, handle: Segment | None, born: int) -> StableSegment:
+        base = self._nodes.allocate(rows)
+        self._nodes.touch(np.arange(base, base + rows))
+        segment = StableSegment(base, rows, 0, ino, handle, born)
+        bisect.insort(self.segments, segment, key=lambda s: s.base)
+        self._bases = np.array([s.base for s in self.segments], np.int64)
+        self._by_ino[ino] = segment
+        return segment
+
+    def found(self, ino: int, offset: int, npages: int, born: int) -> StableSegment | None:
+        """The segment of that inode, adopted if it is not known; None if it cannot be: then leave the pages alone."""
+        segment = self._by_ino.get(ino)
+        end = offset + npages
+        if segment is None:
+            if end > SEGMENT_PAGES or self._adopted_rows + SEGMENT_PAGES > ADOPTED_NODES_MAX:
+                return None
+            self._adopted_rows += SEGMENT_PAGES
+            segment = self._register(ino, SEGMENT_PAGES, None, born)
+        if end > segment.rows:
+            return None
+        if segment.handle is None and end > segment.size:
+            self.dead_nodes += end - segment.size
+            segment.size = end
+        return segment
+
+    def close(self, segment: StableSegment) -> None:
+        """Let go of a segment that no registered page maps."""
+        nodes = np.arange(segment.base, segment.base + segment.rows, dtype=np.uint32)
+        self.unpublish(nodes)
+        self.dead_nodes -= segment.dead
+        self._nodes.free(segment.base, segment.rows)
+        self.segments.remove(segment)
+        self._bases = np.array([s.base for s in self.segments], np.int64)
+        if self._by_ino.get(segment.ino) is segment:
+            del self._by_ino[segment.ino]
+        if segment.handle is None:
+            self._adopted_rows -= segment.rows
+        else:
+            segment.handle.close()
+
+    def which(self, nodes: Ints) -> Ints:
+        """For each node the position of its segment in `segments`."""
+        return np.searchsorted(self._bases, nodes, "right") - 1
+
+    # -- who uses them ----------------------------------------------------------------------------------
+
+    def attach(self, nodes: Ints) -> None:
+        """One more sharer for each of the nodes (a node may be named more than once)."""
+        np.add.at(self.sharers, nodes, np.uint16(1))
+        self._recount(nodes)
+
+    def detach(self, nodes: Ints) -> None:
+        """One sharer less for each of the nodes. Segments that are left without any are closed."""
+        np.subtract.at(self.sharers, nodes, np.uint16(1))
+        self.close_unused(self._recount(nodes))
+
+    def close_unused(self, segments: list[StableSegment]) -> None:
+        """Close those of the segments that no registered page maps."""
+        for segment in segments:
+            if not segment.sharers:
+                self.close(segment)
+
+    def _recount(self, nodes: Ints) -> list[StableSegment]:
+        which = self.which(nodes)
+        which = which[np.flatnonzero(np.diff(which, prepend=-1))]  # mostly they come in order: few are left
+        touched = [self.segments[i] for i in np.unique(which)]
+        for segment in touched:
+            sharers = self.sharers[segment.base : segment.base + segment.rows]
+            live, total = int(np.count_nonzero(sharers)), int(sharers.sum(dtype=np.int64))
+            self.pages_shared += live - segment.live
+            self.dead_nodes -= live - segment.live
+            self.sharers_total += total - segment.sharers
+            segment.live, segment.sharers = live, total
+        return touched
+
+    def has_room(self, nodes: Ints) -> Bools:
+        """Where a sharer more still fits, however often a node is named in `nodes`."""
+        _, which, counts = np.unique(nodes, return_inverse=True, return_counts=True)
+        return self.sharers[nodes].astype(np.int64) + counts[which] <= SHARERS_MAX
+
+    # -- who can be merged with -------------------------------------------------------------------------
+
+    def publish(self, nodes: U32) -> None:
+        """Let the nodes be found by their checksum from now on."""
+        self._chain(nodes, +1)
+        self.index.insert(nodes)
+
+    def unpublish(self, nodes: U32) -> None:
+        """Let the nodes be found no more; those that could not be anyway are ignored."""
+        self._chain(self.index.remove(nodes), -1)
+
+    def _chain(self, nodes: U32, sign: int) -> None:
+        """Keep `stable_node_chains` (checksums that have several nodes) and `stable_node_dups` (those nodes)."""
+        if not len(nodes):
+            return
+        in_order = np.sort(self.checksum[nodes])
+        first = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1])))
+        sums, more = in_order[first], np.diff(np.append(first, len(nodes)))
+        here = self.index.count(sums)
+        fewer, many = here, here + more
+        self.chains += sign * int(np.count_nonzero((many > 1) & (fewer <= 1)))
+        self.dups += sign * int(many[many > 1].sum() - fewer[fewer > 1].sum())

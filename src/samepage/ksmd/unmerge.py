@@ -1,0 +1,201 @@
+"""Undoing it (break_ksm, unmerge_ksm_pages): every merged page gets a private copy, if there is memory for it.
+
+The work is cut into ranges, and between two of them it can be cancelled. It stops at the first error: what was
+done stays done, the rest stays merged and known, and the same call again goes on from there.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from samepage.ksmd import check
+from samepage.ksmd.domain import SLICE_PAGES, Domain
+from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, Ints, PageState
+from samepage.ksmd.scan import refresh_areas
+from samepage.memory import AREA, AddressSpaceGone, BreakResult
+
+BREAK_PAGES = 2048
+"""Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
+
+Cancelled = Callable[[], bool]
+
+
+@dataclass(slots=True)
+class ProcessBreak:
+    """What an unmerge did to one process; `pages_remaining` are still merged."""
+
+    pid: int
+    errno: int = 0
+    pages_unmerged: int = 0
+    pages_remaining: int = 0
+
+
+@dataclass(slots=True)
+class UnmergeResult(BreakResult):
+    """A `BreakResult` for everything asked for, and a row for each process that was reached."""
+
+    processes: list[ProcessBreak] = field(default_factory=list)
+
+    def add(self, row: ProcessBreak, last: BreakResult) -> None:
+        """Take in what became of one process; `last` is the answer that ended it."""
+        self.processes.append(row)
+        self.errno = row.errno
+        self.pages_unmerged += row.pages_unmerged
+        self.pages_remaining += row.pages_remaining
+        self.bytes_needed, self.bytes_available = last.bytes_needed, last.bytes_available
+
+
+def unmerge_pages(
+    domain: Domain, slot: MmSlot, vpn: int, npages: int, cancelled: Cancelled, leave_alone: bool
+) -> tuple[ProcessBreak, BreakResult]:
+    """Break all merged pages of a range (unmerge_ksm_pages), also those ksmd does not know of yet.
+
+    `leave_alone`: the pages are not merged again until they change; else they are candidates after a pass.
+    Returns the outcome and the answer that ended it. AddressSpaceGone goes through.
+    """
+    row, last = ProcessBreak(slot.pid), BreakResult()
+    refresh_areas(domain, slot)
+    for start, length in list(_ranges(domain, slot, vpn, npages)):
+        last = BreakResult(errno.EINTR)
+        if not cancelled():
+            last = _break_range(domain, slot, start, length, leave_alone)
+        row.pages_unmerged += last.pages_unmerged
+        if last.errno:
+            break
+    row.errno = last.errno
+    row.pages_remaining = max(_merged_in(domain, slot, vpn, npages), last.pages_remaining)
+    return row, last
+
+
+def _parts(slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int, int]]:
+    """The slices of a range that lie in areas: (vpn, ref, pages)."""
+    whole = np.array([(vpn, npages)], AREA)
+    _, low, ref, length = slot.locate(whole["vpn"], whole["npages"])
+    for first, base, n in zip(low.tolist(), ref.tolist(), length.tolist(), strict=True):
+        for at in range(0, n, SLICE_PAGES):
+            yield first + at, base + at, min(SLICE_PAGES, n - at)
+
+
+def _merged_refs(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Ints:
+    """Refs of the merged pages of a range, in the order of memory."""
+    parts = [np.flatnonzero(IS_MERGED[domain.state[ref : ref + n]]) + ref for _, ref, n in _parts(slot, vpn, npages)]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _merged_in(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> int:
+    return len(_merged_refs(domain, slot, vpn, npages))
+
+
+def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int]]:
+    """Cut a range for breaking: short where pages are known to be merged, long where none is known to be.
+
+    The latter are not skipped: pages that came by fork, or from before the service, may not have been found yet.
+    """
+    for start, ref, n in _parts(slot, vpn, npages):
+        merged = IS_MERGED[domain.state[ref : ref + n]]
+        pending = 0
+        for at in range(0, n, BREAK_PAGES):
+            if merged[at : at + BREAK_PAGES].any():
+                if pending < at:
+                    yield start + pending, at - pending
+                pending = min(at + BREAK_PAGES, n)
+                yield start + at, pending - at
+        if pending < n:
+            yield start + pending, n - pending
+
+
+def _break_range(domain: Domain, slot: MmSlot, vpn: int, npages: int, leave_alone: bool) -> BreakResult:
+    """Break one range (break_ksm). Like there, EFAULT ends nothing: the page it is about cannot be mapped any more.
+
+    So the areas are looked at again, and what is left of the range is halved until the bad page stands alone.
+    """
+    result = slot.space.break_ksm(vpn, npages)
+    check.broken(result, npages)
+    if not result.errno:
+        _unmerged(domain, slot, _merged_refs(domain, slot, vpn, npages), leave_alone)
+        return result
+    # Breaking goes from low to high. Pages the application broke meanwhile are not in the count, so at least
+    # these are done; of the others nothing is claimed.
+    _unmerged(domain, slot, _merged_refs(domain, slot, vpn, npages)[: result.pages_unmerged], leave_alone)
+    if result.errno != errno.EFAULT:
+        return result
+    refresh_areas(domain, slot)
+    if npages == 1:
+        domain.forget(slot, _merged_refs(domain, slot, vpn, 1))
+        return BreakResult(0, result.pages_unmerged)
+    done = result.pages_unmerged
+    for start, n in ((vpn, npages // 2), (vpn + npages // 2, npages - npages // 2)):
+        if not any(True for _ in _parts(slot, start, n)):
+            continue
+        half = _break_range(domain, slot, start, n, leave_alone)
+        done += half.pages_unmerged
+        if half.errno:
+            return BreakResult(half.errno, done, half.pages_remaining, half.bytes_needed, half.bytes_available)
+    return BreakResult(0, done)
+
+
+def _unmerged(domain: Domain, slot: MmSlot, refs: Ints, leave_alone: bool) -> None:
+    """Pages that have private copies now. What is in them is known without hashing: what was in the node."""
+    if not len(refs):
+        return
+    checksums = domain.checksum[refs].copy()
+    has_node = HAS_NODE[domain.state[refs]]
+    checksums[has_node] = domain.stable.checksum[checksums[has_node].astype(np.int64)]
+    unknown = has_node & (checksums == 0)  # an adopted segment's
+    domain.withdraw(slot, refs)
+    domain.set_state(slot, refs[unknown], PageState.BROKEN)
+    refs, checksums = refs[~unknown], checksums[~unknown]
+    domain.changed(slot, refs, checksums)
+    if leave_alone:
+        domain.set_state(slot, refs, PageState.ALONE)
+
+
+def retry_pending(domain: Domain, slot: MmSlot, passes: int) -> None:
+    """Try again to break what was to be unmerged and could not be (a ksm page "left over from a break_ksm which
+    failed"), after twice as many passes as the last time."""
+    if not slot.pending_breaks or passes < slot.pending_due:
+        return
+    pending, slot.pending_breaks = slot.pending_breaks, []
+    for vpn, npages in pending:
+        row, _ = unmerge_pages(domain, slot, vpn, npages, lambda: False, leave_alone=True)
+        if row.errno:
+            slot.pending_breaks.append((vpn, npages))
+    if slot.pending_breaks:
+        slot.pending_due = passes + (1 << min(slot.pending_attempts, 6))
+        slot.pending_attempts += 1
+    else:
+        slot.pending_attempts = 0
+
+
+def move_out(domain: Domain, slots: list[MmSlot], nodes: tuple[int, int]) -> bool:
+    """Break the last users of the nodes [first, past the last) of a segment that is mostly dead.
+
+    They become candidates again, and the segment is freed. Returns False at the first error.
+    """
+    for slot in slots:
+        for vpn, npages in list(_users(domain, slot, nodes)):
+            if slot.gone:
+                break
+            try:
+                if _break_range(domain, slot, vpn, npages, leave_alone=False).errno:
+                    return False
+            except AddressSpaceGone:
+                slot.gone = True
+    return True
+
+
+def _users(domain: Domain, slot: MmSlot, nodes: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Runs of pages (vpn, npages) of a process that are merged with the nodes."""
+    for vpn, ref, n in [p for piece in slot.pieces.tolist() for p in _parts(slot, piece[0], piece[1])]:
+        node = domain.checksum[ref : ref + n]
+        of_these = HAS_NODE[domain.state[ref : ref + n]] & (node >= nodes[0]) & (node < nodes[1])
+        at = np.flatnonzero(of_these)
+        if len(at):
+            first = np.flatnonzero(np.concatenate(([True], np.diff(at) != 1)))
+            lengths = np.diff(np.append(first, len(at)))
+            yield from zip((at[first] + vpn).tolist(), lengths.tolist(), strict=True)

@@ -1,0 +1,197 @@
+"""The address space as ksmd sees it: one small protocol, and nothing else.
+
+ksmd is an algorithm. It never opens a file or a socket: whatever it does to a process it does through an
+`AddressSpace`, of which there are two, `samepage.memory.simulated` (pages in an array; deterministic; what
+the tests of the algorithm run on) and `samepage.memory.agent` (the far end of a socket to a real process).
+
+Pages are named by their *virtual page number* (`vpn`, address divided by `PAGE_SIZE`) throughout.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+PAGE_SIZE = mmap.PAGESIZE
+"""Bytes a page."""
+
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+
+
+class RunKind(IntEnum):
+    """What `AddressSpace.scan` says of a run of pages."""
+
+    HASHED = 0
+    """Written since the last look (or never looked at): a checksum a page follows."""
+    BROKEN = 1
+    """Was merged when last looked at; now has a private copy of its own (copy-on-write was broken)."""
+    GONE = 2
+    """Was merged when last looked at; now discarded, unmapped or moved away."""
+    FOUND = 3
+    """Is merged already, with what `ino` and `offset` say: came by fork, by mremap, or from before a service went."""
+
+
+class PageStatus(IntEnum):
+    """What became of one page that was to be donated or merged."""
+
+    DONE = 0
+    DIFFERENT = 1
+    """The bytes are not those of the segment's page: the checksum lied, or the page was just written."""
+    BUSY = 2
+    """Pinned for DMA, or still shared with a fork: `UFFDIO_MOVE` says EBUSY."""
+    GONE = 3
+    """Not present any more, or not in a mergeable area."""
+    NOMEM = 4
+    """Refused for want of headroom (see `break_ksm`)."""
+    NOMAP = 5
+    """`vm.max_map_count` is spent."""
+    REFUSED = 6
+    """Cannot be merged where it is: locked, not writable, or no safe way to swap it in this process."""
+
+
+RUN = np.dtype([("vpn", "<u8"), ("npages", "<u4"), ("kind", "<u4"), ("ino", "<u8"), ("offset", "<u8")])
+"""One run of a `ScanResult`. `ino` and `offset` (in pages) are used by `RunKind.FOUND` alone. 32 bytes."""
+
+EXTENT = np.dtype([("vpn", "<u8"), ("npages", "<u8"), ("offset", "<u8")])
+"""A run of pages to merge with the pages of a segment that start at `offset` (in pages). 24 bytes."""
+
+ZERO_PAGE = (1 << 64) - 1
+"""The `offset` of an extent whose pages are to become the kernel's zero page; needs no segment."""
+
+AREA = np.dtype([("vpn", "<u8"), ("npages", "<u8")])
+"""A mergeable area: what `VM_MERGEABLE` marks in the kernel. 16 bytes."""
+
+
+@dataclass(slots=True)
+class ScanResult:
+    """One step of a scan.
+
+    `runs` is of dtype `RUN`, ascending by `vpn`; `checksums` holds, in the same order, one checksum for every
+    page of every HASHED run. `next_vpn` is where the next step goes on, 0 at the end of the last area.
+    `areas_seq` changes whenever the list of areas does; `cpu_ns` is CPU time spent in the process itself.
+    """
+
+    runs: npt.NDArray[np.void]
+    checksums: U64
+    next_vpn: int
+    areas_seq: int
+    cpu_ns: int
+
+
+@dataclass(slots=True)
+class BreakResult:
+    """How far a `break_ksm` came.
+
+    `errno` is 0, ENOMEM (headroom was less than a batch and the reserve: nothing was faulted for it), EINTR
+    (cancelled between two batches) or EFAULT (the area went away, or hardware poison: the kernel's SIGBUS).
+    `pages_unmerged` were given private copies; `pages_remaining` in the range are still merged.
+    `bytes_needed` and `bytes_available` are the headroom sum that decided, in bytes.
+    """
+
+    errno: int = 0
+    pages_unmerged: int = 0
+    pages_remaining: int = 0
+    bytes_needed: int = 0
+    bytes_available: int = 0
+
+
+class Segment(Protocol):
+    """A sealed copy of some pages that any process of the domain may map: immutable for ever."""
+
+    @property
+    def ino(self) -> int:
+        """What FOUND runs call this segment (the inode of the memfd)."""
+        ...
+
+    @property
+    def npages(self) -> int: ...
+
+    def close(self) -> None:
+        """Let go of it. Those who map it keep it; nobody else can be given it any more."""
+        ...
+
+
+@dataclass(slots=True)
+class Donation:
+    """Outcome of `AddressSpace.donate`.
+
+    `status` has one `PageStatus` for every page asked for, in order. `segment` holds copies of exactly the
+    DONE ones, in order and with no holes, and is None when there are none.
+    """
+
+    segment: Segment | None
+    status: U8
+    cpu_ns: int = 0
+
+
+@dataclass(slots=True)
+class MergeResult:
+    """Outcome of `AddressSpace.merge`: one `PageStatus` for every page of every extent, in order."""
+
+    status: U8
+    cpu_ns: int = 0
+
+
+class AddressSpaceGone(OSError):
+    """The process went, hung past the timeout, or talked nonsense. Its mm_slot is to be dropped."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.ESRCH, why)
+
+
+class AddressSpace(Protocol):
+    """One process. Every method may raise `AddressSpaceGone`; none raises anything else for what a peer does."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def domain(self) -> int:
+        """Merge domain (by default the user id): pages are never compared across domains."""
+        ...
+
+    @property
+    def zero_checksum(self) -> int:
+        """What this process calls a page of zeros."""
+        ...
+
+    def areas(self) -> tuple[int, npt.NDArray[np.void]]:
+        """`(areas_seq, areas)`: ascending, disjoint, of dtype `AREA`."""
+        ...
+
+    def scan(self, vpn: int, budget: int) -> ScanResult:
+        """Look at pages from `vpn` on (0: from the start) until `budget` pages were hashed, an implementation's
+        step is full, or the areas end. Only pages written since the previous look are hashed."""
+        ...
+
+    def donate(self, runs: npt.NDArray[np.void]) -> Donation:
+        """Copy runs of pages (dtype `AREA`) into a new sealed segment. The process keeps its own pages: it merges
+        with the segment like anybody else, by `merge`. A page shared with a fork is BUSY: a copy would save nothing."""
+        ...
+
+    def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
+        """Compare each page of `extents` (dtype `EXTENT`) with the segment's, byte for byte, and where equal
+        map the segment's page over it, copy-on-write, atomically for the process's other threads.
+        `segment` may be None when every extent is `ZERO_PAGE`."""
+        ...
+
+    def break_ksm(self, vpn: int, npages: int) -> BreakResult:
+        """Give every merged page of the range a private copy again, batch by batch; stops at the first error."""
+        ...
+
+    def map_count(self) -> tuple[int, int]:
+        """`(used, limit)`: mappings in the process now, and how many samepage may let it grow to."""
+        ...
+
+    def headroom(self) -> tuple[str, int]:
+        """`(group, bytes)`: its memory cgroup ("" if not known), and what could still be allocated there before anybody
+        would have to be killed."""
+        ...

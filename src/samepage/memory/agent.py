@@ -1,0 +1,402 @@
+"""The address space of a real process: the far end of a socket, where an agent answers (`agent/wire.h`).
+
+The agent runs inside a process that may be anyone's. So nothing it says is taken on trust: an answer that is
+late, short, out of order or cannot be true ends the connection, and what ksmd sees is `AddressSpaceGone`.
+An honest agent that was cut off by mistake joins again by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage.memory import (
+    AREA,
+    EXTENT,
+    PAGE_SIZE,
+    RUN,
+    U8,
+    U64,
+    ZERO_PAGE,
+    AddressSpaceGone,
+    BreakResult,
+    Donation,
+    MergeResult,
+    PageStatus,
+    RunKind,
+    ScanResult,
+    Segment,
+    wire,
+)
+from samepage.memory.segments import MemfdSegment, SegmentError
+from samepage.memory.wire import Op, Packet, Swap, WireError
+
+TIMEOUT = 10.0
+"""Seconds an agent has for one answer."""
+
+BREAK_RATE = 64 << 20
+"""Bytes a second, at worst, that `break_ksm` copies: a long range has that much more time, for memory is reclaimed."""
+
+DONATE_MAX = 2048
+"""Pages in one donation at most: a segment of 8 MiB."""
+
+MERGE_MAX = 64 << 10
+"""Pages in one MERGE packet at most, so that a status byte a page fits into the answer."""
+
+EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
+
+VPN_END = 1 << 52
+"""No page has this number: 64-bit addresses, 4 KiB pages. Keeps sums of vpn and npages far from overflow."""
+
+AREAS_TRIES = 16
+"""How often a list of areas that changes while it is read page by page is read again from the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the service tells an agent in WELCOME. `reserve` in bytes, `section` in pages."""
+
+    reserve: int = 16 << 20
+    section: int = 64
+    use_swap: bool = False
+    flags: int = 0
+    """Of `wire.Flags`."""
+
+
+class AgentAddressSpace:
+    """One process behind a SOCK_SEQPACKET socket whose handshake is done (see `welcome`).
+
+    Requests go strictly one at a time; several threads may ask. After the first `AddressSpaceGone` every call
+    raises it. `close` is for whoever made the connection: until then the descriptor stays valid, so that a
+    poll on it sees the hangup and no other connection can be given its number.
+    """
+
+    def __init__(self, sock: socket.socket, pid: int, domain: int, comm: str, ready: dict[str, int]) -> None:
+        self._sock = sock
+        self._turn = threading.Lock()
+        self._seq = 0
+        self._gone: str | None = None
+        self._pid = pid
+        self._domain = domain
+        self.comm = comm
+        """Name of the process, as it says itself."""
+        self.swap = Swap(ready["swap"])
+        """How it swaps pages under its threads."""
+        self.tracking = bool(ready["tracking"])
+        """Whether it knows which pages were written since the last scan."""
+        self._zero_checksum = ready["zero_checksum"]
+
+    @classmethod
+    def welcome(
+        cls,
+        sock: socket.socket,
+        hello: Packet,
+        pid: int,
+        domain: int,
+        terms: Terms,
+        userfaultfd: int = -1,
+    ) -> AgentAddressSpace:
+        """Answer `hello` and wait for READY. `userfaultfd` (of /dev/userfaultfd, or -1) stays the caller's.
+
+        Takes over `sock`, except when it raises `AddressSpaceGone`: for a peer of another version or page
+        size, one that is not ready in `TIMEOUT` seconds, or one that does not speak this protocol.
+        """
+        sock.settimeout(TIMEOUT)
+        try:
+            comm = _check_hello(hello)
+            body = wire.pack(wire.WELCOME, wire.VERSION, terms.flags, terms.reserve, terms.section, terms.use_swap)
+            wire.send(sock, Op.WELCOME, hello.seq, body, fd=userfaultfd)
+            ready = _check_ready(wire.recv(sock))
+        except (WireError, OSError) as e:
+            raise AddressSpaceGone(f"process {pid} did not join: {_why(e)}") from e
+        return cls(sock, pid, domain, comm, ready)
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    @property
+    def domain(self) -> int:
+        return self._domain
+
+    @property
+    def zero_checksum(self) -> int:
+        return self._zero_checksum
+
+    def fileno(self) -> int:
+        """The socket, to poll for the hangup."""
+        return self._sock.fileno()
+
+    def hang_up(self, why: str = "the service let go of it") -> None:
+        """End the conversation, from any thread: whoever waits for an answer, or asks next, gets `AddressSpaceGone`."""
+        if self._gone is None:
+            self._gone = why
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hang up and give the descriptor back."""
+        self.hang_up()
+        with self._turn:
+            self._sock.close()
+
+    def areas(self) -> tuple[int, npt.NDArray[np.void]]:
+        for _ in range(AREAS_TRIES):
+            found = self._areas_once()
+            if found is not None:
+                return found
+        raise self._lost("its list of areas never holds still")
+
+    def scan(self, vpn: int, budget: int) -> ScanResult:
+        with self._ask(Op.SCAN, wire.pack(wire.SCAN, vpn, budget)) as answer:
+            reader = answer.reader()
+            head = reader.one(wire.SCANNED)
+            runs = reader.take(RUN, head["nruns"])
+            checksums: U64 = reader.take("<u8", head["nhashed"])
+            reader.end()
+            _check_scan(head, runs, vpn, budget)
+        return ScanResult(runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"])
+
+    def donate(self, runs: npt.NDArray[np.void]) -> Donation:
+        """As the protocol says, for at most `DONATE_MAX` pages (ValueError)."""
+        npages = int(runs["npages"].sum())
+        if npages > DONATE_MAX:
+            raise ValueError(f"a donation of {npages} pages; {DONATE_MAX} at most")
+        with self._ask(Op.DONATE, runs.astype(AREA, copy=False).tobytes(), may_have_fd=True) as answer:
+            cpu_ns, status = _statuses(answer, npages)
+            done = int(np.count_nonzero(status == PageStatus.DONE))
+            if (done > 0) != (answer.fd >= 0):
+                raise WireError(f"{done} pages donated, {'a' if answer.fd >= 0 else 'no'} segment")
+            segment = MemfdSegment(answer.take_fd(), done) if done else None
+        return Donation(segment, status, cpu_ns)
+
+    def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
+        """As the protocol says. A segment must be a `MemfdSegment`; many extents go in several packets, and
+        when the process goes between two of them, what the earlier ones did is not told."""
+        fd = -1
+        if segment is not None:
+            if not isinstance(segment, MemfdSegment):
+                raise TypeError(f"{segment!r} cannot be passed to a process")
+            fd = segment.fileno()
+        statuses: list[U8] = []
+        cpu_ns = 0
+        for part in _packets(extents):
+            with self._ask(Op.MERGE, part.tobytes(), fd=fd) as answer:
+                ns, status = _statuses(answer, int(part["npages"].sum()))
+            statuses.append(status)
+            cpu_ns += ns
+        return MergeResult(np.concatenate(statuses) if statuses else np.empty(0, np.uint8), cpu_ns)
+
+    def break_ksm(self, vpn: int, npages: int) -> BreakResult:
+        patience = npages * PAGE_SIZE / BREAK_RATE
+        with self._ask(Op.BREAK, wire.pack(AREA, vpn, npages), patience=patience) as answer:
+            reader = answer.reader()
+            broken = reader.one(wire.BROKEN)
+            reader.end()
+            if broken["error"] not in (0, errno.ENOMEM, errno.EINTR, errno.EFAULT):
+                raise WireError(f"a break that fails with {broken['error']}")
+            if broken["pages_unmerged"] + broken["pages_remaining"] > npages:
+                raise WireError("more pages broken than asked for")
+        return BreakResult(
+            broken["error"],
+            broken["pages_unmerged"],
+            broken["pages_remaining"],
+            broken["bytes_needed"],
+            broken["bytes_available"],
+        )
+
+    def map_count(self) -> tuple[int, int]:
+        with self._ask(Op.MAP_COUNT) as answer:
+            reader = answer.reader()
+            found = reader.one(wire.MAP_COUNT)
+            reader.end()
+        return found["used"], found["limit"]
+
+    def headroom(self) -> tuple[str, int]:
+        with self._ask(Op.HEADROOM) as answer:
+            reader = answer.reader()
+            found = reader.one(wire.HEADROOM)
+            reader.end()
+        return _memory_cgroup(self._pid), found["available"]
+
+    def _areas_once(self) -> tuple[int, npt.NDArray[np.void]] | None:
+        """The whole list, or None when it changed between two packets."""
+        parts: list[npt.NDArray[np.void]] = []
+        seq = None
+        vpn = 0
+        while True:
+            with self._ask(Op.AREAS, np.uint64(vpn).tobytes()) as answer:
+                reader = answer.reader()
+                head = reader.one(wire.AREAS)
+                part = reader.rest(AREA)
+                if seq is not None and head["seq"] != seq:
+                    return None
+                seq = head["seq"]
+                _check_ranges(part, "areas")
+                last = int(part["vpn"][-1] + part["npages"][-1]) if len(part) else 0
+                if parts and len(part) and int(part["vpn"][0]) < vpn:
+                    raise WireError("areas out of order")
+                if head["next_vpn"] and not (len(part) and last <= head["next_vpn"] < VPN_END):
+                    raise WireError("a list of areas without an end")
+            parts.append(part)
+            vpn = head["next_vpn"]
+            if not vpn:
+                return seq, np.concatenate(parts)
+
+    @contextlib.contextmanager
+    def _ask(
+        self, op: Op, body: bytes = b"", fd: int = -1, may_have_fd: bool = False, patience: float = 0.0
+    ) -> Iterator[Packet]:
+        """Send a request and give its answer to the block, which checks it: any `WireError`, also the block's,
+        any socket error and any silence end the connection. A descriptor the block leaves is closed."""
+        with self._turn:
+            if self._gone is not None:
+                raise AddressSpaceGone(f"process {self._pid}: {self._gone}")
+            self._seq = (self._seq + 1) & 0xFFFFFFFF
+            try:
+                self._sock.settimeout(TIMEOUT + patience)
+                wire.send(self._sock, op, self._seq, body, fd=fd)
+                answer = wire.recv(self._sock)
+                try:
+                    if (answer.op, answer.seq) != (op, self._seq):
+                        raise WireError(f"asked {op.name} #{self._seq}, answered op {answer.op} #{answer.seq}")
+                    if answer.error:
+                        raise WireError(f"{op.name} failed with {errno.errorcode.get(answer.error, answer.error)}")
+                    if answer.fd >= 0 and not may_have_fd:
+                        raise WireError(f"a descriptor on the answer to {op.name}")
+                    yield answer
+                finally:
+                    answer.close()
+            except (WireError, SegmentError, OSError) as e:
+                raise self._lost(_why(e)) from e
+            except BaseException:
+                # A KeyboardInterrupt, say: an answer may be left on the way, and would be taken for the next one's.
+                self.hang_up("interrupted in the middle of a request")
+                raise
+
+    def _lost(self, why: str) -> AddressSpaceGone:
+        self.hang_up(why)
+        return AddressSpaceGone(f"process {self._pid}: {self._gone}")
+
+    def __repr__(self) -> str:
+        return f"<AgentAddressSpace pid={self._pid} comm={self.comm!r} swap={self.swap.name.lower()}>"
+
+
+def _memory_cgroup(pid: int) -> str:
+    """Path of the process's memory cgroup, from /proc/PID/cgroup: of v1's memory controller where that is mounted, else
+    of the one hierarchy of v2. "" when the process is gone."""
+    found = ""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup") as lines:
+        for line in lines:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if "memory" in controllers.split(","):
+                return path
+            if not controllers:
+                found = path
+    return found
+
+
+def _why(e: Exception) -> str:
+    if isinstance(e, TimeoutError):
+        return "no answer in time"
+    return e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+
+
+def _check_hello(hello: Packet) -> str:
+    """The name the process gives itself, made printable."""
+    if hello.op != Op.HELLO or hello.fd >= 0:
+        raise WireError(f"op {hello.op} instead of HELLO")
+    reader = hello.reader()
+    said = reader.one(wire.HELLO)
+    reader.end()
+    if said["magic"] != wire.MAGIC:
+        raise WireError("not an agent")
+    if said["version"] != wire.VERSION:
+        raise WireError(f"its agent speaks version {said['version']}, this service version {wire.VERSION}")
+    if said["page_size"] != PAGE_SIZE:
+        raise WireError(f"pages of {said['page_size']} bytes")
+    name = said["comm"].decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def _check_ready(packet: Packet) -> dict[str, int]:
+    with contextlib.closing(packet):
+        if packet.op != Op.READY or packet.fd >= 0:
+            raise WireError(f"op {packet.op} instead of READY")
+        if packet.error:
+            raise WireError(f"its agent cannot start: {os.strerror(packet.error)}")
+        reader = packet.reader()
+        ready = reader.one(wire.READY)
+        reader.end()
+    if ready["swap"] not in Swap.__members__.values():
+        raise WireError(f"an unknown way to swap pages: {ready['swap']}")
+    return ready
+
+
+def _check_ranges(ranges: npt.NDArray[np.void], what: str) -> None:
+    """Every range must have pages, none an impossible address, and each end before the next begins."""
+    vpn, npages = ranges["vpn"], ranges["npages"].astype(np.uint64)
+    if np.any(npages == 0) or np.any(npages > VPN_END) or np.any(vpn > VPN_END) or np.any(vpn + npages > VPN_END):
+        raise WireError(f"impossible {what}")
+    if np.any(vpn[:-1] + npages[:-1] > vpn[1:]):
+        raise WireError(f"{what} that overlap")
+
+
+def _check_scan(head: dict[str, int], runs: npt.NDArray[np.void], vpn: int, budget: int) -> None:
+    _check_ranges(runs, "runs")
+    if np.any(runs["kind"] > max(RunKind)):
+        raise WireError("runs of an unknown kind")
+    hashed = int(runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64))
+    if hashed != head["nhashed"] or hashed > budget:
+        raise WireError(f"{head['nhashed']} checksums for {hashed} pages; {budget} were asked for")
+    if len(runs) and int(runs["vpn"][0]) < vpn:
+        raise WireError("pages before the start of the scan")
+    end = int(runs["vpn"][-1] + runs["npages"][-1]) if len(runs) else vpn + 1
+    if head["next_vpn"] and not end <= head["next_vpn"] < VPN_END:
+        raise WireError("a scan that does not go on")
+
+
+def _statuses(answer: Packet, npages: int) -> tuple[int, U8]:
+    """CPU time in ns and the `PageStatus` of each of `npages` pages."""
+    reader = answer.reader()
+    done = reader.one(wire.DONE)
+    status: U8 = reader.take(np.uint8, npages)
+    reader.end()
+    if done["npages"] != npages or np.any(status > max(PageStatus)):
+        raise WireError("an answer about other pages")
+    return done["cpu_ns"], status
+
+
+def _packets(extents: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
+    """Split `extents`, in order, so that each part fits into a packet and so does the answer to it."""
+    extents = _shorten(extents.astype(EXTENT, copy=False))
+    ends = np.cumsum(extents["npages"])
+    start = 0
+    while start < len(extents):
+        before = int(ends[start - 1]) if start else 0
+        stop = int(np.searchsorted(ends, before + MERGE_MAX, side="right"))
+        stop = min(stop, start + EXTENTS_MAX)
+        yield extents[start:stop]
+        start = stop
+
+
+def _shorten(extents: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """The same pages with no extent longer than `MERGE_MAX`."""
+    parts = -(-extents["npages"].astype(np.int64) // MERGE_MAX)
+    if not np.any(parts > 1):
+        return extents
+    out = np.repeat(extents, parts)
+    nth = np.arange(len(out)) - np.repeat(np.cumsum(parts) - parts, parts)
+    skip = (nth * MERGE_MAX).astype(np.uint64)
+    out["npages"] = np.minimum(out["npages"] - skip, MERGE_MAX)
+    out["vpn"] += skip
+    out["offset"] = np.where(out["offset"] == ZERO_PAGE, out["offset"], out["offset"] + skip)
+    return out

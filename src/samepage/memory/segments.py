@@ -1,0 +1,69 @@
+"""Segments as the service holds them: the descriptor of a sealed memfd that came with a donation."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+
+from samepage.memory import PAGE_SIZE
+
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+"""What makes content and size immutable, so that nobody has to trust who wrote it."""
+
+
+class SegmentError(ValueError):
+    """What came is not a sealed segment of the size it should have."""
+
+
+class MemfdSegment:
+    """A sealed memfd of exactly `npages` pages. Takes ownership of `fd`, also when it raises `SegmentError`.
+
+    The seals are checked here for the sake of the processes it will be passed to: a page compared equal must
+    stay equal. (The agents check them again; a service is not to be trusted either.)
+    """
+
+    def __init__(self, fd: int, npages: int) -> None:
+        self._fd = fd
+        self._npages = npages
+        try:
+            self._ino = self._check()
+        except SegmentError:
+            self.close()
+            raise
+
+    def _check(self) -> int:
+        try:
+            seals = fcntl.fcntl(self._fd, fcntl.F_GET_SEALS)
+            st = os.fstat(self._fd)
+        except OSError as e:
+            raise SegmentError(f"no memfd: {e.strerror}") from e
+        if not stat.S_ISREG(st.st_mode):
+            raise SegmentError("no regular file")
+        if seals & SEALS != SEALS:
+            raise SegmentError(f"not sealed (seals {seals:#x})")
+        if st.st_size != self._npages * PAGE_SIZE:
+            raise SegmentError(f"{st.st_size} bytes instead of {self._npages} pages")
+        return st.st_ino
+
+    @property
+    def ino(self) -> int:
+        return self._ino
+
+    @property
+    def npages(self) -> int:
+        return self._npages
+
+    def fileno(self) -> int:
+        """The descriptor, which stays this object's. ValueError once closed."""
+        if self._fd < 0:
+            raise ValueError("the segment is closed")
+        return self._fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __repr__(self) -> str:
+        return f"<MemfdSegment ino={self._ino} npages={self._npages}{' closed' if self._fd < 0 else ''}>"

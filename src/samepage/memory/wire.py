@@ -1,0 +1,241 @@
+"""The service's side of the wire; `agent/wire.h` is the other, and explains who speaks when.
+
+One message is one SOCK_SEQPACKET packet of at most `MSG_MAX` bytes: a header (`HDR`), then what its op says.
+A descriptor rides on the packet it belongs to. Whatever a peer sends that is not such a packet is a
+`WireError`, and nothing else comes out of here for it but the `OSError` of a broken or silent socket.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage.memory import AREA, EXTENT, RUN
+
+MAGIC = 0x45504D53
+VERSION = 1
+MSG_MAX = 128 << 10
+"""Bytes of the largest packet, header included."""
+
+
+class Op(IntEnum):
+    """`enum sp_op`."""
+
+    HELLO = 1
+    WELCOME = 2
+    READY = 3
+    AREAS = 4
+    SCAN = 5
+    DONATE = 6
+    MERGE = 7
+    BREAK = 8
+    MAP_COUNT = 9
+    HEADROOM = 10
+
+
+class Flags(IntFlag):
+    """`enum sp_welcome_flags`: for tests and measurements, what an older kernel would do."""
+
+    TRUNCATE_HASH = 1
+    """Keep 8 bits of every checksum, so that they collide."""
+    NO_MOVE = 2
+    """Swap by write-protection."""
+    NO_TRACKING = 4
+    """Hash everything at every scan."""
+
+
+class Swap(IntEnum):
+    """`enum sp_swap`: how an agent swaps pages under the application's threads."""
+
+    NONE = 0
+    MOVE = 1
+    WP = 2
+    QUIET = 3
+
+
+HDR = np.dtype([("op", "<u4"), ("seq", "<u4"), ("error", "<i4"), ("len", "<u4")])
+HELLO = np.dtype([("magic", "<u4"), ("version", "<u4"), ("pid", "<u4"), ("page_size", "<u4"), ("comm", "S16")])
+WELCOME = np.dtype(
+    [("version", "<u4"), ("flags", "<u4"), ("reserve", "<u8"), ("section", "<u4"), ("use_swap", "<u4")],
+)
+READY = np.dtype([("swap", "<u4"), ("tracking", "<u4"), ("zero_checksum", "<u8")])
+AREAS = np.dtype([("seq", "<u8"), ("next_vpn", "<u8")])
+SCAN = np.dtype([("vpn", "<u8"), ("budget", "<u8")])
+SCANNED = np.dtype(
+    [("next_vpn", "<u8"), ("areas_seq", "<u8"), ("cpu_ns", "<u8"), ("nruns", "<u4"), ("nhashed", "<u4")],
+)
+DONE = np.dtype([("cpu_ns", "<u8"), ("npages", "<u8")])
+BROKEN = np.dtype(
+    [
+        ("pages_unmerged", "<u8"),
+        ("pages_remaining", "<u8"),
+        ("bytes_needed", "<u8"),
+        ("bytes_available", "<u8"),
+        ("cpu_ns", "<u8"),
+        ("error", "<i4"),
+        ("pad", "<u4"),
+    ],
+)
+MAP_COUNT = np.dtype([("used", "<u8"), ("limit", "<u8")])
+HEADROOM = np.dtype([("available", "<u8")])
+
+STRUCTS: dict[str, np.dtype[np.void]] = {
+    "sp_hdr": HDR,
+    "sp_hello": HELLO,
+    "sp_welcome": WELCOME,
+    "sp_ready": READY,
+    "sp_area": AREA,
+    "sp_areas": AREAS,
+    "sp_scan": SCAN,
+    "sp_run": RUN,
+    "sp_scanned": SCANNED,
+    "sp_extent": EXTENT,
+    "sp_done": DONE,
+    "sp_broken": BROKEN,
+    "sp_map_count": MAP_COUNT,
+    "sp_headroom": HEADROOM,
+}
+"""Every struct of `agent/wire.h` under its C name."""
+
+BODY_MAX = MSG_MAX - HDR.itemsize
+"""Bytes that follow the header in the largest packet."""
+
+
+class WireError(ValueError):
+    """A packet that makes no sense."""
+
+
+class Disconnected(ConnectionError):
+    """The peer closed its end."""
+
+
+def pack(dtype: np.dtype[np.void], *values: Any) -> bytes:
+    """One struct of `dtype` with its fields in order."""
+    return np.array([values], dtype).tobytes()
+
+
+@dataclass(slots=True)
+class Reader:
+    """Takes a body apart from its beginning; whatever is short or left over is a `WireError`."""
+
+    body: memoryview
+    at: int = 0
+
+    def take(self, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+        """The next `count` elements of `dtype`, read-only, sharing the packet's memory."""
+        wanted = np.dtype(dtype).itemsize * count
+        if wanted > len(self.body) - self.at:
+            raise WireError(f"{len(self.body)} bytes are too few")
+        found = np.frombuffer(self.body, dtype, count, self.at) if count else np.empty(0, dtype)
+        self.at += wanted
+        return found
+
+    def one(self, dtype: np.dtype[np.void]) -> dict[str, Any]:
+        """The next struct, as Python values by field name."""
+        names = dtype.names or ()
+        return dict(zip(names, self.take(dtype, 1)[0].item(), strict=True))
+
+    def rest(self, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
+        """All that is left, as elements of `dtype`."""
+        count, odd = divmod(len(self.body) - self.at, dtype.itemsize)
+        if odd:
+            raise WireError(f"{odd} bytes too many")
+        return self.take(dtype, count)
+
+    def end(self) -> None:
+        """Nothing may be left."""
+        if self.at != len(self.body):
+            raise WireError(f"{len(self.body) - self.at} bytes too many")
+
+
+@dataclass(slots=True)
+class Packet:
+    """One message. `fd` (or -1) belongs to whoever holds the packet, until `take_fd` or `close`."""
+
+    op: int
+    seq: int
+    error: int
+    body: memoryview
+    fd: int = -1
+
+    def reader(self) -> Reader:
+        return Reader(self.body)
+
+    def take_fd(self) -> int:
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.take_fd())
+
+
+def encode(op: int, seq: int, body: bytes = b"", error: int = 0) -> bytes:
+    """The bytes of one packet. `WireError` when it would not fit into `MSG_MAX`."""
+    if len(body) > BODY_MAX:
+        raise WireError(f"{len(body)} bytes do not fit into one packet")
+    return pack(HDR, op, seq, error, len(body)) + body
+
+
+def decode(data: bytes) -> Packet:
+    """The packet in `data`, without its descriptor. `WireError` when the header is short or its length wrong."""
+    if len(data) < HDR.itemsize:
+        raise WireError(f"a packet of {len(data)} bytes has no room for a header")
+    head = Reader(memoryview(data)).one(HDR)
+    body = memoryview(data)[HDR.itemsize :]
+    if head["len"] != len(body):
+        raise WireError(f"the header promises {head['len']} bytes, {len(body)} came")
+    return Packet(head["op"], head["seq"], head["error"], body)
+
+
+def send(sock: socket.socket, op: int, seq: int, body: bytes = b"", error: int = 0, fd: int = -1) -> None:
+    """Send one packet, with `fd` on it unless that is -1. The descriptor stays the caller's."""
+    data = encode(op, seq, body, error)
+    sent = socket.send_fds(sock, [data], [fd], socket.MSG_NOSIGNAL) if fd >= 0 else sock.send(data, socket.MSG_NOSIGNAL)
+    if sent != len(data):
+        raise WireError(f"only {sent} of {len(data)} bytes were sent")
+
+
+def recv_bytes(sock: socket.socket) -> tuple[bytes, int]:
+    """One packet as it came, and the descriptor on it or -1.
+
+    Raises `Disconnected` at the end, `WireError` for a packet over `MSG_MAX` or with more than one descriptor,
+    and `TimeoutError` after the socket's timeout.
+    """
+    # Not socket.recv_fds: it ignores its flags argument, and MSG_CMSG_CLOEXEC matters when others fork.
+    data, ancillary, flags, _ = sock.recvmsg(MSG_MAX, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > 1:
+        for fd in fds:
+            os.close(fd)
+        what = f"a packet of more than {MSG_MAX} bytes" if flags & socket.MSG_TRUNC else "more than one descriptor"
+        raise WireError(what)
+    fd = fds[0] if fds else -1
+    if not data:
+        if fd >= 0:
+            os.close(fd)
+        raise Disconnected("the peer closed the connection")
+    return data, fd
+
+
+def recv(sock: socket.socket) -> Packet:
+    """Receive one packet; raises as `recv_bytes` and `decode` do."""
+    data, fd = recv_bytes(sock)
+    try:
+        packet = decode(data)
+    except WireError:
+        if fd >= 0:
+            os.close(fd)
+        raise
+    packet.fd = fd
+    return packet

@@ -1,0 +1,232 @@
+"""Control connections: one JSON object a packet, on the same socket the agents join through.
+
+A request is `{"op": ..., ...}`. The answer is one packet or several; the last has `"ok"`: true with what was
+asked for, or false with `"errno"` (a name) and `"error"` (one sentence). `unmerge` sends `{"progress": ...}`
+before the last; `status` sends long lists in parts.
+
+The client's half stands here too. Nothing in this module needs numpy, for commands should answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Protocol
+
+import msgspec
+
+from samepage.service.sockets import Caller, ControlError, peer
+
+PACKET_MAX = 128 << 10
+"""Bytes of a control packet at most."""
+
+ROWS_MAX = 100
+"""Processes in one packet of a `status` answer."""
+
+Answer = dict[str, Any]
+
+
+Page = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+"""A page number, or a number of pages."""
+
+
+class Status(msgspec.Struct, tag_field="op", tag="status", forbid_unknown_fields=True):
+    """Counters, a row for every process, and one for every memory cgroup of them."""
+
+
+class Stats(msgspec.Struct, tag_field="op", tag="stats", forbid_unknown_fields=True):
+    """Counters; to a user who does not own the service, those of their own merge domain."""
+
+
+class Get(msgspec.Struct, tag_field="op", tag="get", forbid_unknown_fields=True):
+    """One knob, or all."""
+
+    knob: str | None = None
+
+
+class Set(msgspec.Struct, tag_field="op", tag="set", forbid_unknown_fields=True):
+    """Change a knob. `run` = 2 comes back when everything is unmerged, or could not be."""
+
+    knob: str
+    value: str
+
+
+class Unmerge(msgspec.Struct, tag_field="op", tag="unmerge", forbid_unknown_fields=True):
+    """Unmerge these processes, or all."""
+
+    pids: list[int] = []
+
+
+class Merge(msgspec.Struct, tag_field="op", tag="merge", forbid_unknown_fields=True):
+    """Merge `npages` pages from `vpn` on now, of process `pid` or (0) of the one that asks."""
+
+    vpn: Page
+    npages: Page
+    pid: int = 0
+
+
+Request = Status | Stats | Get | Set | Unmerge | Merge
+_decode = msgspec.json.Decoder(Request)
+_encode = msgspec.json.Encoder()
+
+
+class Controlled(Protocol):
+    """What control requests act on: the thread that runs ksmd (`samepage.service.scanner`)."""
+
+    def counters(self, domain: int | None = None) -> dict[str, Any]: ...
+    def commitments(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]: ...
+    def get(self, knob: str) -> str: ...
+    def knobs(self) -> dict[str, str]: ...
+    def set(self, knob: str, value: str, cancelled: Callable[[], bool]) -> None: ...
+    def unmerge(self, pids: list[int], progress: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer: ...
+    def merge(self, pid: int, vpn: int, npages: int) -> Answer: ...
+
+
+def handle(sock: socket.socket, first: bytes, scanner: Controlled, owner: int) -> None:
+    """Answer `first` and whatever follows it, until the client goes, is silent for long, or sends what is too long."""
+    caller = peer(sock)
+    data = first
+    while data and len(data) <= PACKET_MAX:
+        for answer in answers(data, caller, scanner, owner, sock):
+            sock.send(_encode.encode(answer), socket.MSG_NOSIGNAL)
+        data = sock.recv(PACKET_MAX + 1)
+
+
+def answers(data: bytes, caller: Caller, scanner: Controlled, owner: int, sock: socket.socket) -> Iterator[Answer]:
+    """The packets that answer the request in `data`. `owner` is the user the service runs as."""
+    try:
+        request = _decode.decode(data)
+        _may(request, caller, owner)
+        yield from _perform(request, caller, scanner, owner, sock)
+    except msgspec.DecodeError as e:
+        yield refusal(errno.EINVAL, f"not a request: {e}")
+    except OSError as e:
+        yield refusal(e.errno or errno.EIO, e.strerror or str(e))
+
+
+def refusal(code: int, why: str) -> Answer:
+    return {"ok": False, "errno": errno.errorcode.get(code, str(code)), "error": why}
+
+
+def _may(request: Request, caller: Caller, owner: int) -> None:
+    """Only who owns the service, or root, may look at other processes or change anything. Everybody may ask
+    for the counters of their own domain, and have their own process merged."""
+    if caller.uid in (0, owner) or isinstance(request, Stats):
+        return
+    if isinstance(request, Merge) and request.pid in (0, caller.pid):
+        return
+    raise PermissionError(errno.EACCES, "this service belongs to another user: only `stats` may be asked of it")
+
+
+def _perform(
+    request: Request, caller: Caller, scanner: Controlled, owner: int, sock: socket.socket
+) -> Iterator[Answer]:
+    match request:
+        case Status():
+            rows, groups = scanner.commitments()
+            counters = scanner.counters()
+            for start in range(0, len(rows), ROWS_MAX):
+                yield {"processes": rows[start : start + ROWS_MAX]}
+            for start in range(0, len(groups), ROWS_MAX):
+                yield {"cgroups": groups[start : start + ROWS_MAX]}
+            yield {"ok": True, "counters": counters}
+        case Stats():
+            yield {"ok": True, "counters": scanner.counters(None if caller.uid in (0, owner) else caller.uid)}
+        case Get(knob=None):
+            yield {"ok": True, "knobs": scanner.knobs()}
+        case Get(knob=str(knob)):
+            yield {"ok": True, "knobs": {knob: scanner.get(knob)}}
+        case Set(knob=knob, value=value):
+            scanner.set(knob, value, lambda: client_gone(sock))
+            yield {"ok": True}
+        case Unmerge(pids=pids):
+            yield scanner.unmerge(pids, lambda done: _progress(sock, done), lambda: client_gone(sock))
+        case Merge(vpn=vpn, npages=npages, pid=pid):
+            yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages)
+
+
+def _progress(sock: socket.socket, done: Answer) -> None:
+    # A client that does not read, or went: the unmerge does not wait for it; client_gone() will tell.
+    with contextlib.suppress(OSError):
+        sock.send(_encode.encode({"progress": done}), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+
+def client_gone(sock: socket.socket) -> bool:
+    """Whether the client closed its end, or only its sending half, by which it asks for a cancellation."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+class Client:
+    """A control connection to the service at `path`, for one request after the other.
+
+    Raises `ControlError` with the true errno, here when nobody listens at `path` or somebody does who is
+    neither root nor the same user.
+    """
+
+    def __init__(self, path: str, timeout: float | None = 10.0) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.settimeout(timeout)
+        try:
+            self._sock.connect(path)
+            if peer(self._sock).uid not in (0, os.getuid()):
+                raise PermissionError(errno.EACCES, "another user listens there")
+        except OSError as e:
+            self._sock.close()
+            raise ControlError(e.errno or errno.EIO, _unreachable(path, e)) from e
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def stream(self, op: str, **arguments: Any) -> Iterator[Answer]:
+        """Every packet of the answer, the last of which has `"ok"`."""
+        try:
+            self._sock.send(_encode.encode({"op": op} | arguments), socket.MSG_NOSIGNAL)
+            while True:
+                data = self._sock.recv(PACKET_MAX)
+                if not data:
+                    raise ControlError(errno.EPIPE, "the service ended before it answered")
+                answer = msgspec.json.decode(data, type=dict[str, Any])
+                yield answer
+                if "ok" in answer:
+                    return
+        except TimeoutError as e:
+            raise ControlError(errno.ETIMEDOUT, "the service does not answer") from e
+        except ConnectionError as e:
+            raise ControlError(errno.EPIPE, "the service ended before it answered") from e
+        except msgspec.DecodeError as e:
+            raise ControlError(errno.EPROTO, f"the service talks nonsense: {e}") from e
+
+    def ask(self, op: str, **arguments: Any) -> Answer:
+        """The last packet of the answer, with the lists of the earlier ones in it. Raises what the service refuses."""
+        lists: dict[str, list[Any]] = {}
+        answer: Answer = {}
+        for answer in self.stream(op, **arguments):
+            for key, value in answer.items():
+                if isinstance(value, list):
+                    lists.setdefault(key, []).extend(value)
+        if not answer["ok"]:
+            raise ControlError(getattr(errno, answer["errno"], errno.EIO), answer["error"])
+        return answer | lists
+
+    def cancel(self) -> None:
+        """Ask for an end of a running `unmerge`; its last packet still comes. No request can follow."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+
+def _unreachable(path: str, e: OSError) -> str:
+    if isinstance(e, FileNotFoundError | ConnectionRefusedError):
+        return f"no service at {path}: start `samepage daemon`, or name another with --socket"
+    return f"cannot reach the service at {path}: {e.strerror or e}"

@@ -1,0 +1,125 @@
+"""The private service of `samepage run`: a forked process that lives as long as the command does.
+
+This module is what the process that waits for the command needs of it, and loads neither numpy nor ksmd: the
+socket listens before the command starts, while the service is still loading, so the command waits for nothing.
+The service tells its parent what was saved over a socket pair, whose end is also how it learns that the
+parent was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from samepage.service import sockets
+from samepage.service.sockets import ControlError
+
+PACKET_MAX = 64 << 10
+"""Bytes of what the service tells its parent, at most."""
+
+FINISH_TIMEOUT = 10.0
+"""Seconds the service has to write its last report."""
+
+
+class PrivateService:
+    """A service for the processes that are given `path` as `$SAMEPAGE_SOCKET`.
+
+    `knobs` are set before the first scan. `report` is a file that is kept up to date with what is saved. `reserve`, in
+    bytes, is what unmerging and merging leave available.
+    The constructor starts it; raises `ControlError` for knobs it does not know or values it does not accept.
+    """
+
+    def __init__(self, knobs: list[tuple[str, str]], report: Path | None, reserve: int = 16 << 20) -> None:
+        self._folder = _private_folder()
+        self.path = str(self._folder / "socket")
+        try:
+            self._listener = sockets.listen(self.path)
+            self._line, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            started = time.monotonic()
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._line.close()
+                self._serve(line, knobs, report, started, reserve)
+            line.close()
+            self._listener.close()
+            if knobs:
+                self._await_knobs()
+        except BaseException:
+            self._remove()
+            raise
+
+    def finish(self) -> dict[str, Any] | None:
+        """The command ended: have the last report written and get it. None when the service is there no more."""
+        try:
+            self._line.settimeout(FINISH_TIMEOUT)
+            self._line.send(b"finish", socket.MSG_NOSIGNAL)
+            while True:
+                data = self._line.recv(PACKET_MAX)
+                if not data:
+                    return None
+                answer: dict[str, Any] = json.loads(data)
+                if "summary" in answer:
+                    return dict(answer["summary"])
+        except OSError:
+            return None
+        finally:
+            self._line.close()
+            self._remove()
+
+    def _await_knobs(self) -> None:
+        answer = json.loads(self._line.recv(PACKET_MAX) or b'{"error": "the service could not start"}')
+        if "error" in answer:
+            raise ControlError(errno.EINVAL, answer["error"])
+
+    def _serve(
+        self, line: socket.socket, knobs: list[tuple[str, str]], report: Path | None, started: float, reserve: int
+    ) -> NoReturn:
+        """The forked process."""
+        status = 1
+        try:
+            os.setsid()  # what the terminal sends to the command's process group is not for us
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            from samepage.service.reporting import serve
+
+            serve(self._listener, line, knobs, report, started, reserve)
+            status = 0
+        except BaseException as e:
+            with contextlib.suppress(BaseException):
+                print(f"samepage: the service could not start: {e!r}", file=sys.stderr, flush=True)
+        finally:
+            with contextlib.suppress(BaseException):
+                self._remove()
+            os._exit(status)
+
+    def fileno(self) -> int:
+        return self._line.fileno()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+
+def _private_folder() -> Path:
+    """A new directory only this user can enter, with a name short enough for a socket's path."""
+    for parent in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp"):
+        if parent and len(os.fsencode(parent)) < 64:
+            folder = Path(parent) / f"samepage-{os.urandom(8).hex()}"
+            with contextlib.suppress(OSError):
+                folder.mkdir(mode=0o700)
+                return folder
+    raise ControlError(errno.EACCES, "no directory for the socket: set TMPDIR to a short path that is writable")

@@ -1,0 +1,225 @@
+"""The one place that talks to ksmd: a thread that lets it scan, and what everybody else asks of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from samepage.ksmd import Ksmd, UnmergeFailed
+from samepage.ksmd.ksmd import headroom
+from samepage.ksmd.merge import Concurrently
+from samepage.ksmd.mm_slot import MmSlot
+from samepage.memory import AddressSpaceGone
+from samepage.memory.agent import AgentAddressSpace
+
+Answer = dict[str, Any]
+
+WORKERS = max(4, os.cpu_count() or 1)
+"""Processes that work for ksmd at the same time; more than cores, so that one that hangs does not hold up the rest."""
+
+AFTER_ERROR = 1.0
+"""Seconds that ksmd rests after a mistake of its own, so as not to fill the log."""
+
+SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pages_inherited", "ksm_process_profit")
+"""What the counters of one domain are made of: the rows of its processes, added up."""
+
+
+def log(message: str) -> None:
+    """One line on stderr."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"samepage: {message}", file=sys.stderr, flush=True)
+
+
+def _headroom(slot: MmSlot) -> tuple[str, int] | None:
+    """None: it has gone, which others will notice."""
+    try:
+        return headroom(slot)
+    except AddressSpaceGone:
+        return None
+
+
+class Scanner:
+    """A ksmd and the thread it scans in (`run`). Every other method may be called from any thread.
+
+    `concurrently` is used like `map`, and is by default that of a pool of `WORKERS` threads.
+    """
+
+    def __init__(self, concurrently: Concurrently | None = None) -> None:
+        if concurrently is None:
+            concurrently = ThreadPoolExecutor(WORKERS, "ksmd").map
+        self._concurrently = concurrently
+        self._ksmd = Ksmd(concurrently=concurrently)
+        self._slots: dict[AgentAddressSpace, MmSlot] = {}
+        self._slots_lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        # ksmd's mutex is not fair: a scan after a scan would keep others from it for long. Who asks holds the gate.
+        self._gate = threading.Lock()
+
+    def run(self) -> None:
+        """Scan when ksmd wants to, until `stop`."""
+        while not self._stopping:
+            with self._gate:
+                pass
+            try:
+                self._ksmd.do_scan()
+            except Exception as e:
+                log(f"ksmd: {e!r}")
+                self._pause(AFTER_ERROR)
+            self._hang_up_on_the_gone()
+            self._pause(self._ksmd.next_wait())
+
+    def stop(self) -> None:
+        """End `run` after the batch that is going on."""
+        self._stopping = True
+        self._wake.set()
+
+    def enter(self, space: AgentAddressSpace) -> None:
+        """A process joins."""
+        slot = self._ksmd.enter(space, space.comm, space.swap.name.lower())
+        with self._slots_lock:
+            self._slots[space] = slot
+        self._wake.set()
+
+    def exit(self, space: AgentAddressSpace) -> None:
+        """A process left."""
+        with self._slots_lock:
+            slot = self._slots.pop(space)
+        try:
+            self._ksmd.exit(slot)
+        except Exception as e:  # whoever accepts connections must not end with it
+            log(f"ksmd: {e!r}")
+
+    def counters(self, domain: int | None = None) -> dict[str, Any]:
+        """ksmd's counters, by name. Of one domain: sums over its processes (`SUMMED`), and how many there are."""
+        if domain is None:
+            return asdict(self._ksmd.counters())
+        rows = [row for row in self._ksmd.rows() if row.domain == domain]
+        return {"processes": len(rows)} | {name: sum(getattr(row, name) for row in rows) for name in SUMMED}
+
+    def rows(self) -> list[Answer]:
+        """One for each process."""
+        return [asdict(row) for row in self._ksmd.rows()]
+
+    def commitments(self) -> tuple[list[Answer], list[Answer]]:
+        """The rows of all processes with their memory cgroup and the bytes available there, as they say now; and a row
+        for each cgroup: the bytes needed if all merged pages in it were written at once, and those available."""
+        slots = self._ksmd.slots()
+        found = dict(zip((slot.pid for slot in slots), self._concurrently(_headroom, slots), strict=True))
+        rows = self.rows()
+        groups: dict[str, Answer] = {}
+        for row in rows:
+            group, available = found.get(row["pid"]) or ("", 0)
+            row |= {"cgroup": group, "bytes_available": available}
+            sums = groups.setdefault(
+                group, {"cgroup": group, "processes": 0, "bytes_needed": 0, "bytes_available": available}
+            )
+            sums["processes"] += 1
+            sums["bytes_needed"] += row["bytes_needed"]
+            sums["bytes_available"] = min(sums["bytes_available"], available)
+        return rows, list(groups.values())
+
+    def knobs(self) -> dict[str, str]:
+        """All of them."""
+        return self._ksmd.knobs()
+
+    def get(self, knob: str) -> str:
+        """OSError EINVAL when there is no such knob."""
+        with self._known(knob):
+            return self._ksmd.get(knob)
+
+    def set(self, knob: str, value: str, cancelled: Callable[[], bool] = lambda: False) -> None:
+        """OSError: EINVAL, EBUSY; for `run` = 2 also ENOMEM, or EINTR when `cancelled()` said so, with the numbers in
+        its text; `run` is 0 then."""
+        try:
+            with self._gate, self._known(knob):
+                self._ksmd.set(knob, value, cancelled)
+        except UnmergeFailed as e:
+            left = sum(slot.merged for slot in self._ksmd.slots())
+            text = f"{os.strerror(e.result.errno)}: {e.result.pages_unmerged} pages unmerged, {left} remain merged"
+            if e.result.errno == errno.ENOMEM:
+                text += f"; {e.result.bytes_needed} bytes needed, {e.result.bytes_available} available"
+            raise OSError(e.result.errno, f"{text}; run is 0") from e
+        finally:
+            self._wake.set()
+
+    def unmerge(self, pids: list[int], progress: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer:
+        """Unmerge the processes `pids`, or all. `progress` is called after each; the first error ends it.
+
+        OSError ESRCH when one of `pids` has not joined.
+        """
+        total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "bytes_needed": 0}
+        total["bytes_available"] = 0
+        for slot in self._each(pids):
+            with self._gate:
+                result = self._ksmd.unmerge(slot, cancelled=cancelled)
+            total["pages_unmerged"] += result.pages_unmerged
+            total["pages_remaining"] += result.pages_remaining
+            total |= {"bytes_needed": result.bytes_needed, "bytes_available": result.bytes_available}
+            progress({"pid": slot.pid} | total)
+            if result.errno:
+                total["errno"] = errno.errorcode[result.errno]
+                total["pages_remaining"] += self._merged_after(slot, pids)
+                break
+        return total | {"ok": total["errno"] is None}
+
+    def merge(self, pid: int, vpn: int, npages: int) -> Answer:
+        """Merge pages of one process now. OSError ESRCH when it has not joined, or goes meanwhile."""
+        slot = self._of_pid(pid)[-1]
+        with self._gate:
+            outcome = self._ksmd.merge_range(slot, vpn, npages)
+        self._hang_up_on_the_gone()
+        return asdict(outcome)
+
+    def _of_pid(self, pid: int) -> list[MmSlot]:
+        slots = self._ksmd.slots(pid)
+        if not slots:
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} has not joined")
+        return slots
+
+    def _each(self, pids: list[int]) -> Iterator[MmSlot]:
+        """The processes asked for, or all, those included that join meanwhile."""
+        if pids:
+            yield from [slot for pid in pids for slot in self._of_pid(pid)]
+            return
+        last = 0
+        while slot := next((s for s in self._ksmd.slots() if s.number > last), None):
+            last = slot.number
+            yield slot
+
+    def _merged_after(self, slot: MmSlot, pids: list[int]) -> int:
+        """Merged pages of those asked for that come after `slot` and were not tried any more."""
+        return sum(s.merged for s in self._ksmd.slots() if s.number > slot.number and (not pids or s.pid in pids))
+
+    @contextlib.contextmanager
+    def _known(self, knob: str) -> Iterator[None]:
+        """ksmd's errors about a knob, as OSErrors whose `strerror` says all of it."""
+        try:
+            yield
+        except KeyError:
+            names = ", ".join(self._ksmd.knobs())
+            raise OSError(errno.EINVAL, f"no knob {knob}; there are {names}") from None
+        except UnmergeFailed:
+            raise
+        except OSError as e:
+            about = f": {e.filename}" if e.filename else ""
+            raise OSError(e.errno, f"{e.strerror}{about}") from e
+
+    def _hang_up_on_the_gone(self) -> None:
+        """Who told ksmd nonsense that the wire did not notice is cut off; the server drops it when it sees that."""
+        with self._slots_lock:
+            gone = [space for space, slot in self._slots.items() if slot.gone]
+        for space in gone:
+            space.hang_up("it talked nonsense")
+
+    def _pause(self, seconds: float) -> None:
+        if not self._stopping:
+            self._wake.wait(None if seconds == float("inf") else seconds)
+        self._wake.clear()

@@ -1,0 +1,98 @@
+"""Unix sockets of services: where they are, who is at the other end, how one is made.
+
+Kept apart from `control` because `samepage run` needs only this, and has a command to start.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+DAEMON_PATH = "/run/samepage.sock"
+
+
+class ControlError(OSError):
+    """The service refused, or cannot be reached. `errno` is set; `strerror` says what to do in one line."""
+
+
+class Caller(NamedTuple):
+    """Who is at the other end, as the kernel says (SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+
+
+def peer(sock: socket.socket) -> Caller:
+    """Who connected; on the client's side, who listens."""
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Caller(pid, uid)
+
+
+def default_path() -> str:
+    """Where the daemon of this user listens."""
+    uid = os.getuid()
+    if uid == 0:
+        return DAEMON_PATH
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    return f"{folder}/samepage.sock" if folder else f"/tmp/samepage-{uid}/samepage.sock"
+
+
+def find(path: str | None = None) -> str:
+    """The service to talk to: `path` if given, else `$SAMEPAGE_SOCKET`, else the daemon's place."""
+    return path or os.environ.get("SAMEPAGE_SOCKET") or default_path()
+
+
+def listen(path: str, everybody: bool = False) -> socket.socket:
+    """A listening socket at `path`, which only this user can connect to, or `everybody`.
+
+    Removes the stale socket of a service that ended without. Raises `ControlError`: EADDRINUSE when a service answers
+    there, or what the system says.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        _remove_stale(path)
+        umask = os.umask(0o111 if everybody else 0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(umask)
+        sock.listen(512)
+    except OSError as e:
+        sock.close()
+        if isinstance(e, ControlError):
+            raise
+        raise ControlError(e.errno or errno.EINVAL, f"cannot listen at {path}: {e.strerror or e}") from e
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        mode = Path(path).lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ControlError(errno.EEXIST, f"{path} is there already, and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink()
+            return
+    raise ControlError(errno.EADDRINUSE, f"a service is listening at {path} already")
+
+
+def answers(path: str) -> bool:
+    """Whether a service of root or this user listens at `path`."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+            return peer(probe).uid in (0, os.getuid())
+        except OSError:
+            return False

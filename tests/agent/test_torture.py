@@ -1,0 +1,76 @@
+"""A program that writes, reads into, discards, remaps, frees and forks its memory, merged and broken meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.agent.preload import ROOT, Preload, compile_c
+
+WAYS = {
+    "move": [],
+    "write-protect": ["NO_MOVE"],
+    "move-untracked": ["NO_TRACKING"],
+    "write-protect-untracked": ["NO_MOVE", "NO_TRACKING"],
+    "collisions": ["TRUNCATE_HASH"],
+}
+
+
+def torture(preload: Preload, directory: Path, flags: list[str], seconds: int, seed: int) -> dict[str, int]:
+    """Run it against a storm; what the storm did, when not a byte was wrong."""
+    program = compile_c(ROOT / "tests" / "agent" / "torture.c", directory / "torture", "-pthread")
+    socket = directory / "storm"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])}
+    storm = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "agent" / "storm.py"), str(socket), *flags],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert storm.stdout is not None
+        assert storm.stdout.readline() == "ready\n"
+        done = subprocess.run(
+            [str(program), str(seconds), str(directory), str(seed), *(["nodirect"] if "NO_MOVE" in flags else [])],
+            env=os.environ | {"LD_PRELOAD": str(preload.library), "SAMEPAGE_SOCKET": str(socket)},
+            capture_output=True,
+            text=True,
+            timeout=seconds + 100,
+        )
+        storm.send_signal(signal.SIGTERM)
+        tally: dict[str, int] = json.loads(storm.stdout.read())
+    finally:
+        storm.kill()
+        storm.wait()
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{tally}"
+    print(done.stdout, tally)
+    return tally
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_byte_is_wrong_while_memory_is_merged_and_broken_without_end(
+    preload: Preload, tmp_path: Path, way: str
+) -> None:
+    tally = torture(preload, tmp_path, WAYS[way], seconds=8, seed=len(way))
+    expected = "joined as WP" if "NO_MOVE" in WAYS[way] else "joined as MOVE"
+    if expected not in tally:
+        pytest.skip(f"this kernel or user offers no such swap: {sorted(k for k in tally if k.startswith('joined'))}")
+    assert tally["merge DONE"] > 500, "hardly anything was merged, so nothing was tested"
+    assert tally["merge DIFFERENT"] > 50, "no writer was met on the way, so nothing was tested"
+    assert tally["break"] > 0
+    # Nobody left but those that ended.
+    assert not [k for k in tally if k.startswith("left") and ("nonsense" in k or "time" in k)], tally
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("way", ["move", "write-protect"])
+def test_nor_is_one_after_ten_minutes(preload: Preload, tmp_path: Path, way: str) -> None:
+    tally = torture(preload, tmp_path, WAYS[way], seconds=600, seed=1)
+    assert tally["merge DONE"] > 100_000

@@ -1,0 +1,229 @@
+"""The knobs take what the kernel's take, and the advisor does what they say."""
+
+from __future__ import annotations
+
+import errno
+import math
+import threading
+
+import numpy as np
+import pytest
+
+from samepage.ksmd import Advisor, Knobs, Ksmd
+from samepage.ksmd.advisor import BURST_PAGES, IDLE_SECONDS
+from samepage.memory.simulated import SimulatedMachine
+from tests.ksmd.simulation import Clock, new_ksmd, passes, process, processes
+
+SAME = range(1, 51)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run", 3),
+        ("run", "yes"),
+        ("pages_to_scan", 0),
+        ("sleep_millisecs", -1),
+        ("max_page_sharing", 1),
+        ("use_zero_pages", 2),
+        ("advisor_mode", "fast"),
+        ("advisor_max_cpu", 0),
+        ("advisor_max_cpu", 101),
+        ("advisor_min_pages_to_scan", 30001),
+        ("advisor_max_pages_to_scan", 499),
+    ],
+)
+def test_bad_values_are_invalid_and_change_nothing(name: str, value: str | int) -> None:
+    ksmd = new_ksmd()
+    before = ksmd.knobs()
+    with pytest.raises(OSError, match="Invalid argument") as caught:
+        ksmd.set(name, value)
+    assert caught.value.errno == errno.EINVAL
+    assert ksmd.knobs() == before
+
+
+def test_unknown_knobs_are_unknown() -> None:
+    ksmd = new_ksmd()
+    with pytest.raises(KeyError):
+        ksmd.get("speed")
+    with pytest.raises(KeyError):
+        ksmd.set("speed", 1)
+
+
+def test_every_knob_takes_its_own_value_back_as_text() -> None:
+    ksmd = new_ksmd()
+    ksmd.set("advisor_mode", "none")
+    for name, value in ksmd.knobs().items():
+        ksmd.set(name, value)
+        assert ksmd.get(name) == value
+
+
+def test_max_page_sharing_is_busy_while_pages_are_merged() -> None:
+    ksmd = new_ksmd()
+    processes(SimulatedMachine(), ksmd, SAME, SAME)
+    passes(ksmd, 2)
+    with pytest.raises(OSError, match="busy") as caught:
+        ksmd.set("max_page_sharing", 10)
+    assert caught.value.errno == errno.EBUSY
+    ksmd.set("run", 2)
+    ksmd.set("max_page_sharing", 10)
+    assert ksmd.get("max_page_sharing") == "10"
+
+
+def test_pages_to_scan_belongs_to_the_advisor_or_to_nobody() -> None:
+    ksmd = new_ksmd()
+    ksmd.set("pages_to_scan", 7)
+    assert ksmd.get("advisor_mode") == "none"
+    ksmd.set("advisor_mode", "scan-time")
+    assert ksmd.get("pages_to_scan") == "500"
+    with pytest.raises(OSError, match="Invalid argument"):
+        ksmd.set("pages_to_scan", 7)
+
+
+def test_without_advisor_a_batch_is_pages_to_scan_and_then_it_sleeps() -> None:
+    ksmd = new_ksmd()
+    ksmd.set("pages_to_scan", 7)
+    ksmd.set("sleep_millisecs", 30)
+    processes(SimulatedMachine(), ksmd, SAME)
+    assert [ksmd.do_scan() for _ in range(8)] == [7] * 7 + [1]
+    assert ksmd.next_wait() == 0.03
+
+
+def test_stopped_or_alone_there_is_nothing_to_wait_for() -> None:
+    ksmd = new_ksmd()
+    assert ksmd.next_wait() == math.inf
+    ksmd.enter(process(SimulatedMachine(), 1, SAME))
+    assert ksmd.next_wait() == 0
+    ksmd.set("run", 0)
+    assert ksmd.next_wait() == math.inf
+    assert ksmd.do_scan() == 0
+
+
+def test_new_memory_is_seen_and_merged_without_a_pause_but_the_one_between_two_passes() -> None:
+    clock = Clock()
+    ksmd = new_ksmd(clock)
+    machine = SimulatedMachine()
+    processes(machine, ksmd, SAME, SAME)
+    begun = clock.now
+    while not machine.saved:
+        clock.now += ksmd.next_wait()
+        ksmd.do_scan()
+    assert clock.now - begun == pytest.approx(0.02)
+
+
+def test_who_joins_while_ksmd_idles_is_merged_at_once() -> None:
+    clock = Clock()
+    ksmd = new_ksmd(clock)
+    machine = SimulatedMachine()
+    processes(machine, ksmd, SAME)
+    for _ in range(20):
+        clock.now += ksmd.next_wait()
+        ksmd.do_scan()
+    assert ksmd.next_wait() == pytest.approx(IDLE_SECONDS)
+    begun = clock.now
+    ksmd.enter(process(machine, 300, SAME))
+    while not machine.saved:
+        clock.now += ksmd.next_wait()
+        ksmd.do_scan()
+    assert clock.now - begun < 0.1
+
+
+def test_looking_again_costs_no_more_than_its_share_of_a_core() -> None:
+    knobs = Knobs(advisor_max_cpu=5)
+    advisor, now, spent = Advisor(knobs), 0.0, 0.0
+    for _ in range(1000):
+        now += 0.05 + advisor.wait(now, urgent=False)
+        spent += 0.05
+        advisor.scanned(now, 0.05, hashed=1000, first_looks=0)
+        advisor.pass_over(now, quiet=False)
+    assert spent / now == pytest.approx(0.05, rel=0.1)
+
+
+def test_first_looks_are_not_held_against_it() -> None:
+    advisor = Advisor(Knobs())
+    advisor.scanned(10.0, cpu=2.0, hashed=1000, first_looks=1000)
+    assert advisor.wait(10.0, urgent=False) == 0
+    advisor.scanned(10.0, cpu=2.0, hashed=1000, first_looks=500)
+    assert advisor.wait(10.0, urgent=False) == pytest.approx(20.0)
+    assert advisor.wait(10.0, urgent=True) == 0
+    assert advisor.batch_pages() == BURST_PAGES
+
+
+def test_scan_time_sets_pages_to_scan_for_a_pass_to_take_its_time() -> None:
+    knobs = Knobs(advisor_mode="scan-time", advisor_target_scan_time=10, advisor_max_cpu=100)
+    advisor = Advisor(knobs)
+    advisor.scanned(0.0, cpu=1.0, hashed=1_000_000, first_looks=0)
+    advisor.pass_over(1.0, quiet=False)
+    assert knobs.pages_to_scan == 2000  # 500 batches in ten seconds
+    knobs.advisor_max_cpu = 1
+    advisor.scanned(0.0, cpu=1.0, hashed=4_000_000, first_looks=0)
+    advisor.pass_over(1.0, quiet=False)
+    assert knobs.pages_to_scan == 800  # or else it would take four percent
+    advisor.scanned(0.0, cpu=1.0, hashed=10, first_looks=0)
+    advisor.pass_over(1.0, quiet=False)
+    assert knobs.pages_to_scan == knobs.advisor_min_pages_to_scan
+
+
+def test_status_and_joining_never_wait_for_a_batch() -> None:
+    """While a batch goes on (its mutex is held), others still read, join and leave."""
+    ksmd: Ksmd = new_ksmd()
+    machine = SimulatedMachine()
+    (a, _), (slot, _) = processes(machine, ksmd, SAME, SAME)
+    passes(ksmd, 1)
+    seen: list[int] = []
+
+    def script(what: str, vpn: int) -> None:
+        if not seen:
+            other = threading.Thread(target=meanwhile)
+            other.start()
+            other.join(10)
+            assert not other.is_alive()
+
+    def meanwhile() -> None:
+        seen.append(ksmd.counters().full_scans)
+        assert len(ksmd.rows()) == 2
+        ksmd.get("run")
+        ksmd.next_wait()
+        ksmd.metadata_bytes()
+        ksmd.enter(process(machine, 300, SAME))
+        ksmd.exit(slot)
+
+    a.script = script
+    a.write(1000, 99)
+    passes(ksmd, 3)
+    assert seen == [1]
+    assert slot.gone
+    assert ksmd.counters().pages_sharing == 50
+    assert [row.pid for row in ksmd.rows()] == [101, 300]
+
+
+def test_processes_are_asked_at_the_same_time() -> None:
+    """`concurrently` gets all of them at once, for scanning and for merging."""
+    widths: list[int] = []
+
+    def concurrently(work, items):
+        items = list(items)
+        widths.append(len(items))
+        return map(work, items)
+
+    ksmd = Ksmd(concurrently=concurrently)
+    processes(SimulatedMachine(), ksmd, SAME, SAME, SAME)
+    passes(ksmd, 2)
+    assert max(widths) == 3
+    assert widths.count(3) >= 3
+    assert np.all(np.array(widths) <= 3)
+
+
+def test_small_batches_go_through_one_process_after_the_other() -> None:
+    ksmd = new_ksmd()
+    (a, b), _ = processes(SimulatedMachine(), ksmd, SAME, SAME)
+    ksmd.do_scan(30)
+    assert (a.pages_hashed, b.pages_hashed) == (30, 0)
+    ksmd.do_scan(40)
+    assert (a.pages_hashed, b.pages_hashed) == (50, 20)
+
+
+def test_without_processes_there_are_no_passes() -> None:
+    ksmd = new_ksmd()
+    assert ksmd.do_scan() == 0
+    assert ksmd.counters().full_scans == 0

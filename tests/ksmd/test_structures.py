@@ -1,0 +1,146 @@
+"""The arrays and indexes ksmd is built of."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samepage.ksmd.deferred import Deferred
+from samepage.ksmd.index import ChecksumIndex
+from samepage.ksmd.rmap import Columns, RmapItems, expand, run_starts, sorted_refs
+from samepage.ksmd.stable import ADOPTED_NODES_MAX, SEGMENT_PAGES, SHARERS_MAX, StableTree
+from samepage.memory.simulated import SimulatedMachine
+
+
+def u32(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    return np.array(numbers, np.uint32)
+
+
+def test_rows_never_used_cost_no_memory_and_freed_ones_give_it_back() -> None:
+    rmap = RmapItems()
+    base = rmap.allocate(1 << 26)
+    empty = rmap.resident()
+    assert empty <= (1 << 26) // 256
+    rows = np.arange(base + 5000, base + 5000 + (1 << 16))
+    rmap.touch(rows)
+    rmap.state[rows] = 7
+    rmap.checksum[rows] = 9
+    assert (1 << 16) * 9 <= rmap.resident() - empty <= (1 << 16) * 9 + 3 * 512 * 9
+    rmap.free(base, 1 << 26)
+    assert rmap.resident() == empty
+    again = rmap.allocate(1 << 20)
+    assert again == base
+    assert not rmap.state[again : again + (1 << 20)].any()
+    assert not rmap.checksum[again : again + (1 << 20)].any()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5000)), max_size=40))
+def test_ranges_are_disjoint_zero_and_used_again(steps: list[tuple[bool, int]]) -> None:
+    columns = Columns(np.uint64, np.uint8, rows=1 << 12)
+    held: list[tuple[int, int]] = []
+    for take, n in steps:
+        if take or not held:
+            base = columns.allocate(n)
+            assert all(base + n <= b or b + m <= base for b, m in held)
+            rows = np.arange(base, base + n)
+            assert not columns.columns[0][rows].any()
+            assert not columns.columns[1][rows].any()
+            columns.touch(rows)
+            columns.columns[0][rows] = 255
+            columns.columns[1][rows] = 255
+            held.append((base, n))
+        else:
+            base, size = held.pop(n % len(held))
+            part = min(n, size)
+            columns.free(base, part)
+            if part < size:
+                held.append((base + part, size - part))
+        for b, m in held:
+            assert (columns.columns[0][b : b + m] == 255).all()
+    for b, m in held:
+        columns.free(b, m)
+    assert columns.resident() == len(columns._touched)
+
+
+@given(st.lists(st.integers(0, 9), max_size=60), st.data())
+def test_an_index_finds_what_a_dictionary_would(sums: list[int], data: st.DataObject) -> None:
+    keys = np.array([*sums, 0], np.uint64)
+    index = ChecksumIndex(lambda: keys)
+    present: set[int] = set()
+    for _ in range(4):
+        add = data.draw(st.sets(st.sampled_from(range(len(sums)))) if sums else st.just(set()))
+        index.insert(u32(*sorted(add - present)))
+        present |= add
+        drop = data.draw(st.sets(st.sampled_from(range(len(sums)))) if sums else st.just(set()))
+        assert set(index.remove(u32(*drop)).tolist()) == present & drop
+        present -= drop
+        assert index.order.tolist() == sorted(present, key=lambda n: (sums[n], n))
+        wanted = np.arange(11, dtype=np.uint64)
+        expected = [[n for n in sorted(present) if sums[n] == key] for key in range(11)]
+        assert index.find(wanted).tolist() == [e[0] if e else -1 for e in expected]
+        assert index.count(wanted).tolist() == [len(e) for e in expected]
+        assert [index.find(wanted[i : i + 1])[0] for i in range(11)] == [e[0] if e else -1 for e in expected]
+        assert index.entries(3).tolist() == expected[3]
+
+
+def test_runs_and_refs() -> None:
+    assert expand(np.array([5, 20]), np.array([3, 2])).tolist() == [5, 6, 7, 20, 21]
+    assert run_starts(u32(1, 2, 3, 7, 8), u32(4, 5, 9, 10, 11)).tolist() == [0, 2, 3]
+    assert sorted_refs([u32(5, 3), u32(3, 1)]).tolist() == [1, 3, 5]
+
+
+def test_chains_are_checksums_with_several_nodes() -> None:
+    machine, tree = SimulatedMachine(), StableTree()
+    segment = tree.add(machine.new_segment([1, 1, 1, 2]), np.array([5, 5, 5, 6], np.uint64), 0)
+    nodes = u32(*range(segment.base, segment.base + 4))
+    tree.publish(nodes[[0, 3]])
+    assert (tree.chains, tree.dups) == (0, 0)
+    tree.publish(nodes[1:3])
+    assert (tree.chains, tree.dups) == (1, 3)
+    tree.unpublish(nodes[:1])
+    assert (tree.chains, tree.dups) == (1, 2)
+    tree.unpublish(nodes[1:2])
+    assert (tree.chains, tree.dups) == (0, 0)
+
+
+def test_a_segment_lives_as_long_as_it_has_sharers() -> None:
+    machine, tree = SimulatedMachine(), StableTree()
+    handle = machine.new_segment([1, 2, 3])
+    segment = tree.add(handle, np.array([1, 2, 3], np.uint64), 0)
+    first = segment.base
+    tree.attach(np.array([first, first, first + 2]))
+    assert (tree.pages_shared, tree.sharers_total, tree.dead_nodes) == (2, 3, 1)
+    tree.detach(np.array([first, first]))
+    assert (tree.pages_shared, tree.sharers_total, tree.dead_nodes) == (1, 1, 2)
+    tree.detach(np.array([first + 2]))
+    assert not handle.is_open
+    assert (tree.segments, tree.dead_nodes, machine.used) == ([], 0, 0)
+
+
+def test_adopted_segments_are_bounded() -> None:
+    tree = StableTree()
+    assert tree.found(1, SEGMENT_PAGES, 1, 0) is None
+    for ino in range(ADOPTED_NODES_MAX // SEGMENT_PAGES):
+        assert tree.found(ino, 0, 1, 0) is not None
+    assert tree.found(1 << 40, 0, 1, 0) is None
+
+
+def test_sharers_never_overflow() -> None:
+    tree = StableTree()
+    segment = tree.found(1, 0, 2, 0)
+    assert segment is not None
+    tree.attach(np.full(SHARERS_MAX - 1, segment.base))
+    assert tree.has_room(np.array([segment.base, segment.base + 1])).tolist() == [True, True]
+    assert tree.has_room(np.array([segment.base, segment.base])).tolist() == [False, False]
+
+
+def test_what_is_deferred_again_waits_twice_as_long() -> None:
+    deferred, waits, since = Deferred(), [], 0
+    deferred.defer(u32(7), 0)
+    for passes in range(1, 200):
+        if deferred.due(passes):
+            waits.append(passes - since)
+            since = passes
+            deferred.defer(u32(7), passes)
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 64]

@@ -1,0 +1,228 @@
+"""Control connections: who may ask what, what nonsense gets, and the client's half."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samepage.service import control, sockets
+from samepage.service.control import Client
+from samepage.service.sockets import Caller, ControlError
+
+OWNER, OTHER = 1000, 1001
+
+
+class FakeScanner:
+    """Remembers what it was asked, and answers plainly."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.cancelled = threading.Event()
+        self.steps = 3
+
+    def counters(self, domain: int | None = None) -> dict[str, int]:
+        self.asked.append(("counters", domain))
+        return {"pages_sharing": 5}
+
+    def commitments(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return self.rows(), [{"cgroup": "/", "processes": len(self.rows())}]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"pid": pid, "comm": "x" * 16} for pid in range(2500)]
+
+    def get(self, knob: str) -> str:
+        return {"run": "1"}[knob]
+
+    def knobs(self) -> dict[str, str]:
+        return {"run": "1", "sleep_millisecs": "20"}
+
+    def set(self, knob: str, value: str, cancelled: Callable[[], bool]) -> None:
+        self.asked.append(("set", knob, value))
+        if value == "9":
+            raise OSError(errno.EINVAL, "no such value")
+
+    def unmerge(
+        self, pids: list[int], progress: Callable[[dict[str, Any]], None], cancelled: Callable[[], bool]
+    ) -> dict[str, Any]:
+        for step in range(self.steps):
+            progress({"pages_unmerged": step})
+            if cancelled():
+                self.cancelled.set()
+                return {"ok": False, "errno": "EINTR", "pages_unmerged": step}
+            time.sleep(0.01)
+        return {"ok": True, "errno": None, "pages_unmerged": self.steps}
+
+    def merge(self, pid: int, vpn: int, npages: int) -> dict[str, Any]:
+        self.asked.append(("merge", pid, vpn, npages))
+        return {"pages_merged": npages}
+
+
+@pytest.fixture
+def scanner() -> FakeScanner:
+    return FakeScanner()
+
+
+@pytest.fixture
+def path(scanner: FakeScanner, tmp_path: Path) -> Iterator[str]:
+    """Where a service listens that serves control connections with the fake scanner."""
+    path = str(tmp_path / "socket")
+    listener = sockets.listen(path)
+
+    def serve() -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            with sock, contextlib.suppress(OSError):
+                control.handle(sock, sock.recv(1 << 17), scanner, os.getuid())
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield path
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def ask(request: bytes, scanner: FakeScanner, uid: int = OWNER, pid: int = 7) -> list[dict[str, Any]]:
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with a, b:
+        return list(control.answers(request, Caller(pid, uid), scanner, OWNER, a))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"{",
+        b"{}",
+        b'{"op": "explode"}',
+        b'{"op": "get", "nob": "run"}',
+        b'{"op": "set", "knob": "run"}',
+        b'{"op": "set", "knob": "run", "value": 1}',
+        b'{"op": "merge", "vpn": "x", "npages": 1}',
+        b'{"op": "unmerge", "pids": [1, "2"]}',
+        b"{\xff}",
+        b'{"op": "merge", "vpn": 1, "npages": 100000000000000000000000}',
+    ],
+)
+def test_nonsense_gets_one_clear_refusal(request_: bytes, scanner: FakeScanner) -> None:
+    (answer,) = ask(request_, scanner)
+    assert answer["ok"] is False
+    assert answer["errno"] == "EINVAL"
+    assert "\n" not in answer["error"]
+
+
+@pytest.mark.parametrize("uid", [0, OWNER])
+def test_the_owner_and_root_may_do_everything(uid: int, scanner: FakeScanner) -> None:
+    for request in (b'{"op": "status"}', b'{"op": "get"}', b'{"op": "set", "knob": "run", "value": "0"}'):
+        assert ask(request, scanner, uid)[-1]["ok"]
+    assert ask(b'{"op": "unmerge"}', scanner, uid)[-1]["ok"]
+    ask(b'{"op": "stats"}', scanner, uid)
+    assert scanner.asked[-1] == ("counters", None)
+
+
+def test_another_user_may_only_see_the_counters_of_their_own_domain(scanner: FakeScanner) -> None:
+    requests = [b'{"op": "status"}', b'{"op": "get"}', b'{"op": "set", "knob": "run", "value": "2"}']
+    requests += [b'{"op": "unmerge"}', b'{"op": "merge", "vpn": 1, "npages": 1, "pid": 8}']
+    for request in requests:
+        assert ask(request, scanner, OTHER)[-1]["errno"] == "EACCES"
+    assert not scanner.asked
+    assert ask(b'{"op": "stats"}', scanner, OTHER)[-1]["ok"]
+    assert scanner.asked == [("counters", OTHER)]
+
+
+def test_another_user_may_have_their_own_process_merged(scanner: FakeScanner) -> None:
+    assert ask(b'{"op": "merge", "vpn": 1, "npages": 2}', scanner, OTHER, pid=8)[-1]["pages_merged"] == 2
+    assert scanner.asked == [("merge", 8, 1, 2)]
+
+
+def test_a_status_longer_than_a_packet_comes_whole(path: str) -> None:
+    with Client(path) as client:
+        answer = client.ask("status")
+    assert [row["pid"] for row in answer["processes"]] == list(range(2500))
+    assert answer["counters"] == {"pages_sharing": 5}
+
+
+def test_what_the_service_refuses_is_raised_with_its_errno(path: str) -> None:
+    with Client(path) as client:
+        with pytest.raises(ControlError, match="no such value") as raised:
+            client.ask("set", knob="run", value="9")
+        assert raised.value.errno == errno.EINVAL
+        assert client.ask("get", knob="run")["knobs"] == {"run": "1"}
+
+
+def test_an_unmerge_tells_its_progress_and_then_the_outcome(path: str) -> None:
+    with Client(path) as client:
+        packets = list(client.stream("unmerge", pids=[]))
+    assert [p["progress"]["pages_unmerged"] for p in packets[:-1]] == [0, 1, 2]
+    assert packets[-1] == {"ok": True, "errno": None, "pages_unmerged": 3}
+
+
+def test_an_unmerge_ends_when_its_client_goes(path: str, scanner: FakeScanner) -> None:
+    scanner.steps = 1000
+    client = Client(path)
+    next(iter(client.stream("unmerge", pids=[])))
+    client.close()
+    assert scanner.cancelled.wait(5)
+
+
+def test_a_cancelled_unmerge_still_tells_how_far_it_came(path: str, scanner: FakeScanner) -> None:
+    scanner.steps = 1000
+    with Client(path) as client:
+        packets = client.stream("unmerge", pids=[])
+        next(packets)
+        client.cancel()
+        *_, last = packets
+    assert last["errno"] == "EINTR"
+    assert last["pages_unmerged"] < 1000
+
+
+def test_a_client_that_sends_too_much_is_hung_up_on(path: str) -> None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with sock:
+        sock.connect(path)
+        sock.send(b'{"op": "get"}')
+        sock.recv(1 << 17)
+        sock.send(b"{" + b" " * control.PACKET_MAX)
+        assert sock.recv(100) == b""
+
+
+def test_no_service_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ControlError, match="start `samepage daemon`") as raised:
+        Client(str(tmp_path / "nothing"))
+    assert raised.value.errno == errno.ENOENT
+
+
+def test_a_socket_is_the_owners_alone_unless_it_is_for_everybody(tmp_path: Path) -> None:
+    with sockets.listen(str(tmp_path / "mine")), sockets.listen(str(tmp_path / "ours"), everybody=True):
+        assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o666
+
+
+def test_a_stale_socket_is_replaced_a_live_one_and_a_file_are_not(tmp_path: Path, path: str) -> None:
+    stale = str(tmp_path / "stale")
+    sockets.listen(stale).close()
+    sockets.listen(stale).close()
+    with pytest.raises(ControlError, match="already"):
+        sockets.listen(path)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ControlError, match="no socket"):
+        sockets.listen(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_service_that_goes_before_it_answers_is_a_clear_error(path: str) -> None:
+    with Client(path) as client:
+        client.ask("get")
+        client.cancel()
+        with pytest.raises(ControlError, match="ended before it answered") as raised:
+            client.ask("get")
+    assert not isinstance(raised.value, BrokenPipeError)  # which would mean our own output
