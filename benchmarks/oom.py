@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kernel_ksm
 from benchmarks.memory_cgroup import MemoryCgroup
 from samepage import agent
 from samepage.service.control import Client
@@ -45,7 +46,6 @@ LIMIT = 300 * MIB
 ROOMY = 4096 * MIB
 WORKER_MIB, PART_MIB = 512, 64
 PAGES = WORKER_MIB * MIB // PAGE_SIZE
-KSM = Path("/sys/kernel/mm/ksm")
 
 Answer = dict[str, Any]
 
@@ -293,31 +293,11 @@ def under_a_limit(surface: str, rounds: int, folder: Path, reserve: int = 16 * M
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def kernel_ksm() -> Iterator[None]:
-    """The kernel's ksmd at its fastest; everything is put back as it was."""
-    names = ("run", "pages_to_scan", "sleep_millisecs", "advisor_mode", "use_zero_pages", "smart_scan")
-    before = {name: (KSM / name).read_text() for name in names if (KSM / name).exists()}
-    if "advisor_mode" in before:  # written as: [none] scan-time
-        before["advisor_mode"] = before["advisor_mode"].partition("[")[2].partition("]")[0]
-    try:
-        for name, value in {"advisor_mode": "none", "pages_to_scan": "10000000", "sleep_millisecs": "0"}.items():
-            if name in before:
-                (KSM / name).write_text(value)
-        (KSM / "run").write_text("1")
-        yield
-    finally:
-        # pages_to_scan cannot be written while an advisor sets it, and run is last.
-        for name in ("sleep_millisecs", "use_zero_pages", "smart_scan", "pages_to_scan", "advisor_mode", "run"):
-            if name in before:
-                (KSM / name).write_text(before[name])
-
-
 def wait_kernel_merged(workers: list[Worker]) -> None:
     """Until the kernel has merged nearly all memory of each."""
 
     def merged() -> bool:
-        return all(int(Path(f"/proc/{w.pid}/ksm_merging_pages").read_text()) >= 0.99 * w.pages for w in workers)
+        return all(kernel_ksm.merging_pages(w.pid) >= 0.99 * w.pages for w in workers)
 
     wait_until(merged, "merged by the kernel")
 
@@ -328,14 +308,14 @@ def kernel_under_a_limit(rounds: int) -> Outcome:
     started = time.monotonic()
     for _ in range(rounds):
         with contextlib.ExitStack() as stack:
-            stack.enter_context(kernel_ksm())
+            stack.enter_context(kernel_ksm.borrowed(**kernel_ksm.FASTEST))
             group = stack.enter_context(MemoryCgroup("ksm", ROOMY))
             workers = [Worker(group, None) for _ in range(2)]
             for worker in workers:
                 stack.callback(worker.end)
                 worker.ask("advise")
             wait_kernel_merged(workers)
-            (KSM / "run").write_text("0")
+            kernel_ksm.write("run", 0)
             group.set_limit(LIMIT)
             neighbours = Neighbours(group)
             stack.callback(neighbours.end)
@@ -427,14 +407,14 @@ def speed(repeats: int, folder: Path, mib: int = 1024) -> Speed:
                 found.samepage.append(time.perf_counter() - started)
             assert all(worker.ask("verify") for worker in workers)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(kernel_ksm())
+            stack.enter_context(kernel_ksm.borrowed(**kernel_ksm.FASTEST))
             workers = [Worker(None, None, mib // 2, mib // 2) for _ in range(2)]
             for worker in workers:
                 stack.callback(worker.end)
                 worker.ask("advise")
             wait_kernel_merged(workers)
             started = time.perf_counter()
-            (KSM / "run").write_text("2")
+            kernel_ksm.write("run", 2)
             found.kernel.append(time.perf_counter() - started)
     return found
 
