@@ -29,7 +29,7 @@
  *
  * Files, in the order of the story: area.c (areas, lock, planes); in front of libc (wrappers.h): alloc.c (the malloc
  * family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c (the rest); uffd.c (the
- * kernel's calls, one function each), scan.c (look and hash), swap.c (donate and merge), break.c (unmerge),
+ * kernel's calls, one function each), scan.c and hash.c (look and hash), swap.c (donate and merge), break.c (unmerge),
  * headroom.c (is there memory?), peer.c (thread, wire and C API).
  */
 #ifndef SAMEPAGE_AGENT_H
@@ -249,7 +249,7 @@ extern const uint8_t zero_page[PAGE_SIZE];
 /* Looks from req->vpn on; fills `runs` and `sums`, both with room for the most a packet can carry. */
 void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
 	       uint64_t *sums, uint32_t max_sums);
-uint64_t page_checksum(const void *page);
+uint64_t page_checksum(const void *page); /* hash.c */
 
 /* Copies pages to a new sealed memfd: the descriptor, -1 when no page could be had. One PageStatus a page. */
 int donate(const struct sp_area *runs, size_t n, uint8_t *status);

@@ -8,9 +8,6 @@
 
 #include <linux/userfaultfd.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #define STEP_PAGES 512UL       /* hashed under one hold of the lock: 2 MiB, some 200 us */
 #define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms when nothing changed */
 #define NR_REGIONS 64
@@ -21,13 +18,6 @@ struct out {
 	uint32_t nruns, max_runs, nsums, max_sums;
 	uint32_t flags; /* enum sp_scan_flags */
 };
-
-uint64_t page_checksum(const void *page)
-{
-	uint64_t sum = XXH3_64bits(page, PAGE_SIZE);
-
-	return settings.flags & SP_WELCOME_TRUNCATE_HASH ? sum & 0xff : sum;
-}
 
 static bool full(const struct out *o)
 {
