@@ -119,10 +119,8 @@ def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
     pages = refs[zero][may]
     status: U8 = np.full(len(pages), PageStatus.GONE, np.uint8)
     by_slot = domain.by_slot(pages)
-    work.each(
-        by_slot,
-        lambda slot: _be_zeros(slot, slot.vpns_of(pages[by_slot[slot]].astype(np.int64)), by_slot[slot], status),
-    )
+    vpns = {slot: slot.vpns_of(pages[at].astype(np.int64)) for slot, at in by_slot.items()}
+    work.each(by_slot, lambda slot: _be_zeros(slot, vpns[slot], by_slot[slot], status))
     work.statuses += np.bincount(status, minlength=len(PageStatus))
     domain.set_states(pages[status == PageStatus.DONE], PageState.ZERO)
     _settle_failures(domain, pages, status, work)
