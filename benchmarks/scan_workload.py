@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 PR_SET_MEMORY_MERGE = 67
@@ -48,13 +48,13 @@ class Missing(Exception):
 
 
 class Workload:
-    """The processes, from when all were ready. `pids`: all that are in the process groups, when stopped."""
+    """The processes, from when all were ready."""
 
-    def __init__(self, directory: Path, mebibytes: int, prefix: Sequence[str] = (), env: dict[str, str] | None = None):
+    def __init__(self, directory: Path, mebibytes: int, mergeable: bool) -> None:
         for program in ("sqlite3", "git", "gcc"):
             if not shutil.which(program):
                 raise Missing(f"{program} is not installed")
-        self._directory, self._prefix, self._env = directory, list(prefix), env
+        self._directory, self._mergeable = directory, mergeable
         self._groups: list[subprocess.Popen[str]] = []
         for i in range(2):
             self._start([sys.executable, "-c", NUMPY.format(mebibytes=mebibytes), str(10 + i)], ready=True)
@@ -66,14 +66,13 @@ class Workload:
         if stdin is not None:
             command, stdin = command[:-1], command[-1]
         process = subprocess.Popen(
-            [*self._prefix, *command],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if ready else subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=self._env,
             cwd=self._directory,
-            preexec_fn=_mergeable,  # noqa: PLW1509 (one thread)
+            preexec_fn=_merge_any if self._mergeable else None,  # one thread
             start_new_session=True,
         )
         self._groups.append(process)
@@ -96,7 +95,9 @@ class Workload:
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
         subprocess.run(["git", "-C", repository, "add", "."], check=True)
         subprocess.run(["git", "-C", repository, *identity, "commit", "-qm", "all"], check=True)
-        pack = f"while :; do git -C {repository} pack-objects --all --no-reuse-delta --stdout </dev/null >/dev/null; done"
+        pack = (
+            f"while :; do git -C {repository} pack-objects --all --no-reuse-delta --stdout </dev/null >/dev/null; done"
+        )
         for _ in range(2):
             self._start(["sh", "-c", pack], ready=False)
 
@@ -104,12 +105,18 @@ class Workload:
         """A file of many functions, compiled again and again, by two gcc at a time."""
         source = self._directory / "many.c"
         functions = "\n".join(
-            f"int f{i}(int *a, int n) {{ int s = {i}; for (int j = 0; j < n; j++) s += a[j] * {i + 3} ^ (s >> {i % 13}); return s; }}"
+            f"int f{i}(int *a, int n)"
+            f"{{ int s = {i}; for (int j = 0; j < n; j++) s += a[j] * {i + 3} ^ (s >> {i % 13}); return s; }}"
             for i in range(3000)
         )
         source.write_text(functions)
         for _ in range(2):
             self._start(["sh", "-c", f"while :; do gcc -O2 -S -o /dev/null {source}; done"], ready=False)
+
+    @property
+    def steady(self) -> list[int]:
+        """The pids of the programs that have done their work and wait."""
+        return [group.pid for group in self._groups if group.stdout is not None]
 
     def stop(self) -> list[int]:
         """Stop everything, and wait until it is; the pids of all that has memory."""
@@ -147,14 +154,15 @@ class Workload:
                         pipe.close()
 
 
-def _mergeable() -> None:
+def _merge_any() -> None:
     ctypes.CDLL(None).prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0)
 
 
 @contextlib.contextmanager
-def running(directory: Path, mebibytes: int, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> Iterator[Workload]:
-    """The workload, and its end whatever happens. `Missing` when a program is not installed."""
-    workload = Workload(directory, mebibytes, prefix, env)
+def running(directory: Path, mebibytes: int, mergeable: bool = False) -> Iterator[Workload]:
+    """The workload, and its end whatever happens. `mergeable`: to the kernel's KSM. `Missing` when a program is not
+    installed."""
+    workload = Workload(directory, mebibytes, mergeable)
     try:
         yield workload
     finally:

@@ -40,7 +40,11 @@ class Scan:
         )
         parser.add_argument("--all", action="store_true", help="every process that this user may look at")
         parser.add_argument(
-            "--cgroup", metavar="PATH", action="append", default=[], help="the processes of a cgroup, and of those below it"
+            "--cgroup",
+            metavar="PATH",
+            action="append",
+            default=[],
+            help="the processes of a cgroup, and of those below it",
         )
         parser.add_argument(
             "--name",
@@ -50,7 +54,9 @@ class Scan:
             help="processes with a name that matches a shell pattern; may be repeated, as --cgroup may",
         )
         parser.add_argument("--json", metavar="FILE", help="write the report as JSON (docs/scan.md); -: to stdout")
-        parser.add_argument("--html", metavar="FILE", type=Path, help="write a page with a map of the memory, to look at")
+        parser.add_argument(
+            "--html", metavar="FILE", type=Path, help="write a page with a map of the memory, to look at"
+        )
         parser.add_argument(
             "--watch", metavar="SECONDS", type=_seconds, help="look again after so long, and say what stayed the same"
         )

@@ -59,12 +59,14 @@ class Groups:
 def representative(flags: U8) -> Bools:
     """Pages that are alone with their frame, or stand for all pages of it: whose frame merging could free."""
     mask = PageFlag.FRAME | PageFlag.OUTSIDE | PageFlag.KSM | PageFlag.ELSEWHERE | PageFlag.UNREADABLE
-    return (flags & mask) == PageFlag.FRAME
+    out: Bools = (flags & mask) == PageFlag.FRAME
+    return out
 
 
 def has_content(flags: U8) -> Bools:
     """Pages whose checksum is known."""
-    return flags & (PageFlag.ELSEWHERE | PageFlag.UNREADABLE) == 0
+    out: Bools = flags & (PageFlag.ELSEWHERE | PageFlag.UNREADABLE) == 0
+    return out
 
 
 def equal_groups(checksum: U64, member: Bools) -> Iterator[Groups]:
@@ -120,7 +122,8 @@ def base_classes(checksum: U64, flags: U8, zero_checksum: int) -> U8:
 
 
 def mark_duplicates(groups: Groups, classes: U8, flags: U8, source: Ints, distinct: Ints) -> None:
-    """Set INSIDE and BETWEEN for the rows of groups that have more than one frame. `source`: of each row of `groups`."""
+    """Set INSIDE and BETWEEN for the rows of groups that have more than one frame. `source`: of each row of
+    `groups`."""
     if not len(groups.first):
         return
     # Whose frames they are: other pages of a frame are shared already.

@@ -1,10 +1,9 @@
 """Files of memory: ELF core dumps, raw memory images, and the memory files of QEMU and Firecracker snapshots.
 
 An ELF core dump is known by its header (elf(5)), and its PT_LOAD segments are its memory: of a process (written by the
-kernel, see core(5), or by gdb's gcore) or of a machine (QEMU's dump-guest-memory). Anything else is taken for a raw image,
-page after page, unless it cannot be one: its size is no multiple of the page size, it starts as files of other kinds do,
-or it is text. Holes of a sparse file are pages that were never there, and are skipped.
-"""
+kernel, see core(5), or by gdb's gcore) or of a machine (QEMU's dump-guest-memory). Anything else is taken for a raw
+image, page after page, unless it cannot be one: its size is no multiple of the page size, it starts as files of other
+kinds do, or it is text. Holes of a sparse file are pages that were never there, and are skipped."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """One look at many sources: every page read once, hashed, and remembered as a row of three columns.
 
-A row is a checksum (u64), a `PageFlag` (u8) and, later, a class (u8). Rows are in the order of sources, and in each in the
-order of addresses; so a source, or a mapping, is a range of rows, and neighbours in memory are neighbours here. Reading
-and hashing is done by threads, a batch each; putting down what came of it is done here, in order.
+A row is a checksum (u64), a `PageFlag` (u8) and, later, a class (u8). Rows are in the order of sources, and in each in
+the order of addresses; so a source, or a mapping, is a range of rows, and neighbours in memory are neighbours here.
+Reading and hashing is done by threads, a batch each; putting down what came of it is done here, in order.
 
 A frame that is mapped more than once is read once. What every page of it needs is a *slot*: the checksum of the frame,
 how often it was met, and how often it is mapped in all.
@@ -144,8 +144,6 @@ class Look:
     seconds: float
     cpu_seconds: float
     pages_read: int
-    nonzero: int
-    """Pages with a checksum, not of zeros, each frame once."""
 
     @property
     def rows(self) -> int:
@@ -190,10 +188,9 @@ class _Looker:
         self._rows = 0
         self._thinned = 0.0
         self._position = 0
-        self.nonzero = 0
         self._after: tuple[SourceRows, int] | None = None  # where a run of pages would go on
         self._block: Mapping | None = None  # the large allocation that the last page was in
-        self._frames_known = True
+        self.frames_known = True
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -214,11 +211,10 @@ class _Looker:
                     if work.reading:
                         work.reading.cancel()
         # Only now is known what was met of each frame.
-        with_slot = np.flatnonzero(self.flags.values & (PageFlag.SHARED | PageFlag.KSM) != 0)
-        if self._frames_known and len(with_slot):
+        if self.frames_known:
             slots = self.shared_slots.values.astype(np.int64)
-            known = with_slot[self.flags.values[with_slot] & PageFlag.ELSEWHERE == 0]
-            self.flags.values[known[self._frames.outside(slots)]] |= PageFlag.OUTSIDE
+            at = np.flatnonzero(_has_slot(self.flags.values))
+            self.flags.values[at[self._frames.outside(slots)]] |= PageFlag.OUTSIDE
 
     def _begin(self, source: Source, optional: set[int], pool: ThreadPoolExecutor) -> Iterator[_Work]:
         try:
@@ -231,7 +227,9 @@ class _Looker:
         for batch in opened.batches:
             yield self._start(rows, opened, batch, pool)
         nothing = Batch(np.empty(0, np.int64), np.empty(0, np.uint8))
-        yield _Work(rows, opened, nothing, nothing.vpns, nothing.vpns, np.empty(0, np.uint64), nothing.flags, None, True)
+        yield _Work(
+            rows, opened, nothing, nothing.vpns, nothing.vpns, np.empty(0, np.uint64), nothing.flags, None, True
+        )
 
     def _start(self, rows: SourceRows, opened: Opened, batch: Batch, pool: ThreadPoolExecutor) -> _Work:
         """Enter its frames, and have those read that were not met before."""
@@ -240,11 +238,11 @@ class _Looker:
         read = flags & PageFlag.ELSEWHERE == 0
         if batch.frames is not None and batch.mapcounts is not None:
             slots, first = self._frames.enter(batch.frames, batch.mapcounts)
-            at = np.flatnonzero((flags & (PageFlag.SHARED | PageFlag.KSM) != 0) & read)
+            at = np.flatnonzero(_has_slot(flags))
             flags[at[first]] |= PageFlag.FRAME
             read[at[~first]] = False
         elif rows.source.pid is not None:
-            self._frames_known = False
+            self.frames_known = False
         wanted = np.flatnonzero(read)
         sums, states = np.empty(len(wanted), np.uint64), np.empty(len(wanted), np.uint8)
         runs = _runs(batch.vpns[wanted], batch.shift)
@@ -266,9 +264,7 @@ class _Looker:
         sums[work.wanted] = work.sums
         flags[work.wanted[work.states == 0]] |= PageFlag.UNREADABLE
         if len(work.slots):
-            at = np.flatnonzero(
-                (flags & (PageFlag.SHARED | PageFlag.KSM) != 0) & (flags & PageFlag.ELSEWHERE == 0)
-            )
+            at = np.flatnonzero(_has_slot(flags))
             first = flags[at] & PageFlag.FRAME != 0
             self._frames.checksum[work.slots[first]] = sums[at[first]]
             sums[at] = self._frames.checksum[work.slots]
@@ -286,8 +282,12 @@ class _Looker:
         rows.swapped = opened.swapped
         self.problems += opened.remarks
         if not rows.source.alive():
-            seen = f"the {rows.npages - rows.unreadable} pages read before are kept" if rows.npages else "nothing was read"
-            self.problems.append(f"process {rows.source.pid} ({rows.source.name}): ended while it was looked at; {seen}")
+            seen = (
+                f"the {rows.npages - rows.unreadable} pages read before are kept" if rows.npages else "nothing was read"
+            )
+            self.problems.append(
+                f"process {rows.source.pid} ({rows.source.name}): ended while it was looked at; {seen}"
+            )
         elif rows.unreadable:
             self.problems.append(f"{label(rows.source)}: {rows.unreadable} pages went away before they were read")
         if rows.npages or rows.source.alive():
@@ -330,59 +330,53 @@ class _Looker:
     def _keep(self, work: _Work, sums: U64, flags: U8, bounds: list[tuple[int, Mapping]]) -> None:
         """Append the pages, or of a sample those that belong to it."""
         rows, vpns = work.rows, work.batch.vpns
-        breaks = np.ones(len(vpns), np.bool_)
-        breaks[1:] = np.diff(vpns) != 1
-        if self._after is not None and self._after[0] is rows and len(vpns):
-            breaks[0] = vpns[0] != self._after[1]
-        before = np.empty_like(sums)
-        before[1:], before[:1] = sums[:-1], 0
-        before[breaks] = 0
-        breaks[[at for at, _ in bounds if at]] = True
+        goes_on = np.zeros(len(vpns), np.bool_)
+        goes_on[1:] = np.diff(vpns) == 1
+        goes_on[0] = self._after is not None and self._after[0] is rows and vpns[0] == self._after[1]
         self._after = (rows, int(vpns[-1]) + 1)
-        zero = sums == pages.zero_checksum()
-        content = (flags & PageFlag.FRAME != 0) & (flags & PageFlag.UNREADABLE == 0) & ~zero
-        self.nonzero += int(np.count_nonzero(content))
-        kept: npt.NDArray[Any] | slice = slice(None)
+        kept = np.ones(len(vpns), np.bool_)
         if self._sample is not None:
-            kept = self._sampled(sums, flags, zero)
-            every = content.copy()
-            every[: (-self._position) % STRIDE] = False
-            every[np.arange(len(every)) % STRIDE != (-self._position) % STRIDE] = False
-            self._position += len(sums)
-            self.every.extend(sums[every])
+            kept = self._sampled(sums, flags)
+            before = np.zeros_like(sums)
+            before[1:] = np.where(goes_on[1:], sums[:-1], 0)
             self.previous.extend(before[kept])
-            # A run is not known in a sample: every row is one.
-            breaks[:] = True
+            goes_on[:] = False  # of a sample every row is a run
+        goes_on[[at for at, _ in bounds if at]] = False
+        row = self._rows + np.cumsum(kept) - kept
         ends = [at for at, _ in bounds[1:]] + [len(vpns)]
-        rank = np.cumsum(kept) if self._sample is not None else None
         for (at, mapping), end in zip(bounds, ends, strict=True):
             if not rows.mappings or rows.mappings[-1].mapping is not mapping:
-                offset = at if rank is None else int(rank[at - 1]) if at else 0
-                rows.mappings.append(MappingRows(mapping, self._rows + offset))
+                rows.mappings.append(MappingRows(mapping, int(row[at])))
             rows.mappings[-1].npages += end - at
-        has_slot = (flags & (PageFlag.SHARED | PageFlag.KSM) != 0) & (flags & PageFlag.ELSEWHERE == 0)
         if len(work.slots):
-            self.shared_slots.extend(work.slots[np.asarray(kept)[has_slot] if rank is not None else slice(None)])
-        where = np.flatnonzero(breaks[kept])
-        self.starts.extend(where + self._rows)
+            self.shared_slots.extend(work.slots[kept[_has_slot(flags)]])
+        starts = np.flatnonzero(kept & ~goes_on)
+        self.starts.extend(row[starts])
         if self.start_vpns is not None:
-            self.start_vpns.extend(vpns[kept][where])
+            self.start_vpns.extend(vpns[starts])
         self.checksum.extend(sums[kept])
         self.flags.extend(flags[kept])
-        self._rows = len(self.checksum.values)
-        rows.end = self._rows
+        self._rows = rows.end = self._rows + int(np.count_nonzero(kept))
 
-    def _sampled(self, sums: U64, flags: U8, zero: Bools) -> Bools:
-        """Pages whose checksum says so, hence all that are equal or none. Of pages whose content says nothing (of zeros,
-        not read), as many as make the same share."""
+    def _sampled(self, sums: U64, flags: U8) -> Bools:
+        """Pages whose checksum says so, hence all that are equal or none. Of pages whose content says nothing (zeros,
+        or not read), as many as make the same share."""
         assert self._sample is not None
-        plain = zero | (flags & (PageFlag.ELSEWHERE | PageFlag.UNREADABLE) != 0)
-        kept: Bools = (sums < self._threshold) & ~plain
-        at = np.flatnonzero(plain)
+        silent = (sums == np.uint64(pages.zero_checksum())) | (flags & (PageFlag.ELSEWHERE | PageFlag.UNREADABLE) != 0)
+        kept: Bools = (sums < self._threshold) & ~silent
+        at = np.flatnonzero(silent)
         steps = np.floor(self._thinned + self._sample * np.arange(len(at) + 1))
         kept[at[np.diff(steps) > 0]] = True
         self._thinned = (self._thinned + self._sample * len(at)) % 1.0
+        position = self._position + np.arange(len(sums))
+        self._position += len(sums)
+        self.every.extend(sums[(position % STRIDE == 0) & ~silent & (flags & PageFlag.FRAME != 0)])
         return kept
+
+
+def _has_slot(flags: U8) -> Bools:
+    out: Bools = (flags & (PageFlag.SHARED | PageFlag.KSM) != 0) & (flags & PageFlag.ELSEWHERE == 0)
+    return out
 
 
 def _runs(vpns: Ints, shift: int) -> pages.Runs:
@@ -420,7 +414,7 @@ def look(
         flags=looker.flags.values,
         starts=looker.starts.values,
         start_vpns=None if looker.start_vpns is None else looker.start_vpns.values,
-        frames_known=looker._frames_known,
+        frames_known=looker.frames_known,
         scale=1 / sample if sample is not None else 1.0,
         previous=looker.previous.values if sample is not None else None,
         every=looker.every.values if sample is not None else None,
@@ -428,5 +422,4 @@ def look(
         seconds=time.monotonic() - began,
         cpu_seconds=time.process_time() - cpu,
         pages_read=sum(rows.read for rows in looker.sources),
-        nonzero=looker.nonzero,
     )

@@ -6,6 +6,7 @@ of the sums, and says how far off they may be.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -44,7 +45,8 @@ Counts = dict[str, Ints]
 
 @dataclass(slots=True, frozen=True)
 class Host:
-    """What of the machine decides how much can be merged. The knobs are KSM's, as they are set now, or their defaults."""
+    """What of the machine decides how much can be merged. The knobs are KSM's, as they are set now, or their
+    defaults."""
 
     kernel: str
     max_page_sharing: int
@@ -55,8 +57,8 @@ class Host:
 
     @property
     def splits_to_zero_page(self) -> bool:
-        """Whether pages of zeros in a huge page become the kernel's page of zeros when it is split, which KSM does before
-        it merges any page of one. Since Linux 6.12 (try_to_map_unused_to_zeropage in mm/migrate.c)."""
+        """Whether pages of zeros in a huge page become the kernel's page of zeros when it is split, which KSM does
+        before it merges any page of one. Since Linux 6.12 (try_to_map_unused_to_zeropage in mm/migrate.c)."""
         found = re.match(r"(\d+)\.(\d+)", self.kernel)
         return found is not None and (int(found[1]), int(found[2])) >= (6, 12)
 
@@ -99,12 +101,11 @@ class Estimate:
 class Tally:
     """Sums over groups.
 
-    A sample holds a share of all groups, each whole, chosen by checksum: so the sum over it, divided by that share, is a
-    sum over all (Horvitz and Thompson), and the squares tell how far off it may be. That goes wrong where a few groups
-    are so large that it matters whether they are among it. Those are known: every STRIDE-th page was kept as well,
-    whatever its content. They are counted for themselves alone; one that is not in the sample is as large as the other
-    half of the kept pages says.
-    """
+    A sample holds a share of all groups, each whole, chosen by checksum: so the sum over it, divided by that share, is
+    a sum over all (Horvitz and Thompson), and the squares tell how far off it may be. That goes wrong where a few
+    groups are so large that it matters whether they are among it. Those are known: every STRIDE-th page was kept as
+    well, whatever its content. They are counted for themselves alone; one that is not in the sample is as large as the
+    other half of the kept pages says."""
 
     FREQUENT = 8
     """A group is large when as many of its pages were kept (of the half that is for deciding that)."""
@@ -310,9 +311,7 @@ class _Zeros:
 
     def outcome(self, host: Host, scale: float) -> dict[str, float]:
         """What KSM makes of them."""
-        pages, free, huge, huge_free = (
-            round(n * scale) for n in (self.pages, self.free, self.huge, self.huge_free)
-        )
+        pages, free, huge, huge_free = (round(n * scale) for n in (self.pages, self.free, self.huge, self.huge_free))
         if not host.splits_to_zero_page:
             huge = huge_free = 0
         pages, free = pages - huge, free - huge_free
@@ -349,7 +348,7 @@ def _add_pairs(matrix: npt.NDArray[np.float64], groups: Groups, own: Bools, sour
     group, column = group[column >= 0], column[column >= 0]
     step = max(1, (1 << 22) // len(matrix))
     edges = np.searchsorted(group, np.arange(0, len(groups.first) + step, step))
-    for n, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(edges.tolist())):
         if start < end:
             has = np.zeros((step, len(matrix)), np.float32)
             has[group[start:end] - n * step, column[start:end]] = 1
@@ -415,7 +414,8 @@ def _copies(size: Ints, limit: int) -> Counts:
 
 
 def _share_out(groups: Groups, target: U32, limit: int) -> None:
-    """Give every page its copy: the first of its group, or, where one copy is not enough, one of the first few in turn."""
+    """Give every page its copy: the first of its group, or, where one copy is not enough, one of the first few in
+    turn."""
     copies = groups.spread(-(-groups.size // limit))
     first = groups.spread(groups.first)
     rank = np.arange(len(groups.rows)) - first
@@ -487,8 +487,8 @@ class _Extents:
         return np.concatenate(starts), np.concatenate(lengths)
 
     def _begin_share(self, previous: U64) -> float:
-        """Of a sample: the share of merged pages that begin an extent. One goes on where the page before is equal to the
-        page before the copy. Rows of a sample are no neighbours, but what was before each is known."""
+        """Of a sample: the share of merged pages that begin an extent. One goes on where the page before is equal to
+        the page before the copy. Rows of a sample are no neighbours, but what was before each is known."""
         begins = pages = 0
         for at in range(0, self.look.rows, BLOCK):
             mine = np.arange(at, min(at + BLOCK, self.look.rows))
@@ -510,8 +510,10 @@ class _Extents:
     def within_budget(self, shared: Estimate, sharing: Estimate) -> tuple[Estimate, Estimate]:
         """Copies and further pages when the extents that there is no room for are not merged."""
         if self.look.previous is not None:
-            part = 1 - self.left / self.pages
-            return Estimate(round(shared.pages * part), shared.error), Estimate(round(sharing.pages * part), sharing.error)
+            left = 1 - self.left / self.pages
+            return Estimate(round(shared.pages * left), shared.error), Estimate(
+                round(sharing.pages * left), sharing.error
+            )
         for start, length in self._dropped:
             self.target[start : start + length] = NOBODY
         users = np.zeros(self.look.rows, np.uint32)

@@ -1,9 +1,8 @@
 """A running process, looked at from outside: /proc/PID/smaps, pagemap and mem, /proc/kpageflags and kpagecount.
 
 What is looked at is what KSM would look at (vma_ksm_compatible and folio_test_anon in mm/ksm.c): anonymous pages that
-are present, in mappings that are neither shared nor special. Only those are read: reading a page that is not there would
-bring it, or a page of zeros, into being.
-"""
+are present, in mappings that are neither shared nor special. Only those are read: reading a page that is not there
+would bring it, or a page of zeros, into being."""
 
 from __future__ import annotations
 
@@ -133,7 +132,7 @@ class Process:
                 os.close(fd)
             raise ScanError(self._why_not(e)) from e
         mem, pagemap = fds
-        mappings, map_count = _compatible(smaps)
+        mappings, map_count = _compatible(smaps, self._merge_any())
         opened = Opened(mem, mappings, iter(()), map_count, more=(pagemap,))
         if not opened.map_count:
             for fd in fds:
@@ -141,6 +140,13 @@ class Process:
             raise ScanError(f"process {self.pid} ({self.name}) has no memory: {self._bare()}")
         opened.batches = self._batches(opened, pagemap)
         return opened
+
+    def _merge_any(self) -> bool:
+        """Whether all of its memory was made mergeable, by itself or who started it: PR_SET_MEMORY_MERGE, Linux 6.4."""
+        try:
+            return "ksm_merge_any: yes" in Path(f"/proc/{self.pid}/ksm_stat").read_text()
+        except OSError:
+            return False
 
     def _bare(self) -> str:
         return "it is a kernel thread" if self.alive() else "it has ended"
@@ -171,7 +177,9 @@ class Process:
         if pending:
             yield self._batch(pending)
 
-    def _walk(self, opened: Opened, pagemap: int, mapping: Mapping) -> Iterator[tuple[Ints, npt.NDArray[np.uint8], U64]]:
+    def _walk(
+        self, opened: Opened, pagemap: int, mapping: Mapping
+    ) -> Iterator[tuple[Ints, npt.NDArray[np.uint8], U64]]:
         """The present pages of one mapping that KSM would see, in parts: vpns, flags so far, pagemap entries."""
         segment = mapping.kind is Kind.SEGMENT
         taken = PageFlag.TAKEN if mapping.taken else np.uint8(0)
@@ -219,8 +227,9 @@ class Process:
         return Batch(vpns, flags, frames=frames, mapcounts=self._page_flags.mapcounts(frames))
 
 
-def _compatible(smaps: str) -> tuple[list[Mapping], int]:
-    """The mappings with pages that KSM would look at, and those of samepage's segments; and how many there are in all."""
+def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
+    """The mappings with pages that KSM would look at, and those of samepage's segments; and how many there are in
+    all."""
     agent = "/libsamepage.so" in smaps
     header: re.Match[str] | None = None
     anonymous, count = False, 0
@@ -232,7 +241,7 @@ def _compatible(smaps: str) -> tuple[list[Mapping], int]:
         elif line.startswith("VmFlags:") and header:
             vmflags = line.split()[1:]
             if NOT_COMPATIBLE.isdisjoint(vmflags):
-                found.append(_mapping(header, vmflags, agent))
+                found.append(_mapping(header, not merge_any and "mg" in vmflags, agent))
                 if anonymous or found[-1].kind is Kind.SEGMENT:
                     with_pages.add(found[-1].start)
         elif match := _VMA.match(line):
@@ -240,11 +249,11 @@ def _compatible(smaps: str) -> tuple[list[Mapping], int]:
     return [mapping for mapping in with_stretch(found) if mapping.start in with_pages], count
 
 
-def _mapping(header: re.Match[str], vmflags: list[str], agent: bool) -> Mapping:
+def _mapping(header: re.Match[str], advised: bool, agent: bool) -> Mapping:
     start, end, name = int(header[1], 16), int(header[2], 16), header[5]
     kind = _kind(name)
     # Under samepage large allocations are mappings without a header of glibc's, so their size has to do.
-    taken = "mg" in vmflags or kind is Kind.SEGMENT or (agent and kind is Kind.ANONYMOUS and end - start >= MIN_ALLOC)
+    taken = advised or kind is Kind.SEGMENT or (agent and kind is Kind.ANONYMOUS and end - start >= MIN_ALLOC)
     return Mapping(start, end, kind, name, taken)
 
 

@@ -1,7 +1,7 @@
 """What a scan says, as one value: the JSON of `samepage scan --json` is this, field by field (docs/scan.md).
 
-Numbers are of pages (4096 bytes) where the name says nothing else, and names that end in `bytes` or `seconds` are those.
-"""
+Numbers are of pages (4096 bytes) where the name says nothing else, and names that end in `bytes` or `seconds` are
+those."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ KSM_PASSES = 2
 """A page is merged when its checksum was the same in two passes."""
 
 KSM_PAGE_SECONDS = 7.2e-6
-"""ksmd's time for a page and a pass, merging included: 3.8 s for two passes over two processes with the same 512 MiB, with
-pages_to_scan at 10 million and no sleep (Linux 6.18)."""
+"""ksmd's time for a page and a pass, merging included: 3.8 s for two passes over two processes with the same 512 MiB,
+with pages_to_scan at 10 million and no sleep (Linux 6.18)."""
 
 SAMEPAGE_PAGE_BYTES, SAMEPAGE_UNSHARED_BYTES, SAMEPAGE_NODE_BYTES = 9, 4, 14
 """samepage/ksmd: a page, more while it is in the unstable index, and a stable node."""
 
 SAMEPAGE_EXTENT_SECONDS, SAMEPAGE_PAGE_SECONDS = 11.0e-6, 1.2e-6
-"""samepage's time to swap an extent: 495 thousand pages/s in extents of 16 pages, 815 thousand in extents of 512, so for
-each swap and each page in it (Linux 6.18, by move)."""
+"""samepage's time to swap an extent: 495 thousand pages/s in extents of 16 pages, 815 thousand in extents of 512, so
+for each swap and each page in it (Linux 6.18, by move)."""
 
 PAIRS_MAX = 1000
 """Pairs that are listed."""
@@ -189,8 +189,8 @@ class Report(msgspec.Struct):
     version: str
     host: HostReport
     page_flags: str
-    """"kpageflags": the kernel said of each page what it is. "unavailable": it does not, but to root; so pages that share
-    a frame with others count as already shared, whoever the others are."""
+    """"kpageflags": the kernel said of each page what it is. "unavailable": it does not, but to root; so pages that
+    share a frame with others count as already shared, whoever the others are."""
     look: LookReport
     problems: list[str]
     pages: Pages
@@ -267,9 +267,7 @@ def watched(
 
 
 def _errors(**estimates: predict.Estimate) -> dict[str, int]:
-    return {
-        name: e.error * (PAGE_SIZE if name.endswith("bytes") else 1) for name, e in estimates.items() if e.error
-    }
+    return {name: e.error * (PAGE_SIZE if name.endswith("bytes") else 1) for name, e in estimates.items() if e.error}
 
 
 def _by_page(by_page: predict.ByPage, host: predict.Host) -> ByPage:

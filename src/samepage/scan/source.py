@@ -19,8 +19,10 @@ from samepage.memory import U8, U64
 BATCH_PAGES = 1 << 15
 """Pages that are read and hashed as one piece of work (128 MiB)."""
 
+
 class ScanError(Exception):
     """Something that cannot be looked at, or not to its end; the message is one line and names it."""
+
 
 class PageFlag:
     """What is known of one page besides its content (u8).
@@ -45,6 +47,7 @@ class PageFlag:
     TAKEN = np.uint8(128)
     """`samepage run` would take it: in a large allocation, or advised MADV_MERGEABLE."""
 
+
 class Kind(StrEnum):
     """What a mapping is."""
 
@@ -61,6 +64,7 @@ class Kind(StrEnum):
     IMAGE = "image"
     """Memory of a machine, or of a core dump that does not say what it was."""
 
+
 @dataclass(slots=True, frozen=True)
 class Mapping:
     """A mapping (struct vm_area_struct). `start` and `end` are addresses in bytes."""
@@ -75,21 +79,22 @@ class Mapping:
     """Where the mappings of the same kind that follow without a gap end: MADV_HUGEPAGE for all but the first page of an
     array, as numpy has it, makes two mappings of one allocation."""
 
+
 @dataclass(slots=True)
 class Batch:
     """Some pages of a source, at most `BATCH_PAGES`, in the order of their addresses.
 
     `vpns` has the page number of each (address divided by the page size) and `flags` its `PageFlag`. Where page `vpn`
     is in the file behind the descriptor, in bytes: `vpn * PAGE_SIZE + shift`. `frames` has a page frame number for each
-    page flagged SHARED or KSM and not ELSEWHERE, in order, and `mapcounts` how often that frame is mapped; both are None
-    where the kernel does not tell.
-    """
+    page flagged SHARED or KSM and not ELSEWHERE, in order, and `mapcounts` how often that frame is mapped; both are
+    None where the kernel does not tell."""
 
     vpns: Ints
     flags: U8
     shift: int = 0
     frames: U64 | None = None
     mapcounts: U64 | None = None
+
 
 @dataclass(slots=True)
 class Opened:
@@ -107,6 +112,7 @@ class Opened:
     remarks: list[str] = field(default_factory=list)
     more: tuple[int, ...] = ()
     """Other descriptors to be closed with `fd`."""
+
 
 class Source(Protocol):
     """A process or a file."""
@@ -137,6 +143,7 @@ class Source(Protocol):
     def alive(self) -> bool:
         """Whether it still is there."""
         ...
+
 
 def label(source: Source) -> str:
     """What people call it."""

@@ -168,8 +168,8 @@ def _watch(report: Report) -> Text:
     assert watch is not None
     share = watch.duplicates_unchanged / watch.duplicates if watch.duplicates else 1.0
     return Text(
-        f"{share:.1%} of the duplicate and zero pages were unchanged over {watch.looks} looks in {watch.seconds:.0f} s; "
-        f"with those alone, KSM would save {size(watch.by_page_saved_bytes)} and samepage "
+        f"{share:.1%} of the duplicate and zero pages were unchanged over {watch.looks} looks in "
+        f"{watch.seconds:.0f} s; with those alone, KSM would save {size(watch.by_page_saved_bytes)} and samepage "
         f"{size(watch.by_extent_saved_bytes)}."
     )
 
