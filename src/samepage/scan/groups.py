@@ -121,13 +121,13 @@ def base_classes(checksum: U64, flags: U8, zero_checksum: int) -> U8:
     return classes
 
 
-def mark_duplicates(groups: Groups, classes: U8, flags: U8, source: Ints, distinct: Ints) -> None:
+def mark_duplicates(groups: Groups, classes: U8, flags: U8, source: Ints, distinct: Ints, frames_known: bool) -> None:
     """Set INSIDE and BETWEEN for the rows of groups that have more than one frame. `source`: of each row of
     `groups`."""
     if not len(groups.first):
         return
     # Whose frames they are: other pages of a frame are shared already.
-    counts = flags[groups.rows] & (PageFlag.FRAME | PageFlag.OUTSIDE) != 0
+    counts = flags[groups.rows] & (PageFlag.FRAME if frames_known else PageFlag.FRAME | PageFlag.OUTSIDE) != 0
     lowest = np.minimum.reduceat(np.where(counts, source, np.iinfo(np.int64).max), groups.first)
     highest = np.maximum.reduceat(np.where(counts, source, -1), groups.first)
     between = lowest < highest

@@ -17,15 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from samepage.ksmd.rmap import Bools, Ints
 from samepage.memory import PAGE_SIZE, U8, U32, U64
 from samepage.scan import pages
 from samepage.scan.process import MIN_ALLOC
+from samepage.scan.sample import Column, Sampler
 from samepage.scan.source import Batch, Kind, Mapping, Opened, PageFlag, ScanError, Source, label
 
 Progress = Callable[[int, str], None]
@@ -59,26 +58,6 @@ class SourceRows:
     map_count: int | None = None
     read: int = 0
     """Pages read."""
-
-
-class Column:
-    """A growing array. What was taken from it must not be held while it grows."""
-
-    def __init__(self, dtype: type[np.generic]) -> None:
-        self._array: npt.NDArray[Any] = np.empty(1 << 12, dtype)
-        self._used = 0
-
-    def extend(self, values: npt.NDArray[Any]) -> None:
-        need = self._used + len(values)
-        if need > len(self._array):
-            # A large array is a mapping, and grows by mremap(2): nothing is copied, and what is not used costs nothing.
-            self._array.resize(max(need, len(self._array) * 9 // 8), refcheck=False)
-        self._array[self._used : need] = values
-        self._used = need
-
-    @property
-    def values(self) -> npt.NDArray[Any]:
-        return self._array[: self._used]
 
 
 class Frames:
@@ -139,7 +118,7 @@ class Look:
     previous: U64 | None
     """Of a sample: the checksum of the page before each row's, 0 where there is none."""
     every: U64 | None
-    """Of a sample: checksums of every `STRIDE`-th page."""
+    """Of a sample: what the `Sampler` kept besides."""
     problems: list[str]
     seconds: float
     cpu_seconds: float
@@ -152,10 +131,6 @@ class Look:
     def source_of(self, rows: Ints) -> Ints:
         """The number of the source of each row."""
         return np.searchsorted(np.array([s.end for s in self.sources], np.int64), rows, "right")
-
-
-STRIDE = 16
-"""Of a sample: how many pages there are for each whose checksum is kept whatever it is, to find what is frequent."""
 
 
 @dataclass(slots=True)
@@ -175,8 +150,7 @@ class _Work:
 
 class _Looker:
     def __init__(self, sample: float | None, keep_vpns: bool, progress: Progress) -> None:
-        self._sample = sample
-        self._threshold = np.uint64(min(int((sample or 1) * (1 << 64)), (1 << 64) - 1))
+        self.sample = None if sample is None else Sampler(sample)
         self._progress = progress
         self._frames = Frames()
         self.problems: list[str] = []
@@ -184,10 +158,8 @@ class _Looker:
         self.checksum, self.flags = Column(np.uint64), Column(np.uint8)
         self.starts, self.shared_slots = Column(np.uint32), Column(np.uint32)
         self.start_vpns = Column(np.int64) if keep_vpns else None
-        self.previous, self.every = Column(np.uint64), Column(np.uint64)
+        self.previous = Column(np.uint64)
         self._rows = 0
-        self._thinned = 0.0
-        self._position = 0
         self._after: tuple[SourceRows, int] | None = None  # where a run of pages would go on
         self._block: Mapping | None = None  # the large allocation that the last page was in
         self.frames_known = True
@@ -335,8 +307,8 @@ class _Looker:
         goes_on[0] = self._after is not None and self._after[0] is rows and vpns[0] == self._after[1]
         self._after = (rows, int(vpns[-1]) + 1)
         kept = np.ones(len(vpns), np.bool_)
-        if self._sample is not None:
-            kept = self._sampled(sums, flags)
+        if self.sample is not None:
+            kept = self.sample.keep(sums, flags)
             before = np.zeros_like(sums)
             before[1:] = np.where(goes_on[1:], sums[:-1], 0)
             self.previous.extend(before[kept])
@@ -357,21 +329,6 @@ class _Looker:
         self.checksum.extend(sums[kept])
         self.flags.extend(flags[kept])
         self._rows = rows.end = self._rows + int(np.count_nonzero(kept))
-
-    def _sampled(self, sums: U64, flags: U8) -> Bools:
-        """Pages whose checksum says so, hence all that are equal or none. Of pages whose content says nothing (zeros,
-        or not read), as many as make the same share."""
-        assert self._sample is not None
-        silent = (sums == np.uint64(pages.zero_checksum())) | (flags & (PageFlag.ELSEWHERE | PageFlag.UNREADABLE) != 0)
-        kept: Bools = (sums < self._threshold) & ~silent
-        at = np.flatnonzero(silent)
-        steps = np.floor(self._thinned + self._sample * np.arange(len(at) + 1))
-        kept[at[np.diff(steps) > 0]] = True
-        self._thinned = (self._thinned + self._sample * len(at)) % 1.0
-        position = self._position + np.arange(len(sums))
-        self._position += len(sums)
-        self.every.extend(sums[(position % STRIDE == 0) & ~silent & (flags & PageFlag.FRAME != 0)])
-        return kept
 
 
 def _has_slot(flags: U8) -> Bools:
@@ -417,7 +374,7 @@ def look(
         frames_known=looker.frames_known,
         scale=1 / sample if sample is not None else 1.0,
         previous=looker.previous.values if sample is not None else None,
-        every=looker.every.values if sample is not None else None,
+        every=None if looker.sample is None else looker.sample.every,
         problems=looker.problems,
         seconds=time.monotonic() - began,
         cpu_seconds=time.process_time() - cpu,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +28,9 @@ from samepage.scan.groups import (
     mark_duplicates,
     representative,
 )
-from samepage.scan.look import STRIDE, Look, SourceRows
+from samepage.scan.look import Look, SourceRows
 from samepage.scan.pages import zero_checksum
+from samepage.scan.sample import Counts, Estimate, Tally
 from samepage.scan.source import PageFlag
 
 KSM = Path("/sys/kernel/mm/ksm")
@@ -39,8 +39,6 @@ MATRIX_SOURCES = 256
 """Who shares with whom is found out for so many sources: those with the most pages."""
 
 NOBODY = np.uint32(0xFFFFFFFF)
-
-Counts = dict[str, Ints]
 
 
 @dataclass(slots=True, frozen=True)
@@ -87,81 +85,6 @@ def _number(file: Path, default: int) -> int:
         return default
 
 
-# -- sums over groups, of all pages or of a sample ----------------------------------------------------------------
-
-
-@dataclass(slots=True, frozen=True)
-class Estimate:
-    """A number of pages, and how far off it may be (0: it was counted)."""
-
-    pages: int
-    error: int = 0
-
-
-class Tally:
-    """Sums over groups.
-
-    A sample holds a share of all groups, each whole, chosen by checksum: so the sum over it, divided by that share, is
-    a sum over all (Horvitz and Thompson), and the squares tell how far off it may be. That goes wrong where a few
-    groups are so large that it matters whether they are among it. Those are known: every STRIDE-th page was kept as
-    well, whatever its content. They are counted for themselves alone; one that is not in the sample is as large as the
-    other half of the kept pages says."""
-
-    FREQUENT = 8
-    """A group is large when as many of its pages were kept (of the half that is for deciding that)."""
-
-    SIGMAS = 3.0
-
-    def __init__(self, look: Look, outcome: Callable[[Ints], Counts] | None = None) -> None:
-        """`outcome`: what becomes of a large group of so many pages that is not in the sample."""
-        self._share = 1 / look.scale
-        self._sums: dict[str, float] = {}
-        self._squares: dict[str, float] = {}
-        self._largest: dict[str, float] = {}
-        self._certain: dict[str, float] = {}
-        self._large: U64 = np.empty(0, np.uint64)
-        if look.every is not None:
-            self._find_large(look.every, outcome)
-
-    def _find_large(self, every: U64, outcome: Callable[[Ints], Counts] | None) -> None:
-        deciding, counts = np.unique(every[::2], return_counts=True)
-        self._large = deciding[counts >= self.FREQUENT]
-        missing = self._large[self._large >= np.uint64(min(int(self._share * (1 << 64)), (1 << 64) - 1))]
-        if not len(missing) or outcome is None:
-            return
-        others, counts = np.unique(every[1::2], return_counts=True)
-        at = np.searchsorted(others, missing)
-        at[at == len(others)] = 0
-        count = np.where(others[at] == missing, counts[at], 0) if len(others) else np.zeros(len(missing), np.int64)
-        size = count * 2 * STRIDE
-        for name, values in outcome(size).items():
-            self._certain[name] = self._certain.get(name, 0.0) + float(values.sum())
-            # Of a group of n pages every 2*STRIDE-th is counted: its size is off by the root of that count.
-            spread = (values / np.maximum(size, 1)) ** 2 * (2 * STRIDE) ** 2 * np.maximum(count, 1)
-            self._squares[name] = self._squares.get(name, 0.0) + float(spread.sum())
-
-    def add(self, checksum: U64, counts: Counts) -> None:
-        """Groups, by the checksum of each, and what is counted of each."""
-        large = np.isin(checksum, self._large) if len(self._large) else np.zeros(len(checksum), np.bool_)
-        factor = (1 - self._share) / self._share**2
-        for name, values in counts.items():
-            self._certain[name] = self._certain.get(name, 0.0) + float(values[large].sum())
-            light = values[~large].astype(np.float64)
-            self._sums[name] = self._sums.get(name, 0.0) + float(light.sum())
-            self._squares[name] = self._squares.get(name, 0.0) + float((light**2).sum()) * factor
-            self._largest[name] = max(self._largest.get(name, 0.0), float(light.max(initial=0)))
-
-    def total(self, name: str) -> Estimate:
-        """The sum of what was counted under that name."""
-        value = self._sums.get(name, 0.0) / self._share + self._certain.get(name, 0.0)
-        if self._share >= 1:
-            return Estimate(round(value))
-        # One more group like the largest may be in the sample, or have been missed.
-        error = self.SIGMAS * self._squares.get(name, 0.0) ** 0.5
-        error += self.SIGMAS * max(self._largest.get(name, 0.0), 2.0) / self._share
-        return Estimate(round(value), int(error) + 1)
-
-
 # -- by page: the kernel's KSM ------------------------------------------------------------------------------------
 
 
@@ -187,9 +110,9 @@ class Analysis:
     """Every page's class, who shares with whom, and what KSM would make of it."""
 
     classes: U8
-    inside: Estimate
-    between: Estimate
     by_page: ByPage
+    unseen: int
+    """Of a sample: pages whose content is so frequent that it is known of, but is not in it."""
     matrix: npt.NDArray[np.float64]
     """Contents that two sources both have, in pages: of `matrix_sources` and `matrix_sources`."""
     matrix_sources: Ints
@@ -212,16 +135,16 @@ def analyse(look: Look, host: Host, among: Bools | None = None) -> Analysis:
     place = np.full(len(look.sources), -1, np.int64)
     place[sources] = np.arange(len(sources))
     matrix = np.zeros((len(sources), len(sources)))
-    tally = Tally(look, lambda size: _light_group(size, host))
+    tally = Tally(look.scale, look.every, lambda size: _large_group(size, host))
     zeros, lonely_ksm = _Zeros(), 0
     for groups in equal_groups(checksum, member):
         source = look.source_of(groups.rows)
         distinct = distinct_frames(groups, flags, look.frames_known)
-        mark_duplicates(groups, classes, flags, source, distinct)
+        mark_duplicates(groups, classes, flags, source, distinct, look.frames_known)
         own = representative(flags[groups.rows])
         key = checksum[groups.rows[groups.first]]
         merged_now = groups.sum((flags[groups.rows] & (PageFlag.KSM | PageFlag.FRAME)) == PageFlag.KSM | PageFlag.FRAME)
-        counts = _group_counts(groups, own, source, distinct, merged_now, classes, host)
+        counts = _group_counts(groups, own, source, distinct, merged_now, host)
         is_zero = key == zero
         if is_zero.any():
             g = int(np.flatnonzero(is_zero)[0])
@@ -233,9 +156,8 @@ def analyse(look: Look, host: Host, among: Bools | None = None) -> Analysis:
     items = np.count_nonzero(member)
     return Analysis(
         classes=classes,
-        inside=tally.total("inside"),
-        between=tally.total("between"),
         by_page=_by_page(tally, zeros.outcome(host, look.scale), max(lonely_ksm, 0), round(items * look.scale)),
+        unseen=tally.unseen,
         matrix=matrix * look.scale,
         matrix_sources=sources,
     )
@@ -257,9 +179,7 @@ def _by_page(tally: Tally, zeros: dict[str, float], lonely_ksm: int, items: int)
     )
 
 
-def _group_counts(
-    groups: Groups, own: Bools, source: Ints, distinct: Ints, ksm_frames: Ints, classes: U8, host: Host
-) -> Counts:
+def _group_counts(groups: Groups, own: Bools, source: Ints, distinct: Ints, ksm_frames: Ints, host: Host) -> Counts:
     free = groups.sum(own)
     merges = (distinct >= 2) | (ksm_frames >= 1)
     nodes, left = ksm_nodes(groups.size, host.max_page_sharing)
@@ -270,18 +190,15 @@ def _group_counts(
     group = groups.spread(np.arange(len(groups.first)))
     starts[mine] = (np.diff(source[mine], prepend=-1) != 0) | (np.diff(group[mine], prepend=-1) != 0)
     inside = np.where(distinct >= 2, free - groups.sum(starts), 0)
-    kinds = classes[groups.rows]
     return {
         "pages_shared": np.where(merges, nodes, 0),
         "pages_sharing": np.where(merges, groups.size - nodes - left, 0),
         "saved": np.where(merges, saved, 0),
         "saved_inside": np.minimum(inside, np.where(merges, saved, 0)),
-        "inside": groups.sum(own & (kinds == 2)),
-        "between": groups.sum(own & (kinds == 3)),
     }
 
 
-def _light_group(size: Ints, host: Host) -> Counts:
+def _large_group(size: Ints, host: Host) -> Counts:
     """Of a large group that is not in the sample no more is known than its size."""
     nodes, left = ksm_nodes(size, host.max_page_sharing)
     nothing = np.zeros(len(size), np.int64)
@@ -290,8 +207,6 @@ def _light_group(size: Ints, host: Host) -> Counts:
         "pages_sharing": size - nodes - left,
         "saved": np.maximum(size - nodes - left, 0),
         "saved_inside": nothing,
-        "inside": nothing,
-        "between": size,
     }
 
 
@@ -383,7 +298,7 @@ def by_extent(look: Look, host: Host, limit: int, member: Bools) -> ByExtent:
     nzero = round(np.count_nonzero(zero) * look.scale)
     salts = _salts(look)
     target = np.full(look.rows, NOBODY, np.uint32)
-    tally = Tally(look, lambda size: _copies(size, limit))
+    tally = Tally(look.scale, look.every, lambda size: _copies(size, limit))
     _salt(look, salts)
     try:
         for groups in equal_groups(checksum, member):
@@ -474,7 +389,7 @@ class _Extents:
             target = self.target[at : min(at + BLOCK, rows.end)]
             merged = target != NOBODY
             begins = merged.copy()
-            begins[1:] &= target[1:] != target[:-1] + np.uint32(1)
+            begins[1:] &= ~merged[:-1] | (target[1:] != target[:-1] + np.uint32(1))
             low, high = np.searchsorted(breaks, [at, at + len(target)])
             cut = breaks[low:high].astype(np.int64) - at
             begins[cut] |= merged[cut]
@@ -510,15 +425,17 @@ class _Extents:
     def within_budget(self, shared: Estimate, sharing: Estimate) -> tuple[Estimate, Estimate]:
         """Copies and further pages when the extents that there is no room for are not merged."""
         if self.look.previous is not None:
-            left = 1 - self.left / self.pages
-            return Estimate(round(shared.pages * left), shared.error), Estimate(
-                round(sharing.pages * left), sharing.error
+            part = 1 - self.left / self.pages
+            # Those that have room are the longest, not any: so more may be merged than that part, if not all.
+            shared, sharing = (
+                Estimate(round(e.pages * part), e.error + round(e.pages * (1 - part))) for e in (shared, sharing)
             )
+            return shared, sharing
         for start, length in self._dropped:
             self.target[start : start + length] = NOBODY
         users = np.zeros(self.look.rows, np.uint32)
         for at in range(0, len(self.target), BLOCK):
-            part = self.target[at : at + BLOCK]
-            np.add.at(users, part[part != NOBODY], 1)
+            targets = self.target[at : at + BLOCK]
+            np.add.at(users, targets[targets != NOBODY], 1)
         shared_pages = int(np.count_nonzero(users >= 2))  # one page alone would save nothing
         return Estimate(shared_pages), Estimate(int(users[users >= 2].sum()) - shared_pages)

@@ -15,6 +15,7 @@ from samepage.memory import PAGE_SIZE, U8
 from samepage.scan import predict
 from samepage.scan.groups import BLOCK, PageClass
 from samepage.scan.look import Look, MappingRows, SourceRows
+from samepage.scan.sample import Estimate
 from samepage.scan.source import Kind, PageFlag
 
 SCHEMA = 1
@@ -165,6 +166,9 @@ class LookReport(msgspec.Struct):
     bytes_read: int
     sample: float | None
     """The share of pages that was kept; null: all."""
+    unseen: int = 0
+    """Of a sample: pages of contents that are frequent, and not in it. They are in `by_page` and `by_extent`, with an
+    error; in `pages`, `sources` and `pairs`, which are the sample times what it stands for, they count as unique."""
 
 
 class Watch(msgspec.Struct):
@@ -235,6 +239,7 @@ def build(look: Look, host: predict.Host, analysis: predict.Analysis, watch: Wat
             round(look.cpu_seconds, 3),
             look.pages_read * PAGE_SIZE,
             None if look.previous is None else 1 / look.scale,
+            analysis.unseen,
         ),
         problems=look.problems,
         pages=_sum([source.pages for source in sources]),
@@ -266,7 +271,7 @@ def watched(
     )
 
 
-def _errors(**estimates: predict.Estimate) -> dict[str, int]:
+def _errors(**estimates: Estimate) -> dict[str, int]:
     return {name: e.error * (PAGE_SIZE if name.endswith("bytes") else 1) for name, e in estimates.items() if e.error}
 
 

@@ -79,6 +79,13 @@ def _parts(report: Report) -> list[RenderableType]:
                 style="dim",
             )
         )
+    if look.unseen:
+        parts.append(
+            Text(
+                f"{size(look.unseen * PAGE_SIZE)} of frequent contents are not in the sample: "
+                "by kind, process and mapping they count as unique."
+            )
+        )
     parts += [_kinds(report), _methods(report)]
     if report.watch:
         parts.append(_watch(report))
