@@ -137,7 +137,7 @@ class Process:
         if not opened.map_count:
             for fd in fds:
                 os.close(fd)
-            raise ScanError(f"process {self.pid} ({self.name}) has no memory: {self._bare()}")
+            raise ScanError(self._bare())
         opened.batches = self._batches(opened, pagemap)
         return opened
 
@@ -149,7 +149,8 @@ class Process:
             return False
 
     def _bare(self) -> str:
-        return "it is a kernel thread" if self.alive() else "it has ended"
+        why = "it is a kernel thread" if self.alive() else "it has ended"
+        return f"process {self.pid} ({self.name}) has no memory: {why}"
 
     def _why_not(self, e: OSError) -> str:
         if e.errno in (errno.EACCES, errno.EPERM):
@@ -157,8 +158,10 @@ class Process:
                 f"process {self.pid} ({self.name}): permission denied: it is another user's, or privileged; "
                 "run as root to look at it"
             )
-        if e.errno in (errno.ENOENT, errno.ESRCH):
+        if not os.path.exists(f"/proc/{self.pid}"):
             return f"process {self.pid}: no such process"
+        if e.errno == errno.ESRCH:
+            return self._bare()
         return f"process {self.pid} ({self.name}): {e.strerror}"
 
     # -- the pages -----------------------------------------------------------------------------------------
