@@ -25,7 +25,7 @@ from samepage.memory import PAGE_SIZE, U8, U32, U64
 from samepage.scan import pages
 from samepage.scan.process import MIN_ALLOC
 from samepage.scan.sample import Column, Sampler
-from samepage.scan.source import Batch, Kind, Mapping, Opened, PageFlag, ScanError, Source, label
+from samepage.scan.source import Batch, Denied, Kind, Mapping, NoMemory, Opened, PageFlag, ScanError, Source, label
 
 Progress = Callable[[int, str], None]
 """Told of pages that were looked at since it was last told, and of whom they are."""
@@ -163,6 +163,7 @@ class _Looker:
         self._after: tuple[SourceRows, int] | None = None  # where a run of pages would go on
         self._block: Mapping | None = None  # the large allocation that the last page was in
         self.frames_known = True
+        self._denied = 0
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -182,6 +183,9 @@ class _Looker:
                 for work in waiting:
                     if work.reading:
                         work.reading.cancel()
+        if self._denied:
+            others = "1 process was" if self._denied == 1 else f"{self._denied} processes were"
+            self.problems.append(f"{others} left out: permission denied; run as root to look at other users' memory")
         # Only now is known what was met of each frame.
         if self.frames_known:
             slots = self.shared_slots.values.astype(np.int64)
@@ -192,8 +196,10 @@ class _Looker:
         try:
             opened = source.open()
         except ScanError as e:
-            if source.pid not in optional or source.alive():
+            if source.pid not in optional or not isinstance(e, NoMemory | Denied):
                 self.problems.append(str(e))
+            elif isinstance(e, Denied):
+                self._denied += 1
             return
         rows = SourceRows(source, 0, 0, map_count=opened.map_count)
         for batch in opened.batches:
@@ -260,7 +266,8 @@ class _Looker:
             self.problems.append(
                 f"process {rows.source.pid} ({rows.source.name}): ended while it was looked at; {seen}"
             )
-        elif rows.unreadable:
+        elif rows.unreadable > (0 if rows.source.pid is None else rows.npages // 2):
+            # Of a process that runs, some always do; when most did, it has become another program (execve).
             self.problems.append(f"{label(rows.source)}: {rows.unreadable} pages went away before they were read")
         if rows.npages or rows.source.alive():
             self.sources.append(rows)
@@ -339,7 +346,8 @@ def _has_slot(flags: U8) -> Bools:
 def _runs(vpns: Ints, shift: int) -> pages.Runs:
     starts = np.flatnonzero(np.diff(vpns, prepend=-2) != 1)
     runs = np.empty(len(starts), pages.RUN)
-    runs["offset"] = vpns[starts] * PAGE_SIZE + shift
+    # Modulo 2**64: a core dump may have pages at the very end of the address space.
+    runs["offset"] = vpns[starts].astype(np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(shift % (1 << 64))
     runs["npages"] = np.diff(np.append(starts, len(vpns)))
     return runs
 
@@ -360,8 +368,8 @@ def look(
     keep_vpns: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Look:
-    """Look at every source. What cannot be looked at is told in `problems`; an `optional` process that has ended is not
-    worth a word. `sample` keeps that share of the pages, by their content. `keep_vpns` for `watch`."""
+    """Look at every source. What cannot be looked at is told in `problems`; of `optional` processes it is only told how
+    many may not be. `sample` keeps that share of the pages, by their content. `keep_vpns` for `watch`."""
     began, cpu = time.monotonic(), time.process_time()
     looker = _Looker(sample, keep_vpns, progress)
     looker.run(sources, optional)

@@ -415,7 +415,7 @@ class _Extents:
         return max(begins / pages, 1 / SEGMENT_PAGES) if pages else 1.0
 
     def _plan_sample(self, rows: SourceRows, share: float, budget: int) -> None:
-        pages = np.count_nonzero(self.target[rows.first : rows.end] != NOBODY) * self.look.scale
+        pages = float(np.count_nonzero(self.target[rows.first : rows.end] != NOBODY)) * self.look.scale
         extents = pages * share
         self.pages += pages
         self.extents += extents

@@ -22,7 +22,18 @@ import numpy.typing as npt
 from samepage.ksmd.rmap import Ints
 from samepage.memory import PAGE_SIZE, U64
 from samepage.scan import pages
-from samepage.scan.source import BATCH_PAGES, Batch, Kind, Mapping, Opened, PageFlag, ScanError, with_stretch
+from samepage.scan.source import (
+    BATCH_PAGES,
+    Batch,
+    Denied,
+    Kind,
+    Mapping,
+    NoMemory,
+    Opened,
+    PageFlag,
+    ScanError,
+    with_stretch,
+)
 
 MIN_ALLOC = 1 << 20
 """Bytes of the smallest allocation that `samepage run` takes, unless told otherwise."""
@@ -130,14 +141,14 @@ class Process:
         except OSError as e:
             for fd in fds:
                 os.close(fd)
-            raise ScanError(self._why_not(e)) from e
+            raise self._error(e) from e
         mem, pagemap = fds
         mappings, map_count = _compatible(smaps, self._merge_any())
         opened = Opened(mem, mappings, iter(()), map_count, more=(pagemap,))
         if not opened.map_count:
             for fd in fds:
                 os.close(fd)
-            raise ScanError(self._bare())
+            raise self._bare()
         opened.batches = self._batches(opened, pagemap)
         return opened
 
@@ -148,21 +159,21 @@ class Process:
         except OSError:
             return False
 
-    def _bare(self) -> str:
+    def _bare(self) -> NoMemory:
         why = "it is a kernel thread" if self.alive() else "it has ended"
-        return f"process {self.pid} ({self.name}) has no memory: {why}"
+        return NoMemory(f"process {self.pid} ({self.name}) has no memory: {why}")
 
-    def _why_not(self, e: OSError) -> str:
+    def _error(self, e: OSError) -> ScanError:
         if e.errno in (errno.EACCES, errno.EPERM):
-            return (
+            return Denied(
                 f"process {self.pid} ({self.name}): permission denied: it is another user's, or privileged; "
                 "run as root to look at it"
             )
         if not os.path.exists(f"/proc/{self.pid}"):
-            return f"process {self.pid}: no such process"
+            return NoMemory(f"process {self.pid}: no such process")
         if e.errno == errno.ESRCH:
             return self._bare()
-        return f"process {self.pid} ({self.name}): {e.strerror}"
+        return ScanError(f"process {self.pid} ({self.name}): {e.strerror}")
 
     # -- the pages -----------------------------------------------------------------------------------------
 

@@ -21,7 +21,15 @@ BATCH_PAGES = 1 << 15
 
 
 class ScanError(Exception):
-    """Something that cannot be looked at, or not to its end; the message is one line and names it."""
+    """Something that cannot be looked at; the message is one line and names it."""
+
+
+class NoMemory(ScanError):
+    """A process that has no memory: a kernel thread, or one that has ended."""
+
+
+class Denied(ScanError):
+    """A process that this user may not look at."""
 
 
 class PageFlag:

@@ -12,7 +12,8 @@ from samepage.scan.source import PageFlag
 
 def unchanged(before: Look, now: Look, unchanged_before: Bools | None) -> Bools:
     """Which rows of `now` are pages that were at the same place with the same content before. Both were looked at with
-    `keep_vpns`. `unchanged_before`: of the rows of `before`, those that count as unchanged then; None: all do."""
+    `keep_vpns`, at the same `Source` objects. `unchanged_before`: of the rows of `before`, those that count as
+    unchanged then; None: all do."""
     same = np.zeros(now.rows, np.bool_)
     old_rows = {id(rows.source): rows for rows in before.sources}
     for rows in now.sources:
