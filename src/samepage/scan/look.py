@@ -10,13 +10,16 @@ how often it was met, and how often it is mapped in all.
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -64,7 +67,7 @@ class Frames:
     """Slots of the frames that are mapped more than once, by page frame number."""
 
     def __init__(self) -> None:
-        self._by_pfn: U32 = np.zeros(0, np.uint32)  # slot + 1; most of it is never touched
+        self._by_pfn = _sparse(_highest_frame())  # slot + 1
         self._count = 0
         self.checksum: U64 = np.zeros(1024, np.uint64)
         self.met: U32 = np.zeros(1024, np.uint32)
@@ -75,10 +78,8 @@ class Frames:
         if not len(pfns):
             return np.empty(0, np.int64), np.empty(0, np.bool_)
         top = int(pfns.max()) + 1
-        if top > len(self._by_pfn):
-            grown = np.zeros(1 << (top - 1).bit_length(), np.uint32)
-            grown[: len(self._by_pfn)] = self._by_pfn
-            self._by_pfn = grown
+        if top > len(self._by_pfn):  # memory was added meanwhile
+            self._by_pfn = np.append(self._by_pfn, np.zeros(top - len(self._by_pfn), np.uint32))
         unique, first, inverse = np.unique(pfns, return_index=True, return_inverse=True)
         slot = self._by_pfn[unique].astype(np.int64) - 1
         new = slot < 0
@@ -98,6 +99,23 @@ class Frames:
     def outside(self, slots: Ints) -> Bools:
         """Which of these frames are mapped by somebody who was not met."""
         return self.met[slots] < self.mapcount[slots]
+
+
+def _sparse(length: int) -> U32:
+    """Zeros that take memory only where they are written: numpy's own arrays are made of huge pages."""
+    memory = mmap.mmap(-1, max(length, 1) * 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint32)
+
+
+def _highest_frame() -> int:
+    """How many page frames there may be, /proc/zoneinfo says; 0 when it does not."""
+    try:
+        zones = Path("/proc/zoneinfo").read_text()
+    except OSError:
+        return 0
+    spans = re.findall(r"spanned +(\d+)(?:(?!spanned).)*?start_pfn: +(\d+)", zones, re.DOTALL)
+    return max((int(spanned) + int(start) for spanned, start in spans), default=0)
 
 
 @dataclass(slots=True)
@@ -259,17 +277,17 @@ class _Looker:
             os.close(fd)
         rows.swapped = opened.swapped
         self.problems += opened.remarks
-        if not rows.source.alive():
-            seen = (
-                f"the {rows.npages - rows.unreadable} pages read before are kept" if rows.npages else "nothing was read"
-            )
+        if opened.gone or not rows.source.alive():
+            what = "became another program" if rows.source.alive() else "ended"
+            read = rows.npages - rows.unreadable
+            kept = f"the {read} pages read before are kept" if read else "nothing was read"
             self.problems.append(
-                f"process {rows.source.pid} ({rows.source.name}): ended while it was looked at; {seen}"
+                f"process {rows.source.pid} ({rows.source.name}): {what} while it was looked at; {kept}"
             )
         elif rows.unreadable > (0 if rows.source.pid is None else rows.npages // 2):
-            # Of a process that runs, some always do; when most did, it has become another program (execve).
-            self.problems.append(f"{label(rows.source)}: {rows.unreadable} pages went away before they were read")
-        if rows.npages or rows.source.alive():
+            # Of a process that runs, some always go away before they are read.
+            self.problems.append(f"{label(rows.source)}: {rows.unreadable} of {rows.npages} pages could not be read")
+        if rows.npages > rows.unreadable or not opened.gone:
             self.sources.append(rows)
 
     def _bounds(self, work: _Work) -> list[tuple[int, Mapping]]:

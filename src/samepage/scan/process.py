@@ -13,13 +13,13 @@ import os
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from samepage.ksmd.rmap import Ints
+from samepage.ksmd.rmap import expand
 from samepage.memory import PAGE_SIZE, U64
 from samepage.scan import pages
 from samepage.scan.source import (
@@ -54,8 +54,6 @@ NOT_COMPATIBLE = frozenset({"sh", "ms", "io", "pf", "de", "mm", "ht", "dp"})
 
 _VMA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) \S+ \d+ *(.*)")
 
-Regions = npt.NDArray[np.void]
-
 
 class PageFlags:
     """/proc/kpageflags and /proc/kpagecount, which are root's. `available` says whether this process may read them."""
@@ -76,6 +74,7 @@ class PageFlags:
         return pages.frame_entries(self._files[1], pfns)
 
     def close(self) -> None:
+        """Let go of them."""
         for fd in self._files:
             os.close(fd)
 
@@ -179,66 +178,74 @@ class Process:
 
     def _batches(self, opened: Opened, pagemap: int) -> Iterator[Batch]:
         """Pages of all mappings. Ends early when the process does."""
-        pending: list[tuple[Ints, npt.NDArray[np.uint8], U64]] = []
+        pending: list[_Part] = []
         npages = 0
         for mapping in opened.mappings:
-            for part in self._walk(opened, pagemap, mapping):
-                if npages + len(part[0]) > BATCH_PAGES:
-                    yield self._batch(pending)
-                    pending, npages = [], 0
-                pending.append(part)
-                npages += len(part[0])
+            for start, count, categories in _regions(pagemap, mapping.start, mapping.end, opened):
+                for first in range(start, start + count, BATCH_PAGES):
+                    size = min(BATCH_PAGES, start + count - first)
+                    if npages + size > BATCH_PAGES:
+                        yield self._batch(pending, opened)
+                        pending, npages = [], 0
+                    entries = _pread(pagemap, size * 8, first * 8)
+                    if not entries:
+                        opened.gone = True
+                        break
+                    pending.append(_Part(mapping, first, categories, entries))
+                    npages += size
         if pending:
-            yield self._batch(pending)
+            yield self._batch(pending, opened)
 
-    def _walk(
-        self, opened: Opened, pagemap: int, mapping: Mapping
-    ) -> Iterator[tuple[Ints, npt.NDArray[np.uint8], U64]]:
-        """The present pages of one mapping that KSM would see, in parts: vpns, flags so far, pagemap entries."""
-        segment = mapping.kind is Kind.SEGMENT
-        taken = PageFlag.TAKEN if mapping.taken else np.uint8(0)
-        for start, npages, categories in _regions(pagemap, mapping.start, mapping.end, opened):
-            for first in range(start, start + npages, BATCH_PAGES):
-                count = min(BATCH_PAGES, start + npages - first)
-                entries = np.frombuffer(_pread(pagemap, count * 8, first * 8), np.uint64)
-                if not len(entries):
-                    return
-                there = (entries & PM_PRESENT) != 0
-                if categories is None:
-                    opened.swapped += int(np.count_nonzero(entries & PM_SWAP))
-                file = (entries & PM_FILE) != 0
-                if not segment:  # a page of the file itself: nobody wrote it yet
-                    there &= ~file
-                at = np.flatnonzero(there)
-                if not len(at):
-                    continue
-                flags = np.full(len(at), taken, np.uint8)
-                if segment:
-                    flags[file[at]] |= PageFlag.ELSEWHERE
-                if categories is not None and categories & PAGE_IS_PFNZERO:
-                    flags |= PageFlag.ELSEWHERE
-                if categories is not None and categories & PAGE_IS_HUGE:
-                    flags |= PageFlag.HUGE
-                yield at + first, flags, entries[at]
-
-    def _batch(self, parts: list[tuple[Ints, npt.NDArray[np.uint8], U64]]) -> Batch:
-        vpns, flags, entries = (np.concatenate(column) for column in zip(*parts, strict=True))
-        flags[(entries & PM_MMAP_EXCLUSIVE) == 0] |= PageFlag.SHARED
+    def _batch(self, parts: list[_Part], opened: Opened) -> Batch:
+        """The pages of these parts that KSM would see, and what samepage merged."""
+        count = np.array([len(part.entries) // 8 for part in parts])
+        entries = np.frombuffer(b"".join(part.entries for part in parts), np.uint64)
+        vpns = expand(np.array([part.first for part in parts]), count)
+        flags = np.repeat(np.array([part.flags for part in parts], np.uint8), count)
+        segment = np.repeat(np.array([part.mapping.kind is Kind.SEGMENT for part in parts]), count)
+        uncounted = np.repeat(np.array([part.categories is None for part in parts]), count)
+        opened.swapped += int(np.count_nonzero(uncounted & (entries & PM_SWAP != 0)))
+        file = entries & PM_FILE != 0  # a page of the file itself: nobody wrote it yet
+        there = (entries & PM_PRESENT != 0) & (~file | segment)
+        flags[file] |= PageFlag.ELSEWHERE
+        vpns, flags, entries = vpns[there], flags[there], entries[there]
+        flags[entries & PM_MMAP_EXCLUSIVE == 0] |= PageFlag.SHARED
         if self._page_flags is None:
-            unknown = (flags & (PageFlag.SHARED | PageFlag.ELSEWHERE)) == PageFlag.SHARED
-            flags[unknown] |= PageFlag.OUTSIDE
-            flags[(flags & (PageFlag.SHARED | PageFlag.ELSEWHERE)) == 0] |= PageFlag.FRAME
+            shared = flags & (PageFlag.SHARED | PageFlag.ELSEWHERE)
+            flags[shared == PageFlag.SHARED] |= PageFlag.OUTSIDE
+            flags[shared == 0] |= PageFlag.FRAME
             return Batch(vpns, flags)
         pfns = entries & PM_PFN
         kpf = self._page_flags.flags(pfns)
-        flags[(kpf & KPF_ZERO_PAGE) != 0] |= PageFlag.ELSEWHERE
-        flags[(kpf & KPF_KSM) != 0] |= PageFlag.KSM
+        flags[kpf & KPF_ZERO_PAGE != 0] |= PageFlag.ELSEWHERE
+        flags[kpf & KPF_KSM != 0] |= PageFlag.KSM
         flags &= ~PageFlag.HUGE
-        flags[(kpf & KPF_THP) != 0] |= PageFlag.HUGE
-        flags[(flags & (PageFlag.SHARED | PageFlag.KSM | PageFlag.ELSEWHERE)) == 0] |= PageFlag.FRAME
-        known = (flags & (PageFlag.SHARED | PageFlag.KSM) != 0) & (flags & PageFlag.ELSEWHERE == 0)
-        frames = pfns[known]
+        flags[kpf & KPF_THP != 0] |= PageFlag.HUGE
+        shared = flags & (PageFlag.SHARED | PageFlag.KSM | PageFlag.ELSEWHERE)
+        flags[shared == 0] |= PageFlag.FRAME
+        frames = pfns[(shared != 0) & (flags & PageFlag.ELSEWHERE == 0)]
         return Batch(vpns, flags, frames=frames, mapcounts=self._page_flags.mapcounts(frames))
+
+
+@dataclass(slots=True)
+class _Part:
+    """Pages of a mapping from page number `first` on, and their pagemap entries. `categories` (PAGE_IS_...) hold for
+    all of them; None: not known."""
+
+    mapping: Mapping
+    first: int
+    categories: int | None
+    entries: bytes
+
+    @property
+    def flags(self) -> int:
+        """What of their flags is known from that."""
+        flags = PageFlag.TAKEN if self.mapping.taken else np.uint8(0)
+        if self.categories and self.categories & PAGE_IS_PFNZERO:
+            flags |= PageFlag.ELSEWHERE
+        if self.categories and self.categories & PAGE_IS_HUGE:
+            flags |= PageFlag.HUGE
+        return int(flags)
 
 
 def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
@@ -258,7 +265,7 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
                 found.append(_mapping(header, not merge_any and "mg" in vmflags, agent))
                 if anonymous or found[-1].kind is Kind.SEGMENT:
                     with_pages.add(found[-1].start)
-        elif match := _VMA.match(line):
+        elif line[0] in "0123456789abcdef" and (match := _VMA.match(line)):  # the others start with a capital
             header, count = match, count + 1
     return [mapping for mapping in with_stretch(found) if mapping.start in with_pages], count
 
@@ -300,7 +307,9 @@ def _regions(pagemap: int, start: int, end: int, opened: Opened) -> Iterator[tup
         except OSError as e:
             if e.errno in (errno.ENOTTY, errno.EINVAL):
                 yield start // PAGE_SIZE, (end - start) // PAGE_SIZE, None
-            return  # ESRCH: the process has ended
+                return
+            opened.gone = True
+            return
         for first, last, categories in found[:count].tolist():
             if categories & PAGE_IS_SWAPPED:
                 opened.swapped += (last - first) // PAGE_SIZE

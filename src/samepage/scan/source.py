@@ -118,6 +118,8 @@ class Opened:
     map_count: int | None = None
     swapped: int = 0
     remarks: list[str] = field(default_factory=list)
+    gone: bool = False
+    """The process has ended, or become another program, before all of its pages were seen."""
     more: tuple[int, ...] = ()
     """Other descriptors to be closed with `fd`."""
 
