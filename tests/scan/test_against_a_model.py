@@ -236,7 +236,7 @@ def test_extents_are_runs_of_pages_whose_neighbours_are_equal_to_neighbours(
     for fake in fakes:
         fake.map_count = HOST.mappings_allowed - spare
     seen = looked_at(fakes)
-    plan = predict.by_extent(seen, HOST, HOST.max_page_sharing, np.ones(seen.rows, np.bool_))
+    plan = predict.by_extent(seen, HOST, HOST.max_page_sharing)
     got = (plan.pages_shared.pages, plan.pages_sharing.pages, plan.extents.pages, plan.left_for_budget.pages)
     assert got == expected_extents(fakes, spare)
 
@@ -246,7 +246,7 @@ def test_extents_are_runs_of_pages_whose_neighbours_are_equal_to_neighbours(
 def test_comparing_leaves_the_checksums_as_they_were(fakes: list[FakeSource]) -> None:
     seen = looked_at(fakes)
     before = seen.checksum.copy()
-    predict.by_extent(seen, HOST, HOST.max_page_sharing, np.ones(seen.rows, np.bool_))
+    predict.by_extent(seen, HOST, HOST.max_page_sharing)
     assert (seen.checksum == before).all()
 
 
@@ -267,7 +267,7 @@ def test_an_extent_costs_two_mappings_and_two_more_for_each_segment_it_goes_on_i
     fakes = [FakeSource(pages, pid=pid, batch=1000, map_count=HOST.mappings_allowed - 3) for pid in (1, 2)]
     fakes[1].pages = [(vpn, Page(vpn, vpn + 10_000)) for vpn, _ in pages]
     seen = looked_at(fakes)
-    plan = predict.by_extent(seen, HOST, 256, np.ones(seen.rows, np.bool_))
+    plan = predict.by_extent(seen, HOST, 256)
     assert plan.extents.pages == 2
     assert plan.left_for_budget.pages == 2 * len(pages)
     assert plan.saved.pages == 0

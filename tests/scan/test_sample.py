@@ -67,7 +67,7 @@ def covered(memory: str, share: float, seeds: int) -> dict[str, int]:
         whole, sample = both(MEMORIES[memory](np.random.default_rng([seed, round(share * 100)])), share)
         full, guess = (predict.analyse(look, HOST).by_page for look in (whole, sample))
         pairs = {name: (getattr(full, name), getattr(guess, name)) for name in list(within)[:3]}
-        extents = (predict.by_extent(look, HOST, 256, np.ones(look.rows, np.bool_)) for look in (whole, sample))
+        extents = (predict.by_extent(look, HOST, 256) for look in (whole, sample))
         pairs["by extent"] = (next(extents).saved, next(extents).saved)
         for name, (truth, estimate) in pairs.items():
             within[name] += abs(truth.pages - estimate.pages) <= estimate.error
@@ -105,7 +105,7 @@ def test_a_frequent_content_that_is_not_in_the_sample_is_told() -> None:
 def test_where_mappings_do_not_suffice_the_error_says_how_much_more_it_may_be() -> None:
     few = replace(HOST, max_map_count=8_000)
     whole, sample = both(MEMORIES["pairs"](np.random.default_rng(1)), 0.1)
-    full, guess = (predict.by_extent(look, few, 256, np.ones(look.rows, np.bool_)) for look in (whole, sample))
+    full, guess = (predict.by_extent(look, few, 256) for look in (whole, sample))
     assert full.left_for_budget.pages > 0
     assert guess.left_for_budget.pages > 0
     assert abs(full.saved.pages - guess.saved.pages) <= guess.saved.error

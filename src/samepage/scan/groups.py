@@ -19,7 +19,7 @@ from samepage.scan.source import PageFlag
 PARTS = 16
 """Power of two."""
 
-BLOCK = 1 << 18
+BLOCK = 1 << 16
 """Rows that are looked at in one go where all have to be."""
 
 

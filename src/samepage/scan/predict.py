@@ -130,7 +130,9 @@ def analyse(look: Look, host: Host, among: Bools | None = None) -> Analysis:
     checksum, flags = look.checksum, look.flags
     zero = np.uint64(zero_checksum())
     classes = base_classes(checksum, flags, int(zero))
-    member = has_content(flags) if among is None else has_content(flags) & among
+    member = has_content(flags)
+    if among is not None:
+        member &= among
     sources = _matrix_sources(look)
     place = np.full(len(look.sources), -1, np.int64)
     place[sources] = np.arange(len(sources))
@@ -261,7 +263,7 @@ def _add_pairs(matrix: npt.NDArray[np.float64], groups: Groups, own: Bools, sour
     group = groups.spread(np.arange(len(groups.first)))[own]
     column = place[source[own]]
     group, column = group[column >= 0], column[column >= 0]
-    step = max(1, (1 << 22) // len(matrix))
+    step = max(1, min(len(groups.first), (1 << 18) // len(matrix)))
     edges = np.searchsorted(group, np.arange(0, len(groups.first) + step, step))
     for n, (start, end) in enumerate(itertools.pairwise(edges.tolist())):
         if start < end:
@@ -290,12 +292,23 @@ class ByExtent:
     """Pages an extent, on average."""
 
 
-def by_extent(look: Look, host: Host, limit: int, member: Bools) -> ByExtent:
-    """What samepage would merge of the `member` rows, `limit` pages with one copy, users apart from each other."""
+def by_extent(look: Look, host: Host, limit: int, among: Bools | None = None, taken_only: bool = False) -> ByExtent:
+    """What samepage would merge, `limit` pages with one copy, users apart from each other. `among`: only these rows
+    count. `taken_only`: only what `samepage run` would take."""
     checksum = look.checksum
-    zero = representative(look.flags) & member & (checksum == np.uint64(zero_checksum()))
-    member = representative(look.flags) & member & ~zero
-    nzero = round(np.count_nonzero(zero) * look.scale)
+    member = np.empty(look.rows, np.bool_)
+    zeros = 0
+    for at in range(0, look.rows, BLOCK):
+        part = slice(at, at + BLOCK)
+        own = representative(look.flags[part])
+        if among is not None:
+            own &= among[part]
+        if taken_only:
+            own &= look.flags[part] & PageFlag.TAKEN != 0
+        zero = own & (checksum[part] == np.uint64(zero_checksum()))
+        zeros += int(np.count_nonzero(zero))
+        member[part] = own & ~zero
+    nzero = round(zeros * look.scale)
     salts = _salts(look)
     target = np.full(look.rows, NOBODY, np.uint32)
     tally = Tally(look.scale, look.every, lambda size: _copies(size, limit))

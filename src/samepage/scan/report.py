@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from samepage.ksmd.knobs import Knobs
 from samepage.ksmd.rmap import Bools, Ints
 from samepage.memory import PAGE_SIZE, U8
 from samepage.scan import predict
@@ -212,9 +213,8 @@ class Report(msgspec.Struct):
 
 def build(look: Look, host: predict.Host, analysis: predict.Analysis, watch: Watch | None, version: str) -> Report:
     """The report of a look."""
-    everything = np.ones(look.rows, np.bool_)
-    all_memory = predict.by_extent(look, host, host.max_page_sharing, everything)
-    taken = predict.by_extent(look, host, host.max_page_sharing, look.flags & PageFlag.TAKEN != 0)
+    all_memory = predict.by_extent(look, host, Knobs().max_page_sharing)
+    taken = predict.by_extent(look, host, Knobs().max_page_sharing, taken_only=True)
     rate = look.pages_read / look.cpu_seconds if look.cpu_seconds and look.pages_read else 1e6
     sources, shared = [], np.zeros(4, np.int64)
     for rows in look.sources:
@@ -258,7 +258,7 @@ def watched(
 ) -> Watch:
     """What stayed the same. `same`: the rows that did."""
     stable = predict.analyse(look, host, same)
-    extents = predict.by_extent(look, host, host.max_page_sharing, same)
+    extents = predict.by_extent(look, host, Knobs().max_page_sharing, same)
     duplicates = np.isin(analysis.classes, [PageClass.ZERO, PageClass.INSIDE, PageClass.BETWEEN])
     return Watch(
         looks=looks,
