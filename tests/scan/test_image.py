@@ -7,6 +7,8 @@ import os
 import shutil
 import struct
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,3 +241,43 @@ def test_an_image_is_read_once_by_all_cores(tmp_path: Path) -> None:
     seen = look([Image(path)])
     assert seen.pages_read == 1000
     assert len(set(seen.checksum.tolist())) == 1000
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_what_qemu_writes_of_a_machine_is_read(tmp_path: Path) -> None:
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu is None:
+        pytest.skip("needs QEMU (Debian: qemu-system-x86)")
+    memory, raw, elf = (tmp_path / name for name in ("backing", "raw", "elf"))
+    command = [qemu, "-m", "16", "-display", "none", "-nodefaults", "-monitor", "stdio"]
+    command += ["-machine", "accel=tcg,memory-backend=ram"]
+    command += ["-object", f"memory-backend-file,id=ram,size=16M,mem-path={memory},share=on"]
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=tmp_path, stdin=pipe, stdout=null, text=True) as machine:
+        assert machine.stdin is not None
+        try:
+            # Until the BIOS has written its data area.
+            wait_for(lambda: memory.exists() and any(memory.read_bytes()[0x400:0x500]))
+            print("stop", file=machine.stdin, flush=True)
+            bios = 256 << 10
+            for file, size, line in ((raw, 0, "pmemsave 0 0x1000000 raw"), (elf, bios, "dump-guest-memory elf")):
+                print(line, file=machine.stdin, flush=True)
+                whole = (16 << 20) + size
+                wait_for(lambda file=file, whole=whole: file.exists() and file.stat().st_size >= whole)  # type: ignore[misc]
+        finally:
+            machine.kill()
+    reports = {name: report_of(Image(str(tmp_path / name))) for name in ("raw", "elf", "backing")}
+    assert reports["raw"].pages.total == (16 << 20) // PAGE_SIZE
+    assert reports["elf"].pages.total >= reports["raw"].pages.total
+    assert {m.kind for m in reports["elf"].sources[0].mappings} == {Kind.IMAGE}
+    assert reports["raw"].pages.unique > 10
+    assert reports["backing"].pages.unique == reports["raw"].pages.unique
+    # All three have the same memory, of which the first two have every page.
+    both = report_of(Image(str(tmp_path / "raw")), Image(str(tmp_path / "elf")))
+    assert both.pages.duplicate_between >= 2 * reports["raw"].pages.unique

@@ -15,6 +15,7 @@ from samepage.commands import CommandError
 
 if TYPE_CHECKING:
     from samepage.scan.look import Progress
+    from samepage.scan.process import PageFlags
     from samepage.scan.report import Report
     from samepage.scan.selection import Selection
     from samepage.scan.source import Source
@@ -132,12 +133,11 @@ def _say(problem: str) -> None:
     print(f"samepage: {problem}", file=sys.stderr)
 
 
-def _selection(args: argparse.Namespace, page_flags: object) -> tuple[Selection, list[str]]:
-    from samepage.scan.process import PageFlags
+def _selection(args: argparse.Namespace, page_flags: PageFlags) -> tuple[Selection, list[str]]:
+    """What was asked for, and what of it is not there."""
     from samepage.scan.selection import Selection
     from samepage.scan.source import ScanError
 
-    assert isinstance(page_flags, PageFlags)
     selection = Selection(page_flags)
     problems = []
     for target in args.targets:

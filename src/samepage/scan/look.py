@@ -203,7 +203,8 @@ class _Looker:
                         work.reading.cancel()
         if self._denied:
             others = "1 process was" if self._denied == 1 else f"{self._denied} processes were"
-            self.problems.append(f"{others} left out: permission denied; run as root to look at other users' memory")
+            hint = "" if os.geteuid() == 0 else "; run as root to look at other users' memory"
+            self.problems.append(f"{others} left out: permission denied{hint}")
         # Only now is known what was met of each frame.
         if self.frames_known:
             slots = self.shared_slots.values.astype(np.int64)
@@ -221,7 +222,8 @@ class _Looker:
             return
         rows = SourceRows(source, 0, 0, map_count=opened.map_count)
         for batch in opened.batches:
-            yield self._start(rows, opened, batch, pool)
+            if len(batch.vpns):
+                yield self._start(rows, opened, batch, pool)
         nothing = Batch(np.empty(0, np.int64), np.empty(0, np.uint8))
         yield _Work(
             rows, opened, nothing, nothing.vpns, nothing.vpns, np.empty(0, np.uint64), nothing.flags, None, True

@@ -164,10 +164,10 @@ class Process:
 
     def _error(self, e: OSError) -> ScanError:
         if e.errno in (errno.EACCES, errno.EPERM):
-            return Denied(
-                f"process {self.pid} ({self.name}): permission denied: it is another user's, or privileged; "
-                "run as root to look at it"
-            )
+            why = "it is another user's, or privileged; run as root to look at it"
+            if os.geteuid() == 0:
+                why = "this system keeps even root from looking at it"
+            return Denied(f"process {self.pid} ({self.name}): permission denied: {why}")
         if not os.path.exists(f"/proc/{self.pid}"):
             return NoMemory(f"process {self.pid}: no such process")
         if e.errno == errno.ESRCH:
