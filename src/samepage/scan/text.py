@@ -131,29 +131,27 @@ def _kinds(report: Report) -> Table:
 
 
 def _methods(report: Report) -> Table:
-    table = _table("merged", "saves MiB", "±", "shared", "sharing", "extents", "metadata", "takes")
+    table = _table("merged", "saves MiB", "±", "shared", "sharing", "extents", "metadata", "CPU", "as set")
     ksm = report.by_page
     error = ksm.errors.get("saved_bytes", 0)
     table.add_row(
-        "by page: the kernel's KSM",
+        "by page, KSM",
         _mib(ksm.saved_bytes // PAGE_SIZE),
         _mib(error // PAGE_SIZE) if error else "",
         f"{ksm.pages_shared:,}",
         f"{ksm.pages_sharing:,}",
         "",
         size(ksm.metadata_bytes),
-        f"{duration(ksm.as_set_seconds)} as set, {duration(ksm.fastest_seconds)} at its fastest",
+        duration(ksm.fastest_seconds),
+        duration(ksm.as_set_seconds),
     )
     inside = ksm.saved_inside_bytes
-    table.add_row("   inside one process alone", _mib(inside // PAGE_SIZE), "", "", "", "", "", "")
-    table.add_row("   between processes", _mib((ksm.saved_bytes - inside) // PAGE_SIZE), "", "", "", "", "", "")
-    for name, extent in (
-        ("by extent: samepage, all of it registered", report.by_extent),
-        ("by extent: samepage run", report.samepage_run),
-    ):
+    table.add_row("  inside processes", _mib(inside // PAGE_SIZE))
+    table.add_row("  between them", _mib((ksm.saved_bytes - inside) // PAGE_SIZE))
+    for name, extent in (("by extent, samepage", report.by_extent), ("samepage run", report.samepage_run)):
         table.add_row(name, *_extent(extent))
         if extent.left_for_budget:
-            table.add_row("   left for want of mappings", _mib(extent.left_for_budget), "", "", "", "", "", "")
+            table.add_row("  no mappings left for", _mib(extent.left_for_budget))
     return table
 
 
