@@ -13,7 +13,7 @@ from rich.text import Text
 from samepage.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from samepage.scan.report import ByExtent, Pages, Report, SourceReport
+    from samepage.scan.report import Pages, Report, SourceReport
 
 ROWS = 15
 """Processes, and mappings, that are listed: the largest, by what they have that others have."""
@@ -131,13 +131,12 @@ def _kinds(report: Report) -> Table:
 
 
 def _methods(report: Report) -> Table:
-    table = _table("merged", "saves MiB", "±", "shared", "sharing", "extents", "metadata", "CPU", "as set")
+    table = _table("merged", "saves MiB", "shared", "sharing", "extents", "metadata", "CPU", "as set")
+    table.columns[0].no_wrap = True
     ksm = report.by_page
-    error = ksm.errors.get("saved_bytes", 0)
     table.add_row(
         "by page, KSM",
-        _mib(ksm.saved_bytes // PAGE_SIZE),
-        _mib(error // PAGE_SIZE) if error else "",
+        _saves(ksm.saved_bytes, ksm.errors),
         f"{ksm.pages_shared:,}",
         f"{ksm.pages_sharing:,}",
         "",
@@ -146,26 +145,27 @@ def _methods(report: Report) -> Table:
         duration(ksm.as_set_seconds),
     )
     inside = ksm.saved_inside_bytes
-    table.add_row("  inside processes", _mib(inside // PAGE_SIZE))
-    table.add_row("  between them", _mib((ksm.saved_bytes - inside) // PAGE_SIZE))
+    table.add_row("  inside processes", _saves(inside))
+    table.add_row("  between them", _saves(ksm.saved_bytes - inside))
     for name, extent in (("by extent, samepage", report.by_extent), ("samepage run", report.samepage_run)):
-        table.add_row(name, *_extent(extent))
+        table.add_row(
+            name,
+            _saves(extent.saved_bytes, extent.errors),
+            f"{extent.pages_shared:,}",
+            f"{extent.pages_sharing:,}",
+            f"{extent.extents:,}",
+            size(extent.metadata_bytes),
+            duration(extent.seconds),
+        )
         if extent.left_for_budget:
             table.add_row("  no mappings left for", _mib(extent.left_for_budget))
     return table
 
 
-def _extent(extent: ByExtent) -> tuple[str, ...]:
-    error = extent.errors.get("saved_bytes", 0)
-    return (
-        _mib(extent.saved_bytes // PAGE_SIZE),
-        _mib(error // PAGE_SIZE) if error else "",
-        f"{extent.pages_shared:,}",
-        f"{extent.pages_sharing:,}",
-        f"{extent.extents:,}",
-        size(extent.metadata_bytes),
-        duration(extent.seconds),
-    )
+def _saves(nbytes: int, errors: dict[str, int] | None = None) -> str:
+    """MiB, and how far off that may be."""
+    error = (errors or {}).get("saved_bytes", 0)
+    return _mib(nbytes // PAGE_SIZE) + (f" ± {_mib(error // PAGE_SIZE)}" if error else "")
 
 
 def _watch(report: Report) -> Text:
