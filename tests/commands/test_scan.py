@@ -182,18 +182,54 @@ def test_bad_input_is_one_clear_line(scan: Scan, tmp_path: Path, arguments: list
         assert why in done.stderr.splitlines()[-1]
 
 
-def test_a_process_of_somebody_else_is_told(scan: Scan, subject: Subject) -> None:
+# As the user nobody, who may not be able to read where Python and samepage are: everything is loaded before.
+AS_NOBODY = """
+import os, sys
+import samepage, rich.console, rich.table
+import samepage.commands.daemon, samepage.commands.knobs, samepage.commands.run, samepage.commands.scan
+import samepage.commands.status, samepage.commands.unmerge
+import samepage.scan.html, samepage.scan.pages, samepage.scan.selection, samepage.scan.text, samepage.scan.watch
+samepage.scan.pages.zero_checksum()
+samepage.__version__ = samepage.__version__
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+sys.exit(samepage.commands.main(["scan", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture
+def as_nobody() -> Scan:
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody else")
-    try:
-        subprocess.run([sys.executable, "-c", "import samepage.scan"], user=65534, capture_output=True, check=True)
-    except (PermissionError, subprocess.CalledProcessError):
-        pytest.skip("needs a Python that the user nobody may run")
-    done = scan(subject.pid, user=65534)
+
+    def scan(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", AS_NOBODY, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+    return scan
+
+
+def test_a_process_of_somebody_else_is_told(as_nobody: Scan, subject: Subject) -> None:
+    done = as_nobody(subject.pid)
     assert done.returncode == 1
     line = error(done)
     assert line.startswith(f"process {subject.pid} (")
     assert line.endswith("permission denied: it is another user's, or privileged; run as root to look at it")
+
+
+def test_whoever_is_not_root_looks_at_what_is_their_own(as_nobody: Scan, subject: Subject) -> None:
+    PR_SET_DUMPABLE = 4  # which a process that changes its user is not
+    subject.do(f"os.setgid(65534); os.setuid(65534); ctypes.CDLL(None).prctl({PR_SET_DUMPABLE}, 1, 0, 0, 0)")
+    with Subject() as roots:
+        report = report_of(as_nobody(subject.pid, roots.pid, "--json", "-"))
+        of_all = as_nobody("--all", "--json", "-")
+    assert [source.pid for source in report.sources] == [subject.pid]
+    assert len(report.problems) == 1
+    assert report.page_flags == "unavailable"
+    assert report.pages.duplicate_inside >= 100
+    assert subject.pid in {source.pid for source in report_of(of_all).sources}
+    assert re.search(r"\d+ process\w* w\w+ left out: permission denied; run as root", of_all.stderr)
 
 
 def test_what_can_be_looked_at_is_kept_beside_what_cannot(scan: Scan, subject: Subject, tmp_path: Path) -> None:

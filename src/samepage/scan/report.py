@@ -346,6 +346,10 @@ _CLASS = _CODE & 7
 
 
 def _pages(counts: Ints, total: int, scale: float) -> Pages:
+    known = int(counts[_CLASS != PageClass.UNIQUE].sum())
+    # Of a sample only the total is counted, and the rest is an estimate, which may come to more.
+    scale = min(scale, total / known) if known else scale
+
     def count(which: Bools) -> int:
         return round(int(counts[which].sum()) * scale)
 
@@ -354,7 +358,6 @@ def _pages(counts: Ints, total: int, scale: float) -> Pages:
     zero, inside = count(_CLASS == PageClass.ZERO), count(_CLASS == PageClass.INSIDE)
     between, shared = count(_CLASS == PageClass.BETWEEN), count(_CLASS == PageClass.SHARED)
     unreadable = count(_CLASS == PageClass.UNREADABLE)
-    # Of a sample only the total is counted: what the estimates leave of it is unique.
     unique = max(0, total - zero - inside - between - shared - unreadable)
     return Pages(
         total, unique, zero, inside, between, shared, unreadable, min(count(huge), total), count(huge & duplicate)
@@ -382,7 +385,7 @@ def _source(look: Look, rows: SourceRows, classes: U8) -> tuple[SourceReport, In
         ksm = round(int(counts[is_shared & (_CODE & _ELSEWHERE == 0) & (_CODE & _KSM != 0)].sum()) * look.scale)
         shared[1] += ksm
         shared[2 if mapping.kind is Kind.SEGMENT else 3] += elsewhere
-        shared[0] += mappings[-1].pages.already_shared - ksm - elsewhere
+        shared[0] += max(0, mappings[-1].pages.already_shared - ksm - elsewhere)
     source = rows.source
     report = SourceReport(
         source.name, source.pid, source.uid, _sum([m.pages for m in mappings]), rows.swapped, mappings
