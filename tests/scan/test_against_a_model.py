@@ -147,14 +147,14 @@ def looked_at(fakes: list[FakeSource]) -> Look:
     return look(fakes)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sources())
 def test_classes_are_those_of_pages_compared_one_by_one(fakes: list[FakeSource]) -> None:
     analysis = predict.analyse(looked_at(fakes), HOST)
     assert analysis.classes.tolist() == expected_classes(walk(fakes))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sources())
 def test_ksm_is_predicted_as_if_page_after_page_were_put_into_its_trees(fakes: list[FakeSource]) -> None:
     # Zeros that KSM merged before are not split any more: leave that corner out.
@@ -167,7 +167,7 @@ def test_ksm_is_predicted_as_if_page_after_page_were_put_into_its_trees(fakes: l
     assert predicted == expected_ksm(walk(fakes))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sources())
 def test_what_is_saved_inside_and_between_is_never_more_than_what_can_be_freed(fakes: list[FakeSource]) -> None:
     analysis = predict.analyse(looked_at(fakes), HOST)
@@ -175,7 +175,7 @@ def test_what_is_saved_inside_and_between_is_never_more_than_what_can_be_freed(f
     assert 0 <= analysis.by_page.saved_inside.pages <= analysis.by_page.saved.pages <= mergeable
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sources())
 def test_pairs_are_the_contents_that_both_have(fakes: list[FakeSource]) -> None:
     analysis = predict.analyse(looked_at(fakes), HOST)
@@ -228,7 +228,7 @@ def expected_extents(fakes: list[FakeSource], budget: int) -> tuple[int, int, in
     return copies, sum(count for count in users.values() if count >= 2) - copies, len(extents), left
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sources(), st.sampled_from([2, 4, 65530]))
 def test_extents_are_runs_of_pages_whose_neighbours_are_equal_to_neighbours(
     fakes: list[FakeSource], spare: int
@@ -241,7 +241,7 @@ def test_extents_are_runs_of_pages_whose_neighbours_are_equal_to_neighbours(
     assert got == expected_extents(fakes, spare)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sources())
 def test_comparing_leaves_the_checksums_as_they_were(fakes: list[FakeSource]) -> None:
     seen = looked_at(fakes)
@@ -250,7 +250,7 @@ def test_comparing_leaves_the_checksums_as_they_were(fakes: list[FakeSource]) ->
     assert (seen.checksum == before).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(sources())
 def test_a_frame_is_read_once_however_often_it_is_mapped(fakes: list[FakeSource]) -> None:
     seen = looked_at(fakes)

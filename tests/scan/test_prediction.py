@@ -15,7 +15,9 @@ def off_by(figures: dict[str, int]) -> float:
 
 
 @pytest.mark.timeout(600)  # somebody else may have KSM borrowed
-@pytest.mark.parametrize("knobs", [{}, {"use_zero_pages": 1, "max_page_sharing": 16}])
+@pytest.mark.parametrize(
+    "knobs", [{}, pytest.param({"use_zero_pages": 1, "max_page_sharing": 16}, marks=pytest.mark.long)]
+)
 def test_what_ksm_comes_to_is_predicted_within_a_hundredth(knobs: dict[str, int]) -> None:
     if not kernel_ksm.available():
         pytest.skip("needs root and a kernel with KSM")

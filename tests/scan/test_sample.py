@@ -74,10 +74,9 @@ def covered(memory: str, share: float, seeds: int) -> dict[str, int]:
     return within
 
 
-@pytest.mark.parametrize("share", [0.05, 0.25])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_full_answer_lies_within_the_error_that_is_told(memory: str, share: float) -> None:
-    assert min(covered(memory, share, seeds=5).values()) == 5
+def test_the_full_answer_lies_within_the_error_that_is_told(memory: str) -> None:
+    assert min(covered(memory, 0.1, seeds=5).values()) == 5
 
 
 @pytest.mark.long
