@@ -202,6 +202,7 @@ struct page_region {
 
 struct pm_walk {
 	uint64_t must, must_not; /* categories a page needs, and may not have */
+	uint64_t any;		 /* it needs one of these, unless 0 */
 	uint64_t max_pages;	 /* stop after that many; 0: no limit */
 	bool protect;		 /* write-protect what is found: the next walk finds what was written since */
 };

@@ -53,7 +53,7 @@ static int populate_write(uintptr_t start, uintptr_t len)
 /* Marks what the kernel says are private copies in [start, end) as islands. */
 static void find_islands(uintptr_t start, uintptr_t end)
 {
-	const struct pm_walk w = {.must = PAGE_IS_PRESENT, .must_not = PAGE_IS_FILE};
+	const struct pm_walk w = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED, .must_not = PAGE_IS_FILE};
 	struct page_region v[16];
 
 	/* The pagemap is the agent thread's. Without it an island is written once more, which changes nothing. */

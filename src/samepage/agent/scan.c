@@ -142,7 +142,7 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 /* Marks private copies in [vpn, end) of a segment mapping as islands. How far it came. */
 static uint64_t mark_islands(uint64_t vpn, uint64_t end)
 {
-	const struct pm_walk w = {.must = PAGE_IS_PRESENT, .must_not = PAGE_IS_FILE};
+	const struct pm_walk w = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED, .must_not = PAGE_IS_FILE};
 	struct page_region v[NR_REGIONS];
 	uintptr_t walked;
 	int n = pagemap_walk(vpn << PAGE_SHIFT, end << PAGE_SHIFT, &w, v, NR_REGIONS, &walked);
@@ -152,23 +152,21 @@ static uint64_t mark_islands(uint64_t vpn, uint64_t end)
 	return n < 0 ? end : walked >> PAGE_SHIFT;
 }
 
-/* Merged pages of [vpn, end) that the service does not know of. */
+/* Merged pages of [vpn, end) that the service does not know of. A forked child has them without a page table entry, until
+ * it touches them. */
 static void report_found(struct out *o, uint64_t vpn, uint64_t end)
 {
-	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_FILE};
-
 	while (vpn < end && o->nruns < o->max_runs) {
-		struct page_region r;
+		uintptr_t start = vpn << PAGE_SHIFT;
 		struct vma vma;
-		uintptr_t walked;
+		uint64_t stop;
 
-		if (pagemap_walk(vpn << PAGE_SHIFT, end << PAGE_SHIFT, &w, &r, 1, &walked) != 1 ||
-		    !vma_find(kernel.maps, r.start, &vma) || vma.start > r.start || !vma.ino || vma.shared)
+		if (!vma_find(kernel.maps, start, &vma) || vma.start > start || !vma.ino || vma.shared)
 			return;
-		vpn = min_addr(r.end, vma.end) >> PAGE_SHIFT;
-		page_set(PAGE_KNOWN, r.start >> PAGE_SHIFT, vpn, true);
-		emit(o, r.start >> PAGE_SHIFT, vpn, RUN_FOUND, vma.ino,
-		     (vma.offset + (r.start - vma.start)) >> PAGE_SHIFT);
+		stop = min_addr(end, vma.end >> PAGE_SHIFT);
+		page_set(PAGE_KNOWN, vpn, stop, true);
+		emit(o, vpn, stop, RUN_FOUND, vma.ino, (vma.offset + (start - vma.start)) >> PAGE_SHIFT);
+		vpn = stop;
 	}
 }
 

@@ -92,26 +92,22 @@ static size_t run_end(const bool *flag, size_t i, size_t n)
 /* Which pages of scratch [0, n) hold something: the truth about every move. */
 static void scratch_holds(const struct chunk *c, size_t n, bool *here)
 {
-	const struct pm_walk present = {.must = PAGE_IS_PRESENT}, swapped = {.must = PAGE_IS_SWAPPED};
-	const struct pm_walk *walks[] = {&present, &swapped};
+	const struct pm_walk w = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED};
+	uintptr_t at = c->scratch, end = scratch_at(c, n);
 	struct page_region v[16];
 
 	memset(here, 0, n);
-	for (int k = 0; k < 2; k++) {
-		uintptr_t at = c->scratch, end = scratch_at(c, n);
+	while (at < end) {
+		int regions = pagemap_walk(at, end, &w, v, 16, &at);
 
-		while (at < end) {
-			int regions = pagemap_walk(at, end, walks[k], v, 16, &at);
-
-			if (regions < 0) {
-				if (regions != -EINTR && regions != -ENOMEM)
-					return; /* EFAULT, EINVAL: cannot be, the arguments are ours */
-				real.syscall(SYS_sched_yield);
-			}
-			for (int r = 0; r < regions; r++)
-				memset(here + ((v[r].start - c->scratch) >> PAGE_SHIFT), 1,
-				       (v[r].end - v[r].start) >> PAGE_SHIFT);
+		if (regions < 0) {
+			if (regions != -EINTR && regions != -ENOMEM)
+				return; /* EFAULT, EINVAL: cannot be, the arguments are ours */
+			real.syscall(SYS_sched_yield);
 		}
+		for (int r = 0; r < regions; r++)
+			memset(here + ((v[r].start - c->scratch) >> PAGE_SHIFT), 1,
+			       (v[r].end - v[r].start) >> PAGE_SHIFT);
 	}
 }
 

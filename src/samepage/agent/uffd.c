@@ -285,7 +285,7 @@ static int walk_entries(uintptr_t start, uintptr_t end, const struct pm_walk *w,
 			c |= entry[i] & PM_PRESENT ? PAGE_IS_PRESENT : 0;
 			c |= entry[i] & PM_SWAPPED ? PAGE_IS_SWAPPED : 0;
 			c |= entry[i] & PM_FILE ? PAGE_IS_FILE : 0;
-			if ((c & w->must) != w->must || (c & w->must_not))
+			if ((c & w->must) != w->must || (c & w->must_not) || (w->any && !(c & w->any)))
 				continue;
 			if (used && v[used - 1].end == at &&
 			    v[used - 1].categories == (c & ~(uint64_t)PAGE_IS_WRITTEN)) {
@@ -319,6 +319,7 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
 		.max_pages = w->max_pages,
 		.category_inverted = w->must_not,
 		.category_mask = w->must | w->must_not,
+		.category_anyof_mask = w->any,
 		.return_mask = PAGE_IS_PRESENT | PAGE_IS_FILE | PAGE_IS_HUGE,
 	};
 	long got;
