@@ -1,6 +1,6 @@
 /* A process of tests/oom/test_joining.py: mergeable memory that every one of them has, then
  *
- *	churn stay		wait to be killed
+ *	churn stay		wait to be killed; fork at each SIGUSR1, and the child waits, too, and touches nothing
  *	churn MILLISECONDS	fork in the middle of that time; parent and child end at its end
  */
 #define _GNU_SOURCE
@@ -12,6 +12,13 @@
 #include <unistd.h>
 
 #define SIZE (2UL << 20)
+
+static void on_signal(int signal)
+{
+	(void)signal;
+	if (!fork())
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+}
 
 int main(int argc, char **argv)
 {
@@ -25,6 +32,7 @@ int main(int argc, char **argv)
 		memset(p + i, (int)(1 + i / 4096 % 100), 4096);
 	if (madvise(p, SIZE, MADV_MERGEABLE))
 		return 1;
+	signal(SIGUSR1, on_signal);
 	if (!strcmp(argv[1], "stay"))
 		for (;;)
 			pause();

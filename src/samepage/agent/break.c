@@ -50,10 +50,12 @@ static int populate_write(uintptr_t start, uintptr_t len)
 	return 0;
 }
 
-/* Marks what the kernel says are private copies in [start, end) as islands. */
+/* Marks private copies in [start, end) as islands, but for those that are swapped out: under write-protection the kernel
+ * reports a page that has no page table entry (a merged one, in a forked child) as swapped, too. A copy may be copied like
+ * a merged page, as long as no device writes to it; one that is swapped out is not pinned. */
 static void find_islands(uintptr_t start, uintptr_t end)
 {
-	const struct pm_walk w = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED, .must_not = PAGE_IS_FILE};
+	const struct pm_walk w = {.must = PAGE_IS_PRESENT, .must_not = PAGE_IS_FILE};
 	struct page_region v[16];
 
 	/* The pagemap is the agent thread's. Without it an island is written once more, which changes nothing. */
