@@ -111,6 +111,7 @@ enum area_flags {
 	AREA_HUGEPAGE = 1 << 8,
 	AREA_NOHUGEPAGE = 1 << 9,
 	AREA_UNMERGED = 1 << 10, /* MADV_UNMERGEABLE on memory of ours: known, not mergeable */
+	AREA_MAPPED = 1 << 11,	 /* private anonymous memory that the program mapped itself: merged if merge_any */
 };
 
 struct area {
@@ -129,7 +130,8 @@ bool mmap_lock_contended(void);
 void mmap_lock_reinit(void); /* in a forked child */
 
 extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every wrapper passes straight through */
-extern uint64_t areas_seq;	       /* changes whenever the set of mergeable ranges does */
+extern uint64_t areas_seq;	       /* changes whenever the set of mergeable ranges does, or merge_any */
+extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: what the program mapped or will map is mergeable */
 
 /* All need the lock. area_next: the first area that ends after `addr`, or NULL; valid until the list changes. */
 struct area *area_next(uintptr_t addr);
@@ -139,6 +141,9 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 void area_remove(uintptr_t start, uintptr_t end);
 void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start);
 bool area_mergeable(const struct area *a);
+bool any_mergeable(void);
+/* Sets merge_any. Memory for which there is no room to keep books is left alone. */
+void area_merge_any(bool on);
 /* Drops areas of [start, end) that nothing has to be remembered of: not ours, not mergeable, nothing merged. */
 void area_forget_plain(uintptr_t start, uintptr_t end);
 unsigned long area_index(const struct area *a);
@@ -169,6 +174,7 @@ struct kernel {
 	int mem;     /* /proc/self/mem */
 	int maps;    /* /proc/self/maps */
 	bool scan;   /* PAGEMAP_SCAN works */
+	bool numa;   /* there is more than one node */
 	bool tracking;
 	enum sp_swap swap;
 	/* Three windows, the only places where the agent thread maps anything: WINDOW bytes, copy COPY_WINDOW. */
@@ -208,6 +214,9 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
  * processes map it too (bit 56 is clear). */
 enum page_kind { PAGE_ABSENT, PAGE_FILE, PAGE_OWN, PAGE_FORKED };
 int page_kinds(uintptr_t start, size_t n, uint8_t *kind);
+/* The NUMA node of each of n <= SECTION_MAX pages that are present. 0 or -errno: the kernel does not tell. */
+int page_nodes(uintptr_t start, size_t n, int *node);
+void prefer_node(int node); /* for what this thread allocates; -1: as before the first such call */
 int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode);
 int uffd_unregister(int uffd, uintptr_t start, uintptr_t len);
 int uffd_protect(uintptr_t start, uintptr_t len, bool on);

@@ -19,6 +19,7 @@ struct out {
 	struct sp_run *runs;
 	uint64_t *sums;
 	uint32_t nruns, max_runs, nsums, max_sums;
+	uint32_t flags; /* enum sp_scan_flags */
 };
 
 uint64_t page_checksum(const void *page)
@@ -46,17 +47,35 @@ static void emit(struct out *o, uint64_t vpn, uint64_t end, uint32_t kind, uint6
 
 enum { RUN_HASHED, RUN_BROKEN, RUN_GONE, RUN_FOUND }; /* RunKind in samepage/memory */
 
-/* Hashes one region, as far as there is room for checksums. Where it stopped. */
+/* Makes nodes part of the checksums of n pages. False: nobody says on which they are. */
+static bool mix_nodes(uint64_t *sums, uint64_t vpn, size_t n)
+{
+	const uint64_t zero = page_checksum(zero_page);
+	int node[SECTION_MAX];
+
+	if (page_nodes(vpn << PAGE_SHIFT, n, node))
+		return false;
+	for (size_t i = 0; i < n; i++)
+		if (sums[i] != zero && node[i] > 0)
+			sums[i] ^= (uint64_t)node[i] * 0x9e3779b97f4a7c15u;
+	return true;
+}
+
+/* Hashes one region of at most STEP_PAGES, as far as there is room for checksums. Where it stopped. */
 static uint64_t hash_region(struct out *o, const struct page_region *r)
 {
 	uint64_t vpn = r->start >> PAGE_SHIFT, end = r->end >> PAGE_SHIFT;
+	uint64_t *sums = o->sums + o->nsums;
 
 	if (end - vpn > o->max_sums - o->nsums)
 		end = vpn + (o->max_sums - o->nsums);
 	if (vpn == end)
 		return vpn;
 	for (uint64_t p = vpn; p < end; p++)
-		o->sums[o->nsums++] = page_checksum((const void *)(p << PAGE_SHIFT));
+		sums[p - vpn] = page_checksum((const void *)(p << PAGE_SHIFT));
+	if (o->flags & SP_SCAN_NODES && !mix_nodes(sums, vpn, end - vpn))
+		return end; /* not to be merged across nodes, so not at all */
+	o->nsums += (uint32_t)(end - vpn);
 	emit(o, vpn, end, RUN_HASHED, 0, 0);
 	return end;
 }
@@ -64,7 +83,7 @@ static uint64_t hash_region(struct out *o, const struct page_region *r)
 static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
 {
 	struct pm_walk w = {
-		.must = PAGE_IS_PRESENT | (kernel.tracking ? PAGE_IS_WRITTEN : 0),
+		.must = PAGE_IS_PRESENT | (kernel.tracking && !(o->flags & SP_SCAN_ALL) ? PAGE_IS_WRITTEN : 0),
 		.must_not = PAGE_IS_FILE | PAGE_IS_SWAPPED | (kernel.scan ? PAGE_IS_PFNZERO : 0),
 		.protect = kernel.tracking,
 	};
@@ -190,7 +209,7 @@ static uint64_t step(struct out *o, uint64_t vpn)
 void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
 	       uint64_t *sums, uint32_t max_sums)
 {
-	struct out o = {.runs = runs, .sums = sums, .max_runs = max_runs, .max_sums = max_sums};
+	struct out o = {.runs = runs, .sums = sums, .max_runs = max_runs, .max_sums = max_sums, .flags = req->flags};
 	uint64_t vpn = req->vpn;
 
 	if (req->budget < max_sums)

@@ -477,6 +477,24 @@ static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 	}
 }
 
+/* The same, with each copy on the NUMA node of its page, as a page that the kernel's KSM shares stays where it is. */
+static void append_near(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
+{
+	int node[SECTION_MAX];
+
+	if (!kernel.numa || page_nodes(addr + i * PAGE_SIZE, j - i, node)) {
+		append(fd, addr, i, j, status);
+		return;
+	}
+	for (size_t from = i, to; from < j; from = to) {
+		for (to = from; to < j && node[to - i] == node[from - i]; to++)
+			;
+		prefer_node(node[from - i]);
+		append(fd, addr, from, to, status);
+	}
+	prefer_node(-1);
+}
+
 /* Pages written to a segment after one look at the headroom: 512 KiB, which takes a tenth of a millisecond. A write to
  * a memfd that finds its cgroup full wakes the OOM killer like any fault. */
 #define DONATE_STEP 128UL
@@ -505,7 +523,7 @@ static size_t donate_some(int fd, uintptr_t addr, size_t n, uint8_t *status)
 				for (j = i; j < n && kind[j] == kind[i]; j++)
 					;
 				if (kind[i] == PAGE_OWN)
-					append(fd, addr, i, j, status);
+					append_near(fd, addr, i, j, status);
 				else
 					memset(status + i,
 					       kind[i] == PAGE_FORKED ? BUSY

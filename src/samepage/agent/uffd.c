@@ -39,6 +39,52 @@ struct scan_request { /* struct pm_scan_arg */
 
 #define WINDOWS (2 * WINDOW + COPY_WINDOW)
 
+/* ---- NUMA nodes ------------------------------------------------------------------------------------- */
+
+#define PREFERRED 1 /* MPOL_PREFERRED, include/uapi/linux/mempolicy.h */
+#define NODES_MAX 1024
+
+static bool several_nodes(void)
+{
+	int file = open("/sys/devices/system/node/online", O_RDONLY | O_CLOEXEC);
+	char buf[64] = "";
+	ssize_t got = file < 0 ? 0 : read(file, buf, sizeof(buf) - 1);
+
+	if (file >= 0)
+		close(file);
+	return got > 0 && (memchr(buf, '-', (size_t)got) || memchr(buf, ',', (size_t)got));
+}
+
+int page_nodes(uintptr_t start, size_t n, int *node)
+{
+	void *page[SECTION_MAX];
+
+	for (size_t i = 0; i < n; i++) {
+		page[i] = (void *)(start + i * PAGE_SIZE);
+		node[i] = settings.flags & SP_WELCOME_TWO_NODES ? (int)((start >> PAGE_SHIFT) + i) & 1 : 0;
+	}
+	/* move_pages(2) that moves nothing but asks where they are. */
+	if (kernel.numa && real.syscall(SYS_move_pages, 0, n, page, NULL, node, 0))
+		return -errno;
+	return 0;
+}
+
+void prefer_node(int node)
+{
+	static unsigned long before[NODES_MAX / 64], mask[NODES_MAX / 64];
+	static int mode = -1;
+
+	if (!kernel.numa || node >= NODES_MAX)
+		return;
+	if (mode < 0 && real.syscall(SYS_get_mempolicy, &mode, before, (unsigned long)NODES_MAX, NULL, 0))
+		return;
+	memset(mask, 0, sizeof(mask));
+	if (node >= 0)
+		mask[node / 64] = 1UL << node % 64;
+	real.syscall(SYS_set_mempolicy, node < 0 ? mode : PREFERRED, node < 0 ? before : mask,
+		     (unsigned long)NODES_MAX);
+}
+
 /* ---- opening --------------------------------------------------------------------------------------- */
 
 static int new_uffd(int dev, uint64_t features, bool *user_mode_only)
@@ -130,6 +176,7 @@ int kernel_open(int dev)
 	kernel.maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
 	if (kernel.pagemap < 0 || kernel.mem < 0 || kernel.maps < 0)
 		return -errno;
+	kernel.numa = several_nodes();
 	kernel.scan = true;
 	if (pagemap_walk(PAGE_ALIGN_DOWN(&one), PAGE_ALIGN_DOWN(&one) + PAGE_SIZE, &any, &one, 1, &walked) < 0)
 		kernel.scan = false;
