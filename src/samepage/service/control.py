@@ -20,12 +20,16 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from samepage.service.sockets import Caller, ControlError, peer
+from samepage.sysfs import files
 
 PACKET_MAX = 128 << 10
 """Bytes of a control packet at most."""
 
 ROWS_MAX = 100
 """Processes in one packet of a `status` answer."""
+
+PIDS_MAX = 10000
+"""Processes in the one packet of a `processes` answer."""
 
 Answer = dict[str, Any]
 
@@ -69,7 +73,24 @@ class Merge(msgspec.Struct, tag_field="op", tag="merge", forbid_unknown_fields=T
     pid: int = 0
 
 
-Request = Status | Stats | Get | Set | Unmerge | Merge
+class Files(msgspec.Struct, tag_field="op", tag="files", forbid_unknown_fields=True):
+    """What is in the files of /sys/kernel/mm/ksm, all of one moment; or in those of /proc/`pid`."""
+
+    pid: int | None = None
+
+
+class Processes(msgspec.Struct, tag_field="op", tag="processes", forbid_unknown_fields=True):
+    """Who has joined: `pids`, at most `PIDS_MAX` of them."""
+
+
+class Write(msgspec.Struct, tag_field="op", tag="write", forbid_unknown_fields=True):
+    """What writing `data` to a file of /sys/kernel/mm/ksm does. As `Set`, with the kernel's ways to write a value."""
+
+    file: str
+    data: str
+
+
+Request = Status | Stats | Get | Set | Unmerge | Merge | Files | Processes | Write
 _decode = msgspec.json.Decoder(Request)
 _encode = msgspec.json.Encoder()
 
@@ -79,6 +100,9 @@ class Controlled(Protocol):
 
     def counters(self, domain: int | None = None) -> dict[str, Any]: ...
     def commitments(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]: ...
+    def files(self) -> dict[str, str]: ...
+    def row(self, pid: int) -> dict[str, Any] | None: ...
+    def pids(self) -> list[int]: ...
     def get(self, knob: str) -> str: ...
     def knobs(self) -> dict[str, str]: ...
     def set(self, knob: str, value: str, cancelled: Callable[[], bool]) -> None: ...
@@ -145,6 +169,15 @@ def _perform(
             yield {"ok": True}
         case Unmerge(pids=pids):
             yield scanner.unmerge(pids, lambda done: _progress(sock, done), lambda: client_gone(sock))
+        case Files(pid=None):
+            yield {"ok": True, "files": scanner.files()}
+        case Files(pid=int(pid)):
+            yield {"ok": True, "files": files.process_texts(scanner.row(pid))}
+        case Processes():
+            yield {"ok": True, "pids": scanner.pids()[:PIDS_MAX]}
+        case Write(file=file, data=data):
+            scanner.set(file, files.value(file, data), lambda: client_gone(sock))
+            yield {"ok": True}
         case Merge(vpn=vpn, npages=npages, pid=pid):
             yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages)
 

@@ -18,6 +18,7 @@ from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
+from samepage.sysfs import files
 
 Answer = dict[str, Any]
 
@@ -107,6 +108,18 @@ class Scanner:
     def rows(self) -> list[Answer]:
         """One for each process."""
         return [asdict(row) for row in self._ksmd.rows()]
+
+    def files(self) -> dict[str, str]:
+        """What is in the files of /sys/kernel/mm/ksm. Asked for ten times a second, so not by way of `counters`."""
+        return files.texts(self._ksmd.counters(), self._ksmd.get)
+
+    def row(self, pid: int) -> Answer | None:
+        """That of one process; None when it has not joined."""
+        return next((asdict(row) for row in reversed(self._ksmd.rows()) if row.pid == pid), None)
+
+    def pids(self) -> list[int]:
+        """Of all processes."""
+        return [row.pid for row in self._ksmd.rows()]
 
     def commitments(self) -> tuple[list[Answer], list[Answer]]:
         """The rows of all processes with their memory cgroup and the bytes available there, as they say now; and a row

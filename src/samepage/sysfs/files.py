@@ -123,10 +123,11 @@ FILES = {
 """Each shows the counter or the knob of its name, and what is written to it is a value for that knob."""
 
 
-def texts(counters: Mapping[str, Any], knobs: Mapping[str, str]) -> dict[str, str]:
-    """What is in each of `FILES`."""
-    values = {**counters, **knobs}
-    return {name: file.show(values[name]) for name, file in FILES.items() if name in values}
+def texts(counters: object, knob: Callable[[str], str]) -> dict[str, str]:
+    """What is in each of `FILES`: attributes of `counters`, and what `knob` says of a name."""
+    return {
+        name: file.show(getattr(counters, name) if file.parse is None else knob(name)) for name, file in FILES.items()
+    }
 
 
 def value(name: str, written: str) -> str:

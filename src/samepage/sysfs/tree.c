@@ -15,6 +15,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -472,6 +473,10 @@ static struct {
 /* Unmounts, and ends. */
 static _Noreturn void leave(int status)
 {
+	static atomic_flag leaving = ATOMIC_FLAG_INIT;
+
+	while (atomic_flag_test_and_set(&leaving)) /* unmounting ends the loop, which comes here too */
+		pause();
 	fuse_session_unmount(here.session);
 	if (here.private)
 		rmdir(here.directory);
