@@ -39,6 +39,15 @@ class FakeScanner:
     def rows(self) -> list[dict[str, Any]]:
         return [{"pid": pid, "comm": "x" * 16} for pid in range(2500)]
 
+    def files(self) -> dict[str, str]:
+        return {"run": "1\n"}
+
+    def row(self, pid: int) -> dict[str, Any] | None:
+        return {"ksm_merging_pages": 5, "ksm_mergeable": True} if pid == 7 else None
+
+    def pids(self) -> list[int]:
+        return list(range(1, 25000))
+
     def get(self, knob: str) -> str:
         return {"run": "1"}[knob]
 
@@ -131,7 +140,8 @@ def test_the_owner_and_root_may_do_everything(uid: int, scanner: FakeScanner) ->
 
 def test_another_user_may_only_see_the_counters_of_their_own_domain(scanner: FakeScanner) -> None:
     requests = [b'{"op": "status"}', b'{"op": "get"}', b'{"op": "set", "knob": "run", "value": "2"}']
-    requests += [b'{"op": "unmerge"}', b'{"op": "merge", "vpn": 1, "npages": 1, "pid": 8}']
+    requests += [b'{"op": "unmerge"}', b'{"op": "merge", "vpn": 1, "npages": 1, "pid": 8}', b'{"op": "files"}']
+    requests += [b'{"op": "processes"}', b'{"op": "write", "file": "run", "data": "2"}', b'{"op": "files", "pid": 7}']
     for request in requests:
         assert ask(request, scanner, OTHER)[-1]["errno"] == "EACCES"
     assert not scanner.asked
@@ -149,6 +159,23 @@ def test_a_status_longer_than_a_packet_comes_whole(path: str) -> None:
         answer = client.ask("status")
     assert [row["pid"] for row in answer["processes"]] == list(range(2500))
     assert answer["counters"] == {"pages_sharing": 5}
+
+
+def test_the_files_of_sysfs_and_proc_are_told_and_written(path: str, scanner: FakeScanner) -> None:
+    with Client(path) as client:
+        assert client.ask("files")["files"] == {"run": "1\n"}
+        assert client.ask("files", pid=7)["files"]["ksm_merging_pages"] == "5\n"
+        assert client.ask("files", pid=8)["files"]["ksm_merging_pages"] == "0\n"
+        client.ask("write", file="use_zero_pages", data="yes\n")
+        assert scanner.asked == [("set", "use_zero_pages", "1")]
+        with pytest.raises(ControlError, match="not a number") as raised:
+            client.ask("write", file="sleep_millisecs", data="0x10")
+        assert raised.value.errno == errno.EINVAL
+
+
+def test_a_list_of_processes_is_cut_to_a_packet(path: str) -> None:
+    with Client(path) as client:
+        assert client.ask("processes")["pids"] == list(range(1, control.PIDS_MAX + 1))
 
 
 def test_what_the_service_refuses_is_raised_with_its_errno(path: str) -> None:

@@ -51,7 +51,7 @@ class Run:
         parser.add_argument(
             "--sysfs",
             action="store_true",
-            help="let COMMAND, and nobody else, find these files at /sys/kernel/mm/ksm, in a mount namespace of its own",
+            help="let COMMAND, and no other, find these files at /sys/kernel/mm/ksm, in a mount namespace of its own",
         )
         parser.add_argument("command_line", metavar="COMMAND", nargs=argparse.REMAINDER, help="what to run")
         self._parser = parser

@@ -1,7 +1,7 @@
 """The files of /sys/kernel/mm/ksm and of /proc/PID: what they show, and what may be written to them.
 
-Names, modes, formats and errors are those of Linux 6.18 (mm/ksm.c; Documentation/admin-guide/mm/ksm.rst; kstrtox.c). What
-was read from a file can be written back to it.
+Names, modes, formats and errors are those of Linux 6.18 (mm/ksm.c; Documentation/admin-guide/mm/ksm.rst; kstrtox.c).
+What was read from a file can be written back to it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def _number_or_einval(high: int) -> Parse:
 def _switch(text: str) -> str:
     """kstrtobool(): looks at the first letter, of "on" and "off" at the second."""
     first = text[:1].lower()
-    if first in ("y", "t", "1") or text[:2].lower() == "on":
+    if first in ("y", "t", "e", "1") or text[:2].lower() == "on":
         return "1"
-    if first in ("n", "f", "0") or text[:2].lower() == "of":
+    if first in ("n", "f", "d", "0") or text[:2].lower() == "of":
         return "0"
     raise OSError(errno.EINVAL, f"neither yes nor no: {text[:40]!r}")
 
@@ -70,8 +70,8 @@ def _plain(value: Any) -> str:
 
 
 def _advisor_mode(value: str) -> str:
-    """All modes, the one in force in brackets. Samepage's own is there only while it is in force: then it has to be, or who
-    puts back what was read would set another. Once it is another, this is what the kernel shows."""
+    """All modes, the one in force in brackets. Samepage's own is there only while it is in force: then it has to be, or
+    who puts back what was read would set another. Once it is another, this is what the kernel shows."""
     modes = ["none", "scan-time"]
     if value not in modes:
         modes.append(value)
@@ -131,11 +131,11 @@ def texts(counters: object, knob: Callable[[str], str]) -> dict[str, str]:
 
 
 def value(name: str, written: str) -> str:
-    """The value of the knob `name` that a write means. OSError: ENOENT, EACCES, EINVAL, ERANGE."""
+    """The value of the knob `name` that a write means. OSError: ENOENT, EIO (it can only be read), EINVAL, ERANGE."""
     file = FILES.get(name)
     if file is None or file.parse is None:
-        code = errno.ENOENT if file is None else errno.EACCES
-        raise OSError(code, f"{os.strerror(code)}: {name}")
+        code = errno.ENOENT if file is None else errno.EIO
+        raise OSError(code, f"{os.strerror(code)}: {name} is no file that can be written")
     return file.parse(written.partition("\0")[0])  # C ends there
 
 

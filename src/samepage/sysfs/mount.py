@@ -97,7 +97,9 @@ def _check_fuse() -> None:
     if not os.path.exists(device):
         raise OSError(errno.ENODEV, f"there is no {device}: load the kernel's module with `modprobe fuse`")
     if not os.access(device, os.R_OK | os.W_OK):
-        raise OSError(errno.EACCES, f"this user may not open {device}: let root `chmod 666 {device}`, as it is elsewhere")
+        raise OSError(
+            errno.EACCES, f"this user may not open {device}: let root `chmod 666 {device}`, as it is elsewhere"
+        )
     if os.geteuid() != 0 and not shutil.which("fusermount3"):
         raise OSError(errno.ENOENT, "fusermount3 is missing, with which users mount: install fuse3")
 
@@ -118,8 +120,8 @@ def _mountpoint(directory: str) -> str:
 
 
 def _options() -> str:
-    """How to mount. The kernel checks the modes. Root's tree is for everybody, as sysfs is; a user's for that user alone,
-    since the kernel lets no other in who is not root's equal. `auto_unmount` is for the case that the server is killed."""
+    """How to mount. The kernel checks the modes. Root's tree is for everybody, as sysfs is; a user's for that user
+    (fuse.conf's user_allow_other is rarely set). `auto_unmount` is for the case that the server is killed."""
     options = ["default_permissions", "noexec", "fsname=samepage", "subtype=ksm"]
     if os.geteuid() == 0:
         options.append("allow_other")

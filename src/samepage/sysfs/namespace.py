@@ -18,8 +18,9 @@ MS_BIND, MS_REC, MS_SLAVE = 1 << 12, 1 << 14, 1 << 19
 def entering(tree: str) -> Callable[[], None]:
     """What a child has to do before it executes a command that shall see `tree` at /sys/kernel/mm/ksm.
 
-    Its own /proc/PID/ksm_stat and ksm_merging_pages are the tree's, too. Who is not root gets a user namespace, with the
-    same user and group in it. OSError when there is no such place; the child raises OSError, with one line in `strerror`.
+    Its own /proc/PID/ksm_stat and ksm_merging_pages are the tree's, too. Who is not root gets a user namespace, with
+    the same user and group in it. OSError when there is no such place; the child raises OSError, whose `strerror` is
+    one line.
     """
     if not os.path.isdir(KSM):
         raise OSError(errno.ENOENT, f"there is no {KSM} to put the tree over: this kernel has no KSM")

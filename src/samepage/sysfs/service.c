@@ -66,6 +66,28 @@ int service_at(const char *path)
 	return 0;
 }
 
+/* What asking would end with, as long as that is remembered; else 0. */
+static int silent(void)
+{
+	int error;
+
+	pthread_mutex_lock(&lock);
+	error = now_ms() < silent_until ? silence : 0;
+	pthread_mutex_unlock(&lock);
+	return error;
+}
+
+static int remember(int error)
+{
+	if (error == -ETIMEDOUT) {
+		pthread_mutex_lock(&lock);
+		silence = error;
+		silent_until = now_ms() + RETRY_MS;
+		pthread_mutex_unlock(&lock);
+	}
+	return error;
+}
+
 /* ---- one question, one answer --------------------------------------------------------------------- */
 
 static int dial(void)
@@ -132,17 +154,20 @@ static int receive(int sock, json_t **answer)
 /* Asks over a connection of its own. */
 static int ask(const char *question, fuse_req_t req, json_t **answer)
 {
-	int sock = dial(), error;
+	int error = silent(), sock;
 
+	if (error)
+		return error;
+	sock = dial();
 	if (sock < 0)
-		return sock;
+		return remember(sock);
 	error = send(sock, question, strlen(question), MSG_NOSIGNAL) < 0 ? -EPIPE : 0;
 	if (!error)
 		error = await(sock, answered ? TIMEOUT_MS : STARTUP_MS, req);
 	if (!error)
 		error = receive(sock, answer);
 	close(sock);
-	return error == -EPIPE ? -EIO : error;
+	return error == -EPIPE ? -EIO : remember(error);
 }
 
 /* ---- snapshots ------------------------------------------------------------------------------------ */
@@ -151,14 +176,17 @@ static int ask(const char *question, fuse_req_t req, json_t **answer)
 static int ask_files(fuse_req_t req, json_t **answer)
 {
 	const char *question = "{\"op\": \"files\"}";
-	int error = -EPIPE;
+	int error = silent();
 
+	if (error)
+		return error;
+	error = -EPIPE;
 	/* The service closes a connection over which nothing came for long: hence twice. */
 	for (int attempt = 0; attempt < 2 && error == -EPIPE; attempt++) {
 		if (line < 0)
 			line = dial();
 		if (line < 0)
-			return line;
+			return remember(line);
 		error = send(line, question, strlen(question), MSG_NOSIGNAL) < 0 ? -EPIPE : 0;
 		if (!error)
 			error = await(line, answered ? TIMEOUT_MS : STARTUP_MS, req);
@@ -169,7 +197,7 @@ static int ask_files(fuse_req_t req, json_t **answer)
 			line = -1;
 		}
 	}
-	return error == -EPIPE ? -EIO : error;
+	return error == -EPIPE ? -EIO : remember(error);
 }
 
 static void copy_text(char *text, size_t size, const json_t *string)
@@ -200,25 +228,20 @@ static int refresh(fuse_req_t req)
 	pthread_mutex_lock(&lock);
 	before = stores;
 	fresh = within(&latest, FRESH_MS); /* somebody else asked, while this one waited */
-	if (!fresh && now_ms() < silent_until)
-		error = silence;
 	pthread_mutex_unlock(&lock);
-	if (!fresh && !error) {
+	if (!fresh) {
 		taken.taken = now_ms(); /* before the question: it may be older than the answer, but not younger */
 		error = ask_files(req, &answer);
-		if (!error) {
-			for (unsigned i = 0; i < nfiles; i++)
-				copy_text(taken.text[i], TEXT_MAX,
-					  json_object_get(json_object_get(answer, "files"), files[i].name));
-			json_decref(answer);
-		}
+	}
+	if (!fresh && !error) {
+		const json_t *texts = json_object_get(answer, "files");
+
+		for (unsigned i = 0; i < nfiles; i++)
+			copy_text(taken.text[i], TEXT_MAX, json_object_get(texts, files[i].name));
+		json_decref(answer);
 		pthread_mutex_lock(&lock);
-		if (!error && before == stores)
+		if (before == stores)
 			latest = taken;
-		if (error == -ETIMEDOUT) {
-			silence = error;
-			silent_until = now_ms() + RETRY_MS;
-		}
 		pthread_mutex_unlock(&lock);
 	}
 	pthread_mutex_unlock(&asking);
@@ -261,21 +284,19 @@ static bool show(unsigned index, pid_t tid, char text[TEXT_SIZE])
 int service_show(unsigned index, pid_t reader, fuse_req_t req, char text[TEXT_SIZE])
 {
 	for (;;) {
-		bool shown, silent;
+		bool shown;
 		int error;
 
 		pthread_mutex_lock(&lock);
 		shown = show(index, reader, text);
-		silent = now_ms() < silent_until;
-		error = silence;
 		pthread_mutex_unlock(&lock);
 		if (shown)
 			return text[0] ? 0 : -EIO;
-		if (silent)
-			return error;
-		if (!req)
-			return -EAGAIN;
-		error = refresh(req);
+		error = silent();
+		if (!error && !req)
+			error = -EAGAIN;
+		if (!error)
+			error = refresh(req);
 		if (error)
 			return error;
 	}
@@ -344,7 +365,8 @@ int service_store(unsigned index, const char *data, size_t size, fuse_req_t req)
 	json_decref(question);
 	if (!packet)
 		return -EINVAL; /* not UTF-8, so no word and no number */
-	sock = dial();
+	error = silent();
+	sock = error ? error : dial();
 	error = sock < 0 ? sock : 0;
 	if (!error && send(sock, packet, strlen(packet), MSG_NOSIGNAL) < 0)
 		error = -EIO;

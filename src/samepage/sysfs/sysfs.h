@@ -39,6 +39,8 @@
 struct file {
 	char name[NAME_SIZE];
 	mode_t mode;
+	uid_t uid;
+	gid_t gid;
 };
 
 extern struct file files[FILES_MAX];

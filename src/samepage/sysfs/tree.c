@@ -73,7 +73,11 @@ static int attributes(fuse_ino_t ino, struct stat *st)
 		.st_ctim = started,
 	};
 	if (is_file(ino)) {
-		st->st_mode = S_IFREG | files[ino - FIRST_FILE].mode;
+		const struct file *file = &files[ino - FIRST_FILE];
+
+		st->st_mode = S_IFREG | file->mode;
+		st->st_uid = file->uid;
+		st->st_gid = file->gid;
 		st->st_size = PAGE_BYTES;
 	} else if (ino == FUSE_ROOT_ID || ino == PROC) {
 		st->st_mode = S_IFDIR | (ino == PROC ? 0555 : 0755);
@@ -185,14 +189,23 @@ static void tree_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *
 		fuse_reply_attr(req, &st, lifetime(ino));
 }
 
-/* Truncating does nothing, as in sysfs, and that a file was touched is not remembered. */
+/* As in sysfs a file may be given to somebody else, truncating does nothing, and that it was touched is not remembered. */
 static void tree_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *attr, int which, struct fuse_file_info *fi)
 {
-	(void)attr;
-	if (which & (FUSE_SET_ATTR_MODE | FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID))
+	if (is_file(ino)) {
+		struct file *file = &files[ino - FIRST_FILE];
+
+		if (which & FUSE_SET_ATTR_MODE)
+			file->mode = attr->st_mode & 07777;
+		if (which & FUSE_SET_ATTR_UID)
+			file->uid = attr->st_uid;
+		if (which & FUSE_SET_ATTR_GID)
+			file->gid = attr->st_gid;
+	} else if (which & (FUSE_SET_ATTR_MODE | FUSE_SET_ATTR_UID | FUSE_SET_ATTR_GID)) {
 		fuse_reply_err(req, EPERM);
-	else
-		tree_getattr(req, ino, fi);
+		return;
+	}
+	tree_getattr(req, ino, fi);
 }
 
 struct listing {
@@ -296,19 +309,22 @@ static void tree_releasedir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_inf
 static void tree_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
 	mode_t mode = is_file(ino) ? files[ino - FIRST_FILE].mode : 0400;
-	struct shown *shown;
+	struct shown *shown = NULL;
+	int error = 0;
 
-	if ((fi->flags & O_ACCMODE) != O_RDONLY && !(mode & 0222)) {
-		fuse_reply_err(req, EACCES);
-		return;
-	}
-	shown = calloc(1, sizeof(*shown));
-	if (!shown) {
-		fuse_reply_err(req, ENOMEM);
+	if ((fi->flags & O_ACCMODE) != O_RDONLY && !(mode & 0222))
+		error = EACCES;
+	else if (fi->flags & O_DIRECT)
+		error = EINVAL;
+	else if (!(shown = calloc(1, sizeof(*shown))))
+		error = ENOMEM;
+	if (error) {
+		fuse_reply_err(req, error);
 		return;
 	}
 	fi->fh = (uintptr_t)shown;
 	fi->direct_io = 1;
+	fi->noflush = 1; /* closing fails never, also when the tree is gone */
 	if (fuse_reply_open(req, fi))
 		free(shown);
 }
@@ -501,10 +517,11 @@ static void *watch(void *unused)
 /* The names and modes of the files are lines of standard input: `run 644`. */
 static bool read_files(void)
 {
+	struct file file = {.uid = getuid(), .gid = getgid()};
 	int n = 0;
 
-	while (nfiles < FILES_MAX && (n = scanf("%63s %o", files[nfiles].name, &files[nfiles].mode)) == 2)
-		nfiles++;
+	while (nfiles < FILES_MAX && (n = scanf("%63s %o", file.name, &file.mode)) == 2)
+		files[nfiles++] = file;
 	return n == EOF && nfiles;
 }
 
