@@ -200,8 +200,13 @@ class _Round:
 
         node = domain.stable.index.find(key)
         mate = domain.unstable.find(key)
-        leader = np.minimum.reduceat(order, first)  # refs ascend: the least position is the lowest ref
-        donor = np.where(mate >= 0, mate, refs[leader].astype(np.int64)).astype(np.uint64)
+        lowest = refs[np.minimum.reduceat(order, first)].astype(np.int64)  # refs ascend: so do positions
+        highest = refs[np.maximum.reduceat(order, first)].astype(np.int64)
+        donor = np.where(mate >= 0, mate, lowest)
+        # Every other segment comes from another process, where there is one: donating and merging then keep both busy.
+        turn = donor // SEGMENT_PAGES % 2 == 1
+        donor[turn] = highest[turn]
+        donor = donor.astype(np.uint64)
         goal = np.where(size + (mate >= 0) >= 2, COPY + donor, ALONE)
         many = size + (mate >= 0) > self.work.max_page_sharing
         stable = np.flatnonzero(node >= 0)
