@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ class FakeScanner:
         self.asked: list[tuple[Any, ...]] = []
         self.cancelled = threading.Event()
         self.steps = 3
+        self.arrivals: control.Arrivals = queue.SimpleQueue()
 
     def counters(self, domain: int | None = None) -> dict[str, int]:
         self.asked.append(("counters", domain))
@@ -47,6 +49,10 @@ class FakeScanner:
 
     def pids(self) -> list[int]:
         return list(range(1, 25000))
+
+    @contextlib.contextmanager
+    def introductions(self) -> Iterator[control.Arrivals]:
+        yield self.arrivals
 
     def get(self, knob: str) -> str:
         return {"run": "1"}[knob]
@@ -141,7 +147,12 @@ def test_the_owner_and_root_may_do_everything(uid: int, scanner: FakeScanner) ->
 def test_another_user_may_only_see_the_counters_of_their_own_domain(scanner: FakeScanner) -> None:
     requests = [b'{"op": "status"}', b'{"op": "get"}', b'{"op": "set", "knob": "run", "value": "2"}']
     requests += [b'{"op": "unmerge"}', b'{"op": "merge", "vpn": 1, "npages": 1, "pid": 8}', b'{"op": "files"}']
-    requests += [b'{"op": "processes"}', b'{"op": "write", "file": "run", "data": "2"}', b'{"op": "files", "pid": 7}']
+    requests += [
+        b'{"op": "processes"}',
+        b'{"op": "introduce"}',
+        b'{"op": "write", "file": "run", "data": "2"}',
+        b'{"op": "files", "pid": 7}',
+    ]
     for request in requests:
         assert ask(request, scanner, OTHER)[-1]["errno"] == "EACCES"
     assert not scanner.asked
@@ -176,6 +187,18 @@ def test_the_files_of_sysfs_and_proc_are_told_and_written(path: str, scanner: Fa
 def test_a_list_of_processes_is_cut_to_a_packet(path: str) -> None:
     with Client(path) as client:
         assert client.ask("processes")["pids"] == list(range(1, control.PIDS_MAX + 1))
+
+
+def test_who_joins_is_introduced_and_waits_until_that_was_taken_in(path: str, scanner: FakeScanner) -> None:
+    with Client(path) as client:
+        packets = client.stream("introduce")
+        for pid in (5, 6):
+            known = threading.Event()
+            scanner.arrivals.put((pid, known))
+            assert next(packets) == {"joined": pid}
+            assert not known.wait(0.1)
+            client.acknowledge()
+            assert known.wait(60)
 
 
 def test_what_the_service_refuses_is_raised_with_its_errno(path: str) -> None:

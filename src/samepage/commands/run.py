@@ -82,14 +82,18 @@ def _tree(directory: str | None, sysfs: bool, service: PrivateService) -> Iterat
     if directory is None and not sysfs:
         yield None
         return
-    from samepage.sysfs import namespace
     from samepage.sysfs.mount import Mount
+    from samepage.sysfs.namespace import Namespace
 
-    tree = Mount(directory, service.path, service.pid)
-    try:
-        yield namespace.entering(tree.directory) if sysfs else None
-    finally:
-        tree.end()
+    with contextlib.ExitStack() as ending:
+        tree = Mount(directory, service.path, service.pid)
+        ending.callback(tree.end)
+        if not sysfs:
+            yield None
+            return
+        namespace = Namespace(tree.directory, service.path)
+        ending.callback(namespace.end)
+        yield namespace.enter
 
 
 def _knob(text: str) -> tuple[str, str]:

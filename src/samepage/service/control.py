@@ -12,9 +12,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -83,6 +86,10 @@ class Processes(msgspec.Struct, tag_field="op", tag="processes", forbid_unknown_
     """Who has joined: `pids`, at most `PIDS_MAX` of them."""
 
 
+class Introduce(msgspec.Struct, tag_field="op", tag="introduce", forbid_unknown_fields=True):
+    """Tell of every process that joins from now on, `{"joined": pid}`; it takes part when a packet came in answer."""
+
+
 class Write(msgspec.Struct, tag_field="op", tag="write", forbid_unknown_fields=True):
     """What writing `data` to a file of /sys/kernel/mm/ksm does. As `Set`, with the kernel's ways to write a value."""
 
@@ -90,9 +97,13 @@ class Write(msgspec.Struct, tag_field="op", tag="write", forbid_unknown_fields=T
     data: str
 
 
-Request = Status | Stats | Get | Set | Unmerge | Merge | Files | Processes | Write
+Request = Status | Stats | Get | Set | Unmerge | Merge | Files | Processes | Introduce | Write
 _decode = msgspec.json.Decoder(Request)
 _encode = msgspec.json.Encoder()
+
+
+Arrivals = queue.SimpleQueue[tuple[int, threading.Event]]
+"""Processes that are about to join, and wait until this is set."""
 
 
 class Controlled(Protocol):
@@ -103,6 +114,7 @@ class Controlled(Protocol):
     def files(self) -> dict[str, str]: ...
     def row(self, pid: int) -> dict[str, Any] | None: ...
     def pids(self) -> list[int]: ...
+    def introductions(self) -> AbstractContextManager[Arrivals]: ...
     def get(self, knob: str) -> str: ...
     def knobs(self) -> dict[str, str]: ...
     def set(self, knob: str, value: str, cancelled: Callable[[], bool]) -> None: ...
@@ -175,11 +187,25 @@ def _perform(
             yield {"ok": True, "files": files.process_texts(scanner.row(pid))}
         case Processes():
             yield {"ok": True, "pids": scanner.pids()[:PIDS_MAX]}
+        case Introduce():
+            yield from _introduce(scanner, sock)
         case Write(file=file, data=data):
             scanner.set(file, files.value(file, data), lambda: client_gone(sock))
             yield {"ok": True}
         case Merge(vpn=vpn, npages=npages, pid=pid):
             yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages)
+
+
+def _introduce(scanner: Controlled, sock: socket.socket) -> Iterator[Answer]:
+    """Until the client goes."""
+    with scanner.introductions() as arrivals:
+        while not client_gone(sock):
+            with contextlib.suppress(queue.Empty):
+                pid, known = arrivals.get(timeout=1.0)
+                yield {"joined": pid}
+                sock.recv(PACKET_MAX)
+                known.set()
+    yield {"ok": True}
 
 
 def _progress(sock: socket.socket, done: Answer) -> None:
@@ -252,6 +278,10 @@ class Client:
         if not answer["ok"]:
             raise ControlError(getattr(errno, answer["errno"], errno.EIO), answer["error"])
         return answer | lists
+
+    def acknowledge(self) -> None:
+        """Say that what the last packet of a stream told was taken in."""
+        self._sock.send(b"{}", socket.MSG_NOSIGNAL)
 
     def cancel(self) -> None:
         """Ask for an end of a running `unmerge`; its last packet still comes. No request can follow."""

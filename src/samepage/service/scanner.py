@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
+from samepage.service.control import Arrivals
 from samepage.sysfs import files
 
 Answer = dict[str, Any]
@@ -27,6 +29,9 @@ WORKERS = max(4, os.cpu_count() or 1)
 
 AFTER_ERROR = 1.0
 """Seconds that ksmd rests after a mistake of its own, so as not to fill the log."""
+
+INTRODUCE_TIMEOUT = 1.0
+"""Seconds that somebody may take to be ready for a process that joins."""
 
 SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pages_inherited", "ksm_process_profit")
 """What the counters of one domain are made of: the rows of its processes, added up."""
@@ -59,6 +64,7 @@ class Scanner:
         self._ksmd = Ksmd(concurrently=concurrently)
         self._slots: dict[AgentAddressSpace, MmSlot] = {}
         self._slots_lock = threading.Lock()
+        self._introductions: list[Arrivals] = []
         self._wake = threading.Event()
         self._stopping = False
         # ksmd's mutex is not fair: a scan after a scan would keep others from it for long. Who asks holds the gate.
@@ -88,6 +94,23 @@ class Scanner:
         with self._slots_lock:
             self._slots[space] = slot
         self._wake.set()
+
+    @contextlib.contextmanager
+    def introductions(self) -> Iterator[Arrivals]:
+        """Meanwhile whoever wants to join is put into this queue first."""
+        arrivals: Arrivals = queue.SimpleQueue()
+        self._introductions.append(arrivals)
+        try:
+            yield arrivals
+        finally:
+            self._introductions.remove(arrivals)
+
+    def introduce(self, pid: int) -> None:
+        """A process is about to join: wait until everybody who has `introductions` knows, but not for long."""
+        for arrivals in list(self._introductions):
+            known = threading.Event()
+            arrivals.put((pid, known))
+            known.wait(INTRODUCE_TIMEOUT)
 
     def exit(self, space: AgentAddressSpace) -> None:
         """A process left."""
