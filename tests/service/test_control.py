@@ -192,6 +192,7 @@ def test_a_list_of_processes_is_cut_to_a_packet(path: str) -> None:
 def test_who_joins_is_introduced_and_waits_until_that_was_taken_in(path: str, scanner: FakeScanner) -> None:
     with Client(path) as client:
         packets = client.stream("introduce")
+        assert next(packets) == {"introducing": True}
         for pid in (5, 6):
             known = threading.Event()
             scanner.arrivals.put((pid, known))

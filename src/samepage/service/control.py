@@ -87,7 +87,8 @@ class Processes(msgspec.Struct, tag_field="op", tag="processes", forbid_unknown_
 
 
 class Introduce(msgspec.Struct, tag_field="op", tag="introduce", forbid_unknown_fields=True):
-    """Tell of every process that joins from now on, `{"joined": pid}`; it takes part when a packet came in answer."""
+    """Tell of every process that joins from now on: `{"introducing": true}`, then a `{"joined": pid}` for each, which
+    takes part when a packet came in answer."""
 
 
 class Write(msgspec.Struct, tag_field="op", tag="write", forbid_unknown_fields=True):
@@ -199,6 +200,7 @@ def _perform(
 def _introduce(scanner: Controlled, sock: socket.socket) -> Iterator[Answer]:
     """Until the client goes."""
     with scanner.introductions() as arrivals:
+        yield {"introducing": True}
         while not client_gone(sock):
             with contextlib.suppress(queue.Empty):
                 pid, known = arrivals.get(timeout=1.0)

@@ -7,9 +7,13 @@ import ctypes
 import errno
 import os
 import signal
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
+
+from samepage.service.sockets import ControlError
 
 KSM = "/sys/kernel/mm/ksm"
 PROCESS_FILES = ("ksm_merging_pages", "ksm_stat")
@@ -19,11 +23,11 @@ MS_BIND, MS_REC, MS_SLAVE = 1 << 12, 1 << 14, 1 << 19
 
 
 class Namespace:
-    """Mounts over /sys/kernel/mm/ksm, and over ksm_stat and ksm_merging_pages in /proc/PID of every process that joins.
+    """How a command gets a mount namespace of its own: its process calls `enter` before it executes it.
 
-    A process of its own lives in the namespace and does that, until `end` is called or the service at `socket` is gone.
-    Who is not root gets a user namespace too, with the same user and group in it. The constructor raises OSError, whose
-    `strerror` is one line.
+    There, the files of `tree` are mounted over /sys/kernel/mm/ksm, and over ksm_stat and ksm_merging_pages in
+    /proc/PID of every process that joins the service at `socket`. A *keeper*, a process that lives in the namespace
+    until `end` or until the service is gone, sees to the latter. OSError when this kernel has no KSM.
     """
 
     def __init__(self, tree: str, socket: str) -> None:
@@ -31,59 +35,80 @@ class Namespace:
             raise OSError(errno.ENOENT, f"there is no {KSM} to put the tree over: this kernel has no KSM")
         self._tree = tree
         self._libc = ctypes.CDLL(None, use_errno=True)
-        reading, writing = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            self._live(socket, writing)
-        os.close(writing)
-        with open(reading) as outcome:
-            code, _, why = outcome.read().partition(" ")
-        if code != "0":
-            os.waitpid(self._pid, 0)
-            raise OSError(int(code or errno.EIO), why or "the namespace could not be made")
+        told, self._tell = os.pipe()
+        self._hear, said = os.pipe()
+        self._keeper = os.fork()
+        if self._keeper == 0:
+            self._keep(socket, told, said)
+        os.close(told)
+        os.close(said)
 
     def enter(self) -> None:
         """Called by a single-threaded process, which is in the namespace then, and sees its own files before it joins.
 
-        OSError, whose `strerror` is one line.
+        Who is not root gets a user namespace too, with the same user and group in it. OSError: `strerror` is one line.
         """
-        for kind in ("user", "mnt"):
-            ours, theirs = f"/proc/self/ns/{kind}", f"/proc/{self._pid}/ns/{kind}"
-            if not os.path.samefile(ours, theirs):
-                fd = os.open(theirs, os.O_RDONLY | os.O_CLOEXEC)
-                self._call(self._libc.setns, fd, 0, what="setns")
-                os.close(fd)
-        self._show_process(os.getpid())
-
-    def end(self) -> None:
-        """The namespace stays as long as a process is in it."""
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
-
-    def _live(self, socket: str, outcome: int) -> NoReturn:
-        """The forked process."""
-        said = "0"
-        try:
-            os.setsid()  # what the terminal sends to the command's process group is not for it
-            # Who looks at whether its peer is still there must not find that peer's descriptors here.
-            os.closerange(3, outcome)
-            os.closerange(outcome + 1, os.sysconf("SC_OPEN_MAX"))
-            self._make()
-        except OSError as e:
-            said = f"{e.errno} {e.strerror}"
-        try:
-            os.write(outcome, said.encode())
-            os.close(outcome)
-            if said == "0":
-                self._introduce(socket)
-        finally:
-            os._exit(0)
-
-    def _make(self) -> None:
         self._unshare()
         # What the host mounts later shall arrive here, but nothing from here there.
         self._call(self._libc.mount, b"none", b"/", None, MS_REC | MS_SLAVE, None, what="mount --make-rslave /")
         self._bind(self._tree, KSM)
+        self._show_process(os.getpid())
+        os.write(self._tell, str(os.getpid()).encode())
+        if not os.read(self._hear, 1):
+            raise OSError(errno.EIO, "no process could be started in the command's mount namespace")
+
+    def end(self) -> None:
+        """The namespace itself stays as long as a process is in it."""
+        for fd in (self._tell, self._hear):
+            os.close(fd)
+        os.kill(self._keeper, signal.SIGKILL)
+        os.waitpid(self._keeper, 0)
+
+    def _keep(self, socket: str, told: int, said: int) -> NoReturn:
+        """The keeper."""
+        try:
+            os.setsid()  # what the terminal sends to the command's process group is not for it
+            # Who looks at whether its peer is still there must not find that peer's descriptors here.
+            for low, high in pairwise((2, *sorted((told, said)), os.sysconf("SC_OPEN_MAX"))):
+                os.closerange(low + 1, high)
+            self._introduce(socket, told, said)
+        except Exception as e:
+            with contextlib.suppress(OSError, ValueError):
+                print(f"samepage: processes that join are not shown in /proc: {e}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(0)
+
+    def _introduce(self, socket: str, told: int, said: int) -> None:
+        """As each process joins, put its files into its place in /proc. Mounts there go when the process goes."""
+        from samepage.service.control import Client
+
+        with Client(socket, timeout=None) as client:
+            packets = client.stream("introduce")
+            next(packets)
+            pid = os.read(told, 20)
+            if not pid:  # there is no command after all
+                return
+            self._follow(int(pid))
+            os.write(said, b".")
+            os.close(said)
+            with contextlib.suppress(ControlError):  # the service ended
+                for packet in packets:
+                    with contextlib.suppress(OSError):  # the process has gone, or the server of the files has
+                        self._show_process(packet["joined"])
+                    client.acknowledge()
+
+    def _follow(self, pid: int) -> None:
+        """Into the namespaces of a process, and to its root directory."""
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
+        spaces = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("user", "mnt")]
+        if os.path.samestat(os.stat("/proc/self/ns/user"), os.fstat(spaces[0])):
+            os.close(spaces.pop(0))  # nobody can enter the user namespace he is in
+        for fd in spaces:
+            self._call(self._libc.setns, fd, 0, what="setns")
+            os.close(fd)
+        os.fchdir(root)
+        os.chroot(".")
+        os.close(root)
 
     def _unshare(self) -> None:
         """unshare(2): as root, or what passes for it; else with a user namespace, in which this user is the same."""
@@ -98,17 +123,6 @@ class Namespace:
         Path("/proc/self/setgroups").write_text("deny")  # else no group may be mapped (user_namespaces(7))
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-
-    def _introduce(self, socket: str) -> None:
-        """As each process joins, put its files into its place in /proc. Mounts there go when the process goes."""
-        from samepage.service.control import Client
-
-        with Client(socket, timeout=None) as client:
-            for packet in client.stream("introduce"):
-                if "joined" in packet:
-                    with contextlib.suppress(OSError):  # it has gone, or the server of the files has
-                        self._show_process(packet["joined"])
-                    client.acknowledge()
 
     def _show_process(self, pid: int) -> None:
         for name in PROCESS_FILES:
