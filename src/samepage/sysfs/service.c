@@ -3,7 +3,7 @@
  * What the service says: a client of its control connections (service/control.py).
  *
  * The files come as one snapshot, all of one moment. A thread that reads file after file (a scrape) is shown one snapshot
- * until it reads a file for the second time, so what it sees fits together. A thread that reads a file
+ * until it reads a file for the second time, or pauses, so what it sees fits together. A thread that reads a file
  * again wants to know what changed; it and newcomers are shown the latest, if that is no older than FRESH_MS.
  */
 #include "sysfs.h"
@@ -18,10 +18,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#define FRESH_MS 20   /* how old a snapshot may be for who begins to read: 50 questions a second at most */
-#define SCRAPE_MS 250 /* how old for who is in the middle of it */
-#define RETRY_MS 1000 /* after the service did not answer, nobody waits for it again for so long */
-#define SLICE_MS 50   /* an interrupted request is noticed after that time at the latest */
+#define FRESH_MS 20    /* how old a snapshot may be for who begins to read: 50 questions a second at most */
+#define SCRAPE_MS 3000 /* how old for who is in the middle of it */
+#define PAUSE_MS 500   /* who read nothing for so long is not in the middle of it any more */
+#define RETRY_MS 1000  /* after the service did not answer, nobody waits for it again for so long */
+#define SLICE_MS 50    /* an interrupted request is noticed after that time at the latest */
 #define PACKET_MAX (128 << 10)
 #define READERS 32
 #define TEXT_MAX 64 /* of the files in the snapshot */
@@ -36,6 +37,7 @@ struct snapshot {
 static struct reader {
 	pid_t tid;
 	uint64_t seen; /* one bit a file */
+	int64_t last;  /* ms; when it read something last */
 	struct snapshot snapshot;
 } readers[READERS];
 
@@ -229,10 +231,8 @@ static int refresh(fuse_req_t req)
 	before = stores;
 	fresh = within(&latest, FRESH_MS); /* somebody else asked, while this one waited */
 	pthread_mutex_unlock(&lock);
-	if (!fresh) {
-		taken.taken = now_ms(); /* before the question: it may be older than the answer, but not younger */
+	if (!fresh)
 		error = ask_files(req, &answer);
-	}
 	if (!fresh && !error) {
 		const json_t *texts = json_object_get(answer, "files");
 
@@ -240,6 +240,7 @@ static int refresh(fuse_req_t req)
 			copy_text(taken.text[i], TEXT_MAX, json_object_get(texts, files[i].name));
 		json_decref(answer);
 		pthread_mutex_lock(&lock);
+		taken.taken = now_ms();
 		if (before == stores)
 			latest = taken;
 		pthread_mutex_unlock(&lock);
@@ -248,7 +249,7 @@ static int refresh(fuse_req_t req)
 	return error;
 }
 
-/* The slot of a thread, or else of the one that began to read longest ago. */
+/* The slot of a thread, or else of the one that has read nothing for the longest time. */
 static struct reader *reader_of(pid_t tid)
 {
 	struct reader *oldest = readers;
@@ -256,7 +257,7 @@ static struct reader *reader_of(pid_t tid)
 	for (struct reader *r = readers; r < readers + READERS; r++) {
 		if (r->tid == tid)
 			return r;
-		if (r->snapshot.taken < oldest->snapshot.taken)
+		if (r->last < oldest->last)
 			oldest = r;
 	}
 	oldest->tid = tid;
@@ -269,14 +270,16 @@ static bool show(unsigned index, pid_t tid, char text[TEXT_SIZE])
 {
 	uint64_t bit = 1ULL << index;
 	struct reader *reader = reader_of(tid);
+	bool goes_on = now_ms() - reader->last < PAUSE_MS && within(&reader->snapshot, SCRAPE_MS);
 
-	if (reader->seen & bit || !within(&reader->snapshot, SCRAPE_MS)) {
+	if (reader->seen & bit || !goes_on) {
 		if (!within(&latest, FRESH_MS))
 			return false;
 		reader->snapshot = latest;
 		reader->seen = 0;
 	}
 	reader->seen |= bit;
+	reader->last = now_ms();
 	strcpy(text, reader->snapshot.text[index]);
 	return true;
 }
