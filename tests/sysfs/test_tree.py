@@ -128,7 +128,7 @@ def test_a_scrape_is_of_one_moment_however_slow_it_is(tree: Tree) -> None:
     stop = threading.Event()
 
     def disturb() -> None:
-        """Unmerge and merge again, so that every snapshot is another; not by a write: whoever reads on shall see that."""
+        """Unmerge and merge again, for every snapshot to be another. Not by a write: who reads on shall see that."""
         with Client(tree.socket) as client:
             while not stop.wait(0.02):
                 client.ask("set", knob="run", value="2")
