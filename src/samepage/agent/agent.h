@@ -29,7 +29,7 @@
  *
  * Files, in the order of the story: area.c (areas, lock, planes); in front of libc (wrappers.h): alloc.c (the malloc
  * family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c (the rest); uffd.c (the
- * kernel's calls, one function each), scan.c (look and hash), swap.c (donate and merge), break.c (unmerge),
+ * kernel's calls, one function each), scan.c and hash.c (look and hash), swap.c (donate and merge), break.c (unmerge),
  * headroom.c (is there memory?), peer.c (thread, wire and C API).
  */
 #ifndef SAMEPAGE_AGENT_H
@@ -168,17 +168,19 @@ void area_readvise(const struct area *a, uintptr_t start, uintptr_t end);
 /* ---- the kernel's calls (uffd.c); the agent thread only ------------------------------------------ */
 
 struct kernel {
-	int move;    /* userfaultfd with MOVE, and WP_ASYNC where tracking; -1 */
-	int wp;	     /* userfaultfd with synchronous write-protection; -1 */
-	int pagemap; /* /proc/self/pagemap */
-	int mem;     /* /proc/self/mem */
-	int maps;    /* /proc/self/maps */
-	bool scan;   /* PAGEMAP_SCAN works */
-	bool numa;   /* there is more than one node */
+	int move;	  /* userfaultfd with MOVE, and WP_ASYNC where tracking; -1 */
+	int wp;		  /* userfaultfd with synchronous write-protection; -1 */
+	int pagemap;	  /* /proc/self/pagemap */
+	int mem;	  /* /proc/self/mem */
+	int maps;	  /* /proc/self/maps */
+	bool scan;	  /* PAGEMAP_SCAN works */
+	bool numa;	  /* there is more than one node */
+	bool moves_views; /* a private mapping of a file can be moved and stay behind empty (mremap, 5.13) */
 	bool tracking;
 	enum sp_swap swap;
-	/* Three windows, the only places where the agent thread maps anything: WINDOW bytes, copy COPY_WINDOW. */
+	/* Four windows, the only places where the agent thread maps anything: WINDOW bytes, copy COPY_WINDOW. */
 	uintptr_t scratch; /* registered with `move`, always empty between steps */
+	uintptr_t huge;	   /* another one, which only ever holds a whole huge page; 0: none */
 	uintptr_t view;	   /* of a segment, to compare with */
 	uintptr_t copy;	   /* where a break prepares private copies */
 };
@@ -191,6 +193,7 @@ enum {
 	PAGE_IS_PRESENT = 1 << 3,
 	PAGE_IS_SWAPPED = 1 << 4,
 	PAGE_IS_PFNZERO = 1 << 5,
+	PAGE_IS_HUGE = 1 << 6,
 };
 
 struct page_region {
@@ -217,6 +220,8 @@ int page_kinds(uintptr_t start, size_t n, uint8_t *kind);
 /* The NUMA node of each of n <= SECTION_MAX pages that are present. 0 or -errno: the kernel does not tell. */
 int page_nodes(uintptr_t start, size_t n, int *node);
 void prefer_node(int node); /* for what this thread allocates; -1: as before the first such call */
+/* Makes the window `huge` anew, with no page table in it. */
+void huge_reset(void);
 int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode);
 int uffd_unregister(int uffd, uintptr_t start, uintptr_t len);
 int uffd_protect(uintptr_t start, uintptr_t len, bool on);
@@ -244,7 +249,7 @@ extern const uint8_t zero_page[PAGE_SIZE];
 /* Looks from req->vpn on; fills `runs` and `sums`, both with room for the most a packet can carry. */
 void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
 	       uint64_t *sums, uint32_t max_sums);
-uint64_t page_checksum(const void *page);
+uint64_t page_checksum(const void *page); /* hash.c */
 
 /* Copies pages to a new sealed memfd: the descriptor, -1 when no page could be had. One PageStatus a page. */
 int donate(const struct sp_area *runs, size_t n, uint8_t *status);
@@ -262,6 +267,10 @@ void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp
 /* Bytes this process could still be given before anybody would have to be killed: the least over its
  * memory cgroup, every ancestor, and MemAvailable. Needs the lock, for its buffers' sake. */
 uint64_t headroom(bool with_swap);
+/* Whether `bytes` can be taken and `leave` bytes are left then. Where there is plenty it does not look every time.
+ * Needs the lock. */
+bool room_for(uint64_t bytes, uint64_t leave);
+unsigned long online_cpus(void);
 
 /* ---- the thread (peer.c) --------------------------------------------------------------------------- */
 

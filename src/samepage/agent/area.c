@@ -87,8 +87,7 @@ void area_merge_any(bool on)
 {
 	merge_any = on;
 	for (unsigned long i = 0; on && i < nr_areas; i++)
-		if (mergeable(areas[i].flags) &&
-		    page_reserve(areas[i].start >> PAGE_SHIFT, areas[i].end >> PAGE_SHIFT))
+		if (mergeable(areas[i].flags) && page_reserve(areas[i].start >> PAGE_SHIFT, areas[i].end >> PAGE_SHIFT))
 			areas[i].flags |= AREA_EXCLUDED;
 	areas_seq++;
 }

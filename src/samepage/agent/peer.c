@@ -633,6 +633,9 @@ void agent_fork_child(bool may_start_thread)
 	if (atomic_load(&peer.state) == RUNNING)
 		atomic_store(&peer.state, IDLE);
 	peer.sock = peer.attached = peer.wake[0] = peer.wake[1] = -1;
+	/* The one window that is inherited while something is in it. */
+	if (kernel.view)
+		real.munmap((void *)kernel.view, WINDOW);
 	kernel = (struct kernel){.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1};
 	page_forget_known();
 	peer.delay = true;

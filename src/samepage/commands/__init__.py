@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     from samepage.commands.daemon import Daemon
     from samepage.commands.knobs import Get, Set
     from samepage.commands.run import Run
+    from samepage.commands.scan import Scan
     from samepage.commands.status import Status
     from samepage.commands.unmerge import Unmerge
 
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "get": Get(),
         "set": Set(),
         "unmerge": Unmerge(),
+        "scan": Scan(),
     }
     parser = argparse.ArgumentParser(
         prog="samepage", description="Same-page merging in user space: equal memory pages of processes share one copy."
