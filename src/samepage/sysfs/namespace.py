@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,8 +68,10 @@ class Namespace:
         try:
             os.setsid()  # what the terminal sends to the command's process group is not for it
             # Who looks at whether its peer is still there must not find that peer's descriptors here.
-            for low, high in pairwise((2, *sorted((told, said)), os.sysconf("SC_OPEN_MAX"))):
-                os.closerange(low + 1, high)
+            for fd in map(int, os.listdir("/proc/self/fd")):
+                if fd not in (0, 1, 2, told, said):
+                    with contextlib.suppress(OSError):  # that of the listing
+                        os.close(fd)
             self._introduce(socket, told, said)
         except Exception as e:
             with contextlib.suppress(OSError, ValueError):
