@@ -8,7 +8,7 @@ INSTALL := pip --disable-pip-version-check install --quiet
 INSTALL_SELF := $(INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel
 BUILD_REQUIRES := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
 
-SOURCES := pyproject.toml meson.build \
+SOURCES := pyproject.toml meson.build meson.options \
 	$(shell find src -name '*.py' -o -name '*.html' -o -name py.typed -o -name '*.[ch]' -o -name meson.build)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -28,7 +28,7 @@ test-long: $(VENV)/installed $(VENV)/development
 check: $(VENV)/installed $(VENV)/development
 	ruff format --check
 	ruff check
-	clang-format --dry-run -Werror $(wildcard src/samepage/agent/*.[ch] src/samepage/scan/*.c)
+	clang-format --dry-run -Werror $(wildcard src/samepage/*/*.[ch])
 	test -e build/check || meson setup -Dwerror=true build/check
 	meson compile -C build/check
 	mypy

@@ -56,7 +56,15 @@ def test_the_wheel_holds_the_package_and_its_libraries_and_nothing_else(wheel: P
     tree = committed("src") or {str(path.relative_to(ROOT)) for path in (ROOT / "src").rglob("*")}
     modules = {name.removeprefix("src/") for name in tree if name.endswith((".py", ".html", "/py.typed"))}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == modules | {"samepage/libsamepage.so", "samepage/libsamepage_scan.so"}
+    assert names - {"samepage/samepage-sysfs"} == modules | {"samepage/libsamepage.so", "samepage/libsamepage_scan.so"}
+
+
+@pytest.mark.skipif(shutil.which("pkg-config") is None, reason="needs pkg-config, and libraries for it to find")
+def test_the_server_of_the_sysfs_tree_is_in_the_wheel_where_its_libraries_were(unpacked: Path) -> None:
+    found = subprocess.run(["pkg-config", "--exists", "fuse3 >= 3.11", "jansson"]).returncode == 0
+    program = unpacked / "samepage" / "samepage-sysfs"
+    assert program.exists() == found
+    assert not found or os.access(program, os.X_OK)
 
 
 def test_one_wheel_serves_every_later_python(wheel: Path) -> None:

@@ -233,6 +233,12 @@ def no_memory(agent: FakeAgent, request: Packet) -> tuple[bytes, int]:
     return agent.honest(request)
 
 
+def slow(agent: FakeAgent, request: Packet) -> tuple[bytes, int]:
+    """No lie either."""
+    time.sleep(0.5)
+    return agent.honest(request)
+
+
 LIES: dict[str, dict[Op, Lie]] = {
     "hang": {Op.SCAN: nothing},
     "die": {Op.SCAN: exit_now},
@@ -245,6 +251,7 @@ LIES: dict[str, dict[Op, Lie]] = {
     "short-segment": {Op.DONATE: short_segment},
     "die-merging": {Op.MERGE: exit_now},
     "poor": {Op.BREAK: no_memory},
+    "slow": {Op.BREAK: slow},
 }
 
 

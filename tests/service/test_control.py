@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ class FakeScanner:
         self.asked: list[tuple[Any, ...]] = []
         self.cancelled = threading.Event()
         self.steps = 3
+        self.arrivals: control.Arrivals = queue.SimpleQueue()
 
     def counters(self, domain: int | None = None) -> dict[str, int]:
         self.asked.append(("counters", domain))
@@ -38,6 +40,19 @@ class FakeScanner:
 
     def rows(self) -> list[dict[str, Any]]:
         return [{"pid": pid, "comm": "x" * 16} for pid in range(2500)]
+
+    def files(self) -> dict[str, str]:
+        return {"run": "1\n"}
+
+    def row(self, pid: int) -> dict[str, Any] | None:
+        return {"ksm_merging_pages": 5, "ksm_mergeable": True} if pid == 7 else None
+
+    def pids(self) -> list[int]:
+        return list(range(1, 25000))
+
+    @contextlib.contextmanager
+    def introductions(self) -> Iterator[control.Arrivals]:
+        yield self.arrivals
 
     def get(self, knob: str) -> str:
         return {"run": "1"}[knob]
@@ -131,7 +146,13 @@ def test_the_owner_and_root_may_do_everything(uid: int, scanner: FakeScanner) ->
 
 def test_another_user_may_only_see_the_counters_of_their_own_domain(scanner: FakeScanner) -> None:
     requests = [b'{"op": "status"}', b'{"op": "get"}', b'{"op": "set", "knob": "run", "value": "2"}']
-    requests += [b'{"op": "unmerge"}', b'{"op": "merge", "vpn": 1, "npages": 1, "pid": 8}']
+    requests += [b'{"op": "unmerge"}', b'{"op": "merge", "vpn": 1, "npages": 1, "pid": 8}', b'{"op": "files"}']
+    requests += [
+        b'{"op": "processes"}',
+        b'{"op": "introduce"}',
+        b'{"op": "write", "file": "run", "data": "2"}',
+        b'{"op": "files", "pid": 7}',
+    ]
     for request in requests:
         assert ask(request, scanner, OTHER)[-1]["errno"] == "EACCES"
     assert not scanner.asked
@@ -149,6 +170,36 @@ def test_a_status_longer_than_a_packet_comes_whole(path: str) -> None:
         answer = client.ask("status")
     assert [row["pid"] for row in answer["processes"]] == list(range(2500))
     assert answer["counters"] == {"pages_sharing": 5}
+
+
+def test_the_files_of_sysfs_and_proc_are_told_and_written(path: str, scanner: FakeScanner) -> None:
+    with Client(path) as client:
+        assert client.ask("files")["files"] == {"run": "1\n"}
+        assert client.ask("files", pid=7)["files"]["ksm_merging_pages"] == "5\n"
+        assert client.ask("files", pid=8)["files"]["ksm_merging_pages"] == "0\n"
+        client.ask("write", file="use_zero_pages", data="yes\n")
+        assert scanner.asked == [("set", "use_zero_pages", "1")]
+        with pytest.raises(ControlError, match="not a number") as raised:
+            client.ask("write", file="sleep_millisecs", data="0x10")
+        assert raised.value.errno == errno.EINVAL
+
+
+def test_a_list_of_processes_is_cut_to_a_packet(path: str) -> None:
+    with Client(path) as client:
+        assert client.ask("processes")["pids"] == list(range(1, control.PIDS_MAX + 1))
+
+
+def test_who_joins_is_introduced_and_waits_until_that_was_taken_in(path: str, scanner: FakeScanner) -> None:
+    with Client(path) as client:
+        packets = client.stream("introduce")
+        assert next(packets) == {"introducing": True}
+        for pid in (5, 6):
+            known = threading.Event()
+            scanner.arrivals.put((pid, known))
+            assert next(packets) == {"joined": pid}
+            assert not known.wait(0.1)
+            client.acknowledge()
+            assert known.wait(60)
 
 
 def test_what_the_service_refuses_is_raised_with_its_errno(path: str) -> None:

@@ -110,6 +110,15 @@ def add_reserve(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mount(parser: argparse.ArgumentParser) -> None:
+    """The option that shows the service to programs which know KSM."""
+    parser.add_argument(
+        "--mount",
+        metavar="DIR",
+        help="serve the files of /sys/kernel/mm/ksm in DIR, to be read and written as the kernel's are",
+    )
+
+
 def size(text: str) -> int:
     """The bytes that `text` says. A type for an argument of a parser."""
     shift = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)

@@ -7,6 +7,8 @@ import errno
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from samepage.commands import CommandError
 
@@ -36,23 +38,59 @@ def locate(command: str) -> str:
     return found
 
 
-def start(program: str, argv: list[str], environment: dict[str, str]) -> int:
+def start(program: str, argv: list[str], environment: dict[str, str], enter: Callable[[], None] | None = None) -> int:
     """Start `program`; returns its pid. Signals meant for it stay blocked here, for `wait` to pass on.
 
-    `CommandError` with status 126 when the kernel cannot execute it.
+    `enter` is called in the child before it becomes the program. `CommandError` with status 126 when the kernel cannot
+    execute it, with status 1 when `enter` raises OSError.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored, nobody could be waited for
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
-    # Python ignores these two, and an ignored signal stays ignored over exec.
-    default = (signal.SIGPIPE, signal.SIGXFSZ)
-    try:
-        return os.posix_spawn(program, argv, environment, setsigmask=before, setsigdef=default)
-    except OSError as e:
-        if e.errno == errno.ENOEXEC:  # a script without #!: a shell runs it, and so does execvp()
-            script = ["/bin/sh", program, *argv[1:]]
-            return os.posix_spawn("/bin/sh", script, environment, setsigmask=before, setsigdef=default)
+    reading, writing = os.pipe()  # which an exec closes
+    pid = os.fork()
+    if pid == 0:
+        _become(program, argv, environment, before, enter, writing)
+    os.close(writing)
+    with open(reading) as failure:
+        status, _, why = failure.read().partition(" ")
+    if status:
+        os.waitpid(pid, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        raise CommandError(f"{argv[0]}: {e.strerror}", 126) from e
+        raise CommandError(why, int(status))
+    return pid
+
+
+def _become(
+    program: str,
+    argv: list[str],
+    environment: dict[str, str],
+    mask: Iterable[int],
+    enter: Callable[[], None] | None,
+    failure: int,
+) -> NoReturn:
+    """The child: execute the program, or say over the pipe `failure` with what status and why not."""
+    status, about = 1, ""
+    try:
+        if enter is not None:
+            enter()
+        status, about = 126, f"{argv[0]}: "
+        # Python ignores these two, and an ignored signal stays ignored over exec. A handler of Python's would
+        # take a signal that comes before the exec, and nobody would ever hear of it.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, *FORWARDED):
+            if number not in FORWARDED or callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            os.execve(program, argv, environment)
+        except OSError as e:
+            if e.errno != errno.ENOEXEC:
+                raise
+            # A script without #!: a shell runs it, and so does execvp().
+            os.execve("/bin/sh", ["/bin/sh", program, *argv[1:]], environment)
+    except OSError as e:
+        os.write(failure, f"{status} {about}{e.strerror}".encode())
+    finally:
+        os._exit(1)
 
 
 def wait(pid: int) -> int:

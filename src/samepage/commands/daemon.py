@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-from samepage.commands import CommandError, add_reserve
+from samepage.commands import CommandError, add_mount, add_reserve
 from samepage.service import sockets
 
 
@@ -24,6 +26,7 @@ class Daemon:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--socket", metavar="PATH", help=f"where to listen (default: {sockets.default_path()})")
         add_reserve(parser)
+        add_mount(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         path = args.socket or sockets.default_path()
@@ -31,10 +34,26 @@ class Daemon:
             _private_parent(Path(path).parent)
         listener = sockets.listen(path, everybody=os.getuid() == 0)
         try:
-            _serve(listener, path, args.reserve)
+            with _tree(args.mount, path):
+                _serve(listener, path, args.reserve)
         finally:
             Path(path).unlink(missing_ok=True)
         return 0
+
+
+@contextlib.contextmanager
+def _tree(directory: str | None, socket: str) -> Iterator[None]:
+    """KSM's files while the daemon runs, if they are asked for."""
+    if directory is None:
+        yield
+        return
+    from samepage.sysfs.mount import Mount
+
+    tree = Mount(directory, socket, os.getpid())
+    try:
+        yield
+    finally:
+        tree.end()
 
 
 def _serve(listener: socket.socket, path: str, reserve: int) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import stat
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from samepage import agent
-from samepage.commands import CommandError, add_reserve, child, size
+from samepage.commands import CommandError, add_mount, add_reserve, child, size
 from samepage.service.private import PrivateService
 
 MIB = 1 << 20
@@ -45,6 +47,12 @@ class Run:
             help="allocations of at least this size are merged: bytes, or with K, M or G (default: 1M)",
         )
         add_reserve(parser)
+        add_mount(parser)
+        parser.add_argument(
+            "--sysfs",
+            action="store_true",
+            help="let COMMAND, and no other, find these files at /sys/kernel/mm/ksm, in a mount namespace of its own",
+        )
         parser.add_argument("command_line", metavar="COMMAND", nargs=argparse.REMAINDER, help="what to run")
         self._parser = parser
 
@@ -58,14 +66,34 @@ class Run:
         library = _preloadable(agent.library_path())
         program = child.locate(command[0])
         service = PrivateService(args.set, report, args.reserve)
+        environment = _environment(library, service.path, args.min_alloc)
         try:
-            pid = child.start(program, command, _environment(library, service.path, args.min_alloc))
-        except BaseException:
-            service.finish()
-            raise
-        status = child.wait(pid)
-        print(f"samepage: {_saved(service.finish())}", file=sys.stderr)
+            with _tree(args.mount, args.sysfs, service) as enter:
+                status = child.wait(child.start(program, command, environment, enter))
+        finally:
+            summary = service.finish()
+        print(f"samepage: {_saved(summary)}", file=sys.stderr)
         return status
+
+
+@contextlib.contextmanager
+def _tree(directory: str | None, sysfs: bool, service: PrivateService) -> Iterator[Callable[[], None] | None]:
+    """KSM's files while the command runs, if they are asked for; yields what the command has to enter to see them."""
+    if directory is None and not sysfs:
+        yield None
+        return
+    from samepage.sysfs.mount import Mount
+    from samepage.sysfs.namespace import Namespace
+
+    with contextlib.ExitStack() as ending:
+        tree = Mount(directory, service.path, service.pid)
+        ending.callback(tree.end)
+        if not sysfs:
+            yield None
+            return
+        namespace = Namespace(tree.directory, service.path)
+        ending.callback(namespace.end)
+        yield namespace.enter
 
 
 def _knob(text: str) -> tuple[str, str]:

@@ -12,20 +12,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, Protocol
 
 import msgspec
 
 from samepage.service.sockets import Caller, ControlError, peer
+from samepage.sysfs import files
 
 PACKET_MAX = 128 << 10
 """Bytes of a control packet at most."""
 
 ROWS_MAX = 100
 """Processes in one packet of a `status` answer."""
+
+PIDS_MAX = 10000
+"""Processes in the one packet of a `processes` answer."""
 
 Answer = dict[str, Any]
 
@@ -69,9 +76,35 @@ class Merge(msgspec.Struct, tag_field="op", tag="merge", forbid_unknown_fields=T
     pid: int = 0
 
 
-Request = Status | Stats | Get | Set | Unmerge | Merge
+class Files(msgspec.Struct, tag_field="op", tag="files", forbid_unknown_fields=True):
+    """What is in the files of /sys/kernel/mm/ksm, all of one moment; or in those of /proc/`pid`."""
+
+    pid: int | None = None
+
+
+class Processes(msgspec.Struct, tag_field="op", tag="processes", forbid_unknown_fields=True):
+    """Who has joined: `pids`, at most `PIDS_MAX` of them."""
+
+
+class Introduce(msgspec.Struct, tag_field="op", tag="introduce", forbid_unknown_fields=True):
+    """Tell of every process that joins from now on: `{"introducing": true}`, then a `{"joined": pid}` for each, which
+    takes part when a packet came in answer."""
+
+
+class Write(msgspec.Struct, tag_field="op", tag="write", forbid_unknown_fields=True):
+    """What writing `data` to a file of /sys/kernel/mm/ksm does. As `Set`, with the kernel's ways to write a value."""
+
+    file: str
+    data: str
+
+
+Request = Status | Stats | Get | Set | Unmerge | Merge | Files | Processes | Introduce | Write
 _decode = msgspec.json.Decoder(Request)
 _encode = msgspec.json.Encoder()
+
+
+Arrivals = queue.SimpleQueue[tuple[int, threading.Event]]
+"""Processes that are about to join, and wait until this is set."""
 
 
 class Controlled(Protocol):
@@ -79,6 +112,10 @@ class Controlled(Protocol):
 
     def counters(self, domain: int | None = None) -> dict[str, Any]: ...
     def commitments(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]: ...
+    def files(self) -> dict[str, str]: ...
+    def row(self, pid: int) -> dict[str, Any] | None: ...
+    def pids(self) -> list[int]: ...
+    def introductions(self) -> AbstractContextManager[Arrivals]: ...
     def get(self, knob: str) -> str: ...
     def knobs(self) -> dict[str, str]: ...
     def set(self, knob: str, value: str, cancelled: Callable[[], bool]) -> None: ...
@@ -90,10 +127,11 @@ def handle(sock: socket.socket, first: bytes, scanner: Controlled, owner: int) -
     """Answer `first` and whatever follows it, until the client goes, is silent for long, or sends what is too long."""
     caller = peer(sock)
     data = first
+    buffer = bytearray(PACKET_MAX + 1)  # once, since some ask ten times a second
     while data and len(data) <= PACKET_MAX:
         for answer in answers(data, caller, scanner, owner, sock):
             sock.send(_encode.encode(answer), socket.MSG_NOSIGNAL)
-        data = sock.recv(PACKET_MAX + 1)
+        data = bytes(memoryview(buffer)[: sock.recv_into(buffer)])
 
 
 def answers(data: bytes, caller: Caller, scanner: Controlled, owner: int, sock: socket.socket) -> Iterator[Answer]:
@@ -145,8 +183,32 @@ def _perform(
             yield {"ok": True}
         case Unmerge(pids=pids):
             yield scanner.unmerge(pids, lambda done: _progress(sock, done), lambda: client_gone(sock))
+        case Files(pid=None):
+            yield {"ok": True, "files": scanner.files()}
+        case Files(pid=int(pid)):
+            yield {"ok": True, "files": files.process_texts(scanner.row(pid))}
+        case Processes():
+            yield {"ok": True, "pids": scanner.pids()[:PIDS_MAX]}
+        case Introduce():
+            yield from _introduce(scanner, sock)
+        case Write(file=file, data=data):
+            scanner.set(file, files.value(file, data), lambda: client_gone(sock))
+            yield {"ok": True}
         case Merge(vpn=vpn, npages=npages, pid=pid):
             yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages)
+
+
+def _introduce(scanner: Controlled, sock: socket.socket) -> Iterator[Answer]:
+    """Until the client goes."""
+    with scanner.introductions() as arrivals:
+        yield {"introducing": True}
+        while not client_gone(sock):
+            with contextlib.suppress(queue.Empty):
+                pid, known = arrivals.get(timeout=1.0)
+                yield {"joined": pid}
+                sock.recv(PACKET_MAX)
+                known.set()
+    yield {"ok": True}
 
 
 def _progress(sock: socket.socket, done: Answer) -> None:
@@ -219,6 +281,10 @@ class Client:
         if not answer["ok"]:
             raise ControlError(getattr(errno, answer["errno"], errno.EIO), answer["error"])
         return answer | lists
+
+    def acknowledge(self) -> None:
+        """Say that what the last packet of a stream told was taken in."""
+        self._sock.send(b"{}", socket.MSG_NOSIGNAL)
 
     def cancel(self) -> None:
         """Ask for an end of a running `unmerge`; its last packet still comes. No request can follow."""

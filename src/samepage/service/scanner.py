@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
+from samepage.service.control import Arrivals
+from samepage.sysfs import files
 
 Answer = dict[str, Any]
 
@@ -26,6 +29,9 @@ WORKERS = max(4, os.cpu_count() or 1)
 
 AFTER_ERROR = 1.0
 """Seconds that ksmd rests after a mistake of its own, so as not to fill the log."""
+
+INTRODUCE_TIMEOUT = 1.0
+"""Seconds that somebody may take to be ready for a process that joins."""
 
 SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pages_inherited", "ksm_process_profit")
 """What the counters of one domain are made of: the rows of its processes, added up."""
@@ -58,6 +64,7 @@ class Scanner:
         self._ksmd = Ksmd(concurrently=concurrently)
         self._slots: dict[AgentAddressSpace, MmSlot] = {}
         self._slots_lock = threading.Lock()
+        self._introductions: list[Arrivals] = []
         self._wake = threading.Event()
         self._stopping = False
         # ksmd's mutex is not fair: a scan after a scan would keep others from it for long. Who asks holds the gate.
@@ -88,6 +95,23 @@ class Scanner:
             self._slots[space] = slot
         self._wake.set()
 
+    @contextlib.contextmanager
+    def introductions(self) -> Iterator[Arrivals]:
+        """Meanwhile whoever wants to join is put into this queue first."""
+        arrivals: Arrivals = queue.SimpleQueue()
+        self._introductions.append(arrivals)
+        try:
+            yield arrivals
+        finally:
+            self._introductions.remove(arrivals)
+
+    def introduce(self, pid: int) -> None:
+        """A process is about to join: wait until everybody who has `introductions` knows, but not for long."""
+        for arrivals in list(self._introductions):
+            known = threading.Event()
+            arrivals.put((pid, known))
+            known.wait(INTRODUCE_TIMEOUT)
+
     def exit(self, space: AgentAddressSpace) -> None:
         """A process left."""
         with self._slots_lock:
@@ -107,6 +131,18 @@ class Scanner:
     def rows(self) -> list[Answer]:
         """One for each process."""
         return [asdict(row) for row in self._ksmd.rows()]
+
+    def files(self) -> dict[str, str]:
+        """What is in the files of /sys/kernel/mm/ksm. Asked for ten times a second, so not by way of `counters`."""
+        return files.texts(self._ksmd.counters(), self._ksmd.get)
+
+    def row(self, pid: int) -> Answer | None:
+        """That of one process; None when it has not joined."""
+        return next((asdict(row) for row in reversed(self._ksmd.rows()) if row.pid == pid), None)
+
+    def pids(self) -> list[int]:
+        """Of all processes."""
+        return [row.pid for row in self._ksmd.rows()]
 
     def commitments(self) -> tuple[list[Answer], list[Answer]]:
         """The rows of all processes with their memory cgroup and the bytes available there, as they say now; and a row

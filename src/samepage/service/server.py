@@ -170,6 +170,7 @@ class Server:
             before = [fd for fd, other in self._spaces.items() if other.pid == space.pid]
         for fd in before:  # one mm_slot a process: what it was before an exec is gone
             self._leave(fd)
+        self._scanner.introduce(space.pid)
         with self._lock:
             self.joined += 1
             self._scanner.enter(space)

@@ -1,0 +1,149 @@
+"""The files of /sys/kernel/mm/ksm and of /proc/PID: what they show, and what may be written to them.
+
+Names, modes, formats and errors are those of Linux 6.18 (mm/ksm.c; Documentation/admin-guide/mm/ksm.rst; kstrtox.c).
+What was read from a file can be written back to it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Parse = Callable[[str], str]
+"""Turns what was written into the value of a knob. OSError EINVAL or ERANGE, as the kernel has it."""
+
+_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
+
+
+def _number(text: str, low: int, high: int) -> int:
+    """kstrtoull() and kstrtoll() for base 10: digits, perhaps a sign before and a newline after, and nothing else."""
+    match = re.match(r"\+?([0-9]+)" if low == 0 else r"(?:\+?|-)([0-9]+)", text)
+    if match is None:
+        raise OSError(errno.EINVAL, f"not a number: {text[:40]!r}")
+    magnitude = int(match[1])
+    rest = text[match.end() :]
+    if magnitude <= _U64 and rest not in ("", "\n"):
+        raise OSError(errno.EINVAL, f"not a number: {text[:40]!r}")
+    value = -magnitude if text.startswith("-") else magnitude
+    if not low <= value <= high:
+        raise OSError(errno.ERANGE, f"out of range: {text[:40]!r}")
+    return value
+
+
+def _strictly(low: int, high: int) -> Parse:
+    """A number, whose errors the kernel hands on as they are."""
+    return lambda text: str(_number(text, low, high))
+
+
+def _number_or_einval(high: int) -> Parse:
+    """A number that is not negative; whatever is wrong with it is EINVAL."""
+
+    def parse(text: str) -> str:
+        try:
+            return str(_number(text, 0, high))
+        except OSError as e:
+            raise OSError(errno.EINVAL, e.strerror) from e
+
+    return parse
+
+
+def _switch(text: str) -> str:
+    """kstrtobool(): looks at the first letter, of "on" and "off" at the second."""
+    first = text[:1].lower()
+    if first in ("y", "t", "e", "1") or text[:2].lower() == "on":
+        return "1"
+    if first in ("n", "f", "d", "0") or text[:2].lower() == "of":
+        return "0"
+    raise OSError(errno.EINVAL, f"neither yes nor no: {text[:40]!r}")
+
+
+def _word(text: str) -> str:
+    """sysfs_streq(): with a newline after it or without."""
+    return text.removesuffix("\n")
+
+
+def _plain(value: Any) -> str:
+    return f"{value}\n"
+
+
+def _advisor_mode(value: str) -> str:
+    """All modes, the one in force in brackets. Samepage's own is there only while it is in force: then it has to be, or
+    who puts back what was read would set another. Once it is another, this is what the kernel shows."""
+    modes = ["none", "scan-time"]
+    if value not in modes:
+        modes.append(value)
+    return " ".join(f"[{mode}]" if mode == value else mode for mode in modes) + "\n"
+
+
+class File(NamedTuple):
+    """A file: `parse` is None for one that can only be read."""
+
+    parse: Parse | None = None
+    show: Callable[[Any], str] = _plain
+
+    @property
+    def mode(self) -> int:
+        """Its permissions."""
+        return 0o444 if self.parse is None else 0o644
+
+
+_COUNTER = File()
+_UINT = File(_number_or_einval(_U32))
+_ULONG = File(_number_or_einval(_U64))
+
+FILES = {
+    "advisor_max_cpu": _ULONG,
+    "advisor_max_pages_to_scan": _ULONG,
+    "advisor_min_pages_to_scan": _ULONG,
+    "advisor_mode": File(_word, _advisor_mode),
+    "advisor_target_scan_time": _ULONG,
+    "full_scans": _COUNTER,
+    "general_profit": _COUNTER,
+    "ksm_zero_pages": _COUNTER,
+    "max_page_sharing": File(_strictly(-(1 << 31), (1 << 31) - 1)),
+    "merge_across_nodes": File(_strictly(0, _U64)),
+    "pages_scanned": _COUNTER,
+    "pages_shared": _COUNTER,
+    "pages_sharing": _COUNTER,
+    "pages_skipped": _COUNTER,
+    "pages_to_scan": _UINT,
+    "pages_unshared": _COUNTER,
+    "pages_volatile": _COUNTER,
+    "run": _UINT,
+    "sleep_millisecs": _UINT,
+    "smart_scan": File(_switch),
+    "stable_node_chains": _COUNTER,
+    "stable_node_chains_prune_millisecs": _UINT,
+    "stable_node_dups": _COUNTER,
+    "use_zero_pages": File(_switch),
+}
+"""Each shows the counter or the knob of its name, and what is written to it is a value for that knob."""
+
+
+def texts(counters: object, knob: Callable[[str], str]) -> dict[str, str]:
+    """What is in each of `FILES`: attributes of `counters`, and what `knob` says of a name."""
+    return {
+        name: file.show(getattr(counters, name) if file.parse is None else knob(name)) for name, file in FILES.items()
+    }
+
+
+def value(name: str, written: str) -> str:
+    """The value of the knob `name` that a write means. OSError: ENOENT, EIO (it can only be read), EINVAL, ERANGE."""
+    file = FILES.get(name)
+    if file is None or file.parse is None:
+        code = errno.ENOENT if file is None else errno.EIO
+        raise OSError(code, f"{os.strerror(code)}: {name} is no file that can be written")
+    return file.parse(written.partition("\0")[0])  # C ends there
+
+
+def process_texts(row: Mapping[str, Any] | None) -> dict[str, str]:
+    """What is in /proc/PID/ksm_stat and ksm_merging_pages; `row` is None of a process that has not joined."""
+    row = row or {}
+    numbers = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_profit")
+    flags = ("ksm_merge_any", "ksm_mergeable")
+    lines = [f"{name} {row.get(name, 0)}" for name in numbers]
+    lines += [f"{name}: {'yes' if row.get(name) else 'no'}" for name in flags]
+    return {"ksm_stat": "\n".join(lines) + "\n", "ksm_merging_pages": f"{row.get('ksm_merging_pages', 0)}\n"}
