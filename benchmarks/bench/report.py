@@ -151,17 +151,17 @@ def _merging(name: str, records: list[Record]) -> list[Row]:
         bytes_a_page = by_side(
             records, lambda r: r["metadata"]["bytes"] / r["metadata"]["pages"] if r.get("finished") else None
         )
-        found.append(row(title, f"metadata a page", "bytes", bytes_a_page, at_most=16))
+        found.append(row(title, "metadata a page", "bytes", bytes_a_page, at_most=16))
     if name == "same":
         merged = by_side(records, lambda r: 1000 * statistics.mean(p) if (p := r.get("merged_passes")) else None)
-        found.append(row(title, f"CPU of a pass once they are merged", "ms", merged))
+        found.append(row(title, "CPU of a pass once they are merged", "ms", merged))
         unmerge = by_side(records, lambda r: r["unmerge_seconds"] if r.get("finished") else None)
         found.append(row(title, f"time to unmerge {2 * goal / MIB:.0f} MiB", "s", unmerge))
     if name == "scattered":
         left = by_side(records, lambda r: r["counters"].get("pages_unmerged_vma"))
-        found.append(row(title, f"left unmerged for want of mappings", "pages", left))
+        found.append(row(title, "left unmerged for want of mappings", "pages", left))
         added = by_side(records, lambda r: float(r["mappings_added"]))
-        found.append(_without_ratio(row(title, f"mappings more than before", "", added)))
+        found.append(_without_ratio(row(title, "mappings more than before", "", added)))
     return found
 
 
