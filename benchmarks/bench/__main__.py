@@ -46,6 +46,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "samepage": version("samepage"),
         "root": os.geteuid() == 0,
+        "realtime": os.sched_getscheduler(0) == os.SCHED_RR,
     }
 
 
@@ -66,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, metavar="N", help="of every measurement (default: 5; with --quick 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every record, the rows, and the machine")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figure (.svg or .png; needs matplotlib)")
+    parser.add_argument(
+        "--realtime",
+        action="store_true",
+        help="run all that is measured, ksmd too, before any other work on a busy machine (SCHED_RR; needs root)",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
     parser.add_argument(
         "experiments", metavar="EXPERIMENT", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)"
@@ -77,6 +83,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--repeats must be at least 1")
     if args.plot and not find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install 'samepage[bench]'")
+    if args.realtime:
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        except PermissionError:
+            parser.error("--realtime needs root")
     # Ended by a signal, everything is put back too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 

@@ -138,7 +138,7 @@ class Writer(threading.Thread):
     def run(self) -> None:
         os.sched_setaffinity(0, {self._cpu})
         if os.geteuid() == 0:
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(2))
         self._run(
             ctypes.c_void_p(self._pages.ctypes.data),
             ctypes.c_uint64(len(self._pages)),

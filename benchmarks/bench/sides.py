@@ -7,6 +7,7 @@ the same time, of which only one works at a time.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import tempfile
@@ -36,7 +37,19 @@ def switches(say: Callable[[str], None]) -> Iterator[None]:
             if kernel_ksm.in_use():
                 say("somebody else has borrowed the kernel's KSM: waiting")
             stack.enter_context(kernel_ksm.borrowed(run=0))
+            if os.sched_getscheduler(0) == os.SCHED_RR:  # --realtime is for both sides
+                stack.enter_context(_realtime(kernel_ksm.ksmd()))
         yield
+
+
+@contextlib.contextmanager
+def _realtime(pid: int) -> Iterator[None]:
+    before = os.sched_getscheduler(pid), os.sched_getparam(pid)
+    os.sched_setscheduler(pid, os.SCHED_RR, os.sched_param(1))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(pid, *before)
 
 
 @dataclass(frozen=True)
