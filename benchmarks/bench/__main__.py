@@ -50,11 +50,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(names: list[str], sizes: Sizes, repeats: int, console: Console) -> tuple[list[Record], dict[str, str]]:
-    """Do experiments; the records, and what was skipped, why."""
+def run(names: list[str], sizes: Sizes, repeats: int, console: Console) -> tuple[list[Record], Bench]:
+    """Do experiments; the records, and what was skipped, or failed, why."""
     started = time.monotonic()
-    bench = Bench(sizes, repeats, lambda line: console.print(f"{time.monotonic() - started:5.0f} s  {line}"), {})
-    return measure(bench, names), bench.skipped
+    bench = Bench(sizes, repeats, lambda line: console.print(f"{time.monotonic() - started:5.0f} s  {line}"))
+    return measure(bench, names), bench
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,19 +96,17 @@ def main(argv: list[str] | None = None) -> int:
     sizes = QUICK if args.quick else FULL
     repeats = args.repeats or (1 if args.quick else 5)
     try:
-        records, skipped = run(args.experiments or list(EXPERIMENTS), sizes, repeats, progress)
+        records, bench = run(args.experiments or list(EXPERIMENTS), sizes, repeats, progress)
     except KeyboardInterrupt:
         return 130
-    except (EOFError, OSError, TimeoutError) as e:
-        print(f"bench: {e}", file=sys.stderr)
-        return 1
     rows = report.rows(records)
     if args.json:
         whole = {
             "machine": facts | {"load_average_after": os.getloadavg()},
             "repeats": repeats,
             "sizes": dataclasses.asdict(sizes),
-            "skipped": skipped,
+            "skipped": bench.skipped,
+            "failed": bench.failed,
             "rows": [dataclasses.asdict(row) for row in rows],
             "records": records,
         }
@@ -122,9 +120,11 @@ def main(argv: list[str] | None = None) -> int:
     else:
         console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
         console.print(report.table(rows))
-    for what, why in skipped.items():
+    for what, why in bench.skipped.items():
         print(f"skipped: {what}: {why}")
-    return 0
+    for what, why in bench.failed.items():
+        print(f"bench: {what} failed: {why}", file=sys.stderr)
+    return 1 if bench.failed else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.util import find_spec
 from multiprocessing.shared_memory import SharedMemory
@@ -100,8 +100,10 @@ class Bench:
     repeats: int
     say: Callable[[str], None]
     """One line for who waits."""
-    skipped: dict[str, str]
+    skipped: dict[str, str] = field(default_factory=dict)
     """What was left out, and why."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Experiments that broke off, and why."""
 
     def skip(self, what: str, why: str) -> None:
         if what not in self.skipped:
@@ -324,12 +326,15 @@ def unchanged(bench: Bench) -> Iterator[Record]:
                 side.register()
                 side.run(1)
                 side.settle()
-                passes = side.passes(-(-bench.sizes.passes // side.cycle) * side.cycle)
+                least = mib == bench.sizes.unchanged[0]
+                wanted = bench.sizes.passes if least else min(2, bench.sizes.passes)
+                count = -(-wanted // side.cycle) * side.cycle
+                passes = side.passes(count)
                 record: Record = {"experiment": "unchanged", "side": side.name, "repeat": 0, "mib": mib}
                 record["passes"] = passes
-                if mib == bench.sizes.unchanged[0]:
+                if least:
                     rewrite = functools.partial(worker.ask, "rewrite", 0.01)
-                    record["rewritten_passes"] = side.passes(bench.sizes.passes, rewrite)
+                    record["rewritten_passes"] = side.passes(count, rewrite)
                 if metadata := side.metadata():
                     record["metadata"] = vars(metadata)
             bench.say(f"unchanged, {side.name}, {mib} MiB: {1000 * statistics.mean(passes):.2f} ms of CPU a pass")
@@ -506,11 +511,18 @@ EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Record]]] = {
 
 
 def measure(bench: Bench, names: list[str]) -> list[Record]:
-    """Do experiments; their records."""
+    """Do experiments; their records. One that breaks off does not keep others from being done: see `Bench.failed`."""
     records: list[Record] = []
     for name in names:
         try:
-            records += EXPERIMENTS[name](bench)
+            for record in EXPERIMENTS[name](bench):
+                records.append(record)  # one by one: what was there before it failed is kept
         except Skipped as why:
             bench.skip(name, str(why))
+        except (
+            EOFError,
+            OSError,
+            subprocess.SubprocessError,
+        ) as why:  # a worker was killed, nothing was merged in time
+            bench.failed[name] = str(why)
     return records

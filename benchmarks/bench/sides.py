@@ -271,8 +271,9 @@ class Kernel(Side):
         return kernel_ksm.counters()
 
     def settle(self) -> None:
-        # Pages are in the unstable tree after two passes, and are passed over eight times from the fourteenth on.
-        until_passes(self, 13 if self.cycle > 1 else 2)
+        # With the pass that `passes` waits for: after two, pages are in the unstable tree; after thirteen, they are
+        # passed over eight times.
+        until_passes(self, 12 if self.cycle > 1 else 1)
 
     def passes(self, count: int, before_each: Callable[[], Any] | None = None) -> list[float]:
         costs = []
