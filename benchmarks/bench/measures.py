@@ -60,7 +60,7 @@ class Sizes:
     runs: int = 256
     models: int = 8
     nothing: int = 256
-    rounds: int = 10
+    rounds: int = 8
     window: float = 1.0
     """Seconds of the application's throughput in one look."""
     unchanged: tuple[int, ...] = (1024, 4096, 8192)
@@ -354,15 +354,19 @@ def rates(steps: list[list[float]], start: float, end: float) -> Record:
 
 
 def nothing(bench: Bench) -> Iterator[Record]:
-    """Nothing in common, everything seen before: what is spent in vain, and what the application feels of it. The sides
-    take turns, a second each, so that it hits all alike when the machine is busy."""
+    """Nothing in common, everything seen before: what is spent in vain, and what the application feels of it.
+
+    In turns of a second merging is off and on, and the sides take turns, so that it hits all alike when the machine is
+    busy. The application is compared with itself: processes differ by more (where their memory lies) than what is to
+    be seen.
+    """
     sizes = bench.sizes
     npages = _pages(sizes.nothing)
     commands = [_memory([(OTHER + i * APART, npages, 0)]) for i in range(2)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(sides.switches(bench.say))
         taking_turns: list[Side] = []
-        for make in (Side, *bench.both()):
+        for make in bench.both():
             side = stack.enter_context(make())
             side.start(commands, NUMPY_MADVISE_HUGEPAGE="0")
             side.register()
@@ -376,53 +380,55 @@ def nothing(bench: Bench) -> Iterator[Record]:
             taking_turns.append(slow)
         for turn in range(sizes.rounds):
             for side in taking_turns:
-                worker = side.workers[0]
+                off, _ = _work(side, sizes.window)
                 side.run(1)
-                worker.ask("application_start")
-                time.sleep(0.1)
-                started, cpu = time.perf_counter(), side.cpu_seconds()
-                time.sleep(sizes.window)
-                ended = time.perf_counter()
-                cpu = side.cpu_seconds() - cpu
-                record = rates(worker.ask("application_stop"), started, ended)
+                on, cpu_share = _work(side, sizes.window)
                 side.run(0)
-                record |= {"cpu_share": cpu / (ended - started)}
-                yield {"experiment": "nothing", "side": side.name, "repeat": turn, **record}
+                record = {"experiment": "nothing", "side": side.name, "repeat": turn}
+                yield record | {"off": off, "on": on, "cpu_share": cpu_share}
             bench.say(f"nothing in common, round {turn + 1} of {sizes.rounds}")
+
+
+def _work(side: Side, seconds: float) -> tuple[Record, float]:
+    """Let the application work in the first worker: its rates, and what share of a core a side used meanwhile."""
+    side.workers[0].ask("application_start")
+    time.sleep(0.1)
+    started, cpu = time.perf_counter(), side.cpu_seconds()
+    time.sleep(seconds)
+    ended, cpu = time.perf_counter(), side.cpu_seconds() - cpu
+    return rates(side.workers[0].ask("application_stop"), started, ended), cpu / (ended - started)
 
 
 def throughput(bench: Bench) -> Iterator[Record]:
     """Two processes with the same pages, but for a sixteenth, to which the application in the first writes all the
-    time while it sums up the rest: how fast it is while they are merged, and afterwards."""
+    time while it sums up the rest: how fast it is before they are merged, meanwhile, and afterwards."""
     sizes = bench.sizes
     npages = _pages(sizes.throughput)
     own = npages // 16
     commands = [_memory([(0, npages - own, 0), (OTHER + i * APART, own, 0)]) for i in range(2)]
     goal = round(NEARLY_ALL * (npages - own)) * PAGE_SIZE
     for repeat in range(bench.repeats):
-        for make in (Side, *bench.both()):
+        for make in bench.both():
             side = make()
-            record: Record = {"experiment": "throughput", "side": side.name, "repeat": repeat}
             with sides.switches(bench.say), bench.group() as group, side:
                 worker, _ = side.start(commands, group, NUMPY_MADVISE_HUGEPAGE="0")
                 side.register()
                 worker.ask("application_start")
                 time.sleep(0.3)
-                started = time.perf_counter()
-                if type(side) is not Side:
-                    curve = watch(side, meters.Memory(group, side.pids()), goal, sizes.limit)
-                    record["merging_seconds"] = curve.seconds[-1]
-                    merged = time.perf_counter()
-                    time.sleep(0.3)
-                after = time.perf_counter()
+                times = [time.perf_counter()]
                 time.sleep(sizes.window)
-                ended = time.perf_counter()
+                times.append(time.perf_counter())
+                watch(side, meters.Memory(group, side.pids()), goal, sizes.limit)
+                times.append(time.perf_counter())
+                time.sleep(0.3)
+                times.append(time.perf_counter())
+                time.sleep(sizes.window)
+                times.append(time.perf_counter())
                 steps = worker.ask("application_stop")
-                if type(side) is not Side:
-                    record["merging"] = rates(steps, started, merged)
-                record["after"] = rates(steps, after, ended)
             bench.say(f"throughput, {side.name}, {repeat + 1} of {bench.repeats}")
-            yield record
+            record: Record = {"experiment": "throughput", "side": side.name, "repeat": repeat}
+            record |= {"before": rates(steps, *times[0:2]), "merging": rates(steps, *times[1:3])}
+            yield record | {"merging_seconds": times[2] - times[1], "after": rates(steps, *times[3:5])}
 
 
 # ---- stalls ----------------------------------------------------------------------------------------------------------

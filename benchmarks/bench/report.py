@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -203,15 +202,14 @@ def _passes(records: list[Record]) -> list[Row]:
 # ---- the application -------------------------------------------------------------------------------------------------
 
 
-def _relative(records: list[Record], read: Callable[[Record], float | None]) -> dict[str, dict[int, float]]:
-    """Percent of what it is alone, repeat by repeat."""
-    found = by_side(records, read)
-    alone = found.get("alone", {})
-    return {
-        side: {repeat: 100 * value / alone[repeat] for repeat, value in of.items() if repeat in alone}
-        for side, of in found.items()
-        if side != "alone"
-    }
+def _relative(records: list[Record], phase: str, base: str, what: str) -> dict[str, dict[int, float]]:
+    """Percent of a rate that is left in one phase, of what it is in another of the same record."""
+
+    def read(record: Record) -> float | None:
+        now, before = record[phase][what], record[base][what]
+        return 100 * now / before if now and before else None
+
+    return by_side(records, read)
 
 
 def _at_least(one: Row, percent: float) -> Row:
@@ -220,27 +218,24 @@ def _at_least(one: Row, percent: float) -> Row:
     return replace(one, ratio=None, target=f"at least {percent:g} %", reached=reached)
 
 
+WORK = (("reductions", "sums"), ("writes", "random writes"))
+
+
 def _nothing(records: list[Record]) -> list[Row]:
-    share = by_side(records, lambda r: 100 * r["cpu_share"] if r["side"] != "alone" else None)
+    share = by_side(records, lambda r: 100 * r["cpu_share"])
     found = [row(NOTHING, "CPU after the first pass, of a core", "%", share, at_most=2)]
-    for what, title in (("reductions", "sums"), ("writes", "random writes")):
-        numbers = _relative(records, lambda r: r[what])  # noqa: B023
-        found.append(_at_least(row(NOTHING, f"application, {title}, of what it is alone", "%", numbers), 97))
+    for what, title in WORK:
+        numbers = _relative(records, "on", "off", what)
+        found.append(_at_least(row(NOTHING, f"application, {title}, of what it is without", "%", numbers), 97))
     return found
 
 
 def _throughput(records: list[Record]) -> list[Row]:
     found = []
     for phase, when in (("merging", "while pages are merged"), ("after", "afterwards")):
-        for what, title in (("reductions", "sums"), ("writes", "random writes")):
-            alone = {r["repeat"]: r["after"][what] for r in records if r["side"] == "alone"}
-
-            def read(r: Record, phase: str = phase, what: str = what, alone: dict[int, Any] = alone) -> float | None:
-                rate, base = r.get(phase, {}).get(what), alone.get(r["repeat"])
-                return 100 * rate / base if rate and base and r["side"] != "alone" else None
-
-            numbers = by_side(records, read)
-            found.append(_without_ratio(row(THROUGHPUT, f"{title} {when}, of what it is alone", "%", numbers)))
+        for what, title in WORK:
+            numbers = _relative(records, phase, "before", what)
+            found.append(_without_ratio(row(THROUGHPUT, f"{title} {when}, of before", "%", numbers)))
     return found
 
 
