@@ -5,6 +5,7 @@
  *
  *	look, swap          headroom(false), headroom(true)
  *	fill BATCH RESERVE  memory taken in batches for as long as headroom() leaves RESERVE after one
+ *	room BATCH RESERVE  the same as long as room_for() says so
  *	take BYTES          memory taken without asking
  *	read PATH           clean file cache; bytes read
  *	write PATH BYTES    dirty file cache; bytes written
@@ -20,6 +21,7 @@
 
 static struct roots files;
 static bool given;
+struct sp_welcome settings;
 
 static uint64_t look(bool with_swap)
 {
@@ -40,6 +42,15 @@ static uint64_t fill(uint64_t batch, uint64_t reserve)
 	uint64_t taken = 0;
 
 	for (; look(false) >= batch + reserve; taken += batch)
+		take(batch);
+	return taken;
+}
+
+static uint64_t fill_by_room(uint64_t batch, uint64_t reserve)
+{
+	uint64_t taken = 0;
+
+	for (; room_for(batch, reserve); taken += batch)
 		take(batch);
 	return taken;
 }
@@ -83,6 +94,8 @@ static void *serve(void *unused)
 			answer = look(true);
 		} else if (sscanf(line, "fill %lu %lu", &a, &b) == 2) {
 			answer = fill(a, b);
+		} else if (sscanf(line, "room %lu %lu", &a, &b) == 2) {
+			answer = fill_by_room(a, b);
 		} else if (sscanf(line, "take %lu", &answer) == 1) {
 			take(answer);
 		} else if (sscanf(line, "read %4095s", path) == 1) {

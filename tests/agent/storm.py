@@ -94,7 +94,7 @@ def merge_equal(spaces: list[AgentAddressSpace], tally: Counter[str], rng: rando
 
 
 def break_some(space: AgentAddressSpace, rng: random.Random, tally: Counter[str]) -> None:
-    _, areas = space.areas()
+    areas = space.areas().ranges
     if len(areas):
         area = areas[rng.randrange(len(areas))]
         first = rng.randrange(int(area["npages"]))

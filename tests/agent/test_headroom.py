@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -621,6 +622,16 @@ def test_a_real_move_is_followed_at_once(cgroup: Callable[..., MemoryCgroup], sp
     assert near(probe.ask("look"), 64 * MIB)
 
 
+def test_a_look_that_found_plenty_is_not_good_for_long(cgroup: Callable[..., MemoryCgroup], spawn: Spawn) -> None:
+    roomy, tight = cgroup(1024 * MIB), cgroup(64 * MIB)
+    probe = spawn(roomy)
+    assert probe.ask(f"room {MIB} {1000 * MIB}") <= 24 * MIB
+    time.sleep(0.1)
+    (tight.path / "cgroup.procs").write_text(str(probe.process.pid))
+    assert probe.ask(f"room {MIB} {4 * MIB}") >= 32 * MIB
+    assert tight.killed() == 0
+
+
 def test_a_process_whose_leader_has_exited_is_still_limited(cgroup: Callable[..., MemoryCgroup], spawn: Spawn) -> None:
     probe = spawn(cgroup(64 * MIB))
     assert probe.ask("retire") == 0
@@ -636,9 +647,10 @@ def test_who_does_not_ask_is_killed(cgroup: Callable[..., MemoryCgroup], spawn: 
     assert group.killed() == 1
 
 
+@pytest.mark.parametrize("how", ["fill", "room"])
 @pytest.mark.parametrize("cache", ["empty", "clean", "dirty"])
 def test_who_asks_fills_the_cgroup_and_lives(
-    cgroup: Callable[..., MemoryCgroup], spawn: Spawn, on_disk: Path, cache: str
+    cgroup: Callable[..., MemoryCgroup], spawn: Spawn, on_disk: Path, cache: str, how: str
 ) -> None:
     group = cgroup(64 * MIB)
     probe = spawn(group)
@@ -647,7 +659,7 @@ def test_who_asks_fills_the_cgroup_and_lives(
         assert group.usage() > 56 * MIB
     if cache == "dirty":
         probe.ask(f"write {on_disk / 'dirty'} {24 * MIB}")
-    taken = probe.ask(f"fill {MIB} {4 * MIB}")
+    taken = probe.ask(f"{how} {MIB} {4 * MIB}")
     assert group.killed() == 0
     assert group.usage() >= 0.8 * group.limit
     if cache != "dirty":
@@ -656,11 +668,12 @@ def test_who_asks_fills_the_cgroup_and_lives(
     assert probe.end() == 0
 
 
-def test_two_that_ask_share_what_their_parent_has(cgroup: Callable[..., MemoryCgroup], spawn: Spawn) -> None:
+@pytest.mark.parametrize("how", ["fill", "room"])
+def test_two_that_ask_share_what_their_parent_has(cgroup: Callable[..., MemoryCgroup], spawn: Spawn, how: str) -> None:
     parent = cgroup(64 * MIB)
     probes = [spawn(cgroup(UNLIMITED_V1, parent)) for _ in range(2)]
     for probe in probes:
-        probe.tell(f"fill {MIB} {4 * MIB}")
+        probe.tell(f"{how} {MIB} {4 * MIB}")
     assert sum(probe.answer() for probe in probes) >= 0.8 * parent.limit
     assert parent.killed() == 0
     assert [probe.end() for probe in probes] == [0, 0]

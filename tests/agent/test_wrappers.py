@@ -51,6 +51,34 @@ def test_processes_begin_and_end_as_they_do_without(preload: Preload, processes:
     assert preload.run([processes], merged=True) == bare
 
 
+@pytest.fixture(scope="module")
+def memory_merge(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(compile_c(HERE / "memory_merge.c", tmp_path_factory.mktemp("memory_merge") / "memory_merge"))
+
+
+@needs_ksm
+def test_memory_merge_is_answered_inherited_and_kept_over_exec_as_by_the_kernel(
+    preload: Preload, memory_merge: str
+) -> None:
+    kernel = preload.run([memory_merge], bare=True)
+    assert "forked: 1" in kernel
+    assert kernel.count("executed: 1") == 2
+    assert preload.run([memory_merge], socket="/nowhere") == kernel
+
+
+def test_memory_merge_takes_in_what_was_mapped_before_and_what_comes(preload: Preload, memory_merge: str) -> None:
+    assert preload.run([memory_merge, "merged"], merged=True).splitlines() == [
+        "set: 0 ",
+        "mapped before: 262144 bytes merged",
+        "mapped after: 262144 bytes merged",
+        "unmergeable: 0 ",
+        "then: 262144 and 0 bytes merged",
+        "cleared: 0 ",
+        "then: 0 and 0 bytes merged",
+        "intact: 1 1 1",
+    ]
+
+
 HANDLERS = """
 #define _GNU_SOURCE
 #include <pthread.h>

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -153,16 +154,23 @@ class Runs:
 def _run(command: list[str], cwd: Path, timeout: int) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SAMEPAGE_", "PYTEST_"))}
     env |= {"LC_ALL": "C.UTF-8", "PYTHON": sys.executable, "HOME": str(cwd)}
-    return subprocess.run(
+    with subprocess.Popen(
         command,
         cwd=cwd,
         env=env,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        timeout=timeout,
-    )
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # its children, too
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def _outcome(program: Program, status: int, output: str, errors: str, work: Path) -> Outcome:

@@ -86,7 +86,8 @@ def test_no_test_of_cpythons_fails_that_passes_without_samepage(runs: Runs, prog
 
 NUMPY = Program(
     "numpy",
-    command="""$PYTHON -m pytest -q -rA -p no:cacheprovider --no-header --color=no --pyargs \
+    # Not -rA: the summary that it makes takes time by the square of the number of tests (pytest 9).
+    command="""$PYTHON -m pytest -v -p no:cacheprovider --no-header --color=no --pyargs \
         numpy._core.tests.test_multiarray \
         numpy._core.tests.test_memmap numpy._core.tests.test_mem_policy numpy._core.tests.test_mem_overlap \
         numpy._core.tests.test_indexing numpy._core.tests.test_item_selection numpy._core.tests.test_multithreading""",
@@ -100,7 +101,7 @@ NUMPY = Program(
 @pytest.mark.timeout(5000)
 def test_numpys_tests_of_arrays_come_out_the_same(runs: Runs):
     def results(outcome: Outcome) -> list[str]:
-        return sorted(re.findall(r"^(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL) \S+", outcome.output, re.M))
+        return sorted(re.findall(r"^.+::.+ (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", outcome.output, re.M))
 
     (first, second), report = runs.merged_twice(NUMPY, FULL_RATE)
     bare = runs.once(NUMPY)

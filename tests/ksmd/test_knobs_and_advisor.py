@@ -11,8 +11,9 @@ import pytest
 
 from samepage.ksmd import Advisor, Knobs, Ksmd
 from samepage.ksmd.advisor import BURST_PAGES, IDLE_SECONDS
+from samepage.memory import PageStatus
 from samepage.memory.simulated import SimulatedMachine
-from tests.ksmd.simulation import Clock, new_ksmd, passes, process, processes
+from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
 
 SAME = range(1, 51)
 
@@ -27,6 +28,9 @@ SAME = range(1, 51)
         ("max_page_sharing", 1),
         ("use_zero_pages", 2),
         ("advisor_mode", "fast"),
+        ("smart_scan", 2),
+        ("merge_across_nodes", 2),
+        ("stable_node_chains_prune_millisecs", -1),
         ("advisor_max_cpu", 0),
         ("advisor_max_cpu", 101),
         ("advisor_min_pages_to_scan", 30001),
@@ -58,16 +62,91 @@ def test_every_knob_takes_its_own_value_back_as_text() -> None:
         assert ksmd.get(name) == value
 
 
-def test_max_page_sharing_is_busy_while_pages_are_merged() -> None:
+@pytest.mark.parametrize(("name", "value"), [("max_page_sharing", "10"), ("merge_across_nodes", "0")])
+def test_what_cannot_be_changed_while_pages_are_merged_is_busy(name: str, value: str) -> None:
     ksmd = new_ksmd()
     processes(SimulatedMachine(), ksmd, SAME, SAME)
     passes(ksmd, 2)
     with pytest.raises(OSError, match="busy") as caught:
-        ksmd.set("max_page_sharing", 10)
+        ksmd.set(name, value)
     assert caught.value.errno == errno.EBUSY
     ksmd.set("run", 2)
-    ksmd.set("max_page_sharing", 10)
-    assert ksmd.get("max_page_sharing") == "10"
+    ksmd.set(name, value)
+    assert ksmd.get(name) == value
+
+
+def test_smart_scan_passes_over_what_was_not_written_and_without_it_everything_is_looked_at() -> None:
+    ksmd = new_ksmd()
+    processes(SimulatedMachine(), ksmd, SAME)
+    passes(ksmd, 3)
+    counters = ksmd.counters()
+    assert (counters.pages_scanned, counters.pages_skipped) == (50, 100)
+    ksmd.set("smart_scan", 0)
+    passes(ksmd, 3)
+    counters = ksmd.counters()
+    assert (counters.pages_scanned, counters.pages_skipped) == (50 + 150, 100)
+    assert counters.pages_unshared == 50
+
+
+def test_without_smart_scan_what_failed_is_tried_in_every_pass() -> None:
+    ksmd = new_ksmd()
+    ksmd.set("smart_scan", 0)
+    (a, b), _ = processes(SimulatedMachine(), ksmd, [1], [1])
+    a.script = b.script = lambda what, vpn: PageStatus.BUSY if what != "scan" else None
+    for _ in range(10):
+        passes(ksmd)
+    assert a.calls.count("donate") + b.calls.count("donate") >= 8
+
+
+@pytest.mark.parametrize("distance", [50, 51])
+def test_pages_of_different_nodes_are_merged_only_across_nodes(distance: int) -> None:
+    """Pages of odd numbers lie on the second node, so the two of each content on one, or on both."""
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    ksmd.set("merge_across_nodes", 0)
+    content = range(1, distance + 1)
+    processes(machine, ksmd, [*content, *content], nodes=2)
+    passes(ksmd, 2)
+    counters = ksmd.counters()
+    assert (counters.pages_sharing, counters.pages_unshared) == ((50, 0) if distance == 50 else (0, 102))
+    ksmd.set("run", 2)
+    ksmd.set("merge_across_nodes", 1)
+    ksmd.set("run", 1)
+    passes(ksmd, 3)
+    assert ksmd.counters().pages_sharing == distance
+
+
+def test_zero_pages_have_no_node() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    ksmd.set("merge_across_nodes", 0)
+    processes(machine, ksmd, [0] * 10, nodes=2)
+    passes(ksmd, 2)
+    assert ksmd.counters().ksm_zero_pages == 10
+
+
+@pytest.mark.parametrize(("prune", "there"), [(2000, False), (100_000, True)])
+def test_dead_segments_are_looked_for_as_often_as_the_knob_says(prune: int, there: bool) -> None:
+    clock = Clock()
+    machine, ksmd = SimulatedMachine(), new_ksmd(clock)
+    ksmd.set("stable_node_chains_prune_millisecs", prune)
+    content = range(1, 1001)
+    (a, b), _ = processes(machine, ksmd, content, content, npages=1000)
+    passes(ksmd, 2)
+    for space in (a, b):
+        space.write(BASE, *range(space.pid * 10_000, space.pid * 10_000 + 900))
+    for _ in range(20):
+        clock.now += 1
+        passes(ksmd)
+    assert (1 in machine.segments) == there
+
+
+def test_full_scans_counts_a_pass_when_what_it_found_is_merged() -> None:
+    """Who waits for two passes, as programs that know KSM do, finds everything merged."""
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    processes(machine, ksmd, SAME, SAME)
+    while ksmd.counters().full_scans < 2:
+        assert not machine.saved
+        ksmd.do_scan()
+    assert machine.saved == 50
 
 
 def test_pages_to_scan_belongs_to_the_advisor_or_to_nobody() -> None:

@@ -21,6 +21,7 @@ from samepage.memory import (
     Donation,
     MergeResult,
     PageStatus,
+    ScanFlag,
     ScanResult,
     Segment,
 )
@@ -389,6 +390,7 @@ def test_a_segment_is_closed_when_nobody_registered_maps_it(machine: SimulatedMa
 
 
 def test_the_last_users_move_out_of_a_segment_that_is_mostly_dead(machine: SimulatedMachine, ksmd: Ksmd) -> None:
+    ksmd.set("stable_node_chains_prune_millisecs", 0)
     content = range(1, 1001)
     (a, b), _ = processes(machine, ksmd, content, content, npages=1000)
     passes(ksmd, 2)
@@ -405,11 +407,19 @@ def test_the_last_users_move_out_of_a_segment_that_is_mostly_dead(machine: Simul
     check(ksmd, machine, {})
 
 
+def test_processes_with_much_in_common_donate_in_turn(machine: SimulatedMachine, ksmd: Ksmd) -> None:
+    content = range(1, 4 * SEGMENT_PAGES + 1)
+    (a, b), _ = processes(machine, ksmd, content, content, npages=len(content))
+    passes(ksmd, 2)
+    assert machine.saved == len(content)
+    assert (a.calls.count("donate"), b.calls.count("donate")) == (2, 2)
+
+
 def test_extents_end_where_a_segment_ends(machine: SimulatedMachine, ksmd: Ksmd) -> None:
     content = range(1, 2 * SEGMENT_PAGES + 101)
     (a, b), _ = processes(machine, ksmd, content, content, npages=len(content))
     passes(ksmd, 2)
-    assert [s.npages for s in machine.segments.values()] == [SEGMENT_PAGES, SEGMENT_PAGES, 100]
+    assert sorted(s.npages for s in machine.segments.values()) == [100, SEGMENT_PAGES, SEGMENT_PAGES]
     assert a.extents() == b.extents() == 3
     assert machine.saved == len(content)
 
@@ -491,8 +501,8 @@ class Liar(SimulatedAddressSpace):
         self.map_area(BASE, 256)
         self.write(BASE, *SAME)
 
-    def scan(self, vpn: int, budget: int) -> ScanResult:
-        reply = super().scan(vpn, budget)
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
+        reply = super().scan(vpn, budget, flags)
         if self.lie == "scan":
             for name, value in self.answer.items():
                 setattr(reply, name, value(reply) if callable(value) else value)
@@ -626,7 +636,7 @@ def test_a_whole_gigabyte_takes_sixteen_bytes_a_page_and_one_extent_a_segment() 
         inos = iter(range(1, 1 << 30))
         extents_merged = 0
 
-        def scan(self, vpn: int, budget: int) -> ScanResult:
+        def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
             fresh = sums if not self.calls else sums[:0]
             self.calls.append("scan")
             runs = np.array([(BASE, len(fresh), 0, 0, 0)] if len(fresh) else [], RUN)

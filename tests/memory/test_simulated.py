@@ -29,7 +29,7 @@ def kinds(space: SimulatedAddressSpace) -> list[tuple[int, int, int]]:
 
 def test_it_is_an_address_space() -> None:
     space: AddressSpace = space_with()
-    assert space.areas()[1].tolist() == [(10, 100)]
+    assert space.areas().ranges.tolist() == [(10, 100)]
 
 
 def test_only_pages_written_since_the_last_look_are_hashed() -> None:
@@ -150,7 +150,7 @@ def test_a_moved_page_is_gone_here_and_found_there() -> None:
     space.mremap(10, 2, 500)
     assert kinds(space) == [(500, 2, RunKind.FOUND)]
     assert space.read(501) == 2
-    assert [tuple(a) for a in space.areas()[1].tolist()] == [(12, 98), (500, 2)]
+    assert [tuple(a) for a in space.areas().ranges.tolist()] == [(12, 98), (500, 2)]
 
 
 def test_mappings_are_counted_by_extent() -> None:

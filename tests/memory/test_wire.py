@@ -88,15 +88,16 @@ def test_every_constant_equals_the_c_header(c_layout: Layout) -> None:
     ours = {"SP_MAGIC": wire.MAGIC, "SP_VERSION": wire.VERSION, "SP_MSG_MAX": wire.MSG_MAX}
     ours |= {"SP_ZERO_PAGE": memory.ZERO_PAGE} | {f"SP_WELCOME_{flag.name}": int(flag) for flag in wire.Flags}
     ours |= {f"SP_{op.name}": int(op) for op in wire.Op}
+    ours |= {f"SP_SCAN_{flag.name}": int(flag) for flag in memory.ScanFlag}
     ours |= {f"SP_SWAP_{swap.name}": int(swap) for swap in wire.Swap}
     assert ours | {"": 0} == c_layout["constants"]
 
 
 def test_a_packet_arrives_as_it_was_sent(pair: Pair) -> None:
-    wire.send(pair[0], wire.Op.SCAN, 7, wire.pack(wire.SCAN, 5, 100))
+    wire.send(pair[0], wire.Op.SCAN, 7, wire.pack(wire.SCAN, 5, 100, 1, 0))
     packet = wire.recv(pair[1])
     assert (packet.op, packet.seq, packet.error, packet.fd) == (wire.Op.SCAN, 7, 0, -1)
-    assert packet.reader().one(wire.SCAN) == {"vpn": 5, "budget": 100}
+    assert packet.reader().one(wire.SCAN) == {"vpn": 5, "budget": 100, "flags": 1, "pad": 0}
 
 
 def test_a_descriptor_rides_on_its_packet_and_is_closed_on_exec(pair: Pair) -> None:

@@ -97,7 +97,7 @@ class FakeAgent:
         most = (wire.BODY_MAX - wire.AREAS.itemsize) // AREA.itemsize
         left = self.areas[self.areas["vpn"] >= start]
         more = int(left["vpn"][most]) if len(left) > most else 0
-        return wire.pack(wire.AREAS, 1, more) + left[:most].tobytes(), -1
+        return wire.pack(wire.AREAS, 1, more, 0, 0) + left[:most].tobytes(), -1
 
     def do_scan(self, request: Packet) -> tuple[bytes, int]:
         asked = request.reader().one(wire.SCAN)
@@ -197,7 +197,7 @@ def oversize(agent: FakeAgent, request: Packet) -> tuple[bytes, int]:
 
 def overlapping_areas(agent: FakeAgent, request: Packet) -> tuple[bytes, int]:
     areas = np.array([(BASE_VPN, 10), (BASE_VPN + 5, 10)], AREA)
-    return wire.encode(request.op, request.seq, wire.pack(wire.AREAS, 1, 0) + areas.tobytes()), -1
+    return wire.encode(request.op, request.seq, wire.pack(wire.AREAS, 1, 0, 0, 0) + areas.tobytes()), -1
 
 
 def unsealed_segment(agent: FakeAgent, request: Packet) -> tuple[bytes, int]:

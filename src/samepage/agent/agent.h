@@ -29,7 +29,7 @@
  *
  * Files, in the order of the story: area.c (areas, lock, planes); in front of libc (wrappers.h): alloc.c (the malloc
  * family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c (the rest); uffd.c (the
- * kernel's calls, one function each), scan.c (look and hash), swap.c (donate and merge), break.c (unmerge),
+ * kernel's calls, one function each), scan.c and hash.c (look and hash), swap.c (donate and merge), break.c (unmerge),
  * headroom.c (is there memory?), peer.c (thread, wire and C API).
  */
 #ifndef SAMEPAGE_AGENT_H
@@ -111,6 +111,7 @@ enum area_flags {
 	AREA_HUGEPAGE = 1 << 8,
 	AREA_NOHUGEPAGE = 1 << 9,
 	AREA_UNMERGED = 1 << 10, /* MADV_UNMERGEABLE on memory of ours: known, not mergeable */
+	AREA_MAPPED = 1 << 11,	 /* private anonymous memory that the program mapped itself: merged if merge_any */
 };
 
 struct area {
@@ -129,7 +130,8 @@ bool mmap_lock_contended(void);
 void mmap_lock_reinit(void); /* in a forked child */
 
 extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every wrapper passes straight through */
-extern uint64_t areas_seq;	       /* changes whenever the set of mergeable ranges does */
+extern uint64_t areas_seq;	       /* changes whenever the set of mergeable ranges does, or merge_any */
+extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: what the program mapped or will map is mergeable */
 
 /* All need the lock. area_next: the first area that ends after `addr`, or NULL; valid until the list changes. */
 struct area *area_next(uintptr_t addr);
@@ -139,6 +141,9 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 void area_remove(uintptr_t start, uintptr_t end);
 void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start);
 bool area_mergeable(const struct area *a);
+bool any_mergeable(void);
+/* Sets merge_any. Memory for which there is no room to keep books is left alone. */
+void area_merge_any(bool on);
 /* Drops areas of [start, end) that nothing has to be remembered of: not ours, not mergeable, nothing merged. */
 void area_forget_plain(uintptr_t start, uintptr_t end);
 unsigned long area_index(const struct area *a);
@@ -163,16 +168,19 @@ void area_readvise(const struct area *a, uintptr_t start, uintptr_t end);
 /* ---- the kernel's calls (uffd.c); the agent thread only ------------------------------------------ */
 
 struct kernel {
-	int move;    /* userfaultfd with MOVE, and WP_ASYNC where tracking; -1 */
-	int wp;	     /* userfaultfd with synchronous write-protection; -1 */
-	int pagemap; /* /proc/self/pagemap */
-	int mem;     /* /proc/self/mem */
-	int maps;    /* /proc/self/maps */
-	bool scan;   /* PAGEMAP_SCAN works */
+	int move;	  /* userfaultfd with MOVE, and WP_ASYNC where tracking; -1 */
+	int wp;		  /* userfaultfd with synchronous write-protection; -1 */
+	int pagemap;	  /* /proc/self/pagemap */
+	int mem;	  /* /proc/self/mem */
+	int maps;	  /* /proc/self/maps */
+	bool scan;	  /* PAGEMAP_SCAN works */
+	bool numa;	  /* there is more than one node */
+	bool moves_views; /* a private mapping of a file can be moved and stay behind empty (mremap, 5.13) */
 	bool tracking;
 	enum sp_swap swap;
-	/* Three windows, the only places where the agent thread maps anything: WINDOW bytes, copy COPY_WINDOW. */
+	/* Four windows, the only places where the agent thread maps anything: WINDOW bytes, copy COPY_WINDOW. */
 	uintptr_t scratch; /* registered with `move`, always empty between steps */
+	uintptr_t huge;	   /* another one, which only ever holds a whole huge page; 0: none */
 	uintptr_t view;	   /* of a segment, to compare with */
 	uintptr_t copy;	   /* where a break prepares private copies */
 };
@@ -185,6 +193,7 @@ enum {
 	PAGE_IS_PRESENT = 1 << 3,
 	PAGE_IS_SWAPPED = 1 << 4,
 	PAGE_IS_PFNZERO = 1 << 5,
+	PAGE_IS_HUGE = 1 << 6,
 };
 
 struct page_region {
@@ -208,6 +217,11 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
  * processes map it too (bit 56 is clear). */
 enum page_kind { PAGE_ABSENT, PAGE_FILE, PAGE_OWN, PAGE_FORKED };
 int page_kinds(uintptr_t start, size_t n, uint8_t *kind);
+/* The NUMA node of each of n <= SECTION_MAX pages that are present. 0 or -errno: the kernel does not tell. */
+int page_nodes(uintptr_t start, size_t n, int *node);
+void prefer_node(int node); /* for what this thread allocates; -1: as before the first such call */
+/* Makes the window `huge` anew, with no page table in it. */
+void huge_reset(void);
 int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode);
 int uffd_unregister(int uffd, uintptr_t start, uintptr_t len);
 int uffd_protect(uintptr_t start, uintptr_t len, bool on);
@@ -235,7 +249,7 @@ extern const uint8_t zero_page[PAGE_SIZE];
 /* Looks from req->vpn on; fills `runs` and `sums`, both with room for the most a packet can carry. */
 void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
 	       uint64_t *sums, uint32_t max_sums);
-uint64_t page_checksum(const void *page);
+uint64_t page_checksum(const void *page); /* hash.c */
 
 /* Copies pages to a new sealed memfd: the descriptor, -1 when no page could be had. One PageStatus a page. */
 int donate(const struct sp_area *runs, size_t n, uint8_t *status);
@@ -253,6 +267,10 @@ void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp
 /* Bytes this process could still be given before anybody would have to be killed: the least over its
  * memory cgroup, every ancestor, and MemAvailable. Needs the lock, for its buffers' sake. */
 uint64_t headroom(bool with_swap);
+/* Whether `bytes` can be taken and `leave` bytes are left then. Where there is plenty it does not look every time.
+ * Needs the lock. */
+bool room_for(uint64_t bytes, uint64_t leave);
+unsigned long online_cpus(void);
 
 /* ---- the thread (peer.c) --------------------------------------------------------------------------- */
 

@@ -62,12 +62,34 @@ static unsigned long capacity;
 _Atomic unsigned long nr_areas;
 uint64_t areas_seq = 1;
 
-/* What makes two neighbouring areas different ones; a change in anything else is not worth a new seq. */
-#define AREA_MERGEABLE_BITS (AREA_ALLOC | AREA_ADVISED | AREA_EXCLUDED | AREA_UNMERGED)
+_Atomic bool merge_any;
+
+static bool mergeable(unsigned flags)
+{
+	return flags & (AREA_ALLOC | AREA_ADVISED | (merge_any ? AREA_MAPPED : 0)) &&
+	       !(flags & (AREA_EXCLUDED | AREA_UNMERGED));
+}
 
 bool area_mergeable(const struct area *a)
 {
-	return (a->flags & (AREA_ALLOC | AREA_ADVISED)) && !(a->flags & (AREA_EXCLUDED | AREA_UNMERGED));
+	return mergeable(a->flags);
+}
+
+bool any_mergeable(void)
+{
+	for (unsigned long i = 0; i < nr_areas; i++)
+		if (mergeable(areas[i].flags))
+			return true;
+	return false;
+}
+
+void area_merge_any(bool on)
+{
+	merge_any = on;
+	for (unsigned long i = 0; on && i < nr_areas; i++)
+		if (mergeable(areas[i].flags) && page_reserve(areas[i].start >> PAGE_SHIFT, areas[i].end >> PAGE_SHIFT))
+			areas[i].flags |= AREA_EXCLUDED;
+	areas_seq++;
 }
 
 unsigned long area_index(const struct area *a)
@@ -173,8 +195,10 @@ static void join_around(uintptr_t start, uintptr_t end)
 
 int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
 {
-	if (start >= end || make_room(3) || page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT))
-		return start < end ? -ENOMEM : -EINVAL;
+	if (start >= end)
+		return -EINVAL;
+	if (make_room(3) || (mergeable(flags) && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT)))
+		return -ENOMEM;
 	split_at(start);
 	split_at(end);
 	/* What is an area already keeps what it has and gains `flags`; the gaps become new areas. */
@@ -197,7 +221,7 @@ int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
 		}
 	}
 	join_around(start, end);
-	areas_seq++;
+	areas_seq += mergeable(flags);
 	return 0;
 }
 
@@ -218,9 +242,10 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 	split_at(start);
 	split_at(end);
 	for (i = lower(start); i < nr_areas && areas[i].start < end; i++) {
-		if (((set & ~areas[i].flags) | (clear & areas[i].flags)) & AREA_MERGEABLE_BITS)
-			areas_seq++;
-		areas[i].flags = (areas[i].flags & ~clear) | set;
+		unsigned flags = (areas[i].flags & ~clear) | set;
+
+		areas_seq += mergeable(flags) != mergeable(areas[i].flags);
+		areas[i].flags = flags;
 		if (prot >= 0)
 			areas[i].prot = prot;
 	}
@@ -237,16 +262,14 @@ void area_remove(uintptr_t start, uintptr_t end)
 	 * should the range become an area again before it asks. */
 	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
 	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
-	if (make_room(1)) { /* cannot cut a hole: forget the area altogether, which is safe */
-		for (i = lower(start); i < nr_areas && areas[i].start < end;)
-			delete(i);
-	} else {
+	if (!make_room(1)) { /* else no hole can be cut: the area is forgotten altogether, which is safe */
 		split_at(start);
 		split_at(end);
-		for (i = lower(start); i < nr_areas && areas[i].start < end;)
-			delete(i);
 	}
-	areas_seq++;
+	for (i = lower(start); i < nr_areas && areas[i].start < end;) {
+		areas_seq += mergeable(areas[i].flags);
+		delete(i);
+	}
 }
 
 void area_forget_plain(uintptr_t start, uintptr_t end)
@@ -256,7 +279,7 @@ void area_forget_plain(uintptr_t start, uintptr_t end)
 		uint64_t last = a->end >> PAGE_SHIFT;
 
 		/* Locks and exclusions outlive the advice. Islands stay: their mapping is still a segment's, and a discard has to know. */
-		if (!(a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_LOCKED | AREA_EXCLUDED)) &&
+		if (!(a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_MAPPED | AREA_LOCKED | AREA_EXCLUDED)) &&
 		    page_next(PAGE_SEGMENT, a->start >> PAGE_SHIFT, last, true) == last) {
 			delete(i);
 			areas_seq++;

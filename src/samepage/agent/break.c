@@ -164,15 +164,6 @@ static int stock_whole(void)
 	return 0;
 }
 
-static uint64_t near_limit(void)
-{
-	static uint64_t bytes;
-
-	if (!bytes)
-		bytes = NEAR_EACH * (uint64_t)sysconf(_SC_NPROCESSORS_ONLN);
-	return bytes;
-}
-
 /* Whether n pages can be had, and leave the reserve. Needs the lock. 0 or ENOMEM. */
 static int afford(uint64_t n, struct sp_broken *out)
 {
@@ -199,7 +190,7 @@ static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
 
 	if (err)
 		return err;
-	if (out->bytes_available - out->bytes_needed >= near_limit())
+	if (out->bytes_available - out->bytes_needed >= NEAR_EACH * online_cpus())
 		return stock_pages(n);
 	if (want >= SECTION_MAX && *whole) {
 		err = look(SECTION_MAX, out);

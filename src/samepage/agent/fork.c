@@ -173,7 +173,9 @@ bool is_plain_fork(long number, const long *arg)
 static int call_alone(long number, long a, long b)
 {
 	const struct timespec nap = {.tv_nsec = 200000};
+	sigset_t saved;
 	int ret, err;
+	bool any;
 
 	agent_stop();
 	for (int tries = 0;; tries++) {
@@ -183,7 +185,10 @@ static int call_alone(long number, long a, long b)
 			break;
 		real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
 	}
-	if (!no_areas())
+	mmap_lock(&saved);
+	any = any_mergeable();
+	mmap_unlock(&saved);
+	if (any)
 		agent_start();
 	errno = err;
 	return ret;

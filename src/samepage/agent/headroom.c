@@ -491,6 +491,39 @@ static uint64_t headroom_under(const struct roots *r, bool with_swap)
 	return blind || least == NO_LIMIT ? 0 : least;
 }
 
+#define LOOK_GOOD_US 20000ULL /* a look is never good for longer: the process may be moved to another cgroup */
+#define TAKEN_PER_US (10ULL << 30 / 1000000) /* by each CPU at most: nobody clears pages faster */
+
+unsigned long online_cpus(void)
+{
+	static unsigned long n;
+
+	if (!n) /* reads a file */
+		n = (unsigned long)sysconf(_SC_NPROCESSORS_ONLN);
+	return n;
+}
+
+bool room_for(uint64_t bytes, uint64_t leave)
+{
+	static uint64_t found, looked, taken;
+	struct timespec t;
+	uint64_t now, gone;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	now = (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
+	/* What may be gone since: all that we asked for, and what every CPU can have taken. Where twice that was there,
+	 * and then what is asked for now, it still is. */
+	gone = taken + (now - looked) * TAKEN_PER_US * online_cpus();
+	if (now - looked < LOOK_GOOD_US && 2 * (gone + bytes + leave) <= found) {
+		taken += bytes;
+		return true;
+	}
+	found = headroom(settings.use_swap);
+	looked = now;
+	taken = bytes;
+	return found >= bytes + leave;
+}
+
 uint64_t headroom(bool with_swap)
 {
 	/* mountinfo is relative to a thread's root, and ours stays when the application calls chroot(). */

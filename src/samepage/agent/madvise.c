@@ -9,6 +9,7 @@
 
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 
 #define UNMERGE_BATCH SECTION_MAX /* pages; a signal's handler runs, and the lock is free, after each */
@@ -158,20 +159,25 @@ static int merge_advice(uintptr_t start, uintptr_t end, int advice)
 
 int sp_set_memory_merge(bool on)
 {
+	int err = !on && merge_any ? withdraw_advice(0, ADDRESS_END) : 0;
+	bool start = false;
 	sigset_t saved;
-	int err = 0;
 
-	if (!on && merge_any)
-		err = withdraw_advice(0, ADDRESS_END);
-	if (!err)
-		merge_any = on;
-	if (on) {
-		mmap_lock(&saved);
-		area_change(0, ADDRESS_END, 0, AREA_UNMERGED, -1);
-		mmap_unlock(&saved);
-		agent_start();
+	if (err)
+		return err;
+	mmap_lock(&saved);
+	if (on != merge_any) {
+		if (on)
+			area_change(0, ADDRESS_END, 0, AREA_UNMERGED, -1);
+		area_merge_any(on);
+		start = on && any_mergeable();
 	}
-	return err;
+	mmap_unlock(&saved);
+	/* The kernel keeps it for us over an exec (see initialise() in wrappers.c). Where its own ksmd runs, that merges, too. */
+	real.prctl(PR_SET_MEMORY_MERGE, (unsigned long)on, 0, 0, 0);
+	if (start)
+		agent_start();
+	return 0;
 }
 
 /* ---- everything else --------------------------------------------------------------------------------- */

@@ -10,7 +10,6 @@
 #define MAP_FIXED_NOREPLACE 0x100000 /* 4.17 */
 #endif
 
-_Atomic bool merge_any;
 static _Atomic bool lock_future; /* mlockall(MCL_FUTURE) */
 
 unsigned area_new_flags(void)
@@ -37,6 +36,8 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
 
 		if (a && a->start <= at) {
 			stop = min_addr(a->end, end);
+			if (set & AREA_ADVISED && page_reserve(at >> PAGE_SHIFT, stop >> PAGE_SHIFT))
+				return -ENOMEM;
 			area_change(at, stop, set, clear, prot ? prot : -1);
 		} else {
 			int err;
@@ -83,41 +84,41 @@ void area_reconcile(uintptr_t start, uintptr_t end)
 
 /* ---- mapping --------------------------------------------------------------------------------------- */
 
-/* PR_SET_MEMORY_MERGE: what the kernel would make VM_MERGEABLE by itself. */
-static bool merged_from_birth(int flags)
+/* Memory of the program's own that PR_SET_MEMORY_MERGE, now or later, makes mergeable. */
+static bool is_own_memory(int flags)
 {
-	return merge_any && (flags & MAP_TYPE) == MAP_PRIVATE && (flags & MAP_ANONYMOUS) &&
-	       !(flags & (MAP_HUGETLB | MAP_GROWSDOWN | MAP_STACK));
+	return (flags & MAP_TYPE) == MAP_PRIVATE && (flags & MAP_ANONYMOUS) &&
+	       !(flags & (MAP_HUGETLB | MAP_GROWSDOWN | MAP_STACK)) && agent_configured();
 }
 
 void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {
-	bool merge, fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE);
+	bool own, fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE);
 	uintptr_t start, end;
 	sigset_t saved;
 	void *p;
 
 	need_real();
-	merge = merged_from_birth(flags);
-	if (!merge && no_areas())
+	own = is_own_memory(flags);
+	if (!own && no_areas())
 		return real.mmap(addr, len, prot, flags, fd, offset);
 	mmap_lock(&saved);
 	p = real.mmap(addr, len, prot, flags, fd, offset);
 	if (p == MAP_FAILED) {
 		if (fixed) /* the kernel may have unmapped what was there before it failed */
 			area_reconcile(PAGE_ALIGN_DOWN(addr), PAGE_ALIGN_UP((uintptr_t)addr + len));
-		merge = false;
+		own = false;
 	} else {
 		start = (uintptr_t)p;
 		end = PAGE_ALIGN_UP(start + len);
 		/* Without MAP_FIXED, too: an area that stands here was unmapped where no wrapper saw it. */
 		area_remove(start, end);
 		alloc_forget(start, end);
-		if (merge)
-			area_add(start, end, AREA_ADVISED | area_new_flags(), prot);
+		if (own)
+			area_add(start, end, AREA_MAPPED | area_new_flags(), prot);
 	}
 	mmap_unlock(&saved);
-	if (merge)
+	if (own && merge_any)
 		agent_start();
 	return p;
 }

@@ -248,7 +248,7 @@ static size_t do_areas(uint64_t from_vpn)
 	uintptr_t at = from_vpn << PAGE_SHIFT;
 
 	agent_mmap_lock();
-	*head = (struct sp_areas){.seq = areas_seq};
+	*head = (struct sp_areas){.seq = areas_seq, .merge_any = merge_any};
 	for (a = area_next(at); a; a = area_next(at)) {
 		uint64_t vpn = (a->start > at ? a->start : at) >> PAGE_SHIFT, end = a->end >> PAGE_SHIFT;
 
@@ -633,10 +633,13 @@ void agent_fork_child(bool may_start_thread)
 	if (atomic_load(&peer.state) == RUNNING)
 		atomic_store(&peer.state, IDLE);
 	peer.sock = peer.attached = peer.wake[0] = peer.wake[1] = -1;
+	/* The one window that is inherited while something is in it. */
+	if (kernel.view)
+		real.munmap((void *)kernel.view, WINDOW);
 	kernel = (struct kernel){.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1};
 	page_forget_known();
 	peer.delay = true;
-	if (may_start_thread)
+	if (may_start_thread && any_mergeable())
 		agent_start();
 }
 

@@ -8,9 +8,6 @@
 
 #include <linux/userfaultfd.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #define STEP_PAGES 512UL       /* hashed under one hold of the lock: 2 MiB, some 200 us */
 #define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms when nothing changed */
 #define NR_REGIONS 64
@@ -19,14 +16,8 @@ struct out {
 	struct sp_run *runs;
 	uint64_t *sums;
 	uint32_t nruns, max_runs, nsums, max_sums;
+	uint32_t flags; /* enum sp_scan_flags */
 };
-
-uint64_t page_checksum(const void *page)
-{
-	uint64_t sum = XXH3_64bits(page, PAGE_SIZE);
-
-	return settings.flags & SP_WELCOME_TRUNCATE_HASH ? sum & 0xff : sum;
-}
 
 static bool full(const struct out *o)
 {
@@ -46,27 +37,62 @@ static void emit(struct out *o, uint64_t vpn, uint64_t end, uint32_t kind, uint6
 
 enum { RUN_HASHED, RUN_BROKEN, RUN_GONE, RUN_FOUND }; /* RunKind in samepage/memory */
 
-/* Hashes one region, as far as there is room for checksums. Where it stopped. */
+/* Makes nodes part of the checksums of n pages. False: nobody says on which they are. */
+static bool mix_nodes(uint64_t *sums, uint64_t vpn, size_t n)
+{
+	const uint64_t zero = page_checksum(zero_page);
+	int node[SECTION_MAX];
+
+	if (page_nodes(vpn << PAGE_SHIFT, n, node))
+		return false;
+	for (size_t i = 0; i < n; i++)
+		if (sums[i] != zero && node[i] > 0)
+			sums[i] ^= (uint64_t)node[i] * 0x9e3779b97f4a7c15u;
+	return true;
+}
+
+/* Hashes one region of at most STEP_PAGES, as far as there is room for checksums. Where it stopped. */
 static uint64_t hash_region(struct out *o, const struct page_region *r)
 {
 	uint64_t vpn = r->start >> PAGE_SHIFT, end = r->end >> PAGE_SHIFT;
+	uint64_t *sums = o->sums + o->nsums;
 
 	if (end - vpn > o->max_sums - o->nsums)
 		end = vpn + (o->max_sums - o->nsums);
 	if (vpn == end)
 		return vpn;
 	for (uint64_t p = vpn; p < end; p++)
-		o->sums[o->nsums++] = page_checksum((const void *)(p << PAGE_SHIFT));
+		sums[p - vpn] = page_checksum((const void *)(p << PAGE_SHIFT));
+	if (o->flags & SP_SCAN_NODES && !mix_nodes(sums, vpn, end - vpn))
+		return end; /* not to be merged across nodes, so not at all */
+	o->nsums += (uint32_t)(end - vpn);
 	emit(o, vpn, end, RUN_HASHED, 0, 0);
 	return end;
+}
+
+/*
+ * Where to end a look at the regions found in [start, walked), so that no huge page is looked at in part: protecting a
+ * part of it would split it. When that leaves nothing to look at, there is no more room in this answer; `start` then.
+ * Unless the answer is empty: who asks for so few pages gets them.
+ */
+static uintptr_t whole_pages(const struct out *o, const struct page_region *v, int n, uintptr_t start, uintptr_t walked)
+{
+	const struct page_region *last = &v[n - 1];
+	uintptr_t cut;
+
+	if (!(last->categories & PAGE_IS_HUGE) || last->end != walked || walked % WINDOW == 0)
+		return walked;
+	cut = walked & ~(WINDOW - 1);
+	if (cut > last->start)
+		return cut;
+	return last->start > start || o->nsums ? last->start : walked;
 }
 
 static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
 {
 	struct pm_walk w = {
-		.must = PAGE_IS_PRESENT | (kernel.tracking ? PAGE_IS_WRITTEN : 0),
+		.must = PAGE_IS_PRESENT | (kernel.tracking && !(o->flags & SP_SCAN_ALL) ? PAGE_IS_WRITTEN : 0),
 		.must_not = PAGE_IS_FILE | PAGE_IS_SWAPPED | (kernel.scan ? PAGE_IS_PFNZERO : 0),
-		.protect = kernel.tracking,
 	};
 	struct page_region v[NR_REGIONS];
 	uintptr_t start = vpn << PAGE_SHIFT, stop, walked;
@@ -97,6 +123,15 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	w.max_pages = o->max_sums - o->nsums < STEP_PAGES ? o->max_sums - o->nsums : STEP_PAGES;
 	room = (int)(o->max_runs - o->nruns < NR_REGIONS ? o->max_runs - o->nruns : NR_REGIONS);
 	n = pagemap_walk(start, stop, &w, v, room, &walked);
+	if (n > 0 && kernel.tracking) {
+		stop = whole_pages(o, v, n, start, walked);
+		if (stop == start) {
+			o->max_sums = o->nsums; /* full */
+			return vpn;
+		}
+		w.protect = true;
+		n = pagemap_walk(start, stop, &w, v, room, &walked);
+	}
 	if (n < 0)
 		return stop >> PAGE_SHIFT;
 	for (int i = 0; i < n; i++)
@@ -190,7 +225,7 @@ static uint64_t step(struct out *o, uint64_t vpn)
 void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
 	       uint64_t *sums, uint32_t max_sums)
 {
-	struct out o = {.runs = runs, .sums = sums, .max_runs = max_runs, .max_sums = max_sums};
+	struct out o = {.runs = runs, .sums = sums, .max_runs = max_runs, .max_sums = max_sums, .flags = req->flags};
 	uint64_t vpn = req->vpn;
 
 	if (req->budget < max_sums)

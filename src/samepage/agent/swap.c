@@ -30,12 +30,13 @@ const uint8_t zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 /* A stretch of one area that lies in one mapping: what is swapped under one hold of the lock. */
 struct chunk {
 	uintptr_t addr;
-	size_t n;		/* pages, at most SECTION_MAX */
-	const uint8_t *segment; /* the segment's pages for these, or NULL: zeros */
+	size_t n;		/* pages, at most SECTION_MAX, and of one huge page's range */
+	const uint8_t *segment; /* the segment's pages for these, in the view; or NULL: zeros */
 	int fd;
 	uint64_t offset; /* of `segment` in fd, in pages */
 	uint8_t *status; /* one a page */
 	const struct area *area;
+	uintptr_t scratch; /* the window that pages are moved to */
 };
 
 static uintptr_t page_at(const struct chunk *c, size_t i)
@@ -43,9 +44,9 @@ static uintptr_t page_at(const struct chunk *c, size_t i)
 	return c->addr + i * PAGE_SIZE;
 }
 
-static uintptr_t scratch_at(size_t i)
+static uintptr_t scratch_at(const struct chunk *c, size_t k)
 {
-	return kernel.scratch + i * PAGE_SIZE;
+	return c->scratch + k * PAGE_SIZE;
 }
 
 static bool page_equal(const struct chunk *c, size_t i, const void *page)
@@ -53,13 +54,21 @@ static bool page_equal(const struct chunk *c, size_t i, const void *page)
 	return !memcmp(page, c->segment ? c->segment + i * PAGE_SIZE : zero_page, PAGE_SIZE);
 }
 
-/* Maps the segment over pages [i, j) of the chunk. The caller has made sure that they are equal. */
+/* Puts the segment's pages over pages [i, j) of the chunk. The caller has made sure that they are equal. */
 static int map_segment(const struct chunk *c, size_t i, size_t j)
 {
 	uintptr_t start = page_at(c, i), end = page_at(c, j);
+	size_t len = end - start;
+	void *put;
 
-	if (real.mmap((void *)start, end - start, c->area->prot, MAP_PRIVATE | MAP_FIXED, c->fd,
-		      (off_t)((c->offset + i) * PAGE_SIZE)) == MAP_FAILED)
+	/* What was compared moves there, page tables and all, so the application need not fault. */
+	if (kernel.moves_views)
+		put = real.mremap((void *)(c->segment + i * PAGE_SIZE), len, len,
+				  MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)start);
+	else
+		put = real.mmap((void *)start, len, c->area->prot, MAP_PRIVATE | MAP_FIXED, c->fd,
+				(off_t)((c->offset + i) * PAGE_SIZE));
+	if (put == MAP_FAILED)
 		return -errno;
 	area_readvise(c->area, start, end);
 	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, true);
@@ -81,7 +90,7 @@ static size_t run_end(const bool *flag, size_t i, size_t n)
 /* ---- by move --------------------------------------------------------------------------------------- */
 
 /* Which pages of scratch [0, n) hold something: the truth about every move. */
-static void scratch_holds(size_t n, bool *here)
+static void scratch_holds(const struct chunk *c, size_t n, bool *here)
 {
 	const struct pm_walk present = {.must = PAGE_IS_PRESENT}, swapped = {.must = PAGE_IS_SWAPPED};
 	const struct pm_walk *walks[] = {&present, &swapped};
@@ -89,7 +98,7 @@ static void scratch_holds(size_t n, bool *here)
 
 	memset(here, 0, n);
 	for (int k = 0; k < 2; k++) {
-		uintptr_t at = kernel.scratch, end = scratch_at(n);
+		uintptr_t at = c->scratch, end = scratch_at(c, n);
 
 		while (at < end) {
 			int regions = pagemap_walk(at, end, walks[k], v, 16, &at);
@@ -100,7 +109,7 @@ static void scratch_holds(size_t n, bool *here)
 				real.syscall(SYS_sched_yield);
 			}
 			for (int r = 0; r < regions; r++)
-				memset(here + ((v[r].start - kernel.scratch) >> PAGE_SHIFT), 1,
+				memset(here + ((v[r].start - c->scratch) >> PAGE_SHIFT), 1,
 				       (v[r].end - v[r].start) >> PAGE_SHIFT);
 		}
 	}
@@ -114,9 +123,9 @@ static void pull(struct chunk *c, size_t i, size_t j, bool *here)
 	int tries = 0;
 
 	while (at < n) {
-		int err = uffd_move(scratch_at(at), page_at(c, i + at), (n - at) * PAGE_SIZE);
+		int err = uffd_move(scratch_at(c, at), page_at(c, i + at), (n - at) * PAGE_SIZE);
 
-		scratch_holds(n, here);
+		scratch_holds(c, n, here);
 		while (at < n && here[at])
 			at++;
 		if (at == n)
@@ -144,7 +153,7 @@ static void push_back(struct chunk *c, size_t i, size_t n)
 	for (unsigned long tries = 0;; tries++) {
 		bool left = false;
 
-		scratch_holds(n, here);
+		scratch_holds(c, n, here);
 		for (size_t k = 0, end; k < n; k = end) {
 			size_t len;
 			int err;
@@ -154,22 +163,22 @@ static void push_back(struct chunk *c, size_t i, size_t n)
 				continue;
 			left = true;
 			len = (end - k) * PAGE_SIZE;
-			err = uffd_move(page_at(c, i + k), scratch_at(k), len);
+			err = uffd_move(page_at(c, i + k), scratch_at(c, k), len);
 			if (!err || tries < 16)
 				continue;
 			/* It will not move (a migration keeps it, say): a copy is as good, nobody else can write
 			 * the page here. One page at a time, since a copy may stop half-way too. */
-			err = uffd_copy(page_at(c, i + k), scratch_at(k), PAGE_SIZE);
+			err = uffd_copy(page_at(c, i + k), scratch_at(c, k), PAGE_SIZE);
 			/* EEXIST: something stands at home. With the range registered for missing pages only
 			 * we can have put it there: the page itself, of which this is the copied original. */
 			if (!err || (err == -EEXIST && !page_kinds(page_at(c, i + k), 1, &kind) && kind != PAGE_ABSENT))
-				real.madvise((void *)scratch_at(k), PAGE_SIZE, MADV_DONTNEED);
+				real.madvise((void *)scratch_at(c, k), PAGE_SIZE, MADV_DONTNEED);
 			/* The mapping at home is gone (a kernel before 6.12 can fail a MAP_FIXED half-way): put the
 			 * scratch pages there. */
-			else if (err == -ENOENT && real.mremap((void *)scratch_at(k), len, len,
+			else if (err == -ENOENT && real.mremap((void *)scratch_at(c, k), len, len,
 							       MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
 							       (void *)page_at(c, i + k)) != MAP_FAILED)
-				uffd_register(kernel.move, scratch_at(k), len, UFFDIO_REGISTER_MODE_WP);
+				uffd_register(kernel.move, scratch_at(c, k), len, UFFDIO_REGISTER_MODE_WP);
 		}
 		if (!left)
 			return;
@@ -177,38 +186,100 @@ static void push_back(struct chunk *c, size_t i, size_t n)
 	}
 }
 
-/* One critical section: pages [i, j) of the chunk, all present and exclusive a moment ago. */
-static void section_by_move(struct chunk *c, size_t i, size_t j)
+/* Compares pages [i, j) of the chunk, which are in scratch from k on where `here` says so, and puts the segment's over
+ * those that are equal. */
+static void settle(struct chunk *c, size_t i, size_t j, size_t k, const bool *here)
 {
-	bool here[SECTION_MAX], equal[SECTION_MAX];
+	bool equal[SECTION_MAX];
 	size_t n = j - i;
-	bool all = true;
 
-	pull(c, i, j, here);
-	for (size_t k = 0; k < n; k++) {
-		equal[k] = here[k] && page_equal(c, i + k, (void *)scratch_at(k));
-		if (here[k] && !equal[k])
-			c->status[i + k] = DIFFERENT;
+	for (size_t m = 0; m < n; m++) {
+		equal[m] = here[k + m] && page_equal(c, i + m, (void *)scratch_at(c, k + m));
+		if (here[k + m] && !equal[m])
+			c->status[i + m] = DIFFERENT;
 	}
-	for (size_t k = 0, end; k < n; k = end) {
+	for (size_t m = 0, end; m < n; m = end) {
 		int err = 0;
 
-		end = run_end(equal, k, n);
-		if (equal[k] && c->segment)
-			err = map_segment(c, i + k, i + end);
-		if (equal[k] && !err) {
-			memset(c->status + i + k, DONE, end - k);
-			real.madvise((void *)scratch_at(k), (end - k) * PAGE_SIZE, MADV_DONTNEED);
-			if (c->segment)
-				continue;
-		} else if (equal[k]) {
-			memset(c->status + i + k, err == -ENOMEM ? NOMAP : REFUSED, end - k);
-		}
-		all = false;
+		end = run_end(equal, m, n);
+		if (!equal[m])
+			continue;
+		if (c->segment)
+			err = map_segment(c, i + m, i + end);
+		memset(c->status + i + m, !err ? DONE : err == -ENOMEM ? NOMAP : REFUSED, end - m);
+	}
+}
+
+/* Empties scratch [0, n), which holds what is left of page i of the chunk on: what is done goes, the rest goes home. */
+static void clear_scratch(struct chunk *c, size_t i, size_t n)
+{
+	bool done[SECTION_MAX], all = true;
+
+	for (size_t k = 0; k < n; k++)
+		all &= done[k] = c->status[i + k] == DONE;
+	for (size_t k = 0, end; k < n; k = end) {
+		end = run_end(done, k, n);
+		if (done[k])
+			real.madvise((void *)scratch_at(c, k), (end - k) * PAGE_SIZE, MADV_DONTNEED);
 	}
 	if (!all)
 		push_back(c, i, n);
-	uffd_wake(kernel.move, page_at(c, i), n * PAGE_SIZE);
+}
+
+/* One critical section: pages [i, j) of the chunk, all present and exclusive a moment ago. */
+static void section_by_move(struct chunk *c, size_t i, size_t j)
+{
+	bool here[SECTION_MAX];
+
+	pull(c, i, j, here);
+	settle(c, i, j, 0, here);
+	clear_scratch(c, i, j - i);
+	uffd_wake(kernel.move, page_at(c, i), (j - i) * PAGE_SIZE);
+}
+
+static bool is_huge_page(const struct chunk *c)
+{
+	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_HUGE, .must_not = PAGE_IS_FILE};
+	struct page_region r;
+	uintptr_t walked;
+
+	return kernel.huge && kernel.scan && c->n == SECTION_MAX && c->addr % WINDOW == 0 &&
+	       pagemap_walk(c->addr, c->addr + WINDOW, &w, &r, 1, &walked) == 1 && r.end - r.start == WINDOW;
+}
+
+/*
+ * A huge page moves whole: splitting it, which moving a part of it makes the kernel do, costs as much as all the rest. Its
+ * sections are compared and mapped one after the other, and who waits for one of them goes on then, so nobody waits
+ * for more than the whole. False: it would not move, and every page is at home.
+ */
+static bool swap_huge_page(struct chunk *c)
+{
+	bool here[SECTION_MAX], all = true;
+
+	c->scratch = kernel.huge;
+	uffd_move(scratch_at(c, 0), c->addr, WINDOW);
+	scratch_holds(c, SECTION_MAX, here);
+	for (size_t k = 0; k < SECTION_MAX; k++)
+		all &= here[k];
+	if (all) {
+		for (size_t at = 0, end; at < SECTION_MAX; at = end) {
+			end = min_addr(at + settings.section, SECTION_MAX);
+			settle(c, at, end, at, here);
+			uffd_wake(kernel.move, page_at(c, at), (end - at) * PAGE_SIZE);
+		}
+		clear_scratch(c, 0, SECTION_MAX);
+		for (size_t k = 0; k < SECTION_MAX; k++)
+			if (c->status[k] != DONE) { /* a part of it went home: there are page tables now */
+				huge_reset();
+				break;
+			}
+	} else {
+		push_back(c, 0, SECTION_MAX);
+		huge_reset();
+	}
+	uffd_wake(kernel.move, c->addr, WINDOW);
+	c->scratch = kernel.scratch;
+	return all;
 }
 
 /* Swaps pages [i, j) of the chunk. */
@@ -220,8 +291,9 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 		memset(c->status + i, REFUSED, j - i);
 		return;
 	}
-	for (size_t at = i; at < j; at += settings.section)
-		section_by_move(c, at, at + settings.section < j ? at + settings.section : j);
+	if (!is_huge_page(c) || !swap_huge_page(c))
+		for (size_t at = i; at < j; at += settings.section)
+			section_by_move(c, at, min_addr(at + settings.section, j));
 	/* What stayed anonymous is no longer watched for missing pages; unregistering wakes who waits there. */
 	for (uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, stop; vpn < last; vpn = stop) {
 		vpn = page_next(PAGE_SEGMENT, vpn, last, false);
@@ -325,10 +397,12 @@ static void merge_chunk(struct chunk *c)
 	}
 }
 
-/* Fills the page tables of what was just mapped: the application need not fault, and what /proc says of the
- * process (PSS, PAGE_IS_FILE) is true at once. */
+/* Fills the page tables of what was just mapped, where it was not moved with them: the application need not fault, and
+ * what /proc says of the process (PSS, PAGE_IS_FILE) is true at once. */
 static void populate(const struct chunk *c)
 {
+	if (kernel.moves_views || !c->segment)
+		return;
 	for (size_t i = 0, j; i < c->n; i = j) {
 		for (j = i; j < c->n && c->status[j] == DONE; j++)
 			;
@@ -339,21 +413,41 @@ static void populate(const struct chunk *c)
 	}
 }
 
-/* Merges up to SECTION_MAX pages at `addr` under one hold of the lock. How many it answered for. */
+#define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
+
+/* A private view of a segment's pages. Not kept from a fork, since what is moved from it must not be; a forked child
+ * unmaps it (agent_fork_child). NULL: no mapping to be had. */
+static const uint8_t *view_of(int fd, uint64_t offset, size_t n)
+{
+	void *p = real.mmap((void *)kernel.view, n * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd,
+			    (off_t)(offset * PAGE_SIZE));
+
+	if (p == MAP_FAILED)
+		return NULL;
+	/* Before the hole is open, so that the comparison does not fault in it. A fault maps what is around it, too, which is
+	 * cheaper than MADV_POPULATE_READ's walk over every page. */
+	for (size_t k = 0; k < n; k += FAULT_AROUND)
+		*(const volatile uint8_t *)((uintptr_t)p + k * PAGE_SIZE);
+	return p;
+}
+
+/* Merges pages at `addr`, up to the end of a huge page's range, under one hold of the lock. How many it answered for. */
 static size_t merge_some(uintptr_t addr, size_t n, int fd, uint64_t offset, uint8_t *status)
 {
-	struct chunk c = {.addr = addr, .n = n < SECTION_MAX ? n : SECTION_MAX, .fd = fd, .status = status};
+	struct chunk c = {.addr = addr,
+			  .n = min_addr(n, SECTION_MAX - (addr >> PAGE_SHIFT) % SECTION_MAX),
+			  .fd = fd,
+			  .status = status,
+			  .scratch = kernel.scratch};
 	struct vma vma;
 
 	if (offset != SP_ZERO_PAGE) {
 		c.offset = offset;
-		c.segment = window_reset(kernel.view, c.n * PAGE_SIZE, PROT_READ, fd, (off_t)(offset * PAGE_SIZE));
+		c.segment = view_of(fd, offset, c.n);
 		if (!c.segment) {
 			memset(status, NOMAP, c.n);
 			return c.n;
 		}
-		/* Before the hole is open, so that the comparison does not fault in it. */
-		real.madvise((void *)kernel.view, c.n * PAGE_SIZE, MADV_POPULATE_READ);
 	}
 	agent_mmap_lock();
 	c.area = area_next(addr);
@@ -367,8 +461,7 @@ static size_t merge_some(uintptr_t addr, size_t n, int fd, uint64_t offset, uint
 		/* A move must stay within one mapping. */
 		c.n = min_addr(c.n, (min_addr(c.area->end, vma.end) - addr) >> PAGE_SHIFT);
 		merge_chunk(&c);
-		if (c.segment)
-			populate(&c);
+		populate(&c);
 	}
 	agent_mmap_unlock();
 	return c.n;
@@ -395,7 +488,7 @@ static bool room_to_merge(void)
 	bool room;
 
 	agent_mmap_lock();
-	room = headroom(settings.use_swap) >= 256UL << 10;
+	room = room_for(256UL << 10, 0);
 	agent_mmap_unlock();
 	return room;
 }
@@ -477,6 +570,24 @@ static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 	}
 }
 
+/* The same, with each copy on the NUMA node of its page, as a page that the kernel's KSM shares stays where it is. */
+static void append_near(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
+{
+	int node[SECTION_MAX];
+
+	if (!kernel.numa || page_nodes(addr + i * PAGE_SIZE, j - i, node)) {
+		append(fd, addr, i, j, status);
+		return;
+	}
+	for (size_t from = i, to; from < j; from = to) {
+		for (to = from; to < j && node[to - i] == node[from - i]; to++)
+			;
+		prefer_node(node[from - i]);
+		append(fd, addr, from, to, status);
+	}
+	prefer_node(-1);
+}
+
 /* Pages written to a segment after one look at the headroom: 512 KiB, which takes a tenth of a millisecond. A write to
  * a memfd that finds its cgroup full wakes the OOM killer like any fault. */
 #define DONATE_STEP 128UL
@@ -494,7 +605,7 @@ static size_t donate_some(int fd, uintptr_t addr, size_t n, uint8_t *status)
 		*status = GONE;
 	} else {
 		n = min_addr(n, (a->end - addr) >> PAGE_SHIFT);
-		if (headroom(settings.use_swap) < n * PAGE_SIZE + settings.reserve)
+		if (!room_for(n * PAGE_SIZE, settings.reserve))
 			memset(status, NOMEM, n);
 		else if (!may_swap(a))
 			memset(status, REFUSED, n);
@@ -505,7 +616,7 @@ static size_t donate_some(int fd, uintptr_t addr, size_t n, uint8_t *status)
 				for (j = i; j < n && kind[j] == kind[i]; j++)
 					;
 				if (kind[i] == PAGE_OWN)
-					append(fd, addr, i, j, status);
+					append_near(fd, addr, i, j, status);
 				else
 					memset(status + i,
 					       kind[i] == PAGE_FORKED ? BUSY
@@ -537,7 +648,7 @@ int donate(const struct sp_area *runs, size_t n, uint8_t *status)
 	for (size_t i = 0; i < n; i++)
 		pages += runs[i].npages;
 	agent_mmap_lock();
-	fd = headroom(settings.use_swap) < pages * PAGE_SIZE + settings.reserve ? -1 : new_segment();
+	fd = room_for(0, pages * PAGE_SIZE + settings.reserve) ? new_segment() : -1;
 	agent_mmap_unlock();
 	if (fd < 0) {
 		memset(status, NOMEM, pages);

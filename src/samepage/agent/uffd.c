@@ -37,7 +37,53 @@ struct scan_request { /* struct pm_scan_arg */
 
 #define DEV_NEW _IO(0xAA, 0x00) /* USERFAULTFD_IOC_NEW, 6.1 */
 
-#define WINDOWS (2 * WINDOW + COPY_WINDOW)
+#define WINDOWS (3 * WINDOW + COPY_WINDOW)
+
+/* ---- NUMA nodes ------------------------------------------------------------------------------------- */
+
+#define PREFERRED 1 /* MPOL_PREFERRED, include/uapi/linux/mempolicy.h */
+#define NODES_MAX 1024
+
+static bool several_nodes(void)
+{
+	int file = open("/sys/devices/system/node/online", O_RDONLY | O_CLOEXEC);
+	char buf[64] = "";
+	ssize_t got = file < 0 ? 0 : read(file, buf, sizeof(buf) - 1);
+
+	if (file >= 0)
+		close(file);
+	return got > 0 && (memchr(buf, '-', (size_t)got) || memchr(buf, ',', (size_t)got));
+}
+
+int page_nodes(uintptr_t start, size_t n, int *node)
+{
+	void *page[SECTION_MAX];
+
+	for (size_t i = 0; i < n; i++) {
+		page[i] = (void *)(start + i * PAGE_SIZE);
+		node[i] = settings.flags & SP_WELCOME_TWO_NODES ? (int)((start >> PAGE_SHIFT) + i) & 1 : 0;
+	}
+	/* move_pages(2) that moves nothing but asks where they are. */
+	if (kernel.numa && real.syscall(SYS_move_pages, 0, n, page, NULL, node, 0))
+		return -errno;
+	return 0;
+}
+
+void prefer_node(int node)
+{
+	static unsigned long before[NODES_MAX / 64], mask[NODES_MAX / 64];
+	static int mode = -1;
+
+	if (!kernel.numa || node >= NODES_MAX)
+		return;
+	if (mode < 0 && real.syscall(SYS_get_mempolicy, &mode, before, (unsigned long)NODES_MAX, NULL, 0))
+		return;
+	memset(mask, 0, sizeof(mask));
+	if (node >= 0)
+		mask[node / 64] = 1UL << node % 64;
+	real.syscall(SYS_set_mempolicy, node < 0 ? mode : PREFERRED, node < 0 ? before : mask,
+		     (unsigned long)NODES_MAX);
+}
 
 /* ---- opening --------------------------------------------------------------------------------------- */
 
@@ -77,6 +123,21 @@ void *window_reset(uintptr_t start, size_t len, int prot, int fd, off_t offset)
 	return p;
 }
 
+static bool new_scratch(uintptr_t start)
+{
+	if (!window_reset(start, WINDOW, PROT_READ | PROT_WRITE, -1, 0))
+		return false;
+	/* A huge page faulted here would stand in the way of pages moved here. */
+	real.madvise((void *)start, WINDOW, MADV_NOHUGEPAGE);
+	return kernel.move < 0 || !uffd_register(kernel.move, start, WINDOW, UFFDIO_REGISTER_MODE_WP);
+}
+
+void huge_reset(void)
+{
+	if (kernel.huge && !new_scratch(kernel.huge))
+		kernel.huge = 0;
+}
+
 /* All that this thread ever maps lies in one range that is its own from the start. A program with one thread
  * may unmap memory and map something at the same place a moment later; nothing of ours may land there. */
 static bool new_windows(void)
@@ -91,14 +152,12 @@ static bool new_windows(void)
 		real.munmap(p, slack);
 	real.munmap(p + slack + WINDOWS, WINDOW - slack);
 	kernel.scratch = (uintptr_t)p + slack;
-	kernel.view = kernel.scratch + WINDOW;
+	kernel.huge = kernel.scratch + WINDOW;
+	kernel.view = kernel.huge + WINDOW;
 	kernel.copy = kernel.view + WINDOW;
 	real.madvise((void *)kernel.scratch, WINDOWS, MADV_DONTFORK);
-	if (!window_reset(kernel.scratch, WINDOW, PROT_READ | PROT_WRITE, -1, 0))
-		return false;
-	/* A huge page faulted here would stand in the way of pages moved here. */
-	real.madvise((void *)kernel.scratch, WINDOW, MADV_NOHUGEPAGE);
-	return kernel.move < 0 || !uffd_register(kernel.move, kernel.scratch, WINDOW, UFFDIO_REGISTER_MODE_WP);
+	huge_reset();
+	return new_scratch(kernel.scratch);
 }
 
 /* Whether `move` really moves: one page of our own there and back. */
@@ -117,6 +176,27 @@ static bool move_works(void)
 	return works;
 }
 
+/* Whether a view of a file moves, page tables and all, and leaves its mapping behind. A kernel that cannot would say so
+ * only when it has unmapped what was at the target. */
+static bool view_moves(void)
+{
+	int fd = (int)real.syscall(SYS_memfd_create, "samepage", 1U /* MFD_CLOEXEC */);
+	void *to = (void *)kernel.copy;
+	bool moves;
+
+	if (fd < 0)
+		return false;
+	moves = !ftruncate(fd, (off_t)PAGE_SIZE) &&
+		real.mmap((void *)kernel.view, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, 0) !=
+			MAP_FAILED &&
+		real.mremap((void *)kernel.view, PAGE_SIZE, PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
+			    to) == to;
+	close(fd);
+	window_reset(kernel.view, PAGE_SIZE, PROT_NONE, -1, 0);
+	window_reset(kernel.copy, PAGE_SIZE, PROT_NONE, -1, 0);
+	return moves;
+}
+
 int kernel_open(int dev)
 {
 	const uint64_t sync_wp = UFFD_FEATURE_PAGEFAULT_FLAG_WP;
@@ -130,6 +210,7 @@ int kernel_open(int dev)
 	kernel.maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
 	if (kernel.pagemap < 0 || kernel.mem < 0 || kernel.maps < 0)
 		return -errno;
+	kernel.numa = several_nodes();
 	kernel.scan = true;
 	if (pagemap_walk(PAGE_ALIGN_DOWN(&one), PAGE_ALIGN_DOWN(&one) + PAGE_SIZE, &any, &one, 1, &walked) < 0)
 		kernel.scan = false;
@@ -142,6 +223,7 @@ int kernel_open(int dev)
 
 	if (!new_windows())
 		return -ENOMEM;
+	kernel.moves_views = view_moves();
 	if (kernel.move >= 0 && !(settings.flags & SP_WELCOME_NO_MOVE) && move_works())
 		kernel.swap = user_only ? SP_SWAP_QUIET : SP_SWAP_MOVE;
 	else if (kernel.wp >= 0 && !wp_user_only)
@@ -168,7 +250,7 @@ void kernel_close(void)
 	}
 	if (kernel.scratch)
 		real.munmap((void *)kernel.scratch, WINDOWS);
-	kernel.scratch = kernel.view = kernel.copy = 0;
+	kernel.scratch = kernel.huge = kernel.view = kernel.copy = 0;
 	kernel.swap = SP_SWAP_NONE;
 	kernel.tracking = false;
 }
@@ -237,7 +319,7 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
 		.max_pages = w->max_pages,
 		.category_inverted = w->must_not,
 		.category_mask = w->must | w->must_not,
-		.return_mask = PAGE_IS_PRESENT | PAGE_IS_FILE,
+		.return_mask = PAGE_IS_PRESENT | PAGE_IS_FILE | PAGE_IS_HUGE,
 	};
 	long got;
 

@@ -53,6 +53,7 @@ enum sp_welcome_flags {
 	SP_WELCOME_TRUNCATE_HASH = 1, /* keep 8 bits of every checksum, so that they collide */
 	SP_WELCOME_NO_MOVE = 2,	      /* swap by write-protection */
 	SP_WELCOME_NO_TRACKING = 4,   /* hash everything at every scan */
+	SP_WELCOME_TWO_NODES = 8,     /* not an older kernel: pages of odd numbers are on a second NUMA node */
 };
 
 struct sp_welcome {
@@ -84,12 +85,21 @@ struct sp_area {
 
 struct sp_areas {
 	uint64_t seq;
-	uint64_t next_vpn; /* 0, or where the rest of a long list starts */
+	uint64_t next_vpn;  /* 0, or where the rest of a long list starts */
+	uint32_t merge_any; /* PR_SET_MEMORY_MERGE */
+	uint32_t pad;
+};
+
+enum sp_scan_flags {			/* ScanFlag in samepage/memory */
+		     SP_SCAN_ALL = 1,	/* also pages that were not written since the last look */
+		     SP_SCAN_NODES = 2, /* a page's NUMA node is part of its checksum */
 };
 
 struct sp_scan {
 	uint64_t vpn;
 	uint64_t budget; /* pages to hash at most */
+	uint32_t flags;
+	uint32_t pad;
 };
 
 struct sp_run {

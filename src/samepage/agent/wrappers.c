@@ -285,5 +285,8 @@ __attribute__((constructor)) static void initialise(void)
 	if (!service || !*service)
 		return;
 	agent_configure(service);
+	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */
+	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1)
+		area_merge_any(true);
 	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
 }

@@ -71,8 +71,6 @@ int vma_prot(const struct vma *v);
 int maps_open(void); /* /proc/self/maps, or -1; no cancellation point, unlike open(2) */
 void maps_close(int file);
 
-extern _Atomic bool merge_any; /* PR_SET_MEMORY_MERGE: new private anonymous mappings are advised */
-
 /* ---- mremap.c ---- */
 
 void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new_addr);

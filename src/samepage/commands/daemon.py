@@ -41,9 +41,10 @@ def _serve(listener: socket.socket, path: str, reserve: int) -> None:
     # Imported once the socket is ours: numpy takes longer to load than to refuse.
     from samepage.memory.agent import Terms
     from samepage.service.scanner import Scanner
-    from samepage.service.server import Server, raise_descriptor_limit
+    from samepage.service.server import Server, keep_freed_memory, raise_descriptor_limit
 
     raise_descriptor_limit()
+    keep_freed_memory()
     scanner = Scanner()
     server = Server(listener, scanner, Terms(reserve=reserve))
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -18,6 +18,7 @@ from samepage.memory import (
     AREA,
     RUN,
     AddressSpaceGone,
+    Areas,
     BreakResult,
     Donation,
     MergeResult,
@@ -46,11 +47,12 @@ def _disjoint(runs: Structured, what: str) -> None:
     _require(np.all(vpn[1:] >= vpn[:-1] + npages[:-1]), f"{what} overlap or are not sorted")
 
 
-def areas(areas: Structured) -> None:
+def areas(areas: Areas) -> None:
     """Areas must be ascending, disjoint, and not more than can be kept."""
-    _require(areas.dtype == AREA and areas.ndim == 1, "areas of another type")
-    _disjoint(areas, "areas")
-    _require(areas["npages"].astype(np.float64).sum() <= AREA_PAGES_MAX, "too many pages")
+    ranges = areas.ranges
+    _require(ranges.dtype == AREA and ranges.ndim == 1, "areas of another type")
+    _disjoint(ranges, "areas")
+    _require(ranges["npages"].astype(np.float64).sum() <= AREA_PAGES_MAX, "too many pages")
 
 
 def scanned(reply: ScanResult, vpn: int) -> None:

@@ -2,6 +2,7 @@
 
 These hold in every snapshot:
 
+- `pages_shared + pages_sharing + pages_unshared + pages_volatile` is the sum of `ksm_rmap_items` over the processes;
 - `pages_shared + pages_sharing` pages of registered processes are merged with segments, `ksm_zero_pages` with the
   zero page; together they are the sum of `merged` over the processes;
 - `bytes_saved` is `pages_sharing`, less `pages_inherited` and `pages_dead`, plus `ksm_zero_pages`, in bytes. Pages
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot
-from samepage.ksmd.rmap import VOLATILE, PageState
+from samepage.ksmd.rmap import PageState
 from samepage.memory import PAGE_SIZE, PageStatus
 
 
@@ -30,7 +31,7 @@ class ProcessRow:
     """How pages are swapped under the process's threads: a property of its agent, "" if not said."""
     domain: int
     ksm_rmap_items: int
-    """Pages whose content is known."""
+    """Pages that are known; not those merged with the zero page."""
     ksm_merging_pages: int
     """Pages merged with segments."""
     ksm_zero_pages: int
@@ -46,6 +47,10 @@ class ProcessRow:
     """Matched, and will be tried again."""
     pages_unmerged_vma: int
     """Matched, and left for want of mappings (`vm.max_map_count`)."""
+    ksm_merge_any: bool
+    """PR_SET_MEMORY_MERGE is in force."""
+    ksm_mergeable: bool
+    """It has mergeable areas."""
     ksm_process_profit: int
     """Bytes: merged pages, less what ksmd spends on knowing this process's pages (nine bytes each)."""
     cpu_seconds: float
@@ -64,7 +69,8 @@ class Counters:
     pages_unshared: int = 0
     """Stand in the unstable index: looked at again and again for nothing."""
     pages_volatile: int = 0
-    """Changing too fast, or waiting to have been the same for a whole pass."""
+    """Known, and in neither tree, as KSM counts them: changing too fast, waiting to have been the same for a whole
+    pass, or one of those that the next few count by the reason."""
     pages_inherited: int = 0
     """Of `pages_sharing`: shared by fork, not by us."""
     pages_dead: int = 0
@@ -111,6 +117,8 @@ def process_row(slot: MmSlot) -> ProcessRow:
         pages_broken=n[PageState.BROKEN],
         pages_deferred=n[PageState.DEFERRED],
         pages_unmerged_vma=n[PageState.OVER_BUDGET],
+        ksm_merge_any=slot.merge_any,
+        ksm_mergeable=len(slot.pieces) > 0,
         ksm_process_profit=own * PAGE_SIZE - 9 * slot.rmap_items,
         cpu_seconds=slot.cpu_ns / 1e9,
     )
@@ -119,9 +127,11 @@ def process_row(slot: MmSlot) -> ProcessRow:
 def total(domains: list[Domain], metadata_bytes: int) -> dict[str, int]:
     """The counters that are sums over the pages known now."""
     n = [0] * len(PageState)
+    volatile = 0
     for domain in domains:
         for slot in domain.slots:
             n = [a + int(b) for a, b in zip(n, slot.counts, strict=True)]
+            volatile += slot.in_no_tree
     trees = [domain.stable for domain in domains]
     shared = sum(tree.pages_shared for tree in trees)
     sharing = sum(tree.sharers_total for tree in trees) - shared
@@ -131,7 +141,7 @@ def total(domains: list[Domain], metadata_bytes: int) -> dict[str, int]:
         "pages_shared": shared,
         "pages_sharing": sharing,
         "pages_unshared": n[PageState.UNSHARED],
-        "pages_volatile": sum(n[state] for state in VOLATILE),
+        "pages_volatile": volatile,
         "pages_inherited": n[PageState.INHERITED],
         "pages_dead": dead,
         "pages_broken": n[PageState.BROKEN],

@@ -23,8 +23,8 @@ class Deferred:
         """Bytes of memory this takes."""
         return sum(refs.nbytes for _, _, refs in self._queue) + self._released.nbytes + self._attempts.nbytes
 
-    def defer(self, refs: U32, passes: int) -> None:
-        """Put refs aside; `passes` is the number of the pass now."""
+    def defer(self, refs: U32, passes: int, longest: int = LONGEST) -> None:
+        """Put refs aside; `passes` is the number of the pass now, two to the power `longest` the most to wait for."""
         if not len(refs):
             return
         attempts = np.zeros(len(refs), np.uint8)
@@ -33,7 +33,7 @@ class Deferred:
             again = self._released[at] == refs
             attempts[again] = self._attempts[at[again]]
         for attempt in np.unique(attempts):
-            again_in = 1 << min(int(attempt), LONGEST)
+            again_in = 1 << min(int(attempt), longest)
             self._queue.append((passes + again_in, int(attempt) + 1, refs[attempts == attempt]))
 
     def due(self, passes: int) -> list[U32]:

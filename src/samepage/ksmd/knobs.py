@@ -35,6 +35,13 @@ class Knobs:
     max_page_sharing: int = 256
     """Pages that may be merged with one node; from the next on a second copy is made."""
     use_zero_pages: int = 1
+    smart_scan: int = 1
+    """Pages not written since the last look are passed over, and what could not be merged is tried again ever more
+    rarely. 0: everything is looked at and tried in every pass."""
+    merge_across_nodes: int = 1
+    """0: only pages of the same NUMA node are merged, with a copy on that node."""
+    stable_node_chains_prune_millisecs: int = 2000
+    """How often segments are looked for that hold memory for nothing, and are given back."""
     max_overcommit: int = 0
     """Percent; 0 is off. Nothing is merged in a memory cgroup if what its processes would need, were all their merged
     pages written at once, is then more than so many percent of what it has available."""
@@ -53,6 +60,9 @@ _LIMITS = {
     "sleep_millisecs": (0, (1 << 32) - 1),
     "max_page_sharing": (2, 32768),
     "use_zero_pages": (0, 1),
+    "smart_scan": (0, 1),
+    "merge_across_nodes": (0, 1),
+    "stable_node_chains_prune_millisecs": (0, (1 << 32) - 1),
     "max_overcommit": (0, (1 << 32) - 1),
     "advisor_max_cpu": (1, 100),
     "advisor_target_scan_time": (1, (1 << 32) - 1),
@@ -89,8 +99,8 @@ def parse(name: str, value: str | int) -> str | int:
 
 def check_change(knobs: Knobs, name: str, value: str | int, merged: bool) -> None:
     """Raise the kernel's error where a value is good but not now."""
-    if name == "max_page_sharing" and value != knobs.max_page_sharing and merged:
-        raise error(errno.EBUSY, "max_page_sharing: pages are merged; set run to 2 first")
+    if name in ("max_page_sharing", "merge_across_nodes") and value != getattr(knobs, name) and merged:
+        raise error(errno.EBUSY, f"{name}: pages are merged; set run to 2 first")
     if name == "pages_to_scan" and knobs.advisor_mode == "scan-time":
         raise error(errno.EINVAL, "pages_to_scan: the advisor sets it; set advisor_mode to none first")
     minimum = value if name == "advisor_min_pages_to_scan" else knobs.advisor_min_pages_to_scan

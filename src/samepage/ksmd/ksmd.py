@@ -19,11 +19,11 @@ from samepage.ksmd.counters import Counters, ProcessRow
 from samepage.ksmd.domain import SLICE_PAGES, Domain
 from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
-from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.mm_slot import NSTATES, MmSlot
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
 from samepage.ksmd.scan import Seen, ingest, look
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
-from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone
+from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, ScanFlag
 
 ROUNDS = 64
 """Steps of a scan in one batch at most: a process that never gets on must not keep ksmd from the others."""
@@ -33,7 +33,8 @@ STEP_PAGES = 256
 
 SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
 """When less than this share of a segment's pages is in use after so many passes, and at least so many pages
-(1 MiB) are held for nothing in such segments, their last users are moved out."""
+(1 MiB) are held for nothing in such segments, their last users are moved out. Looked for every
+`stable_node_chains_prune_millisecs`."""
 
 WHOLE = (0, 1 << 52)
 """All pages an address space can have: (vpn, npages)."""
@@ -82,6 +83,7 @@ class Ksmd:
         self._pages_scanned = self._pages_skipped = 0
         self._pass_hashed = 0
         self._pass_changed = False
+        self._pruned = -math.inf
         self._cpu = 0.0
         self._departed_cpu_ns = 0
         self._counters = Counters(run=self._knobs.run)
@@ -225,7 +227,7 @@ class Ksmd:
         """Ask every process of the pass for one step, or as many as the budget is worth asking."""
         slots = list(self._cursor)[: max(1, budget // STEP_PAGES)]
         share = budget // len(slots)
-        looks = self._work.each(slots, lambda slot: look(slot, self._cursor[slot], share))
+        looks = self._work.each(slots, lambda slot: look(slot, self._cursor[slot], share, self._flags(slot)))
         for slot in slots:
             seen = looks.get(slot)
             try:
@@ -245,13 +247,26 @@ class Ksmd:
             else:
                 del self._cursor[slot]
                 slot.passes += 1
+                slot.hash_all = False
+
+    def _flags(self, slot: MmSlot) -> ScanFlag:
+        """How to look at a process now."""
+        flags = ScanFlag.NONE
+        if slot.hash_all or not self._knobs.smart_scan:
+            flags |= ScanFlag.ALL
+        if not self._knobs.merge_across_nodes:
+            flags |= ScanFlag.NODES
+        return flags
 
     def _end_pass(self) -> None:
         self._in_pass = False
         self._seqnr += 1
         self._work.passes += 1
-        known = sum(slot.rmap_items for slot in self.slots())
-        self._pages_skipped += max(0, known - self._pass_hashed)
+        candidates = sum(int(slot.counts[HAS_CHECKSUM[:NSTATES]].sum()) for slot in self.slots())
+        self._pages_skipped += max(0, candidates - self._pass_hashed)
+        prune = self._clock() - self._pruned >= self._knobs.stable_node_chains_prune_millisecs / 1000
+        if prune:
+            self._pruned = self._clock()
         for domain in self._domains.values():
             domain.end_pass(self._work.passes)
             for slot in [s for s in domain.slots if s.pending_breaks and not s.gone]:
@@ -259,14 +274,16 @@ class Ksmd:
                     retry_pending(domain, slot, self._work.passes)
                 except AddressSpaceGone:
                     slot.gone = True
-            self._compact(domain)
+            if prune:
+                self._prune(domain)
         self._advisor.pass_over(self._clock(), quiet=not self._pass_changed)
         self._pass_changed = False
 
-    def _compact(self, domain: Domain) -> None:
-        """Free the segments that are mostly dead, if that is worth the trouble; one try in `SPARSE_PASSES` passes."""
+    def _prune(self, domain: Domain) -> None:
+        """Free the segments that are mostly dead, if that is worth the trouble (what the kernel does to stale stable
+        nodes, each of which holds one page; here a segment holds many)."""
         passes = self._work.passes
-        if passes % SPARSE_PASSES or domain.stable.dead_nodes < SPARSE_PAGES:
+        if domain.stable.dead_nodes < SPARSE_PAGES:
             return
         sparse = [
             (segment.base, segment.base + segment.rows, segment.dead)
@@ -319,7 +336,7 @@ class Ksmd:
             while at < vpn + npages:
                 if slot.gone:
                     raise AddressSpaceGone("has left")
-                seen = look(slot, at, vpn + npages - at)
+                seen = look(slot, at, vpn + npages - at, self._flags(slot))
                 self._pages_scanned += ingest(slot.domain, slot, seen, self._work.passes).hashed
                 if not seen.reply.next_vpn:
                     break
@@ -429,9 +446,13 @@ class Ksmd:
                     self._knobs.advisor_mode = "none"
                 if name == "advisor_mode" and new == "scan-time" != self._knobs.advisor_mode:
                     self._knobs.pages_to_scan = self._knobs.advisor_min_pages_to_scan
+                if name == "merge_across_nodes" and new != self._knobs.merge_across_nodes:
+                    for slot in self.slots():
+                        slot.hash_all = True
                 setattr(self._knobs, name, new)
                 self._work.max_page_sharing = self._knobs.max_page_sharing
                 self._work.use_zero_pages = bool(self._knobs.use_zero_pages)
+                self._work.smart_scan = bool(self._knobs.smart_scan)
             finally:
                 self._reap()
                 self._publish()
@@ -476,7 +497,9 @@ class Ksmd:
         self._rows = tuple(show.process_row(slot) for slot in slots)
         self._counters = Counters(
             run=self._knobs.run,
-            full_scans=self._seqnr,
+            # A pass has not done its work before its candidates are merged: who waits for two passes, as KSM's users
+            # do, wants to see what came of them.
+            full_scans=self._seqnr - any(domain.candidates for domain in domains),
             pages_scanned=self._pages_scanned,
             pages_skipped=self._pages_skipped,
             cpu_seconds=self._cpu + (self._departed_cpu_ns + sum(slot.cpu_ns for slot in slots)) / 1e9,

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from samepage.ksmd import check
+from samepage.ksmd.deferred import LONGEST
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import Bools, Ints, PageState, expand, run_starts, sorted_refs
@@ -60,6 +61,8 @@ class MergeWork:
     concurrently: Concurrently
     max_page_sharing: int = 256
     use_zero_pages: bool = True
+    smart_scan: bool = True
+    """What failed is tried again after ever more passes; else after one."""
     allowance: dict[str, int] | None = None
     """Pages that may still be merged, by memory cgroup; None: no limit (max_overcommit)."""
     passes: int = 0
@@ -89,16 +92,32 @@ def merge_candidates(domain: Domain, refs: U32, work: MergeWork) -> None:
     """Merge what can be merged of a slice of candidates: ascending refs whose checksums are known, in no index."""
     if work.use_zero_pages:
         refs = _merge_zero_pages(domain, refs, work)
+    left: list[U32] = []
     for n in range(ROUNDS):
         if not len(refs):
-            return
-        refs = _Round(domain, refs, work, again=n > 0).run()
-    _defer(domain, refs, work, PageState.DEFERRED)
+            break
+        matching = _Round(domain, refs, work, again=n > 0)
+        refs = matching.run()
+        left.extend(matching.left)
+    _settle_left(domain, sorted_refs([*left, refs]), work)
 
 
 def _defer(domain: Domain, refs: U32, work: MergeWork, state: PageState) -> None:
     domain.set_states(refs, state)
-    domain.deferred.defer(refs, work.passes)
+    domain.deferred.defer(refs, work.passes, LONGEST if work.smart_scan else 0)
+
+
+def _settle_left(domain: Domain, refs: U32, work: MergeWork) -> None:
+    """Pages that found no donor that could give a copy, those that could not among them: mostly pages that a fork still
+    shares. One of each content stands in the unstable index, as the first of them does in the kernel's tree, if nobody
+    else stands there or in the stable one for it; the others are tried again, and with them that one, too."""
+    sums, first = np.unique(domain.checksum[refs], return_index=True)
+    alone = (domain.unstable.find(sums) < 0) & (domain.stable.index.find(sums) < 0)
+    stays = np.zeros(len(refs), np.bool_)
+    stays[first[alone]] = True
+    _defer(domain, refs[~stays], work, PageState.DEFERRED)
+    domain.set_states(refs[stays], PageState.UNSHARED)
+    domain.unstable.insert(refs[stays])
 
 
 def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
@@ -145,7 +164,7 @@ def _settle_failures(domain: Domain, refs: U32, status: U8, work: MergeWork) -> 
 
 
 class _Round:
-    """One round of matching and merging. `refs` ascend; `target` has one entry a ref."""
+    """One round of matching and merging. `refs` ascend; `target` has one entry a ref. `left`: see `_settle_left`."""
 
     def __init__(self, domain: Domain, refs: U32, work: MergeWork, again: bool) -> None:
         self.domain = domain
@@ -153,6 +172,7 @@ class _Round:
         self.again = again
         self.refs = refs
         self.target: U64 = np.empty(0, np.uint64)
+        self.left: list[U32] = []
 
     def run(self) -> U32:
         """Returns the refs that are to be matched anew."""
@@ -180,8 +200,13 @@ class _Round:
 
         node = domain.stable.index.find(key)
         mate = domain.unstable.find(key)
-        leader = np.minimum.reduceat(order, first)  # refs ascend: the least position is the lowest ref
-        donor = np.where(mate >= 0, mate, refs[leader].astype(np.int64)).astype(np.uint64)
+        lowest = refs[np.minimum.reduceat(order, first)].astype(np.int64)  # refs ascend: so do positions
+        highest = refs[np.maximum.reduceat(order, first)].astype(np.int64)
+        donor = np.where(mate >= 0, mate, lowest)
+        # Every other segment comes from another process, where there is one: donating and merging then keep both busy.
+        turn = donor // SEGMENT_PAGES % 2 == 1
+        donor[turn] = highest[turn]
+        donor = donor.astype(np.uint64)
         goal = np.where(size + (mate >= 0) >= 2, COPY + donor, ALONE)
         many = size + (mate >= 0) > self.work.max_page_sharing
         stable = np.flatnonzero(node >= 0)
@@ -210,10 +235,8 @@ class _Round:
         domain, refs = self.domain, self.refs
         single = target == ALONE
         singles = refs[single]
-        if self.again:
-            # Its partner failed it just now. They are tried again together: if this one stood in the index then, it
-            # would be the donor, and of two pages that are both busy one would be asked in every pass.
-            _defer(domain, singles, self.work, PageState.DEFERRED)
+        if self.again:  # its partner failed it just now
+            self.left.append(singles)
         else:
             domain.set_states(singles, PageState.UNSHARED)
         refs, target = refs[~single], target[~single]
@@ -255,7 +278,9 @@ class _Round:
     def _copies(self, places: U64, rest: U32, with_mate: bool) -> U64:
         """The targets in `places`, and around them those of `rest`, for which copies are to be made."""
         limit = self.work.max_page_sharing
-        copied = COPY + np.resize(rest[: -(-len(rest) // limit)].astype(np.uint64), len(rest))
+        paired = len(rest) - (len(rest) % limit == 1)  # of one more than fills its copies there is nothing to share
+        copied = np.full(len(rest), ALONE)
+        copied[:paired] = COPY + np.resize(rest[: -(-paired // limit)].astype(np.uint64), paired)
         first = int(with_mate)
         goals: U64 = np.concatenate([copied[:first], places, copied[first:]])
         return goals
@@ -341,8 +366,10 @@ class _Round:
         no_memory[orphan] = donor_status[rank[orphan]] == PageStatus.NOMEM
         _defer(domain, refs[no_memory], work, PageState.DEFERRED)
         again = [refs[orphan & ~no_memory]]
-        failed = donating & (node < 0)
-        _settle_failures(domain, refs[failed], donor_status[rank[failed]], work)
+        failed = np.flatnonzero(donating & (node < 0))
+        busy = donor_status[rank[failed]] == PageStatus.BUSY
+        self.left.append(refs[failed[busy]])
+        _settle_failures(domain, refs[failed[~busy]], donor_status[rank[failed[~busy]]], work)
 
         others = np.flatnonzero(~donating & (node >= 0))
         status = self._merge_with(refs[others], node[others], work)

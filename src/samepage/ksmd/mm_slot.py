@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from samepage.ksmd.rmap import HAS_CHECKSUM, Ints, PageState
+from samepage.ksmd.rmap import Ints, PageState
 from samepage.memory import AREA, AddressSpace
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class MmSlot:
         self.swap = swap
         self.gone = False  # asked to leave, or its process is gone: forgotten at the next safe moment
         self.areas_seq: int | None = None
+        self.merge_any = False  # PR_SET_MEMORY_MERGE
+        self.hash_all = False  # its checksums were made by other rules: until it was looked at to the end, all are
         self.pieces: Structured = np.empty(0, PIECE)  # ascending by vpn, disjoint
         self.counts: Ints = np.zeros(NSTATES, np.int64)  # pages by PageState
         self.passes = 0  # times all its areas were looked at
@@ -58,8 +60,15 @@ class MmSlot:
 
     @property
     def rmap_items(self) -> int:
-        """Pages whose content is known."""
-        return int(self.counts[HAS_CHECKSUM[:NSTATES]].sum()) + self.merged
+        """Pages that are known. As in the kernel, not those that are the zero page by now, nor any after `run` = 2."""
+        unknown = [PageState.UNTOUCHED, PageState.KNOWN, PageState.ZERO]
+        return int(self.counts.sum() - self.counts[unknown].sum())
+
+    @property
+    def in_no_tree(self) -> int:
+        """Pages that are known and stand in neither tree, for whatever reason: what `pages_volatile` counts."""
+        trees = [PageState.MERGED, PageState.INHERITED, PageState.UNSHARED]
+        return self.rmap_items - int(self.counts[trees].sum())
 
     def locate(self, vpn: npt.NDArray[Any], npages: npt.NDArray[Any]) -> tuple[Ints, Ints, Ints, Ints]:
         """Cut ascending disjoint runs of pages along the pieces.

@@ -12,7 +12,7 @@ from samepage.ksmd import check
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, Ints, PageState, expand
-from samepage.memory import U64, AddressSpaceGone, RunKind, ScanResult
+from samepage.memory import U64, AddressSpaceGone, Areas, RunKind, ScanFlag, ScanResult
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Look:
     claim in CPU time."""
 
     reply: ScanResult
-    areas: tuple[int, Structured] | None
+    areas: Areas | None
     wall_ns: int
 
 
@@ -34,15 +34,15 @@ class Seen:
     changed: int = 0
 
 
-def look(slot: MmSlot, vpn: int, budget: int) -> Look:
+def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag) -> Look:
     """Ask a process for one step of its scan. Runs in any thread: nothing of ksmd's is touched."""
     started = time.perf_counter_ns()
-    reply = slot.space.scan(vpn, budget)
+    reply = slot.space.scan(vpn, budget, flags)
     check.scanned(reply, vpn)
     areas = None
     if reply.areas_seq != slot.areas_seq:
         areas = slot.space.areas()
-        check.areas(areas[1])
+        check.areas(areas)
     return Look(reply, areas, time.perf_counter_ns() - started)
 
 
@@ -50,7 +50,7 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
     """Take in what a scan said. AddressSpaceGone if it makes no sense."""
     reply = seen.reply
     if seen.areas is not None:
-        _take_areas(domain, slot, *seen.areas)
+        _take_areas(domain, slot, seen.areas)
     slot.cpu_ns += min(reply.cpu_ns, seen.wall_ns)
     # Areas that changed once more after the scan may have lost what it reports; then, and only then, runs may
     # lie outside: their pages are gone.
@@ -80,19 +80,20 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
     return outcome
 
 
-def _take_areas(domain: Domain, slot: MmSlot, seq: int, areas: Structured) -> None:
+def _take_areas(domain: Domain, slot: MmSlot, areas: Areas) -> None:
     try:
-        domain.set_areas(slot, areas)
+        domain.set_areas(slot, areas.ranges)
     except MemoryError as error:
         raise AddressSpaceGone("more pages than can be kept") from error
-    slot.areas_seq = seq
+    slot.areas_seq = areas.seq
+    slot.merge_any = areas.merge_any
 
 
 def refresh_areas(domain: Domain, slot: MmSlot) -> None:
     """Ask for the areas now."""
-    seq, areas = slot.space.areas()
+    areas = slot.space.areas()
     check.areas(areas)
-    _take_areas(domain, slot, seq, areas)
+    _take_areas(domain, slot, areas)
 
 
 def _located(slot: MmSlot, runs: Structured, strict: bool) -> tuple[Ints, Ints, Ints, Ints]:

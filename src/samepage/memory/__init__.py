@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +37,17 @@ class RunKind(IntEnum):
     """Was merged when last looked at; now discarded, unmapped or moved away."""
     FOUND = 3
     """Is merged already, with what `ino` and `offset` say: came by fork, by mremap, or from before a service went."""
+
+
+class ScanFlag(IntFlag):
+    """What a scan is to do beyond the usual."""
+
+    NONE = 0
+    ALL = 1
+    """Hash every page, not only those written since the last look."""
+    NODES = 2
+    """Make the NUMA node of a page part of its checksum, so that pages of different nodes have different ones. A page
+    of zeros keeps its checksum, for the zero page has no node."""
 
 
 class PageStatus(IntEnum):
@@ -68,6 +79,16 @@ ZERO_PAGE = (1 << 64) - 1
 
 AREA = np.dtype([("vpn", "<u8"), ("npages", "<u8")])
 """A mergeable area: what `VM_MERGEABLE` marks in the kernel. 16 bytes."""
+
+
+@dataclass(slots=True)
+class Areas:
+    """What is mergeable in an address space: `ranges` is ascending, disjoint, of dtype `AREA`; `seq` changes whenever
+    anything here does. `merge_any`: all it maps from now on is, too (`PR_SET_MEMORY_MERGE`)."""
+
+    seq: int
+    ranges: npt.NDArray[np.void]
+    merge_any: bool = False
 
 
 @dataclass(slots=True)
@@ -163,11 +184,11 @@ class AddressSpace(Protocol):
         """What this process calls a page of zeros."""
         ...
 
-    def areas(self) -> tuple[int, npt.NDArray[np.void]]:
-        """`(areas_seq, areas)`: ascending, disjoint, of dtype `AREA`."""
+    def areas(self) -> Areas:
+        """What of it is mergeable now."""
         ...
 
-    def scan(self, vpn: int, budget: int) -> ScanResult:
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
         """Look at pages from `vpn` on (0: from the start) until `budget` pages were hashed, an implementation's
         step is full, or the areas end. Only pages written since the previous look are hashed."""
         ...

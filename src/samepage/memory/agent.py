@@ -27,11 +27,13 @@ from samepage.memory import (
     U64,
     ZERO_PAGE,
     AddressSpaceGone,
+    Areas,
     BreakResult,
     Donation,
     MergeResult,
     PageStatus,
     RunKind,
+    ScanFlag,
     ScanResult,
     Segment,
     wire,
@@ -148,15 +150,15 @@ class AgentAddressSpace:
         with self._turn:
             self._sock.close()
 
-    def areas(self) -> tuple[int, npt.NDArray[np.void]]:
+    def areas(self) -> Areas:
         for _ in range(AREAS_TRIES):
             found = self._areas_once()
             if found is not None:
                 return found
         raise self._lost("its list of areas never holds still")
 
-    def scan(self, vpn: int, budget: int) -> ScanResult:
-        with self._ask(Op.SCAN, wire.pack(wire.SCAN, vpn, budget)) as answer:
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
+        with self._ask(Op.SCAN, wire.pack(wire.SCAN, vpn, budget, flags, 0)) as answer:
             reader = answer.reader()
             head = reader.one(wire.SCANNED)
             runs = reader.take(RUN, head["nruns"])
@@ -227,7 +229,7 @@ class AgentAddressSpace:
             reader.end()
         return _memory_cgroup(self._pid), found["available"]
 
-    def _areas_once(self) -> tuple[int, npt.NDArray[np.void]] | None:
+    def _areas_once(self) -> Areas | None:
         """The whole list, or None when it changed between two packets."""
         parts: list[npt.NDArray[np.void]] = []
         seq = None
@@ -249,7 +251,7 @@ class AgentAddressSpace:
             parts.append(part)
             vpn = head["next_vpn"]
             if not vpn:
-                return seq, np.concatenate(parts)
+                return Areas(seq, np.concatenate(parts), bool(head["merge_any"]))
 
     @contextlib.contextmanager
     def _ask(

@@ -25,11 +25,13 @@ from samepage.memory import (
     U64,
     ZERO_PAGE,
     AddressSpaceGone,
+    Areas,
     BreakResult,
     Donation,
     MergeResult,
     PageStatus,
     RunKind,
+    ScanFlag,
     ScanResult,
     Segment,
 )
@@ -151,7 +153,7 @@ class SimulatedAddressSpace:
     `tracking`: the kernel tells which pages were written; otherwise every scan hashes all. `rehash_broken`: pages
     whose copy-on-write the application broke are hashed and can be merged again (as when pages are swapped by
     write-protecting them; not so when they are moved). `step`: most pages one scan hashes. `hash_bits`: of checksums.
-    `map_limit`: how many mappings it may have.
+    `map_limit`: how many mappings it may have. `nodes`: NUMA nodes, on which its pages lie in turn.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class SimulatedAddressSpace:
         step: int = 1 << 30,
         hash_bits: int = 64,
         map_limit: int = 1 << 30,
+        nodes: int = 1,
     ) -> None:
         self.machine = machine
         self.pid = pid
@@ -174,6 +177,7 @@ class SimulatedAddressSpace:
         self.step = step
         self.hash_bits = hash_bits
         self.map_limit = map_limit
+        self.nodes = nodes
         self.script: Script | None = None
         self.alive = True
         self.calls: list[str] = []
@@ -287,6 +291,7 @@ class SimulatedAddressSpace:
             step=self.step,
             hash_bits=self.hash_bits,
             map_limit=self.map_limit,
+            nodes=self.nodes,
         )
         child._areas = list(self._areas)
         for vpn, page in self._pages.items():
@@ -340,15 +345,19 @@ class SimulatedAddressSpace:
         scrambled = (content + 1) * 0x9E3779B97F4A7C15 & MASK
         return (scrambled ^ scrambled >> 29) & ((1 << self.hash_bits) - 1)
 
-    def areas(self) -> tuple[int, npt.NDArray[np.void]]:
+    def _checksum_at(self, vpn: int, content: int, flags: ScanFlag) -> int:
+        node = vpn % self.nodes if content and flags & ScanFlag.NODES else 0
+        return self.checksum(content + (node << 32))
+
+    def areas(self) -> Areas:
         """See `AddressSpace.areas`."""
         self._called("areas")
-        return self._areas_seq, np.array(self._areas, AREA)
+        return Areas(self._areas_seq, np.array(self._areas, AREA))
 
     def _mergeable(self, vpn: int) -> bool:
         return any(start <= vpn < start + n for start, n in self._areas)
 
-    def scan(self, vpn: int, budget: int) -> ScanResult:
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
         """See `AddressSpace.scan`."""
         self._called("scan")
         runs: list[tuple[int, int, int, int, int]] = []
@@ -358,10 +367,10 @@ class SimulatedAddressSpace:
             if len(sums) >= min(budget, self.step):
                 return self._scanned(runs, sums, at)
             self._fate("scan", at)
-            self._look(at, runs, sums)
+            self._look(at, runs, sums, flags)
         return self._scanned(runs, sums, 0)
 
-    def _look(self, vpn: int, runs: list[tuple[int, int, int, int, int]], sums: list[int]) -> None:
+    def _look(self, vpn: int, runs: list[tuple[int, int, int, int, int]], sums: list[int], flags: ScanFlag) -> None:
         page = self._pages.get(vpn)
         was_merged = vpn in self._seen_merged
         if page is None:
@@ -375,9 +384,11 @@ class SimulatedAddressSpace:
         elif was_merged:
             self._seen_merged.discard(vpn)
             _append(runs, vpn, RunKind.BROKEN, 0, 0)
-        elif (page.written or not self.tracking) and (self.rehash_broken or not page.by_application):
+        elif (page.written or not self.tracking or flags & ScanFlag.ALL) and (
+            self.rehash_broken or not page.by_application
+        ):
             page.written = False
-            sums.append(self.checksum(page.content))
+            sums.append(self._checksum_at(vpn, page.content, flags))
             _append(runs, vpn, RunKind.HASHED, 0, 0)
             self.pages_hashed += 1
 

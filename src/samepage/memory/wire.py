@@ -49,6 +49,8 @@ class Flags(IntFlag):
     """Swap by write-protection."""
     NO_TRACKING = 4
     """Hash everything at every scan."""
+    TWO_NODES = 8
+    """Not an older kernel, but another machine: pages of odd numbers are on a second NUMA node."""
 
 
 class Swap(IntEnum):
@@ -66,8 +68,8 @@ WELCOME = np.dtype(
     [("version", "<u4"), ("flags", "<u4"), ("reserve", "<u8"), ("section", "<u4"), ("use_swap", "<u4")],
 )
 READY = np.dtype([("swap", "<u4"), ("tracking", "<u4"), ("zero_checksum", "<u8")])
-AREAS = np.dtype([("seq", "<u8"), ("next_vpn", "<u8")])
-SCAN = np.dtype([("vpn", "<u8"), ("budget", "<u8")])
+AREAS = np.dtype([("seq", "<u8"), ("next_vpn", "<u8"), ("merge_any", "<u4"), ("pad", "<u4")])
+SCAN = np.dtype([("vpn", "<u8"), ("budget", "<u8"), ("flags", "<u4"), ("pad", "<u4")])
 SCANNED = np.dtype(
     [("next_vpn", "<u8"), ("areas_seq", "<u8"), ("cpu_ns", "<u8"), ("nruns", "<u4"), ("nhashed", "<u4")],
 )

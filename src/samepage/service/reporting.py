@@ -15,7 +15,7 @@ from typing import Any
 from samepage.memory import PAGE_SIZE
 from samepage.memory.agent import Terms
 from samepage.service.scanner import Scanner, log
-from samepage.service.server import Server, raise_descriptor_limit
+from samepage.service.server import Server, keep_freed_memory, raise_descriptor_limit
 
 SAMPLE_EVERY = 0.1
 """Seconds between two looks at the counters: a peak shorter than that may be missed."""
@@ -127,6 +127,7 @@ def serve(
 ) -> None:
     """Serve `listener` until the parent asks over `line` for the summary, or is gone."""
     raise_descriptor_limit()
+    keep_freed_memory()
     scanner = Scanner()
     try:
         for knob, value in knobs:

@@ -7,6 +7,7 @@ of its own while it shakes hands or asks, so that nobody can hold up anybody els
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import resource
@@ -26,10 +27,21 @@ CONNECTIONS_MAX = 64
 """Connections of one user that shake hands or ask something at a time: more are turned away, for each has a thread."""
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+
+
 def raise_descriptor_limit() -> None:
     """Let this process open as many descriptors as it may: one for each process, one for each segment."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what was freed, up to 32 MiB of it: ksmd's arrays come and go by the megabyte, and to get each of
+    them from the kernel anew takes longer than to compute it (mallopt(3))."""
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 32 << 20), (M_ARENA_MAX, 1)):
+        mallopt(parameter, value)
 
 
 def open_userfaultfd() -> int:

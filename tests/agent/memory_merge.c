@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * prctl(PR_SET_MEMORY_MERGE): what it answers, who inherits it, and (with the argument "merged") what it merges.
+ * Without that argument, the same words are wanted of the kernel and of the agent.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <spawn.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef PR_SET_MEMORY_MERGE
+#define PR_SET_MEMORY_MERGE 67
+#define PR_GET_MEMORY_MERGE 68
+#endif
+#define LENGTH (64UL << 12)
+
+static char *self;
+
+static void say(const char *what, int ret)
+{
+	printf("%s: %d %s\n", what, ret, ret < 0 ? strerrorname_np(errno) : "");
+	fflush(stdout);
+}
+
+static int get(void)
+{
+	return prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0);
+}
+
+static void wait_for(pid_t pid)
+{
+	int status;
+
+	waitpid(pid, &status, 0);
+}
+
+static void fork_and_exec(void)
+{
+	char *const argv[] = {self, "again", NULL};
+	char *const no_words[] = {getenv("LD_PRELOAD") ? getenv("LD_PRELOAD") - strlen("LD_PRELOAD=") : NULL,
+				  getenv("SAMEPAGE_SOCKET") ? getenv("SAMEPAGE_SOCKET") - strlen("SAMEPAGE_SOCKET=") : NULL,
+				  NULL};
+	pid_t pid = fork();
+
+	if (!pid) {
+		say("forked", get());
+		execve(self, argv, no_words);
+		_exit(1);
+	}
+	wait_for(pid);
+	/* libc executes this one without passing any name that could be stood in front of. */
+	posix_spawn(&pid, self, NULL, NULL, argv, no_words);
+	wait_for(pid);
+}
+
+static char *map(char with)
+{
+	char *p = mmap(NULL, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	memset(p, with, LENGTH);
+	return p;
+}
+
+/* Bytes of the range that are mapped from segments. */
+static unsigned long merged(const char *p)
+{
+	unsigned long start, end, sum = 0, from = (unsigned long)p, to = from + LENGTH;
+	FILE *maps = fopen("/proc/self/maps", "re");
+	char line[512];
+
+	while (fgets(line, sizeof(line), maps)) {
+		if (sscanf(line, "%lx-%lx", &start, &end) != 2 || !strstr(line, "memfd:samepage"))
+			continue;
+		start = start > from ? start : from;
+		end = end < to ? end : to;
+		sum += start < end ? end - start : 0;
+	}
+	fclose(maps);
+	return sum;
+}
+
+static void until_merged(const char *what, const char *p)
+{
+	for (int i = 0; i < 6000 && merged(p) < LENGTH; i++)
+		nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+	printf("%s: %lu bytes merged\n", what, merged(p));
+}
+
+static bool is_all(const char *p, char with)
+{
+	for (unsigned long i = 0; i < LENGTH; i++)
+		if (p[i] != with)
+			return false;
+	return true;
+}
+
+static void merging(void)
+{
+	char *before = map('b'), *after, *part = map('p');
+
+	munmap(part, LENGTH / 2);
+	say("set", prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0));
+	after = map('a');
+	until_merged("mapped before", before);
+	until_merged("mapped after", after);
+	say("unmergeable", madvise(after, LENGTH, MADV_UNMERGEABLE));
+	printf("then: %lu and %lu bytes merged\n", merged(before), merged(after));
+	say("cleared", prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0));
+	printf("then: %lu and %lu bytes merged\n", merged(before), merged(after));
+	printf("intact: %d %d %d\n", is_all(before, 'b'), is_all(after, 'a'), part[LENGTH - 1] == 'p');
+}
+
+int main(int argc, char **argv)
+{
+	self = argv[0];
+	if (argc > 1 && !strcmp(argv[1], "again")) {
+		say("executed", get());
+		return 0;
+	}
+	if (argc > 1 && !strcmp(argv[1], "merged")) {
+		merging();
+		return 0;
+	}
+	say("at first", get());
+	say("set with more", prctl(PR_SET_MEMORY_MERGE, 1, 1, 0, 0));
+	say("set with more", prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 1));
+	say("get with more", prctl(PR_GET_MEMORY_MERGE, 1, 0, 0, 0));
+	say("get with more", prctl(PR_GET_MEMORY_MERGE, 0, 0, 1, 0));
+	say("set", prctl(PR_SET_MEMORY_MERGE, 5, 0, 0, 0));
+	say("get", get());
+	say("set again", prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0));
+	fork_and_exec();
+	say("cleared", prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0));
+	say("get", get());
+	fork_and_exec();
+	say("cleared again", prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0));
+	return 0;
+}
