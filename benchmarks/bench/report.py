@@ -146,6 +146,8 @@ def _merging(name: str, records: list[Record]) -> list[Row]:
     numbers = by_side(records, lambda r: r["saved_pss"] / MIB)
     found.append(row(title, f"memory saved (PSS), of {goal / MIB:.0f} MiB", "MiB", numbers))
     found[-1] = _without_ratio(found[-1])
+    taken = by_side(records, lambda r: -min(r["curve"]["saved"]) / MIB if r.get("finished") else None)
+    found.append(_without_ratio(row(title, "memory taken for it meanwhile, at most", "MiB", taken)))
     if name in ("same", "scattered"):
         bytes_a_page = by_side(
             records, lambda r: r["metadata"]["bytes"] / r["metadata"]["pages"] if r.get("finished") else None
