@@ -174,33 +174,26 @@ class Memory(Worker):
     """Pages whose content follows from their numbers. The last sixteenth is what the application writes to."""
 
     def __init__(self, runs: list[Run]) -> None:
-        self._arrays: list[Words] = []
+        number = numbers(runs)
+        self._words = anonymous(len(number))
+        fill(self._words, number)
         self._chance = np.random.default_rng(os.getpid())
-        self.grow(runs)
         self._application: Application | None = None
         self._writer: Writer | None = None
 
-    def grow(self, runs: list[Run]) -> None:
-        """Have more pages, in an array of their own."""
-        number = numbers(runs)
-        self._arrays.append(anonymous(len(number)))
-        fill(self._arrays[-1], number)
-
     def advise(self) -> int:
-        """MADV_MERGEABLE for the newest pages."""
-        return advise(self._arrays[-1])
+        """MADV_MERGEABLE for all of them."""
+        return advise(self._words)
 
     def rewrite(self, share: float) -> int:
-        """Give that share of the first array's pages, at random, a new content; returns how many."""
-        words = self._arrays[0]
-        pages = self._chance.choice(len(words), round(share * len(words)), replace=False)
-        words[pages, 1] += np.uint64(1 << 20)
+        """Give that share of the pages, at random, a new content; returns how many."""
+        pages = self._chance.choice(len(self._words), round(share * len(self._words)), replace=False)
+        self._words[pages, 1] += np.uint64(1 << 20)
         return len(pages)
 
     def application_start(self) -> None:
-        words = self._arrays[0]
-        cut = len(words) - len(words) // 16
-        self._application = Application(words[:cut], words[cut:])
+        cut = len(self._words) - len(self._words) // 16
+        self._application = Application(self._words[:cut], self._words[cut:])
         self._application.start()
 
     def application_stop(self) -> list[tuple[float, float, float]]:
@@ -208,7 +201,7 @@ class Memory(Worker):
         return self._application.stop()
 
     def writer_start(self, library: str, cpu: int) -> None:
-        self._writer = Writer(library, self._arrays[0], cpu)
+        self._writer = Writer(library, self._words, cpu)
         self._writer.start()
 
     def writer_record(self, recording: bool) -> None:

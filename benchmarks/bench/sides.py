@@ -94,7 +94,7 @@ class Side:
         return started
 
     def register(self) -> None:
-        """Give what the workers have newest over to be merged; nothing is merged before `run(1)`."""
+        """Give the workers' memory over to be merged, once they are all there; nothing is merged before `run(1)`."""
 
     def run(self, value: int) -> None:
         """As one writes it to /sys/kernel/mm/ksm/run: merge (1), stop (0), unmerge everything (2)."""
@@ -153,8 +153,6 @@ class Samepage(Side):
 
     def register(self) -> None:
         wait_until(self._joined, "joined by all workers", seconds=60)
-        if self._agents is not None:
-            self._agents.close()
         self._agents = meters.ThreadCpu(task for pid in self.pids() for task in meters.threads(pid, "samepage"))
 
     def __exit__(self, *_: object) -> None:
