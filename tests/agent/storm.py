@@ -3,7 +3,7 @@
 ksmd waits until a page stood still for a pass and then leaves it alone. This does the opposite, to meet writers
 in the middle of a swap as often as can be: what it merges is what was written a moment ago.
 
-    python storm.py SOCKET [NO_MOVE|NO_TRACKING|TRUNCATE_HASH]...
+    python storm.py SOCKET [NO_MOVE|NO_TRACKING|TRUNCATE_HASH|HUGE]...
 
 Serves until SIGTERM, then prints what became of all pages it asked for, as JSON.
 """
@@ -27,6 +27,10 @@ from samepage.memory.agent import DONATE_MAX, AgentAddressSpace, Terms
 
 SECTION_PAGES = 16
 """Pages in a critical section: 64 KiB, where the move conflicts with writers most."""
+
+
+HUGE = 512
+"""Pages of a huge page."""
 
 
 def look(space: AgentAddressSpace, tally: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +97,23 @@ def merge_equal(spaces: list[AgentAddressSpace], tally: Counter[str], rng: rando
         donation.segment.close()
 
 
+def merge_huge(space: AgentAddressSpace, rng: random.Random, tally: Counter[str]) -> None:
+    """Have what can be a huge page merged with a copy of itself, in one piece."""
+    for area in space.areas().ranges:
+        start, end = int(area["vpn"]), int(area["vpn"] + area["npages"])
+        for vpn in range(-(-start // HUGE) * HUGE, end - HUGE + 1, HUGE):
+            if rng.random() < 0.5:
+                continue
+            donation = space.donate(np.array([(vpn, HUGE)], AREA))
+            if donation.segment is None:
+                continue
+            if (donation.status == PageStatus.DONE).all():
+                result = space.merge(donation.segment, np.array([(vpn, HUGE, 0)], EXTENT))
+                counts = np.bincount(result.status, minlength=len(PageStatus))
+                tally.update({f"huge {status.name}": int(counts[status]) for status in PageStatus})
+            donation.segment.close()
+
+
 def break_some(space: AgentAddressSpace, rng: random.Random, tally: Counter[str]) -> None:
     areas = space.areas().ranges
     if len(areas):
@@ -104,9 +125,12 @@ def break_some(space: AgentAddressSpace, rng: random.Random, tally: Counter[str]
 
 
 def main() -> None:
-    path, flags = sys.argv[1], wire.Flags(0)
+    path, flags, often_huge = sys.argv[1], wire.Flags(0), 0.5
     for name in sys.argv[2:]:
-        flags |= wire.Flags[name]
+        if name == "HUGE":
+            often_huge = 0.95
+        else:
+            flags |= wire.Flags[name]
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(path)
     listener.listen(64)
@@ -130,7 +154,10 @@ def main() -> None:
         some = rng.sample(spaces, min(len(spaces), 4))
         try:
             if some:
-                merge_equal(some, tally, rng)
+                if rng.random() < often_huge:
+                    merge_huge(rng.choice(some), rng, tally)
+                else:
+                    merge_equal(some, tally, rng)
                 tally["rounds"] += 1
                 if rng.random() < 0.3:
                     break_some(rng.choice(some), rng, tally)

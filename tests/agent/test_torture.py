@@ -19,6 +19,7 @@ WAYS = {
     "move-untracked": ["NO_TRACKING"],
     "write-protect-untracked": ["NO_MOVE", "NO_TRACKING"],
     "collisions": ["TRUNCATE_HASH"],
+    "huge pages": ["HUGE"],
 }
 
 
@@ -33,11 +34,13 @@ def torture(preload: Preload, directory: Path, flags: list[str], seconds: int, s
         stdout=subprocess.PIPE,
         text=True,
     )
+    options = ["nodirect"] if "NO_MOVE" in flags else []
+    options += ["huge"] if "HUGE" in flags else []
     try:
         assert storm.stdout is not None
         assert storm.stdout.readline() == "ready\n"
         done = subprocess.run(
-            [str(program), str(seconds), str(directory), str(seed), *(["nodirect"] if "NO_MOVE" in flags else [])],
+            [str(program), str(seconds), str(directory), str(seed), *options],
             env=os.environ | {"LD_PRELOAD": str(preload.library), "SAMEPAGE_SOCKET": str(socket)},
             capture_output=True,
             text=True,
@@ -61,8 +64,9 @@ def test_no_byte_is_wrong_while_memory_is_merged_and_broken_without_end(
     expected = "joined as WP" if "NO_MOVE" in WAYS[way] else "joined as MOVE"
     if expected not in tally:
         pytest.skip(f"this kernel or user offers no such swap: {sorted(k for k in tally if k.startswith('joined'))}")
-    assert tally["merge DONE"] > 500, "hardly anything was merged, so nothing was tested"
-    assert tally["merge DIFFERENT"] > 50, "no writer was met on the way, so nothing was tested"
+    kind = "huge" if way == "huge pages" else "merge"
+    assert tally[f"{kind} DONE"] > 500, "hardly anything was merged, so nothing was tested"
+    assert tally[f"{kind} DIFFERENT"] > 50, "no writer was met on the way, so nothing was tested"
     assert tally["break"] > 0
     # Nobody left but those that ended.
     assert not [k for k in tally if k.startswith("left") and ("nonsense" in k or "time" in k)], tally
@@ -70,7 +74,7 @@ def test_no_byte_is_wrong_while_memory_is_merged_and_broken_without_end(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("way", ["move", "write-protect"])
+@pytest.mark.parametrize("way", ["move", "write-protect", "huge pages"])
 def test_nor_is_one_after_ten_minutes(preload: Preload, tmp_path: Path, way: str) -> None:
     tally = torture(preload, tmp_path, WAYS[way], seconds=600, seed=1)
-    assert tally["merge DONE"] > 100_000
+    assert tally["merge DONE"] + tally.get("huge DONE", 0) > 100_000

@@ -2,14 +2,16 @@
 /*
  * A program that knows nothing of samepage and checks every byte of its memory while it is merged.
  *
- *   torture SECONDS DIRECTORY [SEED [nodirect]]
+ *   torture SECONDS DIRECTORY [SEED [nodirect] [huge]]
  *
  * Eight threads share a few regions. Page i of a region belongs to thread i % 8, so that neighbours in one
  * extent are written by different threads. The shadow copy says what each page must hold: one of a few
  * patterns (so that pages are equal, in runs and scattered) or zeros, with at most one word changed. Threads
  * fill, poke, read(2) into, O_DIRECT read(2) into, discard and verify their own pages; whole regions are remapped,
- * grown, shrunk, split by a partial unmap, protected, freed and allocated anew, and forked, in the child of which
- * they are verified and written again.
+ * grown, shrunk, split by a partial unmap, protected, freed and allocated anew, made huge pages, and forked, in the child
+ * of which they are verified and written again.
+ *
+ * With `huge`, regions are made huge pages again most of the time.
  *
  * Prints how much of each was done. Exit status 0, or 1 after the first byte that is wrong.
  */
@@ -45,6 +47,7 @@ struct region {
 	pthread_rwlock_t lock; /* read: work on one's own pages; write: work on the whole */
 	char *mem;
 	int heap; /* from malloc, else mmap + MADV_MERGEABLE */
+	int huge; /* made of huge pages a moment ago, from which nothing is discarded yet */
 	struct shadow page[REGION_PAGES];
 };
 
@@ -52,6 +55,7 @@ static struct region regions[REGIONS];
 static int file, direct; /* the patterns, page by page: page cache and O_DIRECT */
 static _Atomic int stop;
 static _Atomic int children;
+static int mostly_huge;
 
 enum op { FILL, POKE, READ, DIRECT, DISCARD, FREE, VERIFY, REMAP, RESIZE, UNMAP, PROTECT, RENEW, RUNS, FORK, NR_OPS };
 static const char *const names[] = {"fill",  "poke",   "read",	"direct",  "discard", "free",  "verify",
@@ -175,7 +179,7 @@ static void page_op(struct region *r, size_t i, uint64_t rnd)
 	size_t k = (rnd >> 16) % WORDS;
 	enum op op;
 
-	switch (rnd % 16) {
+	switch (r->huge && (rnd % 16 == 9 || rnd % 16 == 10) ? 11 : rnd % 16) {
 	case 0 ... 2:
 		op = FILL;
 		fill_page(r, i, pattern);
@@ -304,6 +308,9 @@ static void region_op(struct region *r, uint64_t rnd)
 	pid_t pid;
 	enum op op;
 
+	r->huge = 0;
+	if (mostly_huge && rnd >> 50 & 3)
+		rnd = (rnd & ~7UL) | 5 | 1UL << 31;
 	switch (rnd % 8) {
 	case 0:
 		op = REMAP;
@@ -344,7 +351,11 @@ static void region_op(struct region *r, uint64_t rnd)
 		break;
 	case 5:
 	case 6:
-		op = RUNS; /* what other regions hold too, in long runs */
+		op = RUNS; /* what other regions hold too, in long runs; and in a huge page, if there is one to be had */
+		r->huge = rnd >> 31 & 1;
+		if (r->huge && (madvise(r->mem, REGION_PAGES * PAGE, MADV_HUGEPAGE) ||
+				madvise(r->mem, REGION_PAGES * PAGE, MADV_DONTNEED)))
+			die("MADV_HUGEPAGE");
 		for (size_t i = 0; i < REGION_PAGES; i++)
 			fill_page(r, i, 1 + (uint32_t)(i / 2) % PATTERNS);
 		break;
@@ -374,7 +385,7 @@ static void *worker(void *arg)
 
 		state += 0x9e3779b97f4a7c15u;
 		r = &regions[mix(state) % REGIONS];
-		if (mix(state + 1) % 128 == 0) {
+		if (mix(state + 1) % (mostly_huge ? 16 : 128) == 0) {
 			pthread_rwlock_wrlock(&r->lock);
 			region_op(r, mix(state + 2));
 			pthread_rwlock_unlock(&r->lock);
@@ -404,7 +415,7 @@ int main(int argc, char **argv)
 	uint64_t seed;
 
 	if (argc < 3) {
-		fprintf(stderr, "usage: torture SECONDS DIRECTORY [SEED [nodirect]]\n");
+		fprintf(stderr, "usage: torture SECONDS DIRECTORY [SEED [nodirect] [huge]]\n");
 		return 2;
 	}
 	sigaction(SIGSEGV, &(struct sigaction){.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO}, NULL);
@@ -425,7 +436,9 @@ int main(int argc, char **argv)
 	fsync(file);
 	/* What a device writes into a page pinned before it was write-protected is lost: the one hazard of that path,
 	 * known and documented. By move there is none. */
-	direct = argc > 4 ? -1 : open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+	for (int i = 4; i < argc; i++)
+		mostly_huge |= !strcmp(argv[i], "huge");
+	direct = argc > 4 && !strcmp(argv[4], "nodirect") ? -1 : open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
 	if (direct < 0) /* or a tmpfs before 6.6 */
 		direct = file;
 	unlink(path);

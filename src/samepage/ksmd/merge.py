@@ -8,10 +8,10 @@ pages that stay runs in a segment cost one mapping instead of thousands:
  2. `_match` gives every other page a *target*: a stable node, or the page (its *donor*) of which a copy is to be
     made; who has no partner goes to the unstable index;
  3. `_within_budget` drops the shortest extents where a process has not mappings enough;
- 4. `_donate` has the donors' pages copied into segments, run by run;
- 5. `_merge` merges first the others, then, where that succeeded for anybody, the donors themselves. A copy that
-    nobody else turned out to equal (the donor's page was just being written, or checksums collided) is never
-    used again: its donor is left alone, and the others are matched anew without it.
+ 4. `_merge` has the donors' pages copied into segments, run by run, and merged with, first by the others, then, where
+    that succeeded for anybody, by the donors themselves (`exchange`);
+ 5. and settles what came of it. A copy that nobody else turned out to equal (the donor's page was just being written,
+    or checksums collided) is never used again: its donor is left alone, and the others are matched anew without it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,11 @@ import numpy as np
 from samepage.ksmd import check
 from samepage.ksmd.deferred import LONGEST
 from samepage.ksmd.domain import Domain
-from samepage.ksmd.mm_slot import MmSlot, Structured
-from samepage.ksmd.rmap import Bools, Ints, PageState, expand, run_starts, sorted_refs
-from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment, StableTree
-from samepage.memory import (
-    AREA,
-    EXTENT,
-    U8,
-    U32,
-    U64,
-    ZERO_PAGE,
-    AddressSpaceGone,
-    Donation,
-    PageStatus,
-    Segment,
-)
+from samepage.ksmd.exchange import COPY, UNASKED, Exchange, merge
+from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.rmap import Bools, Ints, PageState, run_starts, sorted_refs
+from samepage.ksmd.stable import SEGMENT_PAGES
+from samepage.memory import EXTENT, U8, U32, U64, ZERO_PAGE, AddressSpaceGone, PageStatus
 
 Concurrently = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """Like `map`: the service gives that of a thread pool, so that processes work at the same time."""
@@ -49,9 +39,6 @@ ROUNDS = 3
 
 ALONE = np.uint64((1 << 64) - 1)
 """Target of a page that has no partner."""
-
-COPY = np.uint64(1 << 32)
-"""Target `COPY + ref`: a copy still to be made of that page. Less than this: a stable node."""
 
 
 @dataclass(slots=True)
@@ -130,11 +117,24 @@ def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
     may = _may_merge(domain, refs[zero], refs[zero].astype(np.uint64), work)
     _defer(domain, refs[zero][~may], work, PageState.DEFERRED)
     pages = refs[zero][may]
-    status = _merge_all(domain, pages, None, work)
+    status: U8 = np.full(len(pages), PageStatus.GONE, np.uint8)
+    by_slot = domain.by_slot(pages)
+    vpns = {slot: slot.vpns_of(pages[at].astype(np.int64)) for slot, at in by_slot.items()}
+    work.each(by_slot, lambda slot: _be_zeros(slot, vpns[slot], by_slot[slot], status))
+    work.statuses += np.bincount(status, minlength=len(PageStatus))
     domain.set_states(pages[status == PageStatus.DONE], PageState.ZERO)
     _settle_failures(domain, pages, status, work)
     domain.set_states(pages[status == PageStatus.DIFFERENT], PageState.COLLIDED)
     return refs[~zero]
+
+
+def _be_zeros(slot: MmSlot, vpns: Ints, pages: Ints, status: U8) -> None:
+    """Runs in any thread."""
+    starts = run_starts(vpns)
+    extents = np.empty(len(starts), EXTENT)
+    extents["vpn"], extents["npages"] = vpns[starts], np.diff(np.append(starts, len(vpns)))
+    extents["offset"] = ZERO_PAGE
+    merge(slot, None, extents, pages, status)
 
 
 def _may_merge(domain: Domain, refs: U32, target: U64, work: MergeWork) -> Bools:
@@ -179,11 +179,7 @@ class _Round:
         self._match()
         if not len(self.refs):
             return self.refs
-        donors = self._within_budget()
-        node, donor_status, segments = self._donate(donors)
-        again = self._merge(donors, node, donor_status, segments)
-        self.domain.stable.close_unused(segments)
-        return again
+        return self._merge(self._within_budget())
 
     # -- 2. matching ------------------------------------------------------------------------------------
 
@@ -325,39 +321,19 @@ class _Round:
         starts[bounds[bounds < len(starts)]] = True
         return np.flatnonzero(starts)
 
-    # -- 4. donation ------------------------------------------------------------------------------------
+    # -- 4. and 5. donation and merging -----------------------------------------------------------------
 
-    def _donate(self, donors: U32) -> tuple[Ints, U8, list[StableSegment]]:
-        """Have copies made. For each donor its new node (-1: none) and the status of its page."""
-        domain = self.domain
-        node = np.full(len(donors), -1, np.int64)
-        status = np.full(len(donors), PageStatus.GONE, np.uint8)
-        segments: list[StableSegment] = []
-        by_slot = domain.by_slot(donors)
-        vpns = {slot: slot.vpns_of(donors[at].astype(np.int64)) for slot, at in by_slot.items()}
-        for slot, donations in self.work.each(by_slot, lambda slot: _donate_all(slot, vpns[slot])).items():
-            for start, donation in enumerate(donations):
-                at = by_slot[slot][start * SEGMENT_PAGES : (start + 1) * SEGMENT_PAGES]
-                slot.cpu_ns += donation.cpu_ns
-                status[at] = donation.status
-                if donation.segment is not None:
-                    done = at[donation.status == PageStatus.DONE]
-                    segment = domain.stable.add(donation.segment, domain.checksum[donors[done]], self.work.passes)
-                    node[done] = segment.base + np.arange(len(done))
-                    segments.append(segment)
-        self.work.statuses += np.bincount(status[status != PageStatus.DONE], minlength=len(PageStatus))
-        return node, status, segments
-
-    # -- 5. merging -------------------------------------------------------------------------------------
-
-    def _merge(self, donors: U32, copies: Ints, donor_status: U8, segments: list[StableSegment]) -> U32:
+    def _merge(self, donors: U32) -> U32:
         domain, refs, work = self.domain, self.refs, self.work
         stable = domain.stable
+        exchange = Exchange(domain, refs, self.target, donors, work.passes)
+        exchange.run(work.each)
+        rank, status, donor_status = exchange.rank, exchange.status, exchange.donor_status
+        work.statuses += np.bincount(status[status != UNASKED], minlength=len(PageStatus))
+        work.statuses += np.bincount(donor_status[donor_status != PageStatus.DONE], minlength=len(PageStatus))
         copied = self.target >= COPY
-        rank = np.zeros(len(refs), np.int64)
-        rank[copied] = np.searchsorted(donors, (self.target[copied] - COPY).astype(np.uint32))
         node = self.target.astype(np.int64)
-        node[copied] = copies[rank[copied]]
+        node[copied] = exchange.node[rank[copied]]
         donating = self.target == COPY + refs
 
         # Pages whose donor has nothing to give are matched anew; not if memory is short, which it is for all.
@@ -372,41 +348,38 @@ class _Round:
         _settle_failures(domain, refs[failed[~busy]], donor_status[rank[failed[~busy]]], work)
 
         others = np.flatnonzero(~donating & (node >= 0))
-        status = self._merge_with(refs[others], node[others], work)
+        self._merged(others, node, status)
         proven = ~copied[others] | (stable.sharers[node[others]] > 0)
-        lied = status == PageStatus.DIFFERENT
+        lied = status[others] == PageStatus.DIFFERENT
         domain.set_states(refs[others[lied & proven]], PageState.COLLIDED)
         again.append(refs[others[lied & ~proven]])
 
         mine = np.flatnonzero(donating & (node >= 0))
-        used = stable.sharers[node[mine]] > 0
+        used = status[mine] != UNASKED
         disproven = np.zeros(len(donors), np.bool_)
         disproven[rank[others[lied & ~proven]]] = True
         useless = mine[~used]
         domain.set_states(refs[useless[disproven[rank[useless]]]], PageState.COLLIDED)
         _defer(domain, refs[useless[~disproven[rank[useless]]]], work, PageState.DEFERRED)
         mine = mine[used]
-        status = self._merge_with(refs[mine], node[mine], work)
+        self._merged(mine, node, status)
         # The copy is what the others have; this page was written since it was made. Unless it is reported so,
         # it is of equal checksum, and left alone.
-        domain.set_states(refs[mine[status == PageStatus.DIFFERENT]], PageState.COLLIDED)
-        new = copies[copies >= 0]
+        domain.set_states(refs[mine[status[mine] == PageStatus.DIFFERENT]], PageState.COLLIDED)
+        new = exchange.node[exchange.node >= 0]
         stable.publish(new[stable.sharers[new] > 0].astype(np.uint32))
+        stable.close_unused(exchange.segments)
         return sorted_refs(again)
 
-    def _merge_with(self, refs: U32, node: Ints, work: MergeWork) -> U8:
-        """Merge pages with nodes, and settle all but DIFFERENT. Returns one status a page."""
-        if not len(refs):
-            return np.empty(0, np.uint8)
-        domain = self.domain
-        status = _merge_all(domain, refs, node, work)
-        done = status == PageStatus.DONE
-        if done.any():
+    def _merged(self, at: Ints, node: Ints, status: U8) -> None:
+        """Settle what became of the pages at these positions, all but those that were DIFFERENT."""
+        domain, refs = self.domain, self.refs
+        done = at[status[at] == PageStatus.DONE]
+        if len(done):
             domain.stable.attach(node[done])
             domain.checksum[refs[done]] = node[done].astype(np.uint64)
             domain.set_states(refs[done], PageState.MERGED)
-        _settle_failures(domain, refs, status, work)
-        return status
+        _settle_failures(domain, refs[at], status[at], self.work)
 
 
 def _map_count(slot: MmSlot) -> int:
@@ -414,88 +387,3 @@ def _map_count(slot: MmSlot) -> int:
     count = slot.space.map_count()
     check.map_count(count)
     return max(0, count[1] - count[0])
-
-
-def _donate_all(slot: MmSlot, vpns: Ints) -> list[Donation]:
-    """Donate pages, `SEGMENT_PAGES` at a time. Runs in any thread. If the process goes meanwhile, what it gave is
-    let go of."""
-    donations: list[Donation] = []
-    try:
-        for start in range(0, len(vpns), SEGMENT_PAGES):
-            part = vpns[start : start + SEGMENT_PAGES]
-            first = run_starts(part)
-            runs = np.empty(len(first), AREA)
-            runs["vpn"], runs["npages"] = part[first], np.diff(np.append(first, len(part)))
-            donations.append(slot.space.donate(runs))
-            check.donated(donations[-1], len(part))
-    except AddressSpaceGone:
-        for donation in donations:
-            if donation.segment is not None:
-                donation.segment.close()
-        raise
-    return donations
-
-
-@dataclass(slots=True)
-class _Order:
-    """Extents of one process to be merged with one segment; `pages` are the positions of their refs, in order."""
-
-    segment: Segment | None
-    extents: Structured
-    pages: Ints
-
-
-def _merge_all(domain: Domain, refs: U32, node: Ints | None, work: MergeWork) -> U8:
-    """Merge pages (ascending refs) with nodes (None: with the zero page) by as few extents as can be, all processes
-    at the same time. Returns one status a page; pages of processes that go meanwhile are GONE."""
-    status = np.full(len(refs), PageStatus.GONE, np.uint8)
-    orders: dict[MmSlot, list[_Order]] = {}
-    for slot, to_vpn, part in domain.cut(refs):
-        vpns = refs[part].astype(np.int64) + to_vpn
-        for order in _zero_order(vpns) if node is None else _orders(vpns, node[part], domain.stable):
-            order.pages += part.start
-            orders.setdefault(slot, []).append(order)
-    for slot, results in work.each(orders, lambda slot: _carry_out(slot, orders[slot])).items():
-        for order, (result, cpu_ns) in zip(orders[slot], results, strict=True):
-            slot.cpu_ns += cpu_ns
-            status[order.pages] = result
-    work.statuses += np.bincount(status, minlength=len(PageStatus))
-    return status
-
-
-def _extents(vpns: Ints, starts: Ints, length: Ints, offset: Ints | int) -> Structured:
-    extents = np.empty(len(starts), EXTENT)
-    extents["vpn"], extents["npages"], extents["offset"] = vpns[starts], length, offset
-    return extents
-
-
-def _zero_order(vpns: Ints) -> list[_Order]:
-    starts = run_starts(vpns)
-    length = np.diff(np.append(starts, len(vpns)))
-    return [_Order(None, _extents(vpns, starts, length, ZERO_PAGE), np.arange(len(vpns)))]
-
-
-def _orders(vpns: Ints, node: Ints, stable: StableTree) -> list[_Order]:
-    """One order for every segment that the pages (ascending) are to be merged with."""
-    place = stable.which(node)
-    # An extent that goes on in the next segment is two.
-    starts = np.union1d(run_starts(vpns, node), np.flatnonzero(np.diff(place)) + 1)
-    length = np.diff(np.append(starts, len(vpns)))
-    place = place[starts]
-    by_place = np.argsort(place, kind="stable")
-    orders = []
-    for at in np.split(by_place, np.flatnonzero(np.diff(place[by_place])) + 1):
-        segment = stable.segments[place[at[0]]]
-        extents = _extents(vpns, starts[at], length[at], node[starts[at]] - segment.base)
-        orders.append(_Order(segment.handle, extents, expand(starts[at], length[at])))
-    return orders
-
-
-def _carry_out(slot: MmSlot, orders: list[_Order]) -> list[tuple[U8, int]]:
-    """Runs in any thread."""
-    results = []
-    for order in orders:
-        result = slot.space.merge(order.segment, order.extents)
-        check.merged(result, len(order.pages))
-        results.append((result.status, result.cpu_ns))
-    return results

@@ -37,8 +37,8 @@ def raise_descriptor_limit() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what was freed, up to 32 MiB of it: ksmd's arrays come and go by the megabyte, and to get each of
-    them from the kernel anew takes longer than to compute it (mallopt(3))."""
+    """Have malloc keep what was freed, up to 32 MiB of it (mallopt(3)): ksmd's arrays come and go by the megabyte, and
+    to get each of them from the kernel anew takes longer than to compute it."""
     mallopt = ctypes.CDLL(None).mallopt
     for parameter, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 32 << 20), (M_ARENA_MAX, 1)):
         mallopt(parameter, value)

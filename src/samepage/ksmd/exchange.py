@@ -1,0 +1,286 @@
+"""What processes are asked to do for a slice of matched pages: donate copies, and merge with them or what is there.
+
+One thing waits for another: a copy must be made before anybody can merge with it; and its donor merges last, and only
+if somebody else has it by then, for a copy that nobody else turned out to equal saves nothing. But nobody waits for
+more than that. While one process merges with what another has just given, the other gives more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from samepage.ksmd import check
+from samepage.ksmd.domain import Domain
+from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.rmap import Bools, Ints, run_starts
+from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment
+from samepage.memory import AREA, EXTENT, U8, U32, U64, AddressSpaceGone, PageStatus, Segment
+
+HUGE_PAGE = 512
+"""Pages of a huge page, which a process swaps whole if all of it is asked for at once."""
+
+UNASKED = 255
+"""Status of a page that was not to be merged: there is no copy of it."""
+
+COPY = np.uint64(1 << 32)
+"""Target `COPY + ref`: a copy still to be made of that page. Less than this: a stable node."""
+
+Each = Callable[[Iterable[MmSlot], Callable[[MmSlot], Any]], dict[MmSlot, Any]]
+"""Does something to several processes at the same time (`MergeWork.each`)."""
+
+
+@dataclass(slots=True)
+class _Task:
+    """One thing to ask a process; `drop` instead when it has gone."""
+
+    do: Callable[[], None]
+    drop: Callable[[], None]
+
+
+class _Queues:
+    """What is still to be asked of each process. Tasks of one process are done one after the other."""
+
+    def __init__(self, each: Each) -> None:
+        self._each = each
+        self._lock = threading.Lock()
+        self._tasks: dict[MmSlot, deque[_Task]] = {}
+
+    def add(self, slot: MmSlot, task: _Task, first: bool = False) -> None:
+        """From any thread. `first`: before all that wait already, for what it is about is in the CPU's cache."""
+        with self._lock:
+            queue = self._tasks.setdefault(slot, deque())
+            if first:
+                queue.appendleft(task)
+            else:
+                queue.append(task)
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        while ready := [slot for slot, queue in self._tasks.items() if queue]:
+            for slot in ready:
+                while slot.gone and (task := self._next(slot)):
+                    task.drop()
+            self._each(ready, self._drain)
+
+    def _next(self, slot: MmSlot) -> _Task | None:
+        with self._lock:
+            queue = self._tasks[slot]
+            return queue.popleft() if queue else None
+
+    def _drain(self, slot: MmSlot) -> None:
+        while task := self._next(slot):
+            try:
+                task.do()
+            except AddressSpaceGone:
+                task.drop()
+                raise
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """A segment to be made of pages of `slot`: `vpns`, which are those `donors` of the exchange."""
+
+    slot: MmSlot
+    vpns: Ints
+    donors: Ints
+    own: Ints
+    """Positions of these pages among the refs."""
+    waiting: int = 0
+    """Processes that have not tried to merge with it yet."""
+    segment: Segment | None = None
+    offset: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    """Where each page is in the segment; -1 where it is not."""
+    used: Bools = field(default_factory=lambda: np.empty(0, np.bool_))
+
+
+@dataclass(slots=True)
+class _Share:
+    """Pages of one process that are to be merged with one segment; `pages` are positions among the refs."""
+
+    slot: MmSlot
+    vpns: Ints
+    pages: Ints
+    place: Ints
+    """Which page of the copy, or of the segment there is, each of them equals."""
+
+
+class Exchange:
+    """Has copies made of `donors` and merges `refs` (both ascending) with their `target`s. Afterwards:
+
+    `status` is what became of each ref, a `PageStatus` or `UNASKED`; `donor_status` the same for the donation of each
+    donor, `node` its new node (-1: none). `segments` are the new ones.
+    """
+
+    def __init__(self, domain: Domain, refs: U32, target: U64, donors: U32, passes: int) -> None:
+        self._domain = domain
+        self._donors = donors
+        self._passes = passes
+        self._lock = threading.Lock()  # guards what copies know of those who merge with them
+        self.status: U8 = np.full(len(refs), UNASKED, np.uint8)
+        self.donor_status: U8 = np.full(len(donors), PageStatus.GONE, np.uint8)
+        self.node: Ints = np.full(len(donors), -1, np.int64)
+        self.segments: list[StableSegment] = []
+        self._copies: list[_Copy] = []
+        self._plan(refs, target, donors)
+
+    # -- the plan ---------------------------------------------------------------------------------------
+
+    def _plan(self, refs: U32, target: U64, donors: U32) -> None:
+        copied = target >= COPY
+        self.rank: Ints = np.zeros(len(refs), np.int64)
+        """For each ref that is to be merged with a copy, the position of its donor among the donors."""
+        self.rank[copied] = np.searchsorted(donors, (target[copied] - COPY).astype(np.uint32))
+        donating = target == COPY + refs
+        own = np.full(len(donors), -1, np.int64)
+        own[self.rank[donating]] = np.flatnonzero(donating)
+        copy_of, place = np.empty(len(donors), np.int64), np.empty(len(donors), np.int64)
+        for slot, at in self._domain.by_slot(donors).items():
+            vpns = slot.vpns_of(donors[at].astype(np.int64))
+            for part in _cut(vpns):
+                copy_of[at[part]] = len(self._copies)
+                place[at[part]] = np.arange(part.stop - part.start)
+                self._copies.append(_Copy(slot, vpns[part], at[part], own[at[part]]))
+        stable = self._domain.stable
+        self._with_copies: list[list[_Share]] = [[] for _ in self._copies]
+        self._with_nodes: list[tuple[Segment | None, _Share]] = []
+        for slot, at in self._domain.by_slot(refs).items():
+            vpns = slot.vpns_of(refs[at].astype(np.int64))
+            others = copied[at] & ~donating[at]
+            rank = self.rank[at[others]]
+            for number, these in _groups(copy_of[rank]):
+                share = _Share(slot, vpns[others][these], at[others][these], place[rank[these]])
+                self._with_copies[number].append(share)
+                self._copies[number].waiting += 1
+            there = ~copied[at]
+            nodes = target[at[there]].astype(np.int64)
+            for number, these in _groups(stable.which(nodes)):
+                known = stable.segments[number]
+                share = _Share(slot, vpns[there][these], at[there][these], nodes[these] - known.base)
+                self._with_nodes.append((known.handle, share))
+
+    # -- the work, in any thread ------------------------------------------------------------------------
+
+    def run(self, each: Each) -> None:
+        """Do it all."""
+        queues = _Queues(each)
+        for segment, share in self._with_nodes:
+            queues.add(share.slot, self._joining(segment, share))
+        for copy, shares in zip(self._copies, self._with_copies, strict=True):
+            queues.add(copy.slot, self._donating(queues, copy, shares))
+        queues.run()
+        for copy in self._copies:
+            if copy.segment is not None:
+                done = copy.donors[copy.offset >= 0]
+                checksums = self._domain.checksum[self._donors[done]]
+                new = self._domain.stable.add(copy.segment, checksums, self._passes)
+                self.node[done] = new.base + np.arange(len(done))
+                self.segments.append(new)
+
+    def _joining(self, segment: Segment | None, share: _Share) -> _Task:
+        def drop() -> None:
+            self.status[share.pages] = PageStatus.GONE
+
+        return _Task(lambda: self._merge(segment, share.slot, share.vpns, share.place, share.pages), drop)
+
+    def _donating(self, queues: _Queues, copy: _Copy, shares: list[_Share]) -> _Task:
+        def do() -> None:
+            self._donate(copy)
+            for share in shares:
+                queues.add(share.slot, self._sharing(queues, copy, share), first=True)
+
+        return _Task(do, lambda: None)  # nobody else was told to wait for it
+
+    def _sharing(self, queues: _Queues, copy: _Copy, share: _Share) -> _Task:
+        def tried() -> None:
+            with self._lock:
+                copy.used[share.place[self.status[share.pages] == PageStatus.DONE]] = True
+                copy.waiting -= 1
+                last = not copy.waiting
+            if last:
+                queues.add(copy.slot, self._owning(copy), first=True)
+
+        def do() -> None:
+            offset = copy.offset[share.place]
+            there = np.flatnonzero(offset >= 0)
+            if len(there):
+                self._merge(copy.segment, share.slot, share.vpns[there], offset[there], share.pages[there])
+            tried()
+
+        def drop() -> None:
+            self.status[share.pages] = PageStatus.GONE
+            tried()
+
+        return _Task(do, drop)
+
+    def _owning(self, copy: _Copy) -> _Task:
+        used = np.flatnonzero(copy.used & (copy.own >= 0))
+
+        def do() -> None:
+            if len(used):
+                self._merge(copy.segment, copy.slot, copy.vpns[used], copy.offset[used], copy.own[used])
+
+        return _Task(do, lambda: None)
+
+    def _donate(self, copy: _Copy) -> None:
+        starts = run_starts(copy.vpns)
+        runs = np.empty(len(starts), AREA)
+        runs["vpn"], runs["npages"] = copy.vpns[starts], np.diff(np.append(starts, len(copy.vpns)))
+        donation = copy.slot.space.donate(runs)
+        try:
+            check.donated(donation, len(copy.vpns))
+        except AddressSpaceGone:
+            if donation.segment is not None:
+                donation.segment.close()
+            raise
+        copy.slot.cpu_ns += donation.cpu_ns
+        done = donation.status == PageStatus.DONE
+        copy.offset = np.where(done, np.cumsum(done) - 1, -1)
+        copy.used = np.zeros(len(done), np.bool_)
+        copy.segment = donation.segment
+        self.donor_status[copy.donors] = donation.status
+
+    def _merge(self, segment: Segment | None, slot: MmSlot, vpns: Ints, offset: Ints, pages: Ints) -> None:
+        starts = run_starts(vpns, offset)
+        extents = np.empty(len(starts), EXTENT)
+        extents["vpn"], extents["offset"] = vpns[starts], offset[starts]
+        extents["npages"] = np.diff(np.append(starts, len(vpns)))
+        merge(slot, segment, extents, pages, self.status)
+
+
+def merge(slot: MmSlot, segment: Segment | None, extents: Structured, pages: Ints, status: U8) -> None:
+    """Have a process merge; what became of each page goes to its position in `status`. AddressSpaceGone."""
+    result = slot.space.merge(segment, extents)
+    check.merged(result, len(pages))
+    slot.cpu_ns += result.cpu_ns
+    status[pages] = result.status
+
+
+def _cut(vpns: Ints) -> Iterator[slice]:
+    """Parts of at most `SEGMENT_PAGES`. Where one would end within a huge page, it ends before that."""
+    start = 0
+    while start < len(vpns):
+        end = min(start + SEGMENT_PAGES, len(vpns))
+        if end < len(vpns):
+            over = int(vpns[end]) % HUGE_PAGE
+            if over < end - start and vpns[end - over] + over == vpns[end]:
+                end -= over
+        yield slice(start, end)
+        start = end
+
+
+def _groups(keys: Ints) -> Iterator[tuple[int, Ints]]:
+    """Each key with the positions where it stands, ascending."""
+    if not len(keys):
+        return
+    if keys[0] == keys[-1] and not np.any(keys != keys[0]):
+        yield int(keys[0]), np.arange(len(keys))
+        return
+    order = np.argsort(keys, kind="stable")
+    for these in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+        yield int(keys[these[0]]), these
