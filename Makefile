@@ -13,7 +13,7 @@ SOURCES := pyproject.toml meson.build meson.options \
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: run test test-long check bench-oom bench-scan build clean
+.PHONY: run test test-long check bench bench-oom bench-scan build clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -32,6 +32,10 @@ check: $(VENV)/installed $(VENV)/development
 	test -e build/check || meson setup -Dwerror=true build/check
 	meson compile -C build/check
 	mypy
+
+# As root, with the kernel's KSM beside it. The figure and all that was measured go to build/.
+bench: $(VENV)/installed $(VENV)/development
+	python -m benchmarks.bench --json build/bench.json --plot build/bench.svg
 
 # Root's: memory cgroups, and the kernel's KSM to compare with.
 bench-oom: $(VENV)/installed
@@ -60,7 +64,7 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	touch $@
 
 $(VENV)/development: pyproject.toml | $(VENV)/installed
-	$(INSTALL_SELF) '.[dev,test]'
+	$(INSTALL_SELF) '.[bench,dev,test]'
 	touch $@
 
 $(VENV)/tools: pyproject.toml .ci/packages

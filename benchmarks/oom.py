@@ -29,14 +29,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import kernel_ksm
 from benchmarks.memory_cgroup import MemoryCgroup
-from samepage import agent
+from benchmarks.processes import Commanded, environment, service, wait_until
 from samepage.service.control import Client
 
 MIB = 1 << 20
@@ -50,62 +50,13 @@ PAGES = WORKER_MIB * MIB // PAGE_SIZE
 Answer = dict[str, Any]
 
 
-def environment(**more: str) -> dict[str, str]:
-    """This process's, without a service."""
-    path = os.pathsep.join(filter(None, sys.path))
-    own = {k: v for k, v in os.environ.items() if not k.startswith("SAMEPAGE_SOCKET") and k != "LD_PRELOAD"}
-    return own | {"PYTHONPATH": path} | more
-
-
-class Worker:
-    """A worker of oom_process.py in a cgroup; under the agent if `socket` is a service's."""
+class Worker(Commanded):
+    """A worker of oom_process.py, ready; in a cgroup, and under the agent if `socket` is a service's."""
 
     def __init__(self, group: MemoryCgroup | None, socket: str | None, mib: int = WORKER_MIB, part: int = PART_MIB):
-        env = environment()
-        if socket:
-            env |= {"LD_PRELOAD": str(agent.library_path()), "SAMEPAGE_SOCKET": socket}
-        command = [sys.executable, PROCESS, "worker", str(mib), str(part)]
-        enter = group.enter() if group else []
-        # The environment is for the worker, not for the shell that takes it into the cgroup.
-        prefix = ["env", *(f"{k}={env[k]}" for k in ("LD_PRELOAD", "SAMEPAGE_SOCKET") if k in env)]
-        plain = {k: v for k, v in env.items() if k not in ("LD_PRELOAD", "SAMEPAGE_SOCKET")}
+        super().__init__([sys.executable, PROCESS, "worker", str(mib), str(part)], group, socket)
         self.pages = mib * MIB // PAGE_SIZE
-        self.process = subprocess.Popen(
-            [*enter, *prefix, *command], env=plain, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._answer()
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def tell(self, *command: Any) -> None:
-        """Say what to do, and do not wait."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-
-    def ask(self, *command: Any) -> Any:
-        """Have something done. EOFError when the worker was killed."""
-        with contextlib.suppress(BrokenPipeError):
-            self.tell(*command)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise EOFError(f"the worker ended with {self.process.wait()}")
-        return json.loads(line)
-
-    def answer(self) -> Any:
-        """To what it was told last."""
-        return self._answer()
-
-    def end(self) -> None:
-        """Kill it."""
-        self.process.kill()
-        self.process.communicate()
+        self.answer()
 
 
 class Neighbours:
@@ -140,33 +91,10 @@ class Neighbours:
             process.stdout.close()
 
 
-@contextlib.contextmanager
-def service(folder: Path, *options: str) -> Iterator[str]:
-    """`samepage daemon`; yields where it listens."""
-    path = str(folder / "socket")
-    command = [sys.executable, "-m", "samepage", "daemon", "--socket", path, *options]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as daemon:
-        assert daemon.stdout is not None
-        try:
-            assert "listening" in daemon.stdout.readline()
-            yield path
-        finally:
-            daemon.terminate()
-
-
 def samepage(socket: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command."""
     command = [sys.executable, "-m", "samepage", *arguments, "--socket", socket]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-
-
-def wait_until(done: Callable[[], bool], what: str, seconds: float = 300.0, every: float = 0.05) -> None:
-    """TimeoutError when it does not come about."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not {what} in {seconds:.0f} seconds")
-        time.sleep(every)
 
 
 def rows(socket: str) -> dict[int, Answer]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import kernel_ksm
-from benchmarks.oom import service
+from benchmarks.processes import service
 from samepage import agent
 from samepage.service.control import Client
 from tests.agent.preload import compile_c

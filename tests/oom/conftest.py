@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import memory_cgroup
 from benchmarks.memory_cgroup import MemoryCgroup
-from benchmarks.oom import Worker, service
+from benchmarks.oom import Worker
+from benchmarks.processes import service
 from samepage import agent
 
 MIB = 1 << 20

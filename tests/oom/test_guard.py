@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory_cgroup import MemoryCgroup
-from benchmarks.oom import rows, samepage, wait_merged, wait_until
+from benchmarks.oom import rows, samepage, wait_merged
+from benchmarks.processes import wait_until
 from samepage.ksmd import Ksmd
 from samepage.memory import PAGE_SIZE
 from samepage.memory.simulated import SimulatedMachine

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.oom import environment, wait_until
+from benchmarks.processes import environment, wait_until
 from samepage import agent
 from samepage.service.control import Client
 from tests.agent.preload import compile_c

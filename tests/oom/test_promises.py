@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory_cgroup import UNLIMITED, MemoryCgroup
-from benchmarks.oom import Worker, anonymous, environment, rows, samepage, wait_merged, wait_until
+from benchmarks.oom import Worker, anonymous, rows, samepage, wait_merged
+from benchmarks.processes import environment, wait_until
 from samepage.service.control import Client
 from tests.oom.conftest import MIB, Start, needs_agent
 

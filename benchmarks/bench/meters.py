@@ -1,0 +1,91 @@
+"""What the kernel says of a process: its CPU time, its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.memory_cgroup import MemoryCgroup
+
+CPUCLOCK_SCHED = 2
+
+
+def process_cpu(pid: int) -> float:
+    """Seconds of CPU that a process (or a kernel thread) has used, in all its threads, those included that have ended:
+    to the nanosecond, by its CPU-time clock (clock_getcpuclockid(3)). OSError EINVAL when it is not there."""
+    return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)
+
+
+def threads(pid: int, name: str) -> list[Path]:
+    """Those of a process's threads that have this name, in /proc."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if (task / "comm").read_text().strip() == name:
+                found.append(task)
+    return found
+
+
+class ThreadCpu:
+    """The CPU time of threads that go on: the first number of /proc/PID/task/TID/schedstat, in ns, kept open."""
+
+    def __init__(self, tasks: Iterable[Path]) -> None:
+        self._files = [os.open(task / "schedstat", os.O_RDONLY) for task in tasks]
+
+    def seconds(self) -> float:
+        """Of all of them together."""
+        return sum(int(os.pread(file, 64, 0).split()[0]) for file in self._files) / 1e9
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+
+def _bytes(pid: int, file: str, field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"the kernel shows no {field} of process {pid}")
+    return int(found[1]) << 10
+
+
+def pss(pids: Iterable[int]) -> int:
+    """Bytes: proportional set size of all together. The kernel walks all their pages for it."""
+    return sum(_bytes(pid, "smaps_rollup", "Pss") for pid in pids)
+
+
+def private(pid: int) -> int:
+    """Bytes of anonymous memory a process has."""
+    return _bytes(pid, "status", "RssAnon")
+
+
+def available() -> int:
+    """Bytes of memory that may still be had in the machine."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def mappings(pids: Iterable[int]) -> int:
+    """Mappings of all together."""
+    return sum(Path(f"/proc/{pid}/maps").read_text().count("\n") for pid in pids)
+
+
+class Memory:
+    """How much memory processes take, read often and without disturbing them: what their cgroup is charged with, which
+    has the kernel's own for their mappings in it. Without a cgroup it is their PSS, which costs more to read."""
+
+    def __init__(self, group: MemoryCgroup | None, pids: list[int]) -> None:
+        self._group, self._pids = group, pids
+
+    @property
+    def every(self) -> float:
+        """Seconds from one reading to the next."""
+        return 0.01 if self._group else 0.05
+
+    def used(self) -> int:
+        """Bytes."""
+        return self._group.usage() if self._group else pss(self._pids)

@@ -1,0 +1,311 @@
+"""What the records mean: medians, ratios, and what of it the project promises (TARGETS)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.bench.measures import MIB, NEARLY_ALL, Record
+
+SAMEPAGE, KERNEL, DEFAULTS = "samepage", "ksmd fastest", "ksmd defaults"
+UNSKIPPING = "ksmd fastest, smart_scan 0"
+COLUMNS = (SAMEPAGE, KERNEL, DEFAULTS, "shared_memory", "mapped file", "alone")
+
+PASSES = "CPU of a pass over memory that was seen before"
+NOTHING = "two processes with nothing in common"
+THROUGHPUT = "an application in one of two processes with the same pages"
+STALLS = "a write to a page while pages are merged"
+TITLES = {
+    "same": "two processes, the same pages",
+    "model": "workers of one model",
+    "scattered": "the same pages, each elsewhere",
+    "runs": "the same, in runs of 16 pages",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `values` are by column: medians, or words where there is no number."""
+
+    group: str
+    name: str
+    unit: str
+    values: dict[str, float | str]
+    ratio: float | None = None
+    """The kernel's (at its fastest) by samepage's, the median of the repeats': how many times less it is."""
+    target: str = ""
+    reached: bool | None = None
+    spread: dict[str, list[float]] = field(default_factory=dict)
+    """Least and most, where there is more than one."""
+
+
+def by_side(records: Iterable[Record], read: Callable[[Record], float | None]) -> dict[str, dict[int, float]]:
+    """A number from every record that has it, by side and repeat."""
+    found: dict[str, dict[int, float]] = {}
+    for record in records:
+        value = read(record)
+        if value is not None:
+            found.setdefault(record["side"], {})[record["repeat"]] = value
+    return found
+
+
+def row(
+    group: str,
+    name: str,
+    unit: str,
+    numbers: dict[str, dict[int, float]],
+    at_least: float | None = None,
+    at_most: float | None = None,
+    other: str = KERNEL,
+) -> Row:
+    """A row of what each repeat gave. A target is of the ratio (`at_least`) or of samepage's own value (`at_most`);
+    `other` is who the ratio is to, and stands in the kernel's column."""
+    values: dict[str, float | str] = {side: statistics.median(of.values()) for side, of in numbers.items()}
+    ours, theirs = numbers.get(SAMEPAGE, {}), numbers.get(other, {})
+    pairs = [theirs[repeat] / ours[repeat] for repeat in ours if repeat in theirs and ours[repeat] > 0]
+    ratio = statistics.median(pairs) if pairs else None
+    target, reached = "", None
+    if at_least is not None:
+        target, reached = f"{at_least:g} times less", None if ratio is None else ratio >= at_least
+    if at_most is not None and SAMEPAGE in values:
+        target, reached = f"at most {at_most:g} {unit}", float(values[SAMEPAGE]) <= at_most
+    if other != KERNEL:
+        values[KERNEL] = values.pop(other, "")
+    spread = {side: [min(of.values()), max(of.values())] for side, of in numbers.items() if len(of) > 1}
+    return Row(group, name, unit, values, ratio, target, reached, spread)
+
+
+def rows(records: list[Record]) -> list[Row]:
+    """The whole table."""
+    found: list[Row] = []
+    for name in TITLES:
+        if of := [record for record in records if record["experiment"] == name]:
+            found += _merging(name, of)
+    for name, build in (
+        ("unchanged", _passes),
+        ("nothing", _nothing),
+        ("throughput", _throughput),
+        ("stall", _stalls),
+    ):
+        if of := [record for record in records if record["experiment"] == name]:
+            found += build(of)
+    return found
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------------
+
+
+def levels(records: list[Record]) -> dict[int, float]:
+    """By repeat, the bytes that both sides are timed to: 95 % of what can be saved, or where one of them ends up with
+    less (for want of mappings, say, or because it takes large allocations only), 95 % of that."""
+    found: dict[int, float] = {}
+    for record in records:
+        if record.get("finished"):
+            goal, final = NEARLY_ALL * record["goal"], max(record["curve"]["saved"])
+            level = goal if final >= goal else NEARLY_ALL * final
+            found[record["repeat"]] = min(level, found.get(record["repeat"], level))
+    return found
+
+
+def at_level(record: Record, level: float | None, what: str) -> float | None:
+    """The curve's `what` when so many bytes were saved; None if they never were."""
+    curve = record.get("curve")
+    if curve is None or level is None:
+        return None
+    there = np.flatnonzero(np.array(curve["saved"]) >= level)
+    return float(curve[what][there[0]]) if len(there) else None
+
+
+def _merging(name: str, records: list[Record]) -> list[Row]:
+    title = TITLES[name]
+    level = levels(records)
+    least = {"same": 8.0, "scattered": 1.0}.get(name)
+
+    def when(what: str) -> Callable[[Record], float | None]:
+        by_hand = {"seconds": "seconds", "cpu_seconds": "cpu_seconds"}[what]
+        return lambda r: at_level(r, level.get(r["repeat"]), what) if "curve" in r else r[by_hand]
+
+    share = min((bytes_ / max(r["goal"] for r in records if "goal" in r) for bytes_ in level.values()), default=0.0)
+    until = f"until {share:.0%} of what can be saved is"
+    time = row(title, f"time {until}", "s", by_side(records, when("seconds")), at_least=least)
+    cpu = row(
+        title, f"CPU {until}", "s", by_side(records, when("cpu_seconds")), at_least=8.0 if name == "same" else None
+    )
+    for record in records:
+        if record.get("finished") is False:
+            saved, seconds = max(record["curve"]["saved"]), record["curve"]["seconds"][-1]
+            time.values.setdefault(record["side"], f"not finished: {saved / record['goal']:.0%} after {seconds:.0f} s")
+            cpu.values.setdefault(record["side"], f"{record['curve']['cpu_seconds'][-1]:.2f} by then")
+    found = [time, cpu]
+    goal = max(r["goal"] for r in records if "goal" in r)
+    numbers = by_side(records, lambda r: r["saved_pss"] / MIB)
+    found.append(row(title, f"memory saved (PSS), of {goal / MIB:.0f} MiB", "MiB", numbers))
+    found[-1] = _without_ratio(found[-1])
+    taken = by_side(records, lambda r: -min(r["curve"]["saved"]) / MIB if r.get("finished") else None)
+    found.append(_without_ratio(row(title, "memory taken for it meanwhile, at most", "MiB", taken)))
+    if name in ("same", "scattered"):
+        bytes_a_page = by_side(
+            records, lambda r: r["metadata"]["bytes"] / r["metadata"]["pages"] if r.get("finished") else None
+        )
+        found.append(row(title, "metadata a page", "bytes", bytes_a_page, at_most=16))
+    if name == "same":
+        merged = by_side(records, lambda r: 1000 * statistics.mean(p) if (p := r.get("merged_passes")) else None)
+        found.append(row(title, "CPU of a pass once they are merged", "ms", merged))
+        unmerge = by_side(records, lambda r: r["unmerge_seconds"] if r.get("finished") else None)
+        found.append(row(title, f"time to unmerge {2 * goal / MIB:.0f} MiB", "s", unmerge))
+    if name == "scattered":
+        left = by_side(records, lambda r: r["counters"].get("pages_unmerged_vma"))
+        found.append(row(title, "left unmerged for want of mappings", "pages", left))
+        added = by_side(records, lambda r: float(r["mappings_added"]))
+        found.append(_without_ratio(row(title, "mappings more than before", "", added)))
+    return found
+
+
+def _without_ratio(one: Row) -> Row:
+    return replace(one, ratio=None)
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+def _passes(records: list[Record]) -> list[Row]:
+    found = []
+
+    def cost(key: str) -> Callable[[Record], float | None]:
+        # Where passes differ in turn (smart_scan), the mean of a whole cycle; else the median.
+        def read(record: Record) -> float | None:
+            if key not in record:
+                return None
+            average = statistics.mean if record["side"] == KERNEL else statistics.median
+            return 1000 * float(average(record[key]))
+
+        return read
+
+    for mib in sorted({record["mib"] for record in records}):
+        of = [record for record in records if record["mib"] == mib]
+        for key, what in (("passes", "unchanged"), ("rewritten_passes", "1 % rewritten")):
+            numbers = by_side(of, cost(key))
+            for other, setting in ((UNSKIPPING, "smart_scan 0"), (KERNEL, "smart_scan 1")):
+                if other not in numbers:
+                    continue
+                pair = {side: numbers[side] for side in (SAMEPAGE, other) if side in numbers}
+                name = f"{mib / 1024:g} GiB, {what}, {setting} for ksmd"
+                found.append(row(PASSES, name, "ms", pair, at_least=200 if key == "passes" else None, other=other))
+            if numbers and not {UNSKIPPING, KERNEL} & set(numbers):
+                found.append(row(PASSES, f"{mib / 1024:g} GiB, {what}", "ms", numbers))
+    return found
+
+
+# ---- the application -------------------------------------------------------------------------------------------------
+
+
+def _relative(records: list[Record], phase: str, base: str, what: str) -> dict[str, dict[int, float]]:
+    """Percent of a rate that is left in one phase, of what it is in another of the same record."""
+
+    def read(record: Record) -> float | None:
+        now, before = record[phase][what], record[base][what]
+        return 100 * now / before if now and before else None
+
+    return by_side(records, read)
+
+
+def _at_least(one: Row, percent: float) -> Row:
+    ours = one.values.get(SAMEPAGE)
+    reached = None if ours is None else float(ours) >= percent
+    return replace(one, ratio=None, target=f"at least {percent:g} %", reached=reached)
+
+
+WORK = (("reductions", "sums"), ("writes", "random writes"))
+
+
+def _nothing(records: list[Record]) -> list[Row]:
+    share = by_side(records, lambda r: 100 * r["cpu_share"])
+    found = [row(NOTHING, "CPU after the first pass, of a core", "%", share, at_most=2)]
+    for what, title in WORK:
+        numbers = _relative(records, "on", "off", what)
+        found.append(_at_least(row(NOTHING, f"application, {title}, of what it is without", "%", numbers), 97))
+    return found
+
+
+def _throughput(records: list[Record]) -> list[Row]:
+    found = []
+    for phase, when in (("merging", "while pages are merged"), ("after", "afterwards")):
+        for what, title in WORK:
+            numbers = _relative(records, phase, "before", what)
+            found.append(_without_ratio(row(THROUGHPUT, f"{title} {when}, of before", "%", numbers)))
+    return found
+
+
+# ---- stalls ----------------------------------------------------------------------------------------------------------
+
+
+def percentile_us(histogram: list[list[int]], share: float) -> float:
+    """Of whole microseconds and how often each was seen: the upper end of the one that this share of all is within."""
+    took, counts = np.array(histogram[0]), np.cumsum(histogram[1])
+    return float(took[np.searchsorted(counts, share * counts[-1])]) + 1
+
+
+def _stalls(records: list[Record]) -> list[Row]:
+    tail = by_side(records, lambda r: percentile_us(r["histogram_us"], 0.999))
+    longest = by_side(records, lambda r: r["longest_us"])
+    return [
+        row(STALLS, "99.9th percentile", "µs", tail, at_most=200),
+        row(STALLS, "longest", "µs", longest),
+    ]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def shown(value: float | str | None) -> str:
+    """Three digits, more where the number is whole."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def table(all_rows: list[Row]) -> Table:
+    """For people. Columns that nobody has anything in are left out."""
+    used, lines = _cells(all_rows)
+    made = Table("", *used, "ksmd / samepage", "target", "reached", pad_edge=False)
+    for column in made.columns[1 : len(used) + 2]:
+        column.justify = "right"
+    for group, cells in lines:
+        if group:
+            made.add_section()
+            made.add_row(Text(group, style="bold"))
+        made.add_row(*(Text(cell) for cell in cells))
+    return made
+
+
+def markdown(all_rows: list[Row]) -> str:
+    """The same for docs/benchmarks.md."""
+    used, lines = _cells(all_rows)
+    text = [["", *used, "ksmd / samepage", "target", "reached"], ["---"] * (len(used) + 4)]
+    for group, cells in lines:
+        if group:
+            text.append([f"**{group}**", *[""] * (len(used) + 3)])
+        text.append(cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in text)
+
+
+def _cells(all_rows: list[Row]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The columns in use, and every row's cells with the name of the group that it begins."""
+    used = [column for column in COLUMNS if any(column in one.values for one in all_rows)]
+    lines, group = [], ""
+    for one in all_rows:
+        numbers = [shown(one.values.get(column)) for column in used]
+        reached = {None: "", True: "yes", False: "no"}[one.reached]
+        name = f"{one.name} ({one.unit})" if one.unit else one.name
+        lines.append((one.group if one.group != group else "", [name, *numbers, shown(one.ratio), one.target, reached]))
+        group = one.group
+    return used, lines

@@ -1,0 +1,119 @@
+"""`make bench`: the program runs, at sizes that prove nothing about speed, and counts right what it measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks import kernel_ksm
+from benchmarks.bench import report
+from benchmarks.bench.__main__ import main, run
+from benchmarks.bench.measures import MIB, Record, Sizes
+from samepage import agent
+
+needs_agent = pytest.mark.skipif(
+    not agent.library_path().exists(), reason=f"needs the agent, and there is no {agent.library_path()}"
+)
+
+TINY = Sizes(
+    same=16,
+    scattered=4,
+    runs=4,
+    models=2,
+    nothing=8,
+    rounds=1,
+    window=0.2,
+    unchanged=(8,),
+    passes=1,
+    throughput=16,
+    stall=8,
+    merging=0.1,
+    defaults_limit=1.0,
+    limit=30.0,
+)
+
+
+@needs_agent
+@pytest.mark.timeout(300)  # others may have borrowed the kernel's KSM
+def test_it_measures_both_sides_and_the_kernels_switches_are_put_back() -> None:
+    before = {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200}
+    names = ["same", "nothing", "unchanged", "stall"]
+    records, bench = run(names, TINY, 1, Console(stderr=True))
+    if kernel_ksm.available() and not kernel_ksm.in_use():
+        assert {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200} == before
+    assert not bench.failed
+    assert {record["experiment"] for record in records} == set(names) - set(bench.skipped)
+    same = {record["side"]: record for record in records if record["experiment"] == "same"}
+    assert {"samepage", "shared_memory", "mapped file"} <= set(same)
+    for record in same.values():
+        if record["side"] != "ksmd defaults":
+            assert record["saved_pss"] > 0.9 * 16 * MIB
+    if kernel_ksm.available():
+        assert {"ksmd fastest", "ksmd defaults"} <= set(same)
+    else:
+        assert "the kernel's KSM" in bench.skipped
+    rows = report.rows(records)
+    assert all("samepage" in row.values for row in rows)
+    assert json.dumps(records)
+
+
+def curve(side: str, repeat: int, seconds: list[float], saved: list[int], **more: Any) -> Record:
+    at = {"seconds": seconds, "saved": saved, "cpu_seconds": [s / 2 for s in seconds]}
+    rest: Record = {"goal": 1000, "finished": True, "saved_pss": saved[-1], "counters": {}, "mappings_added": 0}
+    rest["metadata"] = {"bytes": 30, "pages": 2}
+    return {"experiment": "scattered", "side": side, "repeat": repeat, "curve": at} | rest | more
+
+
+def test_a_side_is_timed_to_what_both_sides_save() -> None:
+    ours = curve("samepage", 0, [0.0, 0.1, 0.2, 0.3], [0, 400, 480, 500])
+    theirs = curve("ksmd fastest", 0, [0.0, 1.0, 2.0, 3.0], [0, 470, 480, 1000])
+    time = report.rows([ours, theirs])[0]
+    assert time.name == "time until 48% of what can be saved is"
+    assert time.values == {"samepage": 0.2, "ksmd fastest": 2.0}
+    assert time.ratio == pytest.approx(10)
+    assert time.reached is True
+
+
+def test_a_ratio_is_the_median_of_those_of_each_repeat() -> None:
+    records = []
+    for repeat, (ours, theirs) in enumerate([(1.0, 2.0), (2.0, 2.0), (1.0, 9.0)]):
+        records.append(curve("samepage", repeat, [0.0, ours], [0, 1000]))
+        records.append(curve("ksmd fastest", repeat, [0.0, theirs], [0, 1000]))
+    time = report.rows(records)[0]
+    assert time.values == {"samepage": 1.0, "ksmd fastest": 2.0}
+    assert time.ratio == 2
+    assert time.spread == {"samepage": [1.0, 2.0], "ksmd fastest": [2.0, 9.0]}
+
+
+def test_who_did_not_finish_is_said_to_have_come_so_far() -> None:
+    done = curve("samepage", 0, [0.0, 0.1], [0, 1000])
+    slow = curve("ksmd defaults", 0, [0.0, 60.0], [0, 20], finished=False)
+    time = report.rows([done, slow])[0]
+    assert time.values["ksmd defaults"] == "not finished: 2% after 60 s"
+
+
+def test_of_a_hundred_writes_the_slowest_is_beyond_the_99th_percentile() -> None:
+    histogram = [[0, 1, 500], [90, 9, 1]]
+    assert report.percentile_us(histogram, 0.5) == 1
+    assert report.percentile_us(histogram, 0.99) == 2
+    assert report.percentile_us(histogram, 0.999) == 501
+
+
+def test_an_experiment_that_does_not_exist_is_refused_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["sane"])
+    assert refused.value.code == 2
+    assert "no experiment sane; there are same, model" in capsys.readouterr().err
+
+
+def test_the_figure_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'samepage[bench]'")
+    from benchmarks.bench.plot import plot
+
+    records = [curve("samepage", 0, [0.0, 0.1], [0, 1000]), curve("ksmd fastest", 0, [0.0, 1.0], [0, 1000])]
+    plot(records, report.rows(records), tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
