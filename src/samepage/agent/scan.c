@@ -8,7 +8,7 @@
 
 #include <linux/userfaultfd.h>
 
-#define STEP_PAGES 512UL       /* hashed under one hold of the lock: 2 MiB, some 200 us */
+#define STEP_PAGES 512UL       /* hashed under one hold of the lock, or less than twice as many: 2 MiB, some 200 us */
 #define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms when nothing changed */
 #define NR_REGIONS 64
 
@@ -88,16 +88,48 @@ static uintptr_t whole_pages(const struct out *o, const struct page_region *v, i
 	return last->start > start || o->nsums ? last->start : walked;
 }
 
-static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
+/* Hashes what is to be hashed of anonymous memory [start, end), STEP_PAGES at most, and has writes to it followed. How far
+ * it came. */
+static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 {
 	struct pm_walk w = {
 		.must = PAGE_IS_PRESENT | (kernel.tracking && !(o->flags & SP_SCAN_ALL) ? PAGE_IS_WRITTEN : 0),
 		.must_not = PAGE_IS_FILE | PAGE_IS_SWAPPED | (kernel.scan ? PAGE_IS_PFNZERO : 0),
+		.max_pages = o->max_sums - o->nsums < STEP_PAGES ? o->max_sums - o->nsums : STEP_PAGES,
 	};
+	int room = (int)(o->max_runs - o->nruns < NR_REGIONS ? o->max_runs - o->nruns : NR_REGIONS), n = 1;
 	struct page_region v[NR_REGIONS];
+	uintptr_t walked;
+
+	if (!kernel.tracking || end - start > w.max_pages * PAGE_SIZE) { /* else no huge page is cut */
+		n = pagemap_walk(start, end, &w, v, room, &walked);
+		if (n > 0 && kernel.tracking) {
+			end = whole_pages(o, v, n, start, walked);
+			if (end == start) {
+				o->max_sums = o->nsums; /* full */
+				return start;
+			}
+		}
+	}
+	if (n > 0 && kernel.tracking) {
+		w.protect = true;
+		n = pagemap_walk(start, end, &w, v, room, &walked);
+	}
+	if (n < 0)
+		return end;
+	for (int i = 0; i < n; i++)
+		hash_region(o, &v[i]);
+	return walked;
+}
+
+static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
+{
+	const struct pm_walk written = {.must = PAGE_IS_WRITTEN};
 	uintptr_t start = vpn << PAGE_SHIFT, stop, walked;
+	struct page_region v[NR_REGIONS];
+	uint32_t before = o->nsums;
 	struct vma vma;
-	int n, room;
+	int n = 1;
 
 	/* What was merged and is anonymous now was discarded or unmerged by the application. Its content is
 	 * looked at next time. */
@@ -120,23 +152,19 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	if (!vma.read || vma.shared || vma.ino)
 		return stop >> PAGE_SHIFT;
 	track(start, stop);
-	w.max_pages = o->max_sums - o->nsums < STEP_PAGES ? o->max_sums - o->nsums : STEP_PAGES;
-	room = (int)(o->max_runs - o->nruns < NR_REGIONS ? o->max_runs - o->nruns : NR_REGIONS);
-	n = pagemap_walk(start, stop, &w, v, room, &walked);
-	if (n > 0 && kernel.tracking) {
-		stop = whole_pages(o, v, n, start, walked);
-		if (stop == start) {
-			o->max_sums = o->nsums; /* full */
-			return vpn;
-		}
-		w.protect = true;
-		n = pagemap_walk(start, stop, &w, v, room, &walked);
-	}
-	if (n < 0)
-		return stop >> PAGE_SHIFT;
+	/* First the quick look at what was written, which is nothing at all as a rule. */
+	v[0] = (struct page_region){start, walked = stop, 0};
+	if (kernel.tracking && !(o->flags & SP_SCAN_ALL))
+		n = pagemap_walk(start, stop, &written, v, NR_REGIONS, &walked);
 	for (int i = 0; i < n; i++)
-		hash_region(o, &v[i]);
-	return walked >> PAGE_SHIFT;
+		for (uintptr_t at = v[i].start, next; at < v[i].end; at = next) {
+			if (full(o) || o->nsums - before >= STEP_PAGES)
+				return at >> PAGE_SHIFT;
+			next = look_at(o, at, v[i].end);
+			if (next == at)
+				return at >> PAGE_SHIFT;
+		}
+	return (n < 0 ? stop : walked) >> PAGE_SHIFT;
 }
 
 /* Marks private copies in [vpn, end) of a segment mapping as islands. How far it came. */

@@ -309,6 +309,7 @@ static int walk_entries(uintptr_t start, uintptr_t end, const struct pm_walk *w,
 int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct page_region *v, int n,
 		 uintptr_t *walked)
 {
+	bool quick = w->must == PAGE_IS_WRITTEN && !w->must_not && !w->any;
 	struct scan_request r = {
 		.size = sizeof(r),
 		.flags = w->protect ? SCAN_WP_MATCHING : 0,
@@ -320,7 +321,7 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
 		.category_inverted = w->must_not,
 		.category_mask = w->must | w->must_not,
 		.category_anyof_mask = w->any,
-		.return_mask = PAGE_IS_PRESENT | PAGE_IS_FILE | PAGE_IS_HUGE,
+		.return_mask = quick ? PAGE_IS_WRITTEN : PAGE_IS_PRESENT | PAGE_IS_FILE | PAGE_IS_HUGE,
 	};
 	long got;
 
