@@ -60,8 +60,9 @@ class Sizes:
     runs: int = 256
     models: int = 8
     nothing: int = 256
-    rounds: int = 8
+    rounds: int = 6
     window: float = 1.0
+    nothing_window: float = 5.0
     """Seconds of the application's throughput in one look."""
     unchanged: tuple[int, ...] = (1024, 4096, 8192)
     passes: int = 5
@@ -83,6 +84,7 @@ QUICK = Sizes(
     nothing=64,
     rounds=3,
     window=0.4,
+    nothing_window=0.4,
     unchanged=(256, 1024),
     passes=2,
     throughput=128,
@@ -356,7 +358,7 @@ def rates(steps: list[list[float]], start: float, end: float) -> Record:
 def nothing(bench: Bench) -> Iterator[Record]:
     """Nothing in common, everything seen before: what is spent in vain, and what the application feels of it.
 
-    In turns of a second merging is off and on, and the sides take turns, so that it hits all alike when the machine is
+    In turns of some seconds merging is off and on, and the sides take turns, so that it hits all alike when the machine is
     busy. The application is compared with itself: processes differ by more (where their memory lies) than what is to
     be seen.
     """
@@ -380,9 +382,9 @@ def nothing(bench: Bench) -> Iterator[Record]:
             taking_turns.append(slow)
         for turn in range(sizes.rounds):
             for side in taking_turns:
-                off, _ = _work(side, sizes.window)
+                off, _ = _work(side, sizes.nothing_window)
                 side.run(1)
-                on, cpu_share = _work(side, sizes.window)
+                on, cpu_share = _work(side, sizes.nothing_window)
                 side.run(0)
                 record = {"experiment": "nothing", "side": side.name, "repeat": turn}
                 yield record | {"off": off, "on": on, "cpu_share": cpu_share}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from samepage.ksmd import Advisor, Knobs, Ksmd
-from samepage.ksmd.advisor import BURST_PAGES, IDLE_SECONDS
+from samepage.ksmd.advisor import BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
 from samepage.memory import PageStatus
 from samepage.memory.simulated import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
@@ -207,23 +207,41 @@ def test_who_joins_while_ksmd_idles_is_merged_at_once() -> None:
     assert clock.now - begun < 0.1
 
 
-def test_looking_again_costs_no_more_than_its_share_of_a_core() -> None:
-    knobs = Knobs(advisor_max_cpu=5)
-    advisor, now, spent = Advisor(knobs), 0.0, 0.0
-    for _ in range(1000):
-        now += 0.05 + advisor.wait(now, urgent=False)
-        spent += 0.05
-        advisor.scanned(now, 0.05, hashed=1000, first_looks=0)
+def busy(advisor: Advisor, start: float, seconds: float, cpu: float) -> tuple[float, list[float]]:
+    """Passes over memory that is written all the time, for so long: until when, and the pauses."""
+    now, pauses = start, []
+    while now < start + seconds:
+        now += cpu
+        advisor.scanned(now, cpu, hashed=1000, first_looks=0)
         advisor.pass_over(now, quiet=False)
-    assert spent / now == pytest.approx(0.05, rel=0.1)
+        pauses.append(advisor.wait(now, urgent=False))
+        now += pauses[-1]
+    return now, pauses
+
+
+def test_looking_again_costs_no_more_than_its_share_of_a_core() -> None:
+    end, pauses = busy(Advisor(Knobs(advisor_max_cpu=5)), 0.0, 1000.0, 0.05)
+    paid_by_the_application = 1000 * FAULT_SECONDS
+    assert (0.05 + paid_by_the_application) * len(pauses) / end == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_pause_is_no_longer_than_memory_was_in_motion() -> None:
+    advisor = Advisor(Knobs(advisor_max_cpu=1))
+    now, pauses = busy(advisor, 100.0, 20.0, 1.0)
+    assert pauses[0] == IDLE_SECONDS
+    assert all(pause <= max(IDLE_SECONDS, now - 100.0) for pause in pauses)
+    now, pauses = busy(advisor, now, 2000.0, 1.0)
+    assert max(pauses) == LONGEST_SECONDS
+    advisor.joined()
+    assert busy(advisor, now, 0.5, 1.0)[1] == [IDLE_SECONDS]
 
 
 def test_first_looks_are_not_held_against_it() -> None:
-    advisor = Advisor(Knobs())
-    advisor.scanned(10.0, cpu=2.0, hashed=1000, first_looks=1000)
+    advisor = Advisor(Knobs(advisor_max_cpu=5))
+    advisor.scanned(10.0, cpu=0.02, hashed=1000, first_looks=1000)
     assert advisor.wait(10.0, urgent=False) == 0
-    advisor.scanned(10.0, cpu=2.0, hashed=1000, first_looks=500)
-    assert advisor.wait(10.0, urgent=False) == pytest.approx(20.0)
+    advisor.scanned(10.0, cpu=0.02, hashed=1000, first_looks=500)
+    assert advisor.wait(10.0, urgent=False) == pytest.approx(0.2 + 500 * FAULT_SECONDS * 20)
     assert advisor.wait(10.0, urgent=True) == 0
     assert advisor.batch_pages() == BURST_PAGES
 

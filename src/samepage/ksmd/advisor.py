@@ -4,6 +4,10 @@
 every pass so that a pass takes `advisor_target_scan_time`. `cpu`, the default: memory never seen before is looked
 at, and what matches is merged, without a pause; looking again at what was seen is spaced so that it costs at most
 `advisor_max_cpu` percent of a core, and while nothing happens passes come ever more rarely, up to a second apart.
+
+In that cost is what the application pays: a page that was looked at is write-protected, and its next write a fault. An
+application that writes to all its memory all the time is looked at ever more rarely, but what comes to rest is not
+left unseen for longer than it was in motion.
 """
 
 from __future__ import annotations
@@ -17,12 +21,22 @@ IDLE_SECONDS = 1.0
 """Longest pause between two passes over memory in which nothing happens."""
 
 
+LONGEST_SECONDS = 30.0
+"""Longest pause between two passes, however much they cost."""
+
+FAULT_SECONDS = 1.4e-6
+"""What the first write to a page after a look costs the application (measured on Linux 6.18, in a virtual machine)."""
+
+
 class Advisor:
     """Turns what batches cost into what to do next. Times are in seconds, of the clock given to `Ksmd`."""
 
     def __init__(self, knobs: Knobs) -> None:
         self._knobs = knobs
         self._paid = 0.0  # by then, looking again will have cost no more than its share of the time
+        self._caught_up = 0.0  # when that was last so: since then memory is in motion
+        self._last = 0.0  # when something was last spent
+        self._joined = True
         self._rest = 0.0  # pause after the pass just over, and its end
         self._rest_until = 0.0
         self._pass_pages = 0
@@ -38,12 +52,22 @@ class Advisor:
         """A batch looked at `hashed` pages, at `first_looks` of them for the first time, for `cpu` seconds."""
         self._pass_pages += hashed
         self._pass_cpu += cpu
-        again = cpu * (1 - first_looks / hashed) if hashed else cpu
-        self._paid = max(self._paid, now) + again * 100 / self._knobs.advisor_max_cpu
+        again = (cpu + hashed * FAULT_SECONDS) * (1 - first_looks / hashed) if hashed else cpu
+        self.spent_in_vain(now, again)
+
+    def spent_in_vain(self, now: float, cpu: float) -> None:
+        """So many seconds of CPU time were spent by now on what brought nothing new."""
+        if self._joined or self._paid <= now:
+            self._caught_up = now
+        self._joined = False
+        self._last = now
+        self._paid = max(self._paid, now) + cpu * 100 / self._knobs.advisor_max_cpu
+        self._paid = min(self._paid, now + LONGEST_SECONDS)
 
     def joined(self) -> None:
-        """A process came: no more idling."""
+        """A process came, or merging was switched on: no more idling."""
         self._rest = self._rest_until = 0.0
+        self._joined = True
 
     def pass_over(self, now: float, quiet: bool) -> None:
         """A pass ended; `quiet`: nothing had changed, nothing was merged."""
@@ -66,5 +90,6 @@ class Advisor:
     def wait(self, now: float, urgent: bool) -> float:
         """Seconds until the next batch. `urgent`: candidates wait to be merged, or memory to be seen at all."""
         if self._knobs.advisor_mode == "cpu":
-            return 0.0 if urgent else max(0.0, self._paid - now, self._rest_until - now)
+            paid = min(self._paid, self._last + max(self._last - self._caught_up, IDLE_SECONDS))
+            return 0.0 if urgent else max(0.0, paid - now, self._rest_until - now)
         return self._knobs.sleep_millisecs / 1000

@@ -46,8 +46,8 @@ class Knobs:
     """Percent; 0 is off. Nothing is merged in a memory cgroup if what its processes would need, were all their merged
     pages written at once, is then more than so many percent of what it has available."""
     advisor_mode: str = "cpu"
-    advisor_max_cpu: int = 5
-    """Percent of one core that looking again at memory already seen may cost."""
+    advisor_max_cpu: int = 2
+    """Percent of one core that looking again at memory already seen may cost, ksmd and application together."""
     advisor_target_scan_time: int = 200
     """Seconds a pass is to take, in mode "scan-time"."""
     advisor_min_pages_to_scan: int = 500

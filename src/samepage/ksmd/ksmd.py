@@ -23,7 +23,7 @@ from samepage.ksmd.mm_slot import NSTATES, MmSlot
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
 from samepage.ksmd.scan import Seen, ingest, look
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
-from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, ScanFlag
+from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
 
 ROUNDS = 64
 """Steps of a scan in one batch at most: a process that never gets on must not keep ksmd from the others."""
@@ -171,7 +171,10 @@ class Ksmd:
                 refs = domain.next_candidates()
                 self._pass_changed |= bool(len(refs))
                 self._allow()
+                started, merged = self._cpu_clock(), self._work.statuses[PageStatus.DONE]
                 merge_candidates(domain, refs, self._work)
+                if self._work.statuses[PageStatus.DONE] == merged:
+                    self._advisor.spent_in_vain(self._clock(), self._cpu_clock() - started)
                 return len(refs)
         return None
 
@@ -461,6 +464,7 @@ class Ksmd:
         if run == self._knobs.run:
             return
         self._knobs.run = run
+        self._advisor.joined()
         if run == Run.UNMERGE:
             result = self._unmerge_and_remove_all_rmap_items(cancelled)
             if result.errno:

@@ -73,6 +73,8 @@ class Scanner:
     def run(self) -> None:
         """Scan when ksmd wants to, until `stop`."""
         while not self._stopping:
+            if self._pause(self._ksmd.next_wait()):
+                continue
             with self._gate:
                 pass
             try:
@@ -81,7 +83,6 @@ class Scanner:
                 log(f"ksmd: {e!r}")
                 self._pause(AFTER_ERROR)
             self._hang_up_on_the_gone()
-            self._pause(self._ksmd.next_wait())
 
     def stop(self) -> None:
         """End `run` after the batch that is going on."""
@@ -255,7 +256,8 @@ class Scanner:
         for space in gone:
             space.hang_up("it talked nonsense")
 
-    def _pause(self, seconds: float) -> None:
-        if not self._stopping:
-            self._wake.wait(None if seconds == float("inf") else seconds)
+    def _pause(self, seconds: float) -> bool:
+        """True: woken before its end."""
+        woken = self._stopping or self._wake.wait(None if seconds == float("inf") else seconds)
         self._wake.clear()
+        return woken
