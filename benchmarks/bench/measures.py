@@ -62,8 +62,9 @@ class Sizes:
     nothing: int = 256
     rounds: int = 6
     window: float = 1.0
+    """Seconds of the application's throughput in one look;"""
     nothing_window: float = 5.0
-    """Seconds of the application's throughput in one look."""
+    """and where nothing is in common, and passes are seconds apart."""
     unchanged: tuple[int, ...] = (1024, 4096, 8192)
     passes: int = 5
     throughput: int = 512
@@ -358,8 +359,8 @@ def rates(steps: list[list[float]], start: float, end: float) -> Record:
 def nothing(bench: Bench) -> Iterator[Record]:
     """Nothing in common, everything seen before: what is spent in vain, and what the application feels of it.
 
-    In turns of some seconds merging is off and on, and the sides take turns, so that it hits all alike when the machine is
-    busy. The application is compared with itself: processes differ by more (where their memory lies) than what is to
+    In turns of some seconds merging is off and on, and the sides take turns, so that it hits all alike when the machine
+    is busy. The application is compared with itself: processes differ by more (where their memory lies) than what is to
     be seen.
     """
     sizes = bench.sizes
