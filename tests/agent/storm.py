@@ -124,6 +124,13 @@ def break_some(space: AgentAddressSpace, rng: random.Random, tally: Counter[str]
         tally[f"break errno {broken.errno}"] += 1
 
 
+def break_all(space: AgentAddressSpace, tally: Counter[str]) -> None:
+    for area in space.areas().ranges:
+        broken = space.break_ksm(int(area["vpn"]), int(area["npages"]))
+        tally["break"] += broken.pages_unmerged
+        tally[f"break errno {broken.errno}"] += 1
+
+
 def main() -> None:
     path, flags, often_huge = sys.argv[1], wire.Flags(0), 0.5
     for name in sys.argv[2:]:
@@ -161,6 +168,8 @@ def main() -> None:
                 tally["rounds"] += 1
                 if rng.random() < 0.3:
                     break_some(rng.choice(some), rng, tally)
+                if rng.random() < 0.1:
+                    break_all(rng.choice(some), tally)
         except AddressSpaceGone:
             pass
         gone = [s for s in spaces if s._gone is not None]

@@ -124,7 +124,7 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 
 static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
 {
-	const struct pm_walk written = {.must = PAGE_IS_WRITTEN};
+	const struct pm_walk written = {.must = PAGE_IS_WRITTEN, .max_pages = STEP_PAGES};
 	uintptr_t start = vpn << PAGE_SHIFT, stop, walked;
 	struct page_region v[NR_REGIONS];
 	uint32_t before = o->nsums;
@@ -156,6 +156,9 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	v[0] = (struct page_region){start, walked = stop, 0};
 	if (kernel.tracking && !(o->flags & SP_SCAN_ALL))
 		n = pagemap_walk(start, stop, &written, v, NR_REGIONS, &walked);
+	/* It may have stopped in the middle of a huge page. */
+	if (n > 0 && v[n - 1].end == walked)
+		v[n - 1].end = walked = min_addr((walked + WINDOW - 1) & ~(WINDOW - 1), stop);
 	for (int i = 0; i < n; i++)
 		for (uintptr_t at = v[i].start, next; at < v[i].end; at = next) {
 			if (full(o) || o->nsums - before >= STEP_PAGES)
