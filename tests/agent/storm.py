@@ -114,21 +114,23 @@ def merge_huge(space: AgentAddressSpace, rng: random.Random, tally: Counter[str]
             donation.segment.close()
 
 
+def break_range(space: AgentAddressSpace, vpn: int, npages: int, tally: Counter[str]) -> None:
+    broken = space.break_ksm(vpn, npages)
+    tally["break"] += broken.pages_unmerged
+    tally[f"break errno {broken.errno}"] += 1
+
+
 def break_some(space: AgentAddressSpace, rng: random.Random, tally: Counter[str]) -> None:
     areas = space.areas().ranges
     if len(areas):
         area = areas[rng.randrange(len(areas))]
         first = rng.randrange(int(area["npages"]))
-        broken = space.break_ksm(int(area["vpn"]) + first, rng.randint(1, int(area["npages"]) - first))
-        tally["break"] += broken.pages_unmerged
-        tally[f"break errno {broken.errno}"] += 1
+        break_range(space, int(area["vpn"]) + first, rng.randint(1, int(area["npages"]) - first), tally)
 
 
 def break_all(space: AgentAddressSpace, tally: Counter[str]) -> None:
     for area in space.areas().ranges:
-        broken = space.break_ksm(int(area["vpn"]), int(area["npages"]))
-        tally["break"] += broken.pages_unmerged
-        tally[f"break errno {broken.errno}"] += 1
+        break_range(space, int(area["vpn"]), int(area["npages"]), tally)
 
 
 def main() -> None:

@@ -153,6 +153,16 @@ static int receive(int sock, json_t **answer)
 	return error;
 }
 
+/* Asks over a connection, and waits for the answer. 0 or -errno; -EPIPE: the service has closed it. */
+static int converse(int sock, const char *question, fuse_req_t req, json_t **answer)
+{
+	int error = send(sock, question, strlen(question), MSG_NOSIGNAL) < 0 ? -EPIPE : 0;
+
+	if (!error)
+		error = await(sock, answered ? TIMEOUT_MS : STARTUP_MS, req);
+	return error ? error : receive(sock, answer);
+}
+
 /* Asks over a connection of its own. */
 static int ask(const char *question, fuse_req_t req, json_t **answer)
 {
@@ -163,11 +173,7 @@ static int ask(const char *question, fuse_req_t req, json_t **answer)
 	sock = dial();
 	if (sock < 0)
 		return remember(sock);
-	error = send(sock, question, strlen(question), MSG_NOSIGNAL) < 0 ? -EPIPE : 0;
-	if (!error)
-		error = await(sock, answered ? TIMEOUT_MS : STARTUP_MS, req);
-	if (!error)
-		error = receive(sock, answer);
+	error = converse(sock, question, req, answer);
 	close(sock);
 	return error == -EPIPE ? -EIO : remember(error);
 }
@@ -189,11 +195,7 @@ static int ask_files(fuse_req_t req, json_t **answer)
 			line = dial();
 		if (line < 0)
 			return remember(line);
-		error = send(line, question, strlen(question), MSG_NOSIGNAL) < 0 ? -EPIPE : 0;
-		if (!error)
-			error = await(line, answered ? TIMEOUT_MS : STARTUP_MS, req);
-		if (!error)
-			error = receive(line, answer);
+		error = converse(line, question, req, answer);
 		if (error) { /* also because a late answer would be taken for the next one */
 			close(line);
 			line = -1;
