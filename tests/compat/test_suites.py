@@ -90,7 +90,8 @@ NUMPY = Program(
     command="""$PYTHON -m pytest -v -p no:cacheprovider --no-header --color=no --pyargs \
         numpy._core.tests.test_multiarray \
         numpy._core.tests.test_memmap numpy._core.tests.test_mem_policy numpy._core.tests.test_mem_overlap \
-        numpy._core.tests.test_indexing numpy._core.tests.test_item_selection numpy._core.tests.test_multithreading""",
+        numpy._core.tests.test_indexing numpy._core.tests.test_item_selection numpy._core.tests.test_multithreading \
+        -k 'not huge_vectordot'""",  # which is skipped if less than 18 GB are free
     joins=1,
     merges=True,
     timeout=1200,
@@ -101,11 +102,11 @@ NUMPY = Program(
 @pytest.mark.timeout(5000)
 def test_numpys_tests_of_arrays_come_out_the_same(runs: Runs):
     def results(outcome: Outcome) -> list[str]:
-        return sorted(re.findall(r"^.+::.+ (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", outcome.output, re.M))
+        return sorted(re.findall(r"^.*?(::.+ (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL))\b", outcome.output, re.M))
 
     (first, second), report = runs.merged_twice(NUMPY, FULL_RATE)
     bare = runs.once(NUMPY)
-    assert len(results(bare)) > 1000
+    assert len(results(bare)) > 10_000
     assert results(first) == results(second) == results(bare)
     assert (first.status, second.status) == (bare.status, bare.status)
     assert report.joined >= 2
