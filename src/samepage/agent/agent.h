@@ -56,6 +56,7 @@
 #define PAGE_ALIGN_UP(x) PAGE_ALIGN_DOWN((uintptr_t)(x) + PAGE_SIZE - 1)
 #define SECTION_MAX 512UL /* pages that are swapped under one hold of the lock: one PMD */
 #define WINDOW (SECTION_MAX * PAGE_SIZE)
+#define VIEW_WINDOW (4 * WINDOW)
 #define COPY_WINDOW (8 * WINDOW)
 
 static inline uintptr_t min_addr(uintptr_t a, uintptr_t b)
@@ -178,8 +179,9 @@ struct kernel {
 	bool moves_views; /* a private mapping of a file can be moved and stay behind empty (mremap, 5.13) */
 	bool tracking;
 	enum sp_swap swap;
-	/* Four windows, the only places where the agent thread maps anything: WINDOW bytes, copy COPY_WINDOW. */
-	uintptr_t scratch; /* registered with `move`, always empty between steps */
+	/* Four windows, the only places where the agent thread maps anything: of WINDOW bytes, but VIEW_WINDOW and
+	 * COPY_WINDOW. */
+	uintptr_t scratch; /* registered with `move`, always empty between requests */
 	uintptr_t huge;	   /* another one, which only ever holds a whole huge page; 0: none */
 	uintptr_t view;	   /* of a segment, to compare with */
 	uintptr_t copy;	   /* where a break prepares private copies */

@@ -102,6 +102,8 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 	uintptr_t walked;
 
 	if (!kernel.tracking || end - start > w.max_pages * PAGE_SIZE) { /* else no huge page is cut */
+		if (kernel.tracking)
+			w.must_not &= ~(uint64_t)PAGE_IS_FILE; /* dear, and this is only to see how far to go */
 		n = pagemap_walk(start, end, &w, v, room, &walked);
 		if (n > 0 && kernel.tracking) {
 			end = whole_pages(o, v, n, start, walked);
@@ -112,6 +114,7 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 		}
 	}
 	if (n > 0 && kernel.tracking) {
+		w.must_not |= PAGE_IS_FILE;
 		w.protect = true;
 		n = pagemap_walk(start, end, &w, v, room, &walked);
 	}

@@ -9,8 +9,8 @@
  * it is, and mapped over; a thread that writes sleeps.
  *
  * While a hole is open its pages are nowhere else. Hence the one rule of this file: what a call returned is
- * a hint; where pages stand is read from the pagemap, and no section ends before the scratch is empty and
- * every page is at home or equal to the segment page that is mapped there.
+ * a hint; where pages stand is read from the pagemap, and no section ends before every page is at home or equal to
+ * the segment page that is mapped there, and only the latter's originals, which nobody needs, are left in the scratch.
  */
 #include "agent.h"
 
@@ -222,20 +222,38 @@ static void clear_scratch(struct chunk *c, size_t i, size_t n)
 		push_back(c, i, n);
 }
 
+static size_t spent; /* pages at the start of the scratch that are done with */
+
+/* Gives them back, many at a time, for it takes a system call. */
+static void scratch_drop(void)
+{
+	if (spent)
+		real.madvise((void *)kernel.scratch, spent * PAGE_SIZE, MADV_DONTNEED);
+	spent = 0;
+}
+
 /* One critical section: pages [i, j) of the chunk, all present and exclusive a moment ago. */
 static void section_by_move(struct chunk *c, size_t i, size_t j)
 {
-	bool here[SECTION_MAX];
+	bool here[SECTION_MAX], all = true;
 
+	if (spent + (j - i) > SECTION_MAX)
+		scratch_drop();
+	c->scratch = kernel.scratch + spent * PAGE_SIZE;
 	pull(c, i, j, here);
 	settle(c, i, j, 0, here);
-	clear_scratch(c, i, j - i);
+	for (size_t k = i; k < j; k++)
+		all &= c->status[k] == DONE;
+	if (all)
+		spent += j - i;
+	else
+		clear_scratch(c, i, j - i);
 	uffd_wake(kernel.move, page_at(c, i), (j - i) * PAGE_SIZE);
 }
 
 static bool is_huge_page(const struct chunk *c)
 {
-	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_HUGE, .must_not = PAGE_IS_FILE};
+	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_HUGE}; /* anonymous: its pages are ours alone */
 	struct page_region r;
 	uintptr_t walked;
 
@@ -274,7 +292,6 @@ static bool swap_huge_page(struct chunk *c)
 		huge_reset();
 	}
 	uffd_wake(kernel.move, c->addr, WINDOW);
-	c->scratch = kernel.scratch;
 	return all;
 }
 
@@ -411,39 +428,56 @@ static void populate(const struct chunk *c)
 
 #define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
 
-/* A private view of a segment's pages. Not kept from a fork, since what is moved from it must not be; a forked child
- * unmaps it (agent_fork_child). NULL: no mapping to be had. */
-static const uint8_t *view_of(int fd, uint64_t offset, size_t n)
-{
-	void *p = real.mmap((void *)kernel.view, n * PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd,
-			    (off_t)(offset * PAGE_SIZE));
+#define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
 
-	if (p == MAP_FAILED)
-		return NULL;
+/* A segment, and what of it is in the view window, in pages. */
+struct segment {
+	int fd;
+	uint64_t npages, start, end;
+};
+
+/* A private view of at most n pages of a segment: how many, 0 when no mapping is to be had. Not kept from a fork, since
+ * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
+static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_t **view)
+{
+	if (offset < s->start || offset >= s->end) {
+		uint64_t start = offset / VIEW_PAGES * VIEW_PAGES, end = min_addr(start + VIEW_PAGES, s->npages);
+
+		s->end = 0;
+		if (real.mmap((void *)kernel.view, (end - start) * PAGE_SIZE, PROT_READ | PROT_WRITE,
+			      MAP_PRIVATE | MAP_FIXED, s->fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
+			return 0;
+		s->start = start;
+		s->end = end;
+	}
+	n = min_addr(n, s->end - offset);
+	*view = (const uint8_t *)kernel.view + (offset - s->start) * PAGE_SIZE;
 	/* Before the hole is open, so that the comparison does not fault in it. A fault maps what is around it, too, which is
 	 * cheaper than MADV_POPULATE_READ's walk over every page. */
 	for (size_t k = 0; k < n; k += FAULT_AROUND)
-		*(const volatile uint8_t *)((uintptr_t)p + k * PAGE_SIZE);
-	return p;
+		*(const volatile uint8_t *)(*view + k * PAGE_SIZE);
+	*(const volatile uint8_t *)(*view + (n - 1) * PAGE_SIZE);
+	return n;
 }
 
 /* Merges pages at `addr`, up to the end of a huge page's range, under one hold of the lock. How many it answered for. */
-static size_t merge_some(uintptr_t addr, size_t n, int fd, uint64_t offset, uint8_t *status)
+static size_t merge_some(uintptr_t addr, size_t n, struct segment *segment, uint64_t offset, uint8_t *status)
 {
 	struct chunk c = {.addr = addr,
 			  .n = min_addr(n, SECTION_MAX - (addr >> PAGE_SHIFT) % SECTION_MAX),
-			  .fd = fd,
-			  .status = status,
-			  .scratch = kernel.scratch};
+			  .fd = segment->fd,
+			  .status = status};
 	struct vma vma;
 
 	if (offset != SP_ZERO_PAGE) {
-		c.offset = offset;
-		c.segment = view_of(fd, offset, c.n);
-		if (!c.segment) {
+		size_t seen = view_of(segment, offset, c.n, &c.segment);
+
+		if (!seen) {
 			memset(status, NOMAP, c.n);
 			return c.n;
 		}
+		c.n = seen;
+		c.offset = offset;
 	}
 	agent_mmap_lock();
 	c.area = area_next(addr);
@@ -492,6 +526,7 @@ static bool room_to_merge(void)
 int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 {
 	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
+	struct segment segment = {.fd = fd, .npages = (uint64_t)pages};
 	uint64_t since = SECTION_MAX;
 	bool room = false;
 
@@ -516,7 +551,7 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 				status += e->npages - at;
 				break;
 			}
-			did = merge_some((e->vpn + at) << PAGE_SHIFT, e->npages - at, fd,
+			did = merge_some((e->vpn + at) << PAGE_SHIFT, e->npages - at, &segment,
 					 e->offset == SP_ZERO_PAGE ? SP_ZERO_PAGE : e->offset + at, status);
 
 			at += did;
@@ -524,8 +559,9 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 			status += did;
 		}
 	}
+	scratch_drop();
 	if (pages && kernel.view) /* the segment is not ours to keep alive */
-		window_reset(kernel.view, WINDOW, PROT_NONE, -1, 0);
+		window_reset(kernel.view, VIEW_WINDOW, PROT_NONE, -1, 0);
 	return 0;
 }
 

@@ -37,7 +37,7 @@ struct scan_request { /* struct pm_scan_arg */
 
 #define DEV_NEW _IO(0xAA, 0x00) /* USERFAULTFD_IOC_NEW, 6.1 */
 
-#define WINDOWS (3 * WINDOW + COPY_WINDOW)
+#define WINDOWS (2 * WINDOW + VIEW_WINDOW + COPY_WINDOW)
 
 /* ---- NUMA nodes ------------------------------------------------------------------------------------- */
 
@@ -154,7 +154,7 @@ static bool new_windows(void)
 	kernel.scratch = (uintptr_t)p + slack;
 	kernel.huge = kernel.scratch + WINDOW;
 	kernel.view = kernel.huge + WINDOW;
-	kernel.copy = kernel.view + WINDOW;
+	kernel.copy = kernel.view + VIEW_WINDOW;
 	real.madvise((void *)kernel.scratch, WINDOWS, MADV_DONTFORK);
 	huge_reset();
 	return new_scratch(kernel.scratch);
@@ -321,7 +321,8 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
 		.category_inverted = w->must_not,
 		.category_mask = w->must | w->must_not,
 		.category_anyof_mask = w->any,
-		.return_mask = quick ? PAGE_IS_WRITTEN : PAGE_IS_PRESENT | PAGE_IS_FILE | PAGE_IS_HUGE,
+		/* As little as can be: for PAGE_IS_FILE, say, the kernel looks at every page it is of. */
+		.return_mask = quick ? PAGE_IS_WRITTEN : PAGE_IS_HUGE,
 	};
 	long got;
 
