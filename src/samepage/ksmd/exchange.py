@@ -25,6 +25,10 @@ from samepage.memory import AREA, EXTENT, U8, U32, U64, AddressSpaceGone, PageSt
 HUGE_PAGE = 512
 """Pages of a huge page, which a process swaps whole if all of it is asked for at once."""
 
+IN_HAND = 2
+"""Things a process is asked at most at the same time. It does one after the other, but it has the next one to do at once,
+and need not wait until here it is understood what it said to the last."""
+
 UNASKED = 255
 """Status of a page that was not to be merged: there is no copy of it."""
 
@@ -44,7 +48,7 @@ class _Task:
 
 
 class _Queues:
-    """What is still to be asked of each process. Tasks of one process are done one after the other."""
+    """What is still to be asked of each process. Tasks of one process are begun one after the other."""
 
     def __init__(self, each: Each) -> None:
         self._each = each
@@ -66,7 +70,7 @@ class _Queues:
             for slot in ready:
                 while slot.gone and (task := self._next(slot)):
                     task.drop()
-            self._each(ready, self._drain)
+            self._each(ready * IN_HAND, self._drain)
 
     def _next(self, slot: MmSlot) -> _Task | None:
         with self._lock:
@@ -152,9 +156,11 @@ class Exchange:
         for slot, at in self._domain.by_slot(refs).items():
             vpns = slot.vpns_of(refs[at].astype(np.int64))
             others = copied[at] & ~donating[at]
-            rank = self.rank[at[others]]
+            pages, their_vpns = at[others], vpns[others]
+            rank = self.rank[pages]
+            their_place = place[rank]
             for number, these in _groups(copy_of[rank]):
-                share = _Share(slot, vpns[others][these], at[others][these], place[rank[these]])
+                share = _Share(slot, their_vpns[these], pages[these], their_place[these])
                 self._with_copies[number].append(share)
                 self._copies[number].waiting += 1
             there = ~copied[at]
@@ -238,7 +244,8 @@ class Exchange:
             if donation.segment is not None:
                 donation.segment.close()
             raise
-        copy.slot.cpu_ns += donation.cpu_ns
+        with self._lock:
+            copy.slot.cpu_ns += donation.cpu_ns
         done = donation.status == PageStatus.DONE
         copy.offset = np.where(done, np.cumsum(done) - 1, -1)
         copy.used = np.zeros(len(done), np.bool_)
@@ -250,15 +257,18 @@ class Exchange:
         extents = np.empty(len(starts), EXTENT)
         extents["vpn"], extents["offset"] = vpns[starts], offset[starts]
         extents["npages"] = np.diff(np.append(starts, len(vpns)))
-        merge(slot, segment, extents, pages, self.status)
+        cpu_ns = merge(slot, segment, extents, pages, self.status)
+        with self._lock:
+            slot.cpu_ns += cpu_ns
 
 
-def merge(slot: MmSlot, segment: Segment | None, extents: Structured, pages: Ints, status: U8) -> None:
-    """Have a process merge; what became of each page goes to its position in `status`. AddressSpaceGone."""
+def merge(slot: MmSlot, segment: Segment | None, extents: Structured, pages: Ints, status: U8) -> int:
+    """Have a process merge; what became of each page goes to its position in `status`. Returns the CPU time it took, in
+    ns. AddressSpaceGone."""
     result = slot.space.merge(segment, extents)
     check.merged(result, len(pages))
-    slot.cpu_ns += result.cpu_ns
     status[pages] = result.status
+    return result.cpu_ns
 
 
 def _cut(vpns: Ints) -> Iterator[slice]:

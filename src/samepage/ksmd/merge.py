@@ -67,7 +67,8 @@ class MergeWork:
                 return gone
 
         outcome = {}
-        for slot, result in zip(present, self.concurrently(attempt, present), strict=True):
+        at_once = self.concurrently if len(present) > 1 else map  # one alone is not worth another thread
+        for slot, result in zip(present, at_once(attempt, present), strict=True):
             if isinstance(result, AddressSpaceGone):
                 slot.gone = True
             else:
@@ -98,6 +99,8 @@ def _settle_left(domain: Domain, refs: U32, work: MergeWork) -> None:
     """Pages that found no donor that could give a copy, those that could not among them: mostly pages that a fork still
     shares. One of each content stands in the unstable index, as the first of them does in the kernel's tree, if nobody
     else stands there or in the stable one for it; the others are tried again, and with them that one, too."""
+    if not len(refs):
+        return
     sums, first = np.unique(domain.checksum[refs], return_index=True)
     alone = (domain.unstable.find(sums) < 0) & (domain.stable.index.find(sums) < 0)
     stays = np.zeros(len(refs), np.bool_)
@@ -134,7 +137,7 @@ def _be_zeros(slot: MmSlot, vpns: Ints, pages: Ints, status: U8) -> None:
     extents = np.empty(len(starts), EXTENT)
     extents["vpn"], extents["npages"] = vpns[starts], np.diff(np.append(starts, len(vpns)))
     extents["offset"] = ZERO_PAGE
-    merge(slot, None, extents, pages, status)
+    slot.cpu_ns += merge(slot, None, extents, pages, status)
 
 
 def _may_merge(domain: Domain, refs: U32, target: U64, work: MergeWork) -> Bools:

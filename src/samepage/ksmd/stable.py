@@ -162,7 +162,7 @@ class StableTree:
     def _recount(self, nodes: Ints) -> list[StableSegment]:
         which = self.which(nodes)
         which = which[np.flatnonzero(np.diff(which, prepend=-1))]  # mostly they come in order: few are left
-        touched = [self.segments[i] for i in np.unique(which)]
+        touched = [self.segments[i] for i in dict.fromkeys(which.tolist())]
         for segment in touched:
             sharers = self.sharers[segment.base : segment.base + segment.rows]
             live, total = int(np.count_nonzero(sharers)), int(sharers.sum(dtype=np.int64))
