@@ -6,7 +6,6 @@ import errno
 import math
 import threading
 
-import numpy as np
 import pytest
 
 from samepage.ksmd import Advisor, Knobs, Ksmd
@@ -295,8 +294,8 @@ def test_status_and_joining_never_wait_for_a_batch() -> None:
 
 
 def test_processes_are_asked_at_the_same_time() -> None:
-    """`concurrently` gets all of them at once, for scanning and for merging; then each of them twice, so that one has the
-    next thing to do while what it said to the last is taken in."""
+    """`concurrently` gets all of them at once, for scanning and for merging; then each of them twice, so that it has
+    the next thing to do while what it said to the last is taken in."""
     widths: list[int] = []
     twice: list[bool] = []
 

@@ -26,8 +26,8 @@ HUGE_PAGE = 512
 """Pages of a huge page, which a process swaps whole if all of it is asked for at once."""
 
 IN_HAND = 2
-"""Things a process is asked at most at the same time. It does one after the other, but it has the next one to do at once,
-and need not wait until here it is understood what it said to the last."""
+"""Things a process is asked at most at the same time. It does one after the other, but it has the next one at once, and
+need not wait until here it is understood what it said to the last."""
 
 UNASKED = 255
 """Status of a page that was not to be merged: there is no copy of it."""

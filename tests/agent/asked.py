@@ -1,0 +1,96 @@
+"""A process under the agent whose service is the test: asked one thing at a time, over the wire."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from samepage.memory import RunKind, wire
+from samepage.memory.agent import AgentAddressSpace, Terms
+from tests.agent.preload import Preload
+
+HUGE = 512
+PROGRAM = """
+import ctypes, mmap, sys
+n = 4 << 21
+area = mmap.mmap(-1, n + (2 << 20), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+start = -address % (2 << 20)
+area.madvise(getattr(mmap, sys.argv[1]), start, n)
+for page in range(0, n, 4096):
+    area[start + page : start + page + 8] = page.to_bytes(8, "little")
+area.madvise(mmap.MADV_MERGEABLE, start, n)
+print(address + start, flush=True)
+for line in sys.stdin:
+    if line == "check\\n":
+        wrong = [p for p in range(0, n, 4096) if area[start + p : start + p + 9] != p.to_bytes(8, "little") + b"\\0"]
+        print(len(wrong), flush=True)
+    else:
+        area[start + int(line)] ^= 0
+        print("written", flush=True)
+"""
+
+
+class Process:
+    """The program, with 8 MiB of memory in huge pages or small ones, and its address space as a service sees it."""
+
+    def __init__(self, preload: Preload, folder: Path, huge: bool) -> None:
+        path = str(folder / "socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path)
+            listener.listen()
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, "MADV_HUGEPAGE" if huge else "MADV_NOHUGEPAGE"],
+                env=os.environ
+                | {
+                    "LD_PRELOAD": str(preload.library),
+                    "SAMEPAGE_SOCKET": path,
+                    "SAMEPAGE_MIN_ALLOC": str(1 << 40),
+                },
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            self.address = int(self.line())
+            listener.settimeout(60)
+            sock, _ = listener.accept()
+        sock.settimeout(60)
+        hello = wire.recv(sock)
+        self.space = AgentAddressSpace.welcome(sock, hello, self.process.pid, os.getuid(), Terms(reserve=0))
+
+    def end(self) -> None:
+        self.space.close()
+        self.process.kill()
+        self.process.communicate()
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def tell(self, what: object) -> str:
+        print(what, file=self.process.stdin, flush=True)
+        return self.line()
+
+    def huge(self) -> int:
+        """Huge pages in the area."""
+        found = 0
+        smaps = Path(f"/proc/{self.process.pid}/smaps").read_text()
+        for start, kib in re.findall(r"^([0-9a-f]+)-.*?^AnonHugePages:\s+(\d+)", smaps, re.MULTILINE | re.DOTALL):
+            if self.address <= int(start, 16) < self.address + (4 << 21):
+                found += int(kib) // 2048
+        return found
+
+    def scan(self, budget: int) -> int:
+        """Look at everything, so many pages at a time; returns how many were hashed."""
+        vpn, hashed = 0, 0
+        while True:
+            found = self.space.scan(vpn, budget)
+            hashed += len(found.checksums)
+            assert all(run["kind"] == RunKind.HASHED for run in found.runs)
+            vpn = found.next_vpn
+            if not vpn:
+                return hashed
