@@ -53,7 +53,7 @@ def test_a_segment_larger_than_the_view_of_it(process: Process) -> None:
     """An agent takes any sealed segment; an extent may begin anywhere in it, and cross where one view of it ends."""
     first = process.address // 4096
     content = np.zeros((3 * PAGES, 512), np.uint64)
-    at = 3 * PAGES // 2
+    at = 3 * PAGES // 2 + 100
     content[at : at + PAGES, 0] = np.arange(PAGES) * 4096
     segment = MemfdSegment(sealed(content.tobytes()), 3 * PAGES)
     result = process.space.merge(segment, np.array([(first, PAGES, at)], EXTENT))
