@@ -189,16 +189,22 @@ class Samepage(Side):
 
     def passes(self, count: int, before_each: Callable[[], Any] | None = None) -> list[float]:
         # Nothing is asked of the service meanwhile, for an answer costs as much as a pass. Passes are a second apart
-        # while nothing happens, and closer where something changed: what a change costs is all that is spent for it.
+        # while nothing happens, more where looking is not worth it, and closer where something changed: what a change
+        # costs is all that is spent for it.
         costs: list[float] = []
+        window = 2.0
         while len(costs) < count:
+            if window > 64:
+                raise TimeoutError("not through a pass in a minute")
             scans, cpu = self.full_scans(), self.cpu_seconds()
             if before_each is not None:
                 before_each()
-            time.sleep(2.0)
+            time.sleep(window)
             spent, made = self.cpu_seconds() - cpu, self.full_scans() - scans
             if made:
                 costs.append(spent if before_each else spent / made)
+            else:
+                window *= 2
         return costs
 
     def busy(self) -> list[int]:
