@@ -40,15 +40,15 @@ for line in sys.stdin:
 
 
 class Process:
-    """The program, and its address space as a service sees it."""
+    """A program that says where its area is, and its address space as a service sees it."""
 
-    def __init__(self, preload: Preload, folder: Path) -> None:
+    def __init__(self, preload: Preload, folder: Path, program: str = PROGRAM) -> None:
         path = str(folder / "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(path)
             listener.listen()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM],
+                [sys.executable, "-c", program],
                 env=os.environ
                 | {
                     "LD_PRELOAD": str(preload.library),

@@ -332,10 +332,11 @@ def test_a_list_of_areas_that_changes_while_it_is_read_is_read_again(make: Make)
         ((0, 1, 0, 1, 9), [(BASE_VPN, 9, 0, 0, 0)], "checksums"),
         ((0, 1, 0, 1, 0), [(BASE_VPN, 2, 4, 0, 0)], "kind"),
         ((0, 1, 0, 2, 0), [(BASE_VPN, 2, 1, 0, 0), (BASE_VPN + 1, 2, 1, 0, 0)], "overlap"),
+        ((0, 1, 0, 2, 0), [(BASE_VPN, 2, 2, 0, 0), (BASE_VPN + 1, 2, 2, 0, 0)], "overlap"),
         ((BASE_VPN, 1, 0, 1, 0), [(BASE_VPN, 2, 1, 0, 0)], "go on"),
         ((1, 1, 0, 1, 0), [(0, 2, 1, 0, 0)], "go on"),
     ],
-    ids=["count", "budget", "kind", "overlap", "backwards", "into itself"],
+    ids=["count", "budget", "kind", "overlap", "gone twice", "backwards", "into itself"],
 )
 def test_a_scan_that_cannot_be_true_is_refused(
     make: Make, head: tuple[int, ...], rows: list[tuple[int, ...]], why: str

@@ -312,8 +312,6 @@ class Ksmd:
             try:
                 self._reap()
                 self._scan_range(slot, vpn, npages)
-                # Of pages that their owner unmerged a moment ago, the first look only hears that they are gone.
-                self._scan_range(slot, vpn, npages)
                 before = self._work.statuses.copy()
                 domain = slot.domain
                 refs = self._refs_in(slot, vpn, npages)

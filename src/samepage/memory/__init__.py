@@ -34,7 +34,8 @@ class RunKind(IntEnum):
     BROKEN = 1
     """Was merged when last looked at; now has a private copy of its own (copy-on-write was broken)."""
     GONE = 2
-    """Was merged when last looked at; now discarded, unmapped or moved away."""
+    """Was merged when last looked at; now discarded, unmapped or moved away. What is there instead, if anything, is in
+    runs of its own."""
     FOUND = 3
     """Is merged already, with what `ino` and `offset` say: came by fork, by mremap, or from before a service went."""
 
@@ -95,9 +96,10 @@ class Areas:
 class ScanResult:
     """One step of a scan.
 
-    `runs` is of dtype `RUN`, ascending by `vpn`; `checksums` holds, in the same order, one checksum for every
-    page of every HASHED run. `next_vpn` is where the next step goes on, 0 at the end of the last area.
-    `areas_seq` changes whenever the list of areas does; `cpu_ns` is CPU time spent in the process itself.
+    `runs` is of dtype `RUN`. Those of GONE pages are ascending by `vpn` and disjoint, and so are all others, which say
+    what is there instead. `checksums` holds, in the same order, one checksum for every page of every HASHED run.
+    `next_vpn` is where the next step goes on, 0 at the end of the last area. `areas_seq` changes whenever the list of
+    areas does; `cpu_ns` is CPU time spent in the process itself.
     """
 
     runs: npt.NDArray[np.void]

@@ -381,16 +381,16 @@ class SimulatedAddressSpace:
             if not was_merged and page.segment is not None:
                 self._seen_merged.add(vpn)
                 _append(runs, vpn, RunKind.FOUND, page.segment.ino, page.offset)
-        elif was_merged:
+        else:
             self._seen_merged.discard(vpn)
-            _append(runs, vpn, RunKind.BROKEN, 0, 0)
-        elif (page.written or not self.tracking or flags & ScanFlag.ALL) and (
-            self.rehash_broken or not page.by_application
-        ):
-            page.written = False
-            sums.append(self._checksum_at(vpn, page.content, flags))
-            _append(runs, vpn, RunKind.HASHED, 0, 0)
-            self.pages_hashed += 1
+            island = page.by_application and not self.rehash_broken
+            if was_merged and (island or not page.by_application):
+                _append(runs, vpn, RunKind.BROKEN if island else RunKind.GONE, 0, 0)
+            if not island and (page.written or not self.tracking or flags & ScanFlag.ALL):
+                page.written = False
+                sums.append(self._checksum_at(vpn, page.content, flags))
+                _append(runs, vpn, RunKind.HASHED, 0, 0)
+                self.pages_hashed += 1
 
     def _scanned(self, runs: list[tuple[int, int, int, int, int]], sums: list[int], next_vpn: int) -> ScanResult:
         checksums: U64 = np.array(sums, np.uint64)
@@ -459,6 +459,8 @@ class SimulatedAddressSpace:
             if result.errno:
                 break
             result.pages_unmerged += 1
+        if not result.errno:  # ksmd knows as much now; otherwise the next scan tells it
+            self._seen_merged.difference_update(self._in(self._seen_merged, vpn, npages))
         result.pages_remaining = sum(
             self._pages[p].merged and self._mergeable(p) for p in self._in(self._pages, vpn, npages)
         )
@@ -477,6 +479,7 @@ class SimulatedAddressSpace:
         self.faults += 1
         self._unshare_shadow(page)  # a break is a write fault: what a fork shared is private from now on, too
         self._give_copy(page)
+        page.written = True  # to the agent it is new memory
         return 0
 
     def map_count(self) -> tuple[int, int]:
