@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ PAGES = 1200
 """More than are hashed in one step."""
 
 NOTHING: dict[RunKind, list[int]] = {kind: [] for kind in RunKind}
+
+SYS_CLONE, SIGCHLD = 56 if platform.machine() == "x86_64" else 220, 17
 
 PROGRAM = f"""
 import ctypes, mmap, sys
@@ -36,6 +39,11 @@ advise(12)  # MADV_MERGEABLE
 print(address, flush=True)
 for line in sys.stdin:
     how = line.split()
+    if how[0] in ("fork", "_Fork", "syscall"):
+        if getattr(libc, how[0])({SYS_CLONE}, {SIGCHLD}, 0, 0, 0, 0) == 0:
+            libc._exit(0)
+        print("forked", flush=True)
+        continue
     if how[0] == "map":
         libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(n))
         assert map_at(address, 0x100000) == address  # MAP_FIXED_NOREPLACE
@@ -93,3 +101,12 @@ def test_that_merged_pages_are_gone_and_what_is_there_instead_is_said_in_one_loo
     there = list(range(PAGES) if how == "withdraw" else range(100, 1100))
     assert look(process, budget) == NOTHING | {RunKind.GONE: list(range(PAGES)), RunKind.HASHED: there}
     assert look(process, budget) == NOTHING
+
+
+@pytest.mark.parametrize("how", ["fork", "_Fork", "syscall"])
+def test_a_look_tells_of_a_fork(process: Process, how: str) -> None:
+    assert process.space.scan(0, 1 << 20).forked > 1 << 20
+    assert process.tell(how) == "forked\n"
+    first = process.space.scan(0, 1 << 20).forked
+    assert first < 10
+    assert process.space.scan(0, 1 << 20).forked >= first

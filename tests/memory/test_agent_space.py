@@ -94,7 +94,7 @@ def test_the_handshake_passes_the_terms_and_the_userfaultfd(make: Make) -> None:
     assert (space.pid, space.domain, space.comm, space.swap) == (42, 1000, "fake", wire.Swap.MOVE)
     assert space.zero_checksum == agent.checksum(np.zeros(PAGE_SIZE, np.uint8))
     terms = said[0].reader().one(wire.WELCOME)
-    assert terms == {"version": 1, "flags": 2, "reserve": 5, "section": 8, "use_swap": 0}
+    assert terms == {"version": wire.VERSION, "flags": 2, "reserve": 5, "section": 8, "use_swap": 0}
     assert os.fstat(said[0].fd).st_rdev == os.fstat(fd).st_rdev
     said[0].close()
     os.close(fd)
@@ -102,7 +102,7 @@ def test_the_handshake_passes_the_terms_and_the_userfaultfd(make: Make) -> None:
     theirs.close()
 
 
-@pytest.mark.parametrize("hello", [{"version": 2}, {"page_size": 65536}])
+@pytest.mark.parametrize("hello", [{"version": wire.VERSION + 1}, {"page_size": 65536}])
 def test_an_agent_of_another_version_or_page_size_does_not_join(hello: dict[str, int]) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.send(FakeAgent(theirs, some_pages(1, 1)).hello(**hello))
@@ -342,7 +342,7 @@ def test_a_scan_that_cannot_be_true_is_refused(
     make: Make, head: tuple[int, ...], rows: list[tuple[int, ...]], why: str
 ):
     def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
-        body = wire.pack(wire.SCANNED, *head) + np.array(rows, RUN).tobytes() + bytes(8 * head[4])
+        body = wire.pack(wire.SCANNED, *head, 0, 0) + np.array(rows, RUN).tobytes() + bytes(8 * head[4])
         return wire.encode(request.op, request.seq, body), -1
 
     with pytest.raises(AddressSpaceGone, match=why):

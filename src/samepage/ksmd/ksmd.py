@@ -36,6 +36,10 @@ SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
 (1 MiB) are held for nothing in such segments, their last users are moved out. Looked for every
 `stable_node_chains_prune_millisecs`."""
 
+JOIN_SECONDS = 0.15
+"""A child may take so long after the fork to join (its agent waits a third of that, for most children exec at once); a
+pass in which the parent was seen to have forked does not end before."""
+
 WHOLE = (0, 1 << 52)
 """All pages an address space can have: (vpn, npages)."""
 
@@ -79,6 +83,7 @@ class Ksmd:
         self._next_number = 1
         self._cursor: dict[MmSlot, int] = {}  # slots of this pass not yet looked at to the end, and where to go on
         self._in_pass = False
+        self._joins_until = -math.inf  # till then the pass going on waits for forked children
         self._seqnr = 0
         self._pages_scanned = self._pages_skipped = 0
         self._pass_hashed = 0
@@ -93,7 +98,9 @@ class Ksmd:
     # -- who takes part ---------------------------------------------------------------------------------
 
     def enter(self, space: AddressSpace, comm: str = "", swap: str = "") -> MmSlot:
-        """A process joins (__ksm_enter). It is looked at before the pass going on ends."""
+        """A process joins (__ksm_enter). It is looked at before the pass going on ends.
+
+        So is a child that a process forked before it was looked at, if it joins within `JOIN_SECONDS`."""
         with self._mmlist_lock:
             domain = self._domains.get(space.domain)
             if domain is None:
@@ -214,7 +221,7 @@ class Ksmd:
         in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
         cpu = self._cpu_clock() - started + in_processes / 1e9
         self._advisor.scanned(self._clock(), cpu, total.hashed, total.first_looks)
-        if not self._cursor:
+        if not self._cursor and self._joins_until <= self._clock():
             self._end_pass()
         return total.hashed
 
@@ -242,6 +249,8 @@ class Ksmd:
                 slot.gone = True
                 del self._cursor[slot]
                 continue
+            if seen.reply.forked < JOIN_SECONDS:
+                self._joins_until = max(self._joins_until, self._clock() + JOIN_SECONDS - seen.reply.forked)
             total.hashed += outcome.hashed
             total.first_looks += outcome.first_looks
             total.changed += outcome.changed
@@ -476,6 +485,8 @@ class Ksmd:
         somebody joins or a knob is set."""
         if self._knobs.run != Run.MERGE or not self._slots:
             return math.inf
+        if self._in_pass and not self._cursor and not self._joining:
+            return max(0.0, self._joins_until - self._clock())
         return self._advisor.wait(self._clock(), self._urgent or bool(self._joining))
 
     def counters(self) -> Counters:

@@ -10,6 +10,7 @@ Pages are named by their *virtual page number* (`vpn`, address divided by `PAGE_
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -99,7 +100,7 @@ class ScanResult:
     `runs` is of dtype `RUN`. Those of GONE pages are ascending by `vpn` and disjoint, and so are all others, which say
     what is there instead. `checksums` holds, in the same order, one checksum for every page of every HASHED run.
     `next_vpn` is where the next step goes on, 0 at the end of the last area. `areas_seq` changes whenever the list of
-    areas does; `cpu_ns` is CPU time spent in the process itself.
+    areas does; `cpu_ns` is CPU time spent in the process itself. `forked` seconds ago it forked last.
     """
 
     runs: npt.NDArray[np.void]
@@ -107,6 +108,7 @@ class ScanResult:
     next_vpn: int
     areas_seq: int
     cpu_ns: int
+    forked: float = math.inf
 
 
 @dataclass(slots=True)

@@ -165,7 +165,9 @@ class AgentAddressSpace:
             checksums: U64 = reader.take("<u8", head["nhashed"])
             reader.end()
             _check_scan(head, runs, vpn, budget)
-        return ScanResult(runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"])
+        return ScanResult(
+            runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"], head["forked_ms"] / 1000
+        )
 
     def donate(self, runs: npt.NDArray[np.void]) -> Donation:
         """As the protocol says, for at most `DONATE_MAX` pages (ValueError)."""

@@ -12,6 +12,7 @@ a vpn just before each page it comes to, and can also make the operation fail.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -179,6 +180,7 @@ class SimulatedAddressSpace:
         self.map_limit = map_limit
         self.nodes = nodes
         self.script: Script | None = None
+        self.forked = math.inf  # so many seconds ago, as it says itself
         self.alive = True
         self.calls: list[str] = []
         self.pages_hashed = 0
@@ -394,7 +396,7 @@ class SimulatedAddressSpace:
 
     def _scanned(self, runs: list[tuple[int, int, int, int, int]], sums: list[int], next_vpn: int) -> ScanResult:
         checksums: U64 = np.array(sums, np.uint64)
-        return ScanResult(np.array(runs, RUN), checksums, next_vpn, self._areas_seq, 1000 * len(sums))
+        return ScanResult(np.array(runs, RUN), checksums, next_vpn, self._areas_seq, 1000 * len(sums), self.forked)
 
     def donate(self, runs: npt.NDArray[np.void]) -> Donation:
         """See `AddressSpace.donate`."""
