@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import socket
 import threading
@@ -161,6 +162,28 @@ def test_the_headroom_comes_with_the_name_of_the_memory_cgroup(make: Make) -> No
     group, available = make()[0].headroom()
     assert available == 1 << 40
     assert f":{group}\n" in Path("/proc/self/cgroup").read_text()
+
+
+def test_present_is_what_is_neither_absent_nor_the_zero_page(make: Make) -> None:
+    """Of this process, which the fake agent says it is."""
+    with mmap.mmap(-1, 16 * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in (2, 3, 9):
+            area[page * PAGE_SIZE] = 1
+        area[5 * PAGE_SIZE] = 0
+        assert area[7 * PAGE_SIZE] == 0  # the zero page
+        here = np.frombuffer(area, np.uint8)
+        first = here.ctypes.data // PAGE_SIZE
+        del here
+        found = make()[0].present(first, 9)
+        assert found.tolist() == [(first + 2, 2), (first + 5, 1)]
+
+
+def test_of_a_process_that_ended_nothing_is_present() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ready = {"swap": 1, "tracking": 1, "zero_checksum": 0}
+    with theirs, contextlib.closing(AgentAddressSpace(ours, 1 << 30, 1000, "ended", ready)) as space:
+        assert len(space.present(0, 100)) == 0
 
 
 def test_the_map_count_is_passed_on(make: Make) -> None:

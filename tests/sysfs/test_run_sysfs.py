@@ -151,6 +151,36 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert done.stdout == "0\n" or "userfaultfd" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("run", ["root"], indirect=True)
+def test_zero_pages_of_a_process_are_counted_as_they_are_when_asked(run: Run) -> None:
+    """Unmerged in half, then written in the other half, and asked at once, as the kernel's selftests do."""
+    program = """
+import ctypes, mmap, time
+n = 512
+area = mmap.mmap(-1, n << 12, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.madvise(mmap.MADV_NOHUGEPAGE)
+area[:] = bytes(n << 12)
+area.madvise(mmap.MADV_MERGEABLE)
+def zeros():
+    with open("/proc/self/ksm_stat") as file:
+        return int(dict(line.split() for line in file)["ksm_zero_pages"])
+deadline = time.monotonic() + 60
+while zeros() < n and time.monotonic() < deadline:
+    time.sleep(0.05)
+said = [zeros()]
+area.madvise(mmap.MADV_UNMERGEABLE, 0, n << 11)
+said.append(zeros())
+for page in range(n // 2, n):
+    area[page << 12] = 1
+    if page % 100 == 0:
+        said.append(zeros())
+said.append(zeros())
+print(said)
+"""
+    done = run(sys.executable, "-c", program)
+    assert done.stdout == "[512, 256, 211, 111, 11, 0]\n", done.stderr
+
+
 def test_user_group_directory_streams_and_exit_status_are_as_ever(run: Run) -> None:
     done = run("sh", "-c", "id -u; id -g; pwd; cat; echo err >&2; exit 7", input="in\n", cwd="/usr/share")
     uid, gid, *rest = done.stdout.splitlines()

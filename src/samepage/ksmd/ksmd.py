@@ -21,7 +21,7 @@ from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import NSTATES, MmSlot
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
-from samepage.ksmd.scan import Seen, ingest, look
+from samepage.ksmd.scan import Seen, ingest, look, recount_zeros
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
 from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
 
@@ -335,6 +335,22 @@ class Ksmd:
                     raise AddressSpaceGone("gone while it was merged")
                 now = int(np.count_nonzero(_is_merged(domain, refs)))
                 return MergeOutcome(now, now - merged, show.failures((self._work.statuses - before).tolist()))
+            finally:
+                self._cpu += self._cpu_clock() - started
+                self._reap()
+                self._publish()
+
+    def recount_zeros(self, slot: MmSlot) -> None:
+        """Have the row of a process count the pages that are merged with the zero page at this moment, as the kernel's
+        counter does. All others are as they were when last looked at. Where there are many, so are these."""
+        with self.mutex:
+            started = self._cpu_clock()
+            try:
+                self._reap()
+                if not slot.gone:
+                    recount_zeros(slot.domain, slot)
+            except AddressSpaceGone:
+                slot.gone = True
             finally:
                 self._cpu += self._cpu_clock() - started
                 self._reap()

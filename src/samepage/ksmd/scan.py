@@ -96,6 +96,27 @@ def refresh_areas(domain: Domain, slot: MmSlot) -> None:
     _take_areas(domain, slot, areas)
 
 
+ZEROS_SPAN = 1 << 16
+"""Where pages merged with the zero page lie within so many pages (256 MiB) they are recounted: some milliseconds."""
+
+
+def recount_zeros(domain: Domain, slot: MmSlot) -> None:
+    """See which pages merged with the zero page are that no more: were written, or are in no area now. Hashes none."""
+    refresh_areas(domain, slot)
+    spans = []
+    for vpn, npages, base in slot.pieces.tolist():
+        zeros = np.flatnonzero(domain.state[base : base + npages] == PageState.ZERO)
+        if len(zeros):
+            spans.append((vpn + int(zeros[0]), int(zeros[-1] - zeros[0]) + 1))
+    if sum(npages for _, npages in spans) > ZEROS_SPAN:
+        return
+    for span in spans:
+        there = slot.space.present(*span)
+        _, _, ref, lengths = slot.locate(there["vpn"], there["npages"])
+        refs = expand(ref, lengths)
+        domain.set_state(slot, refs[domain.state[refs] == PageState.ZERO], PageState.BROKEN)
+
+
 def _located(slot: MmSlot, runs: Structured, strict: bool) -> tuple[Ints, Ints, Ints, Ints]:
     located = slot.locate(runs["vpn"], runs["npages"].astype(np.uint64))
     if strict and int(located[3].sum()) != int(runs["npages"].sum(dtype=np.int64)):

@@ -212,6 +212,11 @@ class AddressSpace(Protocol):
         """Give every merged page of the range a private copy again, batch by batch; stops at the first error."""
         ...
 
+    def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
+        """Which pages of a range hold something (runs of dtype `AREA`): are neither absent nor the kernel's zero page.
+        The process itself is not asked, and no page counts as looked at. Empty where the kernel does not tell."""
+        ...
+
     def map_count(self) -> tuple[int, int]:
         """`(used, limit)`: mappings in the process now, and how many samepage may let it grow to."""
         ...

@@ -38,6 +38,7 @@ from samepage.memory import (
     Segment,
     wire,
 )
+from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
 from samepage.memory.segments import MemfdSegment, SegmentError
 from samepage.memory.wire import Op, Packet, Swap, WireError
 
@@ -216,6 +217,14 @@ class AgentAddressSpace:
             broken["bytes_needed"],
             broken["bytes_available"],
         )
+
+    def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
+        found: list[tuple[int, int]] = []
+        with contextlib.suppress(OSError), open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as file:
+            for start, end, categories in regions(file.fileno(), vpn * PAGE_SIZE, (vpn + npages) * PAGE_SIZE):
+                if not categories & PAGE_IS_PFNZERO:
+                    found.append((start // PAGE_SIZE, (end - start) // PAGE_SIZE))
+        return np.array(found, AREA)
 
     def map_count(self) -> tuple[int, int]:
         with self._ask(Op.MAP_COUNT) as answer:

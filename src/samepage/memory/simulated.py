@@ -484,6 +484,11 @@ class SimulatedAddressSpace:
         page.written = True  # to the agent it is new memory
         return 0
 
+    def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
+        """See `AddressSpace.present`."""
+        here = self._in(self._pages, vpn, npages)
+        return np.array([(at, 1) for at in here if self._pages[at].frame or self._pages[at].segment], AREA)
+
     def map_count(self) -> tuple[int, int]:
         """See `AddressSpace.map_count`: an area is one mapping, an extent within it two more."""
         self._called("map_count")
