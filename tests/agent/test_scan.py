@@ -44,6 +44,19 @@ for line in sys.stdin:
             libc._exit(0)
         print("forked", flush=True)
         continue
+    if how[0] == "second":
+        first, address = address, map_at(0, 0)
+        advise(15)
+        fill(7, 0, {PAGES})
+        advise(12)
+        print(address, flush=True)
+        continue
+    if how[0] == "over":
+        libc.mremap.restype = ctypes.c_void_p
+        n = ctypes.c_size_t(n)  # MREMAP_MAYMOVE | MREMAP_FIXED
+        assert libc.mremap(ctypes.c_void_p(address), n, n, 3, ctypes.c_void_p(first)) == first
+        print("moved", flush=True)
+        continue
     if how[0] == "map":
         libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(n))
         assert map_at(address, 0x100000) == address  # MAP_FIXED_NOREPLACE
@@ -67,13 +80,13 @@ def process(preload: Preload, tmp_path: Path) -> Iterator[Process]:
     made.process.communicate()
 
 
-def merged(process: Process) -> int:
-    """Merge all of the area; returns its first page."""
-    first = process.address // 4096
-    donation = process.space.donate(np.array([(first, PAGES)], AREA))
-    result = process.space.merge(donation.segment, np.array([(first, PAGES, 0)], EXTENT))
+def merge(process: Process, address: int) -> int:
+    """Merge all of an area; returns the number of its segment."""
+    donation = process.space.donate(np.array([(address // 4096, PAGES)], AREA))
+    assert donation.segment is not None
+    result = process.space.merge(donation.segment, np.array([(address // 4096, PAGES, 0)], EXTENT))
     assert (result.status == PageStatus.DONE).all()
-    return first
+    return donation.segment.ino
 
 
 def look(process: Process, budget: int) -> dict[RunKind, list[int]]:
@@ -95,7 +108,7 @@ def look(process: Process, budget: int) -> dict[RunKind, list[int]]:
 def test_that_merged_pages_are_gone_and_what_is_there_instead_is_said_in_one_look(
     process: Process, how: str, budget: int
 ) -> None:
-    merged(process)
+    merge(process, process.address)
     assert look(process, budget) == NOTHING
     assert process.tell(f"{how} 100 1000") == "done\n"
     there = list(range(PAGES) if how == "withdraw" else range(100, 1100))
@@ -110,3 +123,14 @@ def test_a_look_tells_of_a_fork(process: Process, how: str) -> None:
     first = process.space.scan(0, 1 << 20).forked
     assert first < 10
     assert process.space.scan(0, 1 << 20).forked >= first
+
+
+def test_what_is_moved_over_merged_pages_is_found_there(process: Process) -> None:
+    merge(process, process.address)
+    second = merge(process, int(process.tell("second")))
+    assert look(process, 1 << 20) == NOTHING
+    assert process.tell("over") == "moved\n"
+    (run,) = process.space.scan(0, 1 << 20).runs
+    assert (run["vpn"], run["npages"], run["kind"]) == (process.address // 4096, PAGES, RunKind.FOUND)
+    assert (run["ino"], run["offset"]) == (second, 0)
+    assert look(process, 1 << 20) == NOTHING
