@@ -682,10 +682,10 @@ def test_pages_merged_with_the_zero_page_can_be_recounted_at_any_time(machine: S
     assert ksmd.rows()[0].ksm_zero_pages == 48
 
 
-def test_where_they_are_spread_far_they_are_not_recounted(
+def test_where_there_are_many_pages_none_is_recounted(
     machine: SimulatedMachine, ksmd: Ksmd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("samepage.ksmd.scan.ZEROS_SPAN", 20)
+    monkeypatch.setattr("samepage.ksmd.scan.RECOUNT_PAGES", 255)
     (a,), (slot,) = processes(machine, ksmd, [0] * 21)
     passes(ksmd, 2)
     a.write(BASE, 1)

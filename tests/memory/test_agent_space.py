@@ -177,6 +177,7 @@ def test_present_is_what_is_neither_absent_nor_the_zero_page(make: Make) -> None
         del here
         found = make()[0].present(first, 9)
         assert found.tolist() == [(first + 2, 2), (first + 5, 1)]
+    assert len(make()[0].present((1 << 52) - 9, 9)) == 0
 
 
 def test_of_a_process_that_ended_nothing_is_present() -> None:

@@ -96,25 +96,22 @@ def refresh_areas(domain: Domain, slot: MmSlot) -> None:
     _take_areas(domain, slot, areas)
 
 
-ZEROS_SPAN = 1 << 16
-"""Where pages merged with the zero page lie within so many pages (256 MiB) they are recounted: some milliseconds."""
+RECOUNT_PAGES = 1 << 18
+"""Only of a process with so many mergeable pages at most (1 GiB) are zero pages recounted: some milliseconds."""
 
 
 def recount_zeros(domain: Domain, slot: MmSlot) -> None:
     """See which pages merged with the zero page are that no more: were written, or are in no area now. Hashes none."""
     refresh_areas(domain, slot)
-    spans = []
+    if slot.npages > RECOUNT_PAGES:
+        return
     for vpn, npages, base in slot.pieces.tolist():
         zeros = np.flatnonzero(domain.state[base : base + npages] == PageState.ZERO)
         if len(zeros):
-            spans.append((vpn + int(zeros[0]), int(zeros[-1] - zeros[0]) + 1))
-    if sum(npages for _, npages in spans) > ZEROS_SPAN:
-        return
-    for span in spans:
-        there = slot.space.present(*span)
-        _, _, ref, lengths = slot.locate(there["vpn"], there["npages"])
-        refs = expand(ref, lengths)
-        domain.set_state(slot, refs[domain.state[refs] == PageState.ZERO], PageState.BROKEN)
+            there = slot.space.present(vpn + int(zeros[0]), int(zeros[-1] - zeros[0]) + 1)
+            _, _, ref, lengths = slot.locate(there["vpn"], there["npages"])
+            refs = expand(ref, lengths)
+            domain.set_state(slot, refs[domain.state[refs] == PageState.ZERO], PageState.BROKEN)
 
 
 def _located(slot: MmSlot, runs: Structured, strict: bool) -> tuple[Ints, Ints, Ints, Ints]:

@@ -221,7 +221,8 @@ class AgentAddressSpace:
     def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
         found: list[tuple[int, int]] = []
         with contextlib.suppress(OSError), open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as file:
-            for start, end, categories in regions(file.fileno(), vpn * PAGE_SIZE, (vpn + npages) * PAGE_SIZE):
+            past = min(vpn + npages, VPN_END - 1)  # whatever areas a process says it has
+            for start, end, categories in regions(file.fileno(), vpn * PAGE_SIZE, past * PAGE_SIZE):
                 if not categories & PAGE_IS_PFNZERO:
                     found.append((start // PAGE_SIZE, (end - start) // PAGE_SIZE))
         return np.array(found, AREA)
