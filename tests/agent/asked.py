@@ -36,15 +36,16 @@ for line in sys.stdin:
 
 
 class Process:
-    """The program, with 8 MiB of memory in huge pages or small ones, and its address space as a service sees it."""
+    """A program that says where its area is, and its address space as a service sees it. `PROGRAM` has 8 MiB, in huge
+    pages or, by "MADV_NOHUGEPAGE", in small ones."""
 
-    def __init__(self, preload: Preload, folder: Path, huge: bool) -> None:
+    def __init__(self, preload: Preload, folder: Path, program: str = PROGRAM, advice: str = "MADV_HUGEPAGE") -> None:
         path = str(folder / "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(path)
             listener.listen()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, "MADV_HUGEPAGE" if huge else "MADV_NOHUGEPAGE"],
+                [sys.executable, "-c", program, advice],
                 env=os.environ
                 | {
                     "LD_PRELOAD": str(preload.library),

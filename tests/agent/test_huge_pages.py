@@ -15,7 +15,7 @@ from tests.agent.preload import Preload
 
 @pytest.fixture
 def process(preload: Preload, tmp_path: Path) -> Iterator[Process]:
-    made = Process(preload, tmp_path, huge=True)
+    made = Process(preload, tmp_path)
     if made.huge() < 4:
         made.end()
         pytest.skip("needs transparent huge pages (madvise or always), and four of them free")

@@ -19,7 +19,7 @@ PAGES = 4 * HUGE
 
 @pytest.fixture
 def process(preload: Preload, tmp_path: Path) -> Iterator[Process]:
-    made = Process(preload, tmp_path, huge=False)
+    made = Process(preload, tmp_path, advice="MADV_NOHUGEPAGE")
     yield made
     made.end()
 

@@ -189,6 +189,30 @@ def test_new_memory_is_seen_and_merged_without_a_pause_but_the_one_between_two_p
     assert clock.now - begun == pytest.approx(0.02)
 
 
+def test_a_pass_does_not_end_before_a_forked_child_had_the_time_to_join() -> None:
+    clock = Clock()
+    ksmd = new_ksmd(clock)
+    parent = process(SimulatedMachine(), 1, [1, 2, 3])
+    ksmd.enter(parent)
+    parent.forked = 0.05
+    ksmd.do_scan()
+    assert ksmd.next_wait() == pytest.approx(0.1)
+    ksmd.do_scan()
+    assert ksmd.counters().full_scans == 0
+    clock.now += 0.06
+    child = ksmd.enter(parent.fork(2))
+    assert ksmd.next_wait() == 0
+    ksmd.do_scan()
+    assert (ksmd.counters().full_scans, child.passes) == (0, 1)
+    assert ksmd.next_wait() == pytest.approx(0.04)
+    parent.forked = 0.15
+    clock.now += 0.05
+    assert ksmd.next_wait() == 0
+    passes(ksmd, 1)
+    assert (ksmd.counters().full_scans, child.passes) == (1, 1)
+    passes(ksmd, 1)
+
+
 def test_who_joins_while_ksmd_idles_is_merged_at_once() -> None:
     clock = Clock()
     ksmd = new_ksmd(clock)

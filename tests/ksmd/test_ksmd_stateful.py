@@ -145,6 +145,15 @@ class KsmdMachine(RuleBasedStateMachine):
         except AddressSpaceGone:
             assert who.slot.gone
 
+    @rule(who=everybody)
+    def recount(self, who: Oracle) -> None:
+        self.ksmd.recount_zeros(who.slot)
+        zeros = sum(row.ksm_zero_pages for row in self.ksmd.rows() if row.pid == who.space.pid)
+        assert (
+            zeros <= len([p for p in who.space._pages.values() if p.merged and p.segment is None])
+            or not who.space.alive
+        )
+
     @rule(who=everybody, vpn=PAGE, npages=st.integers(1, PAGES))
     def unmerge_some(self, who: Oracle, vpn: int, npages: int) -> None:
         result = self.ksmd.unmerge(who.slot, vpn, npages)

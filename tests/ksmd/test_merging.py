@@ -661,3 +661,41 @@ def test_a_whole_gigabyte_takes_sixteen_bytes_a_page_and_one_extent_a_segment() 
     assert ksmd.counters().pages_sharing == n
     assert [space.extents_merged for space in spaces] == [n // SEGMENT_PAGES] * 2
     assert ksmd.metadata_bytes() / (2 * n) < 16.1  # and the objects that stand for 64 segments are in it
+
+
+def test_pages_merged_with_the_zero_page_can_be_recounted_at_any_time(machine: SimulatedMachine, ksmd: Ksmd) -> None:
+    (a, b), (slot, _) = processes(machine, ksmd, [0] * 100, [0] * 10)
+    passes(ksmd, 2)
+    ksmd.set("run", 0)
+    rows = {row.pid: row.ksm_zero_pages for row in ksmd.rows()}
+    assert rows == {a.pid: 100, b.pid: 10}
+    a.write(BASE + 5, 1, 0, 2)
+    a.unmap(BASE + 50, 50)
+    hashed = a.pages_hashed
+    ksmd.recount_zeros(slot)
+    assert {row.pid: row.ksm_zero_pages for row in ksmd.rows()} == {a.pid: 47, b.pid: 10}
+    assert ksmd.counters().ksm_zero_pages == 57
+    assert a.pages_hashed == hashed
+    check(ksmd, machine, {})
+    ksmd.set("run", 1)
+    passes(ksmd, 2)
+    assert ksmd.rows()[0].ksm_zero_pages == 48
+
+
+def test_where_there_are_many_pages_none_is_recounted(
+    machine: SimulatedMachine, ksmd: Ksmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("samepage.ksmd.scan.RECOUNT_PAGES", 255)
+    (a,), (slot,) = processes(machine, ksmd, [0] * 21)
+    passes(ksmd, 2)
+    a.write(BASE, 1)
+    ksmd.recount_zeros(slot)
+    assert ksmd.rows()[0].ksm_zero_pages == 21
+
+
+def test_a_process_that_goes_while_it_is_recounted_is_dropped(machine: SimulatedMachine, ksmd: Ksmd) -> None:
+    (a,), (slot,) = processes(machine, ksmd, [0] * 10)
+    passes(ksmd, 2)
+    a.exit()
+    ksmd.recount_zeros(slot)
+    assert ksmd.rows() == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import socket
 import threading
@@ -94,7 +95,7 @@ def test_the_handshake_passes_the_terms_and_the_userfaultfd(make: Make) -> None:
     assert (space.pid, space.domain, space.comm, space.swap) == (42, 1000, "fake", wire.Swap.MOVE)
     assert space.zero_checksum == agent.checksum(np.zeros(PAGE_SIZE, np.uint8))
     terms = said[0].reader().one(wire.WELCOME)
-    assert terms == {"version": 1, "flags": 2, "reserve": 5, "section": 8, "use_swap": 0}
+    assert terms == {"version": wire.VERSION, "flags": 2, "reserve": 5, "section": 8, "use_swap": 0}
     assert os.fstat(said[0].fd).st_rdev == os.fstat(fd).st_rdev
     said[0].close()
     os.close(fd)
@@ -102,7 +103,7 @@ def test_the_handshake_passes_the_terms_and_the_userfaultfd(make: Make) -> None:
     theirs.close()
 
 
-@pytest.mark.parametrize("hello", [{"version": 2}, {"page_size": 65536}])
+@pytest.mark.parametrize("hello", [{"version": wire.VERSION + 1}, {"page_size": 65536}])
 def test_an_agent_of_another_version_or_page_size_does_not_join(hello: dict[str, int]) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.send(FakeAgent(theirs, some_pages(1, 1)).hello(**hello))
@@ -161,6 +162,29 @@ def test_the_headroom_comes_with_the_name_of_the_memory_cgroup(make: Make) -> No
     group, available = make()[0].headroom()
     assert available == 1 << 40
     assert f":{group}\n" in Path("/proc/self/cgroup").read_text()
+
+
+def test_present_is_what_is_neither_absent_nor_the_zero_page(make: Make) -> None:
+    """Of this process, which the fake agent says it is."""
+    with mmap.mmap(-1, 16 * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in (2, 3, 9):
+            area[page * PAGE_SIZE] = 1
+        area[5 * PAGE_SIZE] = 0
+        assert area[7 * PAGE_SIZE] == 0  # the zero page
+        here = np.frombuffer(area, np.uint8)
+        first = here.ctypes.data // PAGE_SIZE
+        del here
+        found = make()[0].present(first, 9)
+        assert found.tolist() == [(first + 2, 2), (first + 5, 1)]
+    assert len(make()[0].present((1 << 52) - 9, 9)) == 0
+
+
+def test_of_a_process_that_ended_nothing_is_present() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ready = {"swap": 1, "tracking": 1, "zero_checksum": 0}
+    with theirs, contextlib.closing(AgentAddressSpace(ours, 1 << 30, 1000, "ended", ready)) as space:
+        assert len(space.present(0, 100)) == 0
 
 
 def test_the_map_count_is_passed_on(make: Make) -> None:
@@ -332,16 +356,17 @@ def test_a_list_of_areas_that_changes_while_it_is_read_is_read_again(make: Make)
         ((0, 1, 0, 1, 9), [(BASE_VPN, 9, 0, 0, 0)], "checksums"),
         ((0, 1, 0, 1, 0), [(BASE_VPN, 2, 4, 0, 0)], "kind"),
         ((0, 1, 0, 2, 0), [(BASE_VPN, 2, 1, 0, 0), (BASE_VPN + 1, 2, 1, 0, 0)], "overlap"),
+        ((0, 1, 0, 2, 0), [(BASE_VPN, 2, 2, 0, 0), (BASE_VPN + 1, 2, 2, 0, 0)], "overlap"),
         ((BASE_VPN, 1, 0, 1, 0), [(BASE_VPN, 2, 1, 0, 0)], "go on"),
         ((1, 1, 0, 1, 0), [(0, 2, 1, 0, 0)], "go on"),
     ],
-    ids=["count", "budget", "kind", "overlap", "backwards", "into itself"],
+    ids=["count", "budget", "kind", "overlap", "gone twice", "backwards", "into itself"],
 )
 def test_a_scan_that_cannot_be_true_is_refused(
     make: Make, head: tuple[int, ...], rows: list[tuple[int, ...]], why: str
 ):
     def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
-        body = wire.pack(wire.SCANNED, *head) + np.array(rows, RUN).tobytes() + bytes(8 * head[4])
+        body = wire.pack(wire.SCANNED, *head, 0, 0) + np.array(rows, RUN).tobytes() + bytes(8 * head[4])
         return wire.encode(request.op, request.seq, body), -1
 
     with pytest.raises(AddressSpaceGone, match=why):

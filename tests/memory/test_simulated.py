@@ -53,11 +53,22 @@ def test_merged_pages_are_reported_broken_or_gone_once() -> None:
     space = space_with(1, 2, 3)
     assert merge_all(space, 3) == [PageStatus.DONE] * 3
     assert kinds(space) == []
+    space.rehash_broken = False
     space.write(10, 7)
     space.discard(12)
     assert kinds(space) == [(10, 1, RunKind.BROKEN), (12, 1, RunKind.GONE)]
-    assert kinds(space) == [(10, 1, RunKind.HASHED)]
+    assert kinds(space) == []
     assert space.pages() == {10: 7, 11: 2}
+
+
+def test_what_is_written_where_a_merged_page_is_gone_is_hashed_in_the_same_look() -> None:
+    space = space_with(1, 2, 3)
+    merge_all(space, 3)
+    space.discard(10, 3)
+    space.write(11, 7)
+    gone = [(10, 2, RunKind.GONE), (11, 1, RunKind.HASHED), (12, 1, RunKind.GONE)]
+    assert kinds(space) == gone
+    assert kinds(space) == []
 
 
 def test_pages_that_moved_are_hashed_no_more_once_broken() -> None:

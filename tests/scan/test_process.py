@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import kernel_ksm
 from samepage import agent
-from samepage.memory import PAGE_SIZE
+from samepage.memory import PAGE_SIZE, pagemap
 from samepage.scan import process
 from samepage.scan.look import look
 from samepage.scan.process import PageFlags, Process
@@ -229,7 +229,7 @@ def test_a_kernel_without_pagemap_scan_tells_the_same(monkeypatch: pytest.Monkey
         one.fill(0, [0, 1, 2, 3, 3])
         one.fill(60, [4, 3])
         with_it = mapping_at(report_of(Process(one.pid, page_flags)), one.pid, here).pages
-        monkeypatch.setattr(process, "PAGEMAP_SCAN", 0xC0606699)
+        monkeypatch.setattr(pagemap, "PAGEMAP_SCAN", 0xC0606699)
         without = report_of(Process(one.pid, page_flags))
     assert mapping_at(without, one.pid, here).pages == with_it
     assert with_it == Pages(7, 3, 1, 3, 0, 0, 0, 0, 0)

@@ -27,6 +27,10 @@ Lie = Callable[["FakeAgent", Packet], "tuple[bytes, int] | None"]
 """Answers a request its own way: (the raw packet, a descriptor or -1), or None to say nothing at all."""
 
 
+NEVER = (1 << 32) - 1
+"""It never forked."""
+
+
 def some_pages(seed: int, npages: int) -> U8:
     return np.random.default_rng(seed).integers(0, 256, (npages, PAGE_SIZE), np.uint8)
 
@@ -109,7 +113,7 @@ class FakeAgent:
         sums = np.array([self.checksum(self.pages[i]) for i in todo], "<u8")
         left = bool(len(todo)) and bool(self.written[todo[-1] :].any())
         next_vpn = BASE_VPN + int(todo[-1]) + 1 if left else 0
-        head = wire.pack(wire.SCANNED, next_vpn, 1, 1000, len(runs), len(sums))
+        head = wire.pack(wire.SCANNED, next_vpn, 1, 1000, len(runs), len(sums), NEVER, 0)
         return head + runs.tobytes() + sums.tobytes(), -1
 
     def do_donate(self, request: Packet) -> tuple[bytes, int]:

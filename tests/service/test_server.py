@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from samepage.memory import PAGE_SIZE, wire
 from samepage.memory import agent as agent_space
-from samepage.memory import wire
 from samepage.service import server as module
 from samepage.service import sockets
 from samepage.service.control import Client
@@ -171,6 +172,26 @@ def test_a_peer_stuck_before_it_is_ready_keeps_nobody_waiting(path: str, start: 
         until(lambda: both_merged(path, a, b))
         assert sock.recv(100) == b""
         assert os.getpid() not in status(path)
+
+
+def test_a_process_that_hangs_keeps_nobody_waiting_who_asks_for_its_row(path: str) -> None:
+    """To count its pages merged with the zero page, it would have to be asked."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, Client(path) as client:
+        sock.connect(path)
+        agent = fake_agent.FakeAgent(sock, np.zeros((NPAGES, PAGE_SIZE), np.uint8))
+        agent.join()
+        threading.Thread(target=agent.serve, daemon=True).start()
+
+        def said() -> str:
+            return str(client.ask("files", pid=os.getpid())["files"]["ksm_stat"])
+
+        deadline = time.monotonic() + 10
+        while f"ksm_zero_pages {NPAGES}" not in said() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        agent.lies[wire.Op.AREAS] = fake_agent.nothing
+        started = time.monotonic()
+        assert f"ksm_zero_pages {NPAGES}" in said()
+        assert time.monotonic() - started < 0.7
 
 
 def test_a_process_has_one_mm_slot_the_newest(path: str) -> None:

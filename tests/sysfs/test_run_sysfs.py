@@ -116,6 +116,71 @@ os.kill(child, 9)
     assert shared == "True" or "userfaultfd" in done.stderr
 
 
+def test_two_full_scans_merge_what_a_child_has_that_was_just_forked(run: Run) -> None:
+    """As the kernel's selftests expect it. Of a user's child it is only expected to be known (see above)."""
+    program = """
+import os, time
+import numpy as np
+name = "ksm_rmap_items" if os.geteuid() else "ksm_merging_pages"
+tree = "/sys/kernel/mm/ksm"
+def read(path):
+    with open(path) as file:
+        return file.read()
+def write(name, text):
+    with open(f"{tree}/{name}", "w") as file:
+        file.write(text)
+def pages():
+    return int(dict(line.split() for line in read("/proc/self/ksm_stat").splitlines())[name])
+array = np.ones(4 << 20, np.uint8)
+write("sleep_millisecs", "0")  # passes as fast as they go
+deadline = time.monotonic() + 60
+while pages() < 1000 and time.monotonic() < deadline:
+    time.sleep(0.05)
+del array
+pid = os.fork()
+if pid == 0:
+    array = np.ones(4 << 20, np.uint8)
+    write("run", "2")
+    write("run", "1")
+    while int(read(f"{tree}/full_scans")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os._exit(pages() < 1000)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    done = run(sys.executable, "-c", program)
+    assert done.stdout == "0\n" or "userfaultfd" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("run", ["root"], indirect=True)
+def test_zero_pages_of_a_process_are_counted_as_they_are_when_asked(run: Run) -> None:
+    """Unmerged in half, then written in the other half, and asked at once, as the kernel's selftests do."""
+    program = """
+import ctypes, mmap, time
+n = 512
+area = mmap.mmap(-1, n << 12, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.madvise(mmap.MADV_NOHUGEPAGE)
+area[:] = bytes(n << 12)
+area.madvise(mmap.MADV_MERGEABLE)
+def zeros():
+    with open("/proc/self/ksm_stat") as file:
+        return int(dict(line.split() for line in file)["ksm_zero_pages"])
+deadline = time.monotonic() + 60
+while zeros() < n and time.monotonic() < deadline:
+    time.sleep(0.05)
+said = [zeros()]
+area.madvise(mmap.MADV_UNMERGEABLE, 0, n << 11)
+said.append(zeros())
+for page in range(n // 2, n):
+    area[page << 12] = 1
+    if page % 100 == 0:
+        said.append(zeros())
+said.append(zeros())
+print(said)
+"""
+    done = run(sys.executable, "-c", program)
+    assert done.stdout == "[512, 256, 211, 111, 11, 0]\n", done.stderr
+
+
 def test_user_group_directory_streams_and_exit_status_are_as_ever(run: Run) -> None:
     done = run("sh", "-c", "id -u; id -g; pwd; cat; echo err >&2; exit 7", input="in\n", cwd="/usr/share")
     uid, gid, *rest = done.stdout.splitlines()

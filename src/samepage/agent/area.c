@@ -432,6 +432,7 @@ void page_move(uint64_t vpn, uint64_t end, uint64_t to)
 		uint64_t last = page_next(PAGE_SEGMENT, first, end, false);
 
 		page_set(PAGE_SEGMENT, to + (first - vpn), to + (last - vpn), true);
+		page_set(PAGE_KNOWN, to + (first - vpn), to + (last - vpn), false); /* of what stood there before */
 		for (uint64_t p = first; p < last; p++)
 			if (page_test(PAGE_ISLAND, p))
 				page_set(PAGE_ISLAND, to + (p - vpn), to + (p - vpn) + 1, true);

@@ -17,12 +17,35 @@
 /* Held across a fork, so that no step of the agent's is half done in the child, and no signal handler of the
  * child's runs before the lock is good again. */
 static sigset_t fork_mask;
+static _Atomic int64_t fork_ms; /* when the last fork was, 0: never */
+
+static int64_t now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+uint32_t ms_since_fork(void)
+{
+	int64_t then = atomic_load(&fork_ms), ms = then ? now_ms() - then : UINT32_MAX;
+
+	return ms < UINT32_MAX ? (uint32_t)ms : UINT32_MAX;
+}
+
+/* Takes the lock for a fork, and notes it: before there is a child that could ask the service for anything. */
+static void lock_for_fork(sigset_t *saved)
+{
+	mmap_lock(saved);
+	atomic_store(&fork_ms, now_ms());
+}
 
 static void before_fork(void)
 {
 	sigset_t mask;
 
-	mmap_lock(&mask);
+	lock_for_fork(&mask);
 	fork_mask = mask; /* not before the lock is ours: another thread may be forking */
 }
 
@@ -41,6 +64,7 @@ static void after_fork_child(const sigset_t *saved, bool plain)
 {
 	pthread_setspecific(leader_key, &leader_key);
 	mmap_lock_reinit();
+	atomic_store(&fork_ms, 0);
 	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* whoever was about it stayed behind */
 	agent_fork_child(!plain);
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
@@ -86,7 +110,7 @@ long plain_fork(long number, const long *arg)
 	sigset_t saved;
 	long pid;
 
-	mmap_lock(&saved);
+	lock_for_fork(&saved);
 	if (number < 0)
 		pid = real._Fork ? real._Fork() : real.syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
 	else
@@ -137,7 +161,7 @@ SP_EXPORT int clone(int (*fn)(void *), void *stack, int flags, void *arg, ...)
 	need_real();
 	if (flags & CLONE_VM || !fn || !stack) /* shares our memory; or is refused */
 		return real.clone(fn, stack, flags, arg, parent_tid, tls, child_tid);
-	mmap_lock(&start.saved);
+	lock_for_fork(&start.saved);
 	pid = real.clone(clone_child, stack, flags, &start, parent_tid, tls, child_tid);
 	mmap_unlock(&start.saved);
 	return pid;

@@ -277,6 +277,8 @@ static size_t do_scan(const struct sp_scan *req)
 
 	scan_step(req, head, runs, MAX_RUNS, sums, MAX_SUMS);
 	memmove(runs + head->nruns, sums, head->nhashed * 8);
+	head->forked_ms = ms_since_fork();
+	head->pad = 0;
 	head->cpu_ns = thread_cpu_ns() - cpu;
 	return sizeof(*head) + head->nruns * sizeof(*runs) + head->nhashed * 8;
 }

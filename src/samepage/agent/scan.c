@@ -134,15 +134,15 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	struct vma vma;
 	int n = 1;
 
-	/* What was merged and is anonymous now was discarded or unmerged by the application. Its content is
-	 * looked at next time. */
+	/* What was merged and is anonymous now was discarded, unmerged or mapped anew by the application. That is said
+	 * first, and then what is there instead, in this look. */
 	if (page_test(PAGE_KNOWN, vpn)) {
 		end = page_next(PAGE_KNOWN, vpn, end, false);
 		page_set(PAGE_KNOWN, vpn, end, false);
 		emit(o, vpn, end, RUN_GONE, 0, 0);
-		return end;
+	} else {
+		end = page_next(PAGE_KNOWN, vpn, end, true);
 	}
-	end = page_next(PAGE_KNOWN, vpn, end, true);
 	if ((a->flags & AREA_LOCKED) || !(a->prot & 1))
 		return end;
 	stop = end << PAGE_SHIFT;

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define SP_MAGIC 0x45504d53u /* "SMPE" */
-#define SP_VERSION 1u
+#define SP_VERSION 2u
 #define SP_MSG_MAX (128u << 10)
 
 enum sp_op {
@@ -116,6 +116,8 @@ struct sp_scanned {
 	uint64_t cpu_ns;
 	uint32_t nruns;
 	uint32_t nhashed;
+	uint32_t forked_ms; /* since the last fork, whose child may be about to join; UINT32_MAX: none, or long ago */
+	uint32_t pad;
 };
 
 struct sp_extent {

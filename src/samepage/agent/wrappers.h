@@ -99,6 +99,7 @@ void fork_init(void);
 /* A system call by which the process forks and the child goes on where its parent is. */
 bool is_plain_fork(long number, const long *arg);
 long plain_fork(long number, const long *arg); /* number -1: _Fork() */
+uint32_t ms_since_fork(void);		       /* UINT32_MAX: there was none, or long ago */
 int sp_unshare(int flags);
 int sp_setns(int fd, int type);
 void thread_exits(void); /* the calling thread, without the process */

@@ -56,11 +56,14 @@ def areas(areas: Areas) -> None:
 
 
 def scanned(reply: ScanResult, vpn: int) -> None:
-    """Runs must be ascending and disjoint, checksums as many as hashed pages; and the scan must get on."""
+    """Runs must be ascending and disjoint, those of GONE pages for themselves; checksums as many as hashed pages; and
+    the scan must get on."""
     runs, sums = reply.runs, reply.checksums
     _require(runs.dtype == RUN and runs.ndim == 1, "runs of another type")
     _require(sums.dtype == np.uint64 and sums.ndim == 1, "checksums of another type")
-    _disjoint(runs, "runs")
+    gone = runs["kind"] == RunKind.GONE
+    _disjoint(runs[gone], "runs")
+    _disjoint(runs[~gone], "runs")
     _require(np.all(runs["kind"] <= max(RunKind)), "unknown kind of run")
     hashed = runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64)
     _require(int(hashed) == len(sums), "checksums do not match the runs")

@@ -21,7 +21,7 @@ from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import NSTATES, MmSlot
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
-from samepage.ksmd.scan import Seen, ingest, look
+from samepage.ksmd.scan import Seen, ingest, look, recount_zeros
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
 from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
 
@@ -35,6 +35,10 @@ SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
 """When less than this share of a segment's pages is in use after so many passes, and at least so many pages
 (1 MiB) are held for nothing in such segments, their last users are moved out. Looked for every
 `stable_node_chains_prune_millisecs`."""
+
+JOIN_SECONDS = 0.15
+"""A child may take so long after the fork to join (its agent waits a third of that, for most children exec at once); a
+pass in which the parent was seen to have forked does not end before."""
 
 WHOLE = (0, 1 << 52)
 """All pages an address space can have: (vpn, npages)."""
@@ -79,6 +83,7 @@ class Ksmd:
         self._next_number = 1
         self._cursor: dict[MmSlot, int] = {}  # slots of this pass not yet looked at to the end, and where to go on
         self._in_pass = False
+        self._joins_until = -math.inf  # till then the pass going on waits for forked children
         self._seqnr = 0
         self._pages_scanned = self._pages_skipped = 0
         self._pass_hashed = 0
@@ -93,7 +98,9 @@ class Ksmd:
     # -- who takes part ---------------------------------------------------------------------------------
 
     def enter(self, space: AddressSpace, comm: str = "", swap: str = "") -> MmSlot:
-        """A process joins (__ksm_enter). It is looked at before the pass going on ends."""
+        """A process joins (__ksm_enter). It is looked at before the pass going on ends.
+
+        So is a child that a process forked before it was looked at, if it joins within `JOIN_SECONDS`."""
         with self._mmlist_lock:
             domain = self._domains.get(space.domain)
             if domain is None:
@@ -214,7 +221,7 @@ class Ksmd:
         in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
         cpu = self._cpu_clock() - started + in_processes / 1e9
         self._advisor.scanned(self._clock(), cpu, total.hashed, total.first_looks)
-        if not self._cursor:
+        if not self._cursor and self._joins_until <= self._clock():
             self._end_pass()
         return total.hashed
 
@@ -242,6 +249,8 @@ class Ksmd:
                 slot.gone = True
                 del self._cursor[slot]
                 continue
+            if seen.reply.forked < JOIN_SECONDS:
+                self._joins_until = max(self._joins_until, self._clock() + JOIN_SECONDS - seen.reply.forked)
             total.hashed += outcome.hashed
             total.first_looks += outcome.first_looks
             total.changed += outcome.changed
@@ -312,8 +321,6 @@ class Ksmd:
             try:
                 self._reap()
                 self._scan_range(slot, vpn, npages)
-                # Of pages that their owner unmerged a moment ago, the first look only hears that they are gone.
-                self._scan_range(slot, vpn, npages)
                 before = self._work.statuses.copy()
                 domain = slot.domain
                 refs = self._refs_in(slot, vpn, npages)
@@ -328,6 +335,22 @@ class Ksmd:
                     raise AddressSpaceGone("gone while it was merged")
                 now = int(np.count_nonzero(_is_merged(domain, refs)))
                 return MergeOutcome(now, now - merged, show.failures((self._work.statuses - before).tolist()))
+            finally:
+                self._cpu += self._cpu_clock() - started
+                self._reap()
+                self._publish()
+
+    def recount_zeros(self, slot: MmSlot) -> None:
+        """Have the row of a process count the pages that are merged with the zero page at this moment, as the kernel's
+        counter does. All others are as they were when last looked at. Where there are many, so are these."""
+        with self.mutex:
+            started = self._cpu_clock()
+            try:
+                self._reap()
+                if not slot.gone:
+                    recount_zeros(slot.domain, slot)
+            except AddressSpaceGone:
+                slot.gone = True
             finally:
                 self._cpu += self._cpu_clock() - started
                 self._reap()
@@ -478,6 +501,8 @@ class Ksmd:
         somebody joins or a knob is set."""
         if self._knobs.run != Run.MERGE or not self._slots:
             return math.inf
+        if self._in_pass and not self._cursor and not self._joining:
+            return max(0.0, self._joins_until - self._clock())
         return self._advisor.wait(self._clock(), self._urgent or bool(self._joining))
 
     def counters(self) -> Counters:

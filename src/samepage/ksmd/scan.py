@@ -96,6 +96,24 @@ def refresh_areas(domain: Domain, slot: MmSlot) -> None:
     _take_areas(domain, slot, areas)
 
 
+RECOUNT_PAGES = 1 << 18
+"""Only of a process with so many mergeable pages at most (1 GiB) are zero pages recounted: some milliseconds."""
+
+
+def recount_zeros(domain: Domain, slot: MmSlot) -> None:
+    """See which pages merged with the zero page are that no more: were written, or are in no area now. Hashes none."""
+    refresh_areas(domain, slot)
+    if slot.npages > RECOUNT_PAGES:
+        return
+    for vpn, npages, base in slot.pieces.tolist():
+        zeros = np.flatnonzero(domain.state[base : base + npages] == PageState.ZERO)
+        if len(zeros):
+            there = slot.space.present(vpn + int(zeros[0]), int(zeros[-1] - zeros[0]) + 1)
+            _, _, ref, lengths = slot.locate(there["vpn"], there["npages"])
+            refs = expand(ref, lengths)
+            domain.set_state(slot, refs[domain.state[refs] == PageState.ZERO], PageState.BROKEN)
+
+
 def _located(slot: MmSlot, runs: Structured, strict: bool) -> tuple[Ints, Ints, Ints, Ints]:
     located = slot.locate(runs["vpn"], runs["npages"].astype(np.uint64))
     if strict and int(located[3].sum()) != int(runs["npages"].sum(dtype=np.int64)):

@@ -10,6 +10,7 @@ Pages are named by their *virtual page number* (`vpn`, address divided by `PAGE_
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -34,7 +35,8 @@ class RunKind(IntEnum):
     BROKEN = 1
     """Was merged when last looked at; now has a private copy of its own (copy-on-write was broken)."""
     GONE = 2
-    """Was merged when last looked at; now discarded, unmapped or moved away."""
+    """Was merged when last looked at; now discarded, unmapped or moved away. What is there instead, if anything, is in
+    runs of its own."""
     FOUND = 3
     """Is merged already, with what `ino` and `offset` say: came by fork, by mremap, or from before a service went."""
 
@@ -95,9 +97,10 @@ class Areas:
 class ScanResult:
     """One step of a scan.
 
-    `runs` is of dtype `RUN`, ascending by `vpn`; `checksums` holds, in the same order, one checksum for every
-    page of every HASHED run. `next_vpn` is where the next step goes on, 0 at the end of the last area.
-    `areas_seq` changes whenever the list of areas does; `cpu_ns` is CPU time spent in the process itself.
+    `runs` is of dtype `RUN`. Those of GONE pages are ascending by `vpn` and disjoint, and so are all others, which say
+    what is there instead. `checksums` holds, in the same order, one checksum for every page of every HASHED run.
+    `next_vpn` is where the next step goes on, 0 at the end of the last area. `areas_seq` changes whenever the list of
+    areas does; `cpu_ns` is CPU time spent in the process itself. `forked` seconds ago it forked last.
     """
 
     runs: npt.NDArray[np.void]
@@ -105,6 +108,7 @@ class ScanResult:
     next_vpn: int
     areas_seq: int
     cpu_ns: int
+    forked: float = math.inf
 
 
 @dataclass(slots=True)
@@ -206,6 +210,11 @@ class AddressSpace(Protocol):
 
     def break_ksm(self, vpn: int, npages: int) -> BreakResult:
         """Give every merged page of the range a private copy again, batch by batch; stops at the first error."""
+        ...
+
+    def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
+        """Which pages of a range hold something (runs of dtype `AREA`): are neither absent nor the kernel's zero page.
+        The process itself is not asked, and no page counts as looked at. Empty where the kernel does not tell."""
         ...
 
     def map_count(self) -> tuple[int, int]:

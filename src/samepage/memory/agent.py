@@ -38,6 +38,7 @@ from samepage.memory import (
     Segment,
     wire,
 )
+from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
 from samepage.memory.segments import MemfdSegment, SegmentError
 from samepage.memory.wire import Op, Packet, Swap, WireError
 
@@ -165,7 +166,9 @@ class AgentAddressSpace:
             checksums: U64 = reader.take("<u8", head["nhashed"])
             reader.end()
             _check_scan(head, runs, vpn, budget)
-        return ScanResult(runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"])
+        return ScanResult(
+            runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"], head["forked_ms"] / 1000
+        )
 
     def donate(self, runs: npt.NDArray[np.void]) -> Donation:
         """As the protocol says, for at most `DONATE_MAX` pages (ValueError)."""
@@ -214,6 +217,15 @@ class AgentAddressSpace:
             broken["bytes_needed"],
             broken["bytes_available"],
         )
+
+    def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
+        found: list[tuple[int, int]] = []
+        with contextlib.suppress(OSError), open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as file:
+            past = min(vpn + npages, VPN_END - 1)  # whatever areas a process says it has
+            for start, end, categories in regions(file.fileno(), vpn * PAGE_SIZE, past * PAGE_SIZE):
+                if not categories & PAGE_IS_PFNZERO:
+                    found.append((start // PAGE_SIZE, (end - start) // PAGE_SIZE))
+        return np.array(found, AREA)
 
     def map_count(self) -> tuple[int, int]:
         with self._ask(Op.MAP_COUNT) as answer:
@@ -353,15 +365,18 @@ def _check_ranges(ranges: npt.NDArray[np.void], what: str) -> None:
 
 
 def _check_scan(head: dict[str, int], runs: npt.NDArray[np.void], vpn: int, budget: int) -> None:
-    _check_ranges(runs, "runs")
+    gone = runs["kind"] == RunKind.GONE
+    _check_ranges(runs[gone], "runs")
+    there = runs[~gone]
+    _check_ranges(there, "runs")
     if np.any(runs["kind"] > max(RunKind)):
         raise WireError("runs of an unknown kind")
     hashed = int(runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64))
     if hashed != head["nhashed"] or hashed > budget:
         raise WireError(f"{head['nhashed']} checksums for {hashed} pages; {budget} were asked for")
-    if len(runs) and int(runs["vpn"][0]) < vpn:
+    if len(runs) and int(runs["vpn"].min()) < vpn:
         raise WireError("pages before the start of the scan")
-    end = int(runs["vpn"][-1] + runs["npages"][-1]) if len(runs) else vpn + 1
+    end = int(there["vpn"][-1] + there["npages"][-1]) if len(there) else vpn + 1
     if head["next_vpn"] and not end <= head["next_vpn"] < VPN_END:
         raise WireError("a scan that does not go on")
 

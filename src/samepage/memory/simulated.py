@@ -12,6 +12,7 @@ a vpn just before each page it comes to, and can also make the operation fail.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -179,6 +180,7 @@ class SimulatedAddressSpace:
         self.map_limit = map_limit
         self.nodes = nodes
         self.script: Script | None = None
+        self.forked = math.inf  # so many seconds ago, as it says itself
         self.alive = True
         self.calls: list[str] = []
         self.pages_hashed = 0
@@ -381,20 +383,20 @@ class SimulatedAddressSpace:
             if not was_merged and page.segment is not None:
                 self._seen_merged.add(vpn)
                 _append(runs, vpn, RunKind.FOUND, page.segment.ino, page.offset)
-        elif was_merged:
+        else:
             self._seen_merged.discard(vpn)
-            _append(runs, vpn, RunKind.BROKEN, 0, 0)
-        elif (page.written or not self.tracking or flags & ScanFlag.ALL) and (
-            self.rehash_broken or not page.by_application
-        ):
-            page.written = False
-            sums.append(self._checksum_at(vpn, page.content, flags))
-            _append(runs, vpn, RunKind.HASHED, 0, 0)
-            self.pages_hashed += 1
+            island = page.by_application and not self.rehash_broken
+            if was_merged and (island or not page.by_application):
+                _append(runs, vpn, RunKind.BROKEN if island else RunKind.GONE, 0, 0)
+            if not island and (page.written or not self.tracking or flags & ScanFlag.ALL):
+                page.written = False
+                sums.append(self._checksum_at(vpn, page.content, flags))
+                _append(runs, vpn, RunKind.HASHED, 0, 0)
+                self.pages_hashed += 1
 
     def _scanned(self, runs: list[tuple[int, int, int, int, int]], sums: list[int], next_vpn: int) -> ScanResult:
         checksums: U64 = np.array(sums, np.uint64)
-        return ScanResult(np.array(runs, RUN), checksums, next_vpn, self._areas_seq, 1000 * len(sums))
+        return ScanResult(np.array(runs, RUN), checksums, next_vpn, self._areas_seq, 1000 * len(sums), self.forked)
 
     def donate(self, runs: npt.NDArray[np.void]) -> Donation:
         """See `AddressSpace.donate`."""
@@ -459,6 +461,8 @@ class SimulatedAddressSpace:
             if result.errno:
                 break
             result.pages_unmerged += 1
+        if not result.errno:  # ksmd knows as much now; otherwise the next scan tells it
+            self._seen_merged.difference_update(self._in(self._seen_merged, vpn, npages))
         result.pages_remaining = sum(
             self._pages[p].merged and self._mergeable(p) for p in self._in(self._pages, vpn, npages)
         )
@@ -477,7 +481,13 @@ class SimulatedAddressSpace:
         self.faults += 1
         self._unshare_shadow(page)  # a break is a write fault: what a fork shared is private from now on, too
         self._give_copy(page)
+        page.written = True  # to the agent it is new memory
         return 0
+
+    def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
+        """See `AddressSpace.present`."""
+        here = self._in(self._pages, vpn, npages)
+        return np.array([(at, 1) for at in here if self._pages[at].frame or self._pages[at].segment], AREA)
 
     def map_count(self) -> tuple[int, int]:
         """See `AddressSpace.map_count`: an area is one mapping, an extent within it two more."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from samepage.memory import AREA, EXTENT, RUN
 
 MAGIC = 0x45504D53
-VERSION = 1
+VERSION = 2
 MSG_MAX = 128 << 10
 """Bytes of the largest packet, header included."""
 
@@ -71,7 +71,15 @@ READY = np.dtype([("swap", "<u4"), ("tracking", "<u4"), ("zero_checksum", "<u8")
 AREAS = np.dtype([("seq", "<u8"), ("next_vpn", "<u8"), ("merge_any", "<u4"), ("pad", "<u4")])
 SCAN = np.dtype([("vpn", "<u8"), ("budget", "<u8"), ("flags", "<u4"), ("pad", "<u4")])
 SCANNED = np.dtype(
-    [("next_vpn", "<u8"), ("areas_seq", "<u8"), ("cpu_ns", "<u8"), ("nruns", "<u4"), ("nhashed", "<u4")],
+    [
+        ("next_vpn", "<u8"),
+        ("areas_seq", "<u8"),
+        ("cpu_ns", "<u8"),
+        ("nruns", "<u4"),
+        ("nhashed", "<u4"),
+        ("forked_ms", "<u4"),
+        ("pad", "<u4"),
+    ]
 )
 DONE = np.dtype([("cpu_ns", "<u8"), ("npages", "<u8")])
 BROKEN = np.dtype(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import struct
@@ -21,6 +20,7 @@ import numpy as np
 
 from samepage.ksmd.rmap import expand
 from samepage.memory import PAGE_SIZE, U64
+from samepage.memory.pagemap import PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_SWAPPED, regions
 from samepage.scan import pages
 from samepage.scan.source import (
     BATCH_PAGES,
@@ -37,12 +37,6 @@ from samepage.scan.source import (
 
 MIN_ALLOC = 1 << 20
 """Bytes of the smallest allocation that `samepage run` takes, unless told otherwise."""
-
-# include/uapi/linux/fs.h, Linux 6.7: ioctl PAGEMAP_SCAN, struct pm_scan_arg, struct page_region.
-PAGEMAP_SCAN = 0xC0606610
-PM_SCAN_ARG = struct.Struct("12Q")
-REGION = np.dtype([("start", "<u8"), ("end", "<u8"), ("categories", "<u8")])
-PAGE_IS_FILE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_PFNZERO, PAGE_IS_HUGE = (1 << n for n in (2, 3, 4, 5, 6))
 
 # Documentation/admin-guide/mm/pagemap.rst
 PM_PRESENT, PM_SWAP, PM_FILE, PM_MMAP_EXCLUSIVE = (np.uint64(1 << n) for n in (63, 62, 61, 56))
@@ -290,35 +284,22 @@ def _kind(name: str) -> Kind:
     return Kind.FILE
 
 
-def _regions(pagemap: int, start: int, end: int, opened: Opened) -> Iterator[tuple[int, int, int | None]]:
+def _regions(file: int, start: int, end: int, opened: Opened) -> Iterator[tuple[int, int, int | None]]:
     """Regions of [start, end) with pages in them, as (vpn, pages, categories), and counts what is swapped.
 
     Where the kernel has no PAGEMAP_SCAN (before 6.7), all of it, with None for categories.
     """
-    found = np.empty(1024, REGION)
-    wanted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-    told = wanted | PAGE_IS_FILE | PAGE_IS_PFNZERO | PAGE_IS_HUGE
-    while start < end:
-        arg = bytearray(
-            PM_SCAN_ARG.pack(PM_SCAN_ARG.size, 0, start, end, 0, found.ctypes.data, len(found), 0, 0, 0, wanted, told)
-        )
-        try:
-            count = fcntl.ioctl(pagemap, PAGEMAP_SCAN, arg)
-        except OSError as e:
-            if e.errno in (errno.ENOTTY, errno.EINVAL):
-                yield start // PAGE_SIZE, (end - start) // PAGE_SIZE, None
-                return
-            opened.gone = True
-            return
-        for first, last, categories in found[:count].tolist():
+    try:
+        for first, last, categories in regions(file, start, end):
             if categories & PAGE_IS_SWAPPED:
                 opened.swapped += (last - first) // PAGE_SIZE
             else:
                 yield first // PAGE_SIZE, (last - first) // PAGE_SIZE, categories
-        walked: int = PM_SCAN_ARG.unpack(arg)[4]
-        if walked <= start:
-            return
-        start = walked
+    except OSError as e:
+        if e.errno in (errno.ENOTTY, errno.EINVAL):
+            yield start // PAGE_SIZE, (end - start) // PAGE_SIZE, None
+        else:
+            opened.gone = True
 
 
 def _pread(fd: int, size: int, offset: int) -> bytes:

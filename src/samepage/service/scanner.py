@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from samepage.ksmd import Ksmd, UnmergeFailed
+from samepage.ksmd import Ksmd, ProcessRow, UnmergeFailed
 from samepage.ksmd.ksmd import headroom
 from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
@@ -32,6 +32,9 @@ AFTER_ERROR = 1.0
 
 INTRODUCE_TIMEOUT = 1.0
 """Seconds that somebody may take to be ready for a process that joins."""
+
+RECOUNT_TIMEOUT = 0.2
+"""Seconds that who asks for the row of a process waits for what is new in it. Then it is what was known before."""
 
 SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pages_inherited", "ksm_process_profit")
 """What the counters of one domain are made of: the rows of its processes, added up."""
@@ -65,6 +68,7 @@ class Scanner:
         self._slots: dict[AgentAddressSpace, MmSlot] = {}
         self._slots_lock = threading.Lock()
         self._introductions: list[Arrivals] = []
+        self._recounts: queue.SimpleQueue[tuple[MmSlot, threading.Event]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
         # ksmd's mutex is not fair: a scan after a scan would keep others from it for long. Who asks holds the gate.
@@ -73,11 +77,12 @@ class Scanner:
     def run(self) -> None:
         """Scan when ksmd wants to, until `stop`."""
         while not self._stopping:
-            if self._pause(self._ksmd.next_wait()):
-                continue
-            with self._gate:
-                pass
             try:
+                self._recount()
+                if self._pause(self._ksmd.next_wait()):
+                    continue
+                with self._gate:
+                    pass
                 self._ksmd.do_scan()
             except Exception as e:
                 log(f"ksmd: {e!r}")
@@ -138,8 +143,28 @@ class Scanner:
         return files.texts(self._ksmd.counters(), self._ksmd.get)
 
     def row(self, pid: int) -> Answer | None:
-        """That of one process; None when it has not joined."""
-        return next((asdict(row) for row in reversed(self._ksmd.rows()) if row.pid == pid), None)
+        """That of one process; None when it has not joined. Of pages merged with the zero page it says how many there
+        are now, unless ksmd is too busy to see in `RECOUNT_TIMEOUT`."""
+        row = self._row(pid)
+        if row is not None and row.ksm_zero_pages:
+            for slot in self._ksmd.slots(pid)[-1:]:
+                done = threading.Event()
+                self._recounts.put((slot, done))
+                self._wake.set()
+                done.wait(RECOUNT_TIMEOUT)
+            row = self._row(pid)
+        return asdict(row) if row is not None else None
+
+    def _row(self, pid: int) -> ProcessRow | None:
+        return next((row for row in reversed(self._ksmd.rows()) if row.pid == pid), None)
+
+    def _recount(self) -> None:
+        """In ksmd's thread, so that a process that hangs keeps nobody waiting who asks for its row."""
+        while not self._recounts.empty():
+            slot, done = self._recounts.get()
+            self._ksmd.recount_zeros(slot)
+            done.set()
+            self._hang_up_on_the_gone()
 
     def pids(self) -> list[int]:
         """Of all processes."""

@@ -1,0 +1,136 @@
+"""What a look says of memory that was merged and is something else by now."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from samepage.memory import AREA, EXTENT, PageStatus, RunKind
+from tests.agent.asked import Process
+from tests.agent.preload import Preload
+
+PAGES = 1200
+"""More than are hashed in one step."""
+
+NOTHING: dict[RunKind, list[int]] = {kind: [] for kind in RunKind}
+
+SYS_CLONE, SIGCHLD = 56 if platform.machine() == "x86_64" else 220, 17
+
+PROGRAM = f"""
+import ctypes, mmap, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+n = {PAGES} << 12
+def map_at(address, flags):
+    return libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(n), 3, 0x22 | flags, -1, ctypes.c_long(0))
+def fill(value, first, pages):
+    for page in range(first, first + pages):
+        ctypes.memset(address + (page << 12), value + page % 100, 4096)
+def advise(advice):
+    return libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(n), advice)
+address = map_at(0, 0)
+advise(15)  # MADV_NOHUGEPAGE: what is written later stands alone
+fill(1, 0, {PAGES})
+advise(12)  # MADV_MERGEABLE
+print(address, flush=True)
+for line in sys.stdin:
+    how = line.split()
+    if how[0] in ("fork", "_Fork", "syscall"):
+        if getattr(libc, how[0])({SYS_CLONE}, {SIGCHLD}, 0, 0, 0, 0) == 0:
+            libc._exit(0)
+        print("forked", flush=True)
+        continue
+    if how[0] == "second":
+        first, address = address, map_at(0, 0)
+        advise(15)
+        fill(7, 0, {PAGES})
+        advise(12)
+        print(address, flush=True)
+        continue
+    if how[0] == "over":
+        libc.mremap.restype = ctypes.c_void_p
+        n = ctypes.c_size_t(n)  # MREMAP_MAYMOVE | MREMAP_FIXED
+        assert libc.mremap(ctypes.c_void_p(address), n, n, 3, ctypes.c_void_p(first)) == first
+        print("moved", flush=True)
+        continue
+    if how[0] == "map":
+        libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(n))
+        assert map_at(address, 0x100000) == address  # MAP_FIXED_NOREPLACE
+        advise(15)
+    elif how[0] == "withdraw":
+        assert advise(13) == 0  # MADV_UNMERGEABLE
+    else:
+        assert advise(4) == 0  # MADV_DONTNEED
+    fill(100, *map(int, how[1:]))
+    advise(12)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def process(preload: Preload, tmp_path: Path) -> Iterator[Process]:
+    made = Process(preload, tmp_path, PROGRAM)
+    yield made
+    made.space.close()
+    made.process.kill()
+    made.process.communicate()
+
+
+def merge(process: Process, address: int) -> int:
+    """Merge all of an area; returns the number of its segment."""
+    donation = process.space.donate(np.array([(address // 4096, PAGES)], AREA))
+    assert donation.segment is not None
+    result = process.space.merge(donation.segment, np.array([(address // 4096, PAGES, 0)], EXTENT))
+    assert (result.status == PageStatus.DONE).all()
+    return donation.segment.ino
+
+
+def look(process: Process, budget: int) -> dict[RunKind, list[int]]:
+    """One look at everything, so many pages at a time: pages by kind, each as often as it was told."""
+    said: dict[RunKind, list[int]] = {kind: [] for kind in RunKind}
+    vpn = 0
+    while True:
+        found = process.space.scan(vpn, budget)
+        for run in found.runs:
+            at = int(run["vpn"]) - process.address // 4096
+            said[RunKind(run["kind"])] += range(at, at + int(run["npages"]))
+        vpn = found.next_vpn
+        if not vpn:
+            return said
+
+
+@pytest.mark.parametrize("budget", [1 << 20, 100])
+@pytest.mark.parametrize("how", ["map", "withdraw", "discard"])
+def test_that_merged_pages_are_gone_and_what_is_there_instead_is_said_in_one_look(
+    process: Process, how: str, budget: int
+) -> None:
+    merge(process, process.address)
+    assert look(process, budget) == NOTHING
+    assert process.tell(f"{how} 100 1000") == "done\n"
+    there = list(range(PAGES) if how == "withdraw" else range(100, 1100))
+    assert look(process, budget) == NOTHING | {RunKind.GONE: list(range(PAGES)), RunKind.HASHED: there}
+    assert look(process, budget) == NOTHING
+
+
+@pytest.mark.parametrize("how", ["fork", "_Fork", "syscall"])
+def test_a_look_tells_of_a_fork(process: Process, how: str) -> None:
+    assert process.space.scan(0, 1 << 20).forked > 1 << 20
+    assert process.tell(how) == "forked\n"
+    first = process.space.scan(0, 1 << 20).forked
+    assert first < 10
+    assert process.space.scan(0, 1 << 20).forked >= first
+
+
+def test_what_is_moved_over_merged_pages_is_found_there(process: Process) -> None:
+    merge(process, process.address)
+    second = merge(process, int(process.tell("second")))
+    assert look(process, 1 << 20) == NOTHING
+    assert process.tell("over") == "moved\n"
+    (run,) = process.space.scan(0, 1 << 20).runs
+    assert (run["vpn"], run["npages"], run["kind"]) == (process.address // 4096, PAGES, RunKind.FOUND)
+    assert (run["ino"], run["offset"]) == (second, 0)
+    assert look(process, 1 << 20) == NOTHING
