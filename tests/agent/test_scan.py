@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samepage.memory import AREA, EXTENT, PageStatus, RunKind
+from samepage.memory import AREA, EXTENT, PageStatus, RunKind, ScanFlag
 from tests.agent.asked import Process
 from tests.agent.preload import Preload
 
@@ -75,9 +75,7 @@ for line in sys.stdin:
 def process(preload: Preload, tmp_path: Path) -> Iterator[Process]:
     made = Process(preload, tmp_path, PROGRAM)
     yield made
-    made.space.close()
-    made.process.kill()
-    made.process.communicate()
+    made.end()
 
 
 def merge(process: Process, address: int) -> int:
@@ -134,3 +132,20 @@ def test_what_is_moved_over_merged_pages_is_found_there(process: Process) -> Non
     assert (run["vpn"], run["npages"], run["kind"]) == (process.address // 4096, PAGES, RunKind.FOUND)
     assert (run["ino"], run["offset"]) == (second, 0)
     assert look(process, 1 << 20) == NOTHING
+
+
+def test_broken_pages_are_looked_for_unless_merged_ones_are_to_be_taken_for_still_merged(
+    preload: Preload, tmp_path: Path
+) -> None:
+    process = Process(preload, tmp_path)
+    try:
+        first = process.address // 4096
+        donation = process.space.donate(np.array([(first, PAGES)], AREA))
+        process.space.merge(donation.segment, np.array([(first, PAGES, 0)], EXTENT))
+        look(process, 1 << 20)
+        assert process.tell(5 * 4096) == "written\n"
+        assert len(process.space.scan(0, 1 << 20, ScanFlag.STILL).runs) == 0
+        (run,) = process.space.scan(0, 1 << 20).runs
+        assert (run["vpn"], run["npages"], run["kind"]) == (first + 5, 1, RunKind.BROKEN)
+    finally:
+        process.end()

@@ -6,11 +6,12 @@ import errno
 import math
 import threading
 
+import numpy as np
 import pytest
 
 from samepage.ksmd import Advisor, Knobs, Ksmd
 from samepage.ksmd.advisor import BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
-from samepage.memory import PageStatus
+from samepage.memory import PageStatus, ScanFlag, ScanResult
 from samepage.memory.simulated import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
 
@@ -85,6 +86,36 @@ def test_smart_scan_passes_over_what_was_not_written_and_without_it_everything_i
     counters = ksmd.counters()
     assert (counters.pages_scanned, counters.pages_skipped) == (50 + 150, 100)
     assert counters.pages_unshared == 50
+
+
+def test_while_nothing_happens_broken_pages_are_looked_for_ever_more_rarely() -> None:
+    """After 1, 2, 4 and then 8 passes; again in each once something happens in the process, and without smart_scan."""
+    ksmd = new_ksmd()
+    (a, _), _ = processes(SimulatedMachine(), ksmd, SAME, SAME)
+    scan = a.scan
+    flags: list[ScanFlag] = []
+
+    def noted(vpn: int, budget: int, how: ScanFlag = ScanFlag.NONE) -> ScanResult:
+        flags.append(how)
+        return scan(vpn, budget, how)
+
+    setattr(a, "scan", noted)  # noqa: B010
+    passes(ksmd, 3)  # after the second they are merged
+    flags.clear()
+    passes(ksmd, 32)
+    looked = [i for i, how in enumerate(flags) if not how & ScanFlag.STILL]
+    assert np.diff(looked).tolist() == [2, 3, 5, 9, 9]
+    sharing = ksmd.counters().pages_sharing
+    a.write(BASE, 99)
+    passes(ksmd, 9)
+    assert ksmd.counters().pages_sharing == sharing - 1
+    flags.clear()
+    passes(ksmd, 2)
+    assert ScanFlag.STILL in flags
+    flags.clear()
+    ksmd.set("smart_scan", 0)
+    passes(ksmd, 10)
+    assert not any(how & ScanFlag.STILL for how in flags)
 
 
 def test_without_smart_scan_what_failed_is_tried_in_every_pass() -> None:

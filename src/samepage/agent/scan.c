@@ -209,7 +209,8 @@ static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, 
 	/* Only write-protection can swap an island again; there it is memory like any other. */
 	bool hash_islands = kernel.swap == SP_SWAP_WP && (a->prot & 1);
 
-	end = mark_islands(vpn, end);
+	if (!(o->flags & SP_SCAN_STILL))
+		end = mark_islands(vpn, end);
 	while (vpn < end && !full(o)) {
 		bool island = page_test(PAGE_ISLAND, vpn), known = page_test(PAGE_KNOWN, vpn);
 		uint64_t stop = page_next(PAGE_ISLAND, vpn, end, !island);

@@ -93,6 +93,7 @@ struct sp_areas {
 enum sp_scan_flags {			/* ScanFlag in samepage/memory */
 		     SP_SCAN_ALL = 1,	/* also pages that were not written since the last look */
 		     SP_SCAN_NODES = 2, /* a page's NUMA node is part of its checksum */
+		     SP_SCAN_STILL = 4, /* take pages that are merged to be so still: broken ones are not looked for */
 };
 
 struct sp_scan {

@@ -254,18 +254,20 @@ class Ksmd:
             total.hashed += outcome.hashed
             total.first_looks += outcome.first_looks
             total.changed += outcome.changed
+            slot.stirred |= bool(outcome.changed or outcome.turned)
             if seen.reply.next_vpn:
                 self._cursor[slot] = seen.reply.next_vpn
             else:
                 del self._cursor[slot]
-                slot.passes += 1
-                slot.hash_all = False
+                slot.looked_at()
 
     def _flags(self, slot: MmSlot) -> ScanFlag:
         """How to look at a process now."""
         flags = ScanFlag.NONE
         if slot.hash_all or not self._knobs.smart_scan:
             flags |= ScanFlag.ALL
+        elif slot.is_still:
+            flags |= ScanFlag.STILL
         if not self._knobs.merge_across_nodes:
             flags |= ScanFlag.NODES
         return flags

@@ -20,6 +20,9 @@ Structured = npt.NDArray[np.void]
 
 NSTATES = len(PageState)
 
+STILL_MAX = 8
+"""Passes at most in which broken pages of a process are not looked for."""
+
 
 class MmSlot:
     """The handle `Ksmd.enter` gives for a process (struct ksm_mm_slot).
@@ -41,12 +44,36 @@ class MmSlot:
         self.pieces: Structured = np.empty(0, PIECE)  # ascending by vpn, disjoint
         self.counts: Ints = np.zeros(NSTATES, np.int64)  # pages by PageState
         self.passes = 0  # times all its areas were looked at
+        self.stirred = False  # in this pass something of it was found changed
+        self._still = 0  # passes for which its merged pages are taken to be so still
+        self._quiet = 0  # looks at them in a row that found nothing
+        self._merged = 0  # how many there were after the last pass
         self.cpu_ns = 0
         self.zero_checksum = space.zero_checksum & ((1 << 64) - 1)
         self.group = ""  # its memory cgroup, when last asked
         self.pending_breaks: list[tuple[int, int]] = []  # (vpn, npages) whose unmerge was asked for and failed
         self.pending_attempts = 0
         self.pending_due = 0
+
+    def looked_at(self) -> None:
+        """All its areas were looked at once more. While nothing happens, broken pages are looked for ever more rarely,
+        since that takes thirty times as long as to see that anonymous memory was not written (so does smart_scan of
+        the kernel with what never changes, see skip_age() in mm/ksm.c)."""
+        if self.stirred or self.merged != self._merged:
+            self._still = self._quiet = 0
+        elif self._still:
+            self._still -= 1
+        else:
+            self._still = min(1 << self._quiet, STILL_MAX)
+            self._quiet += 1
+        self.passes += 1
+        self.stirred = self.hash_all = False
+        self._merged = self.merged
+
+    @property
+    def is_still(self) -> bool:
+        """Whether its merged pages need not be looked at in this pass."""
+        return self._still > 0 and self.merged == self._merged
 
     @property
     def npages(self) -> int:

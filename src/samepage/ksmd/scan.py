@@ -27,11 +27,13 @@ class Look:
 
 @dataclass(slots=True)
 class Seen:
-    """What came of a `Look`: pages hashed, pages among them never seen before, merged pages found broken."""
+    """What came of a `Look`: pages hashed, pages among them never seen before, those whose checksum is new; and pages
+    that are merged no more, or that somebody else merged."""
 
     hashed: int = 0
     first_looks: int = 0
     changed: int = 0
+    turned: int = 0
 
 
 def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag) -> Look:
@@ -62,6 +64,7 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
         if len(of_kind):
             run, _, ref, npages = _located(slot, of_kind, strict)
             refs = expand(ref, npages)
+            outcome.turned += len(refs)
             if kind == RunKind.GONE:
                 domain.forget(slot, refs)
             elif kind == RunKind.BROKEN:

@@ -50,6 +50,8 @@ class ScanFlag(IntFlag):
     NODES = 2
     """Make the NUMA node of a page part of its checksum, so that pages of different nodes have different ones. A page
     of zeros keeps its checksum, for the zero page has no node."""
+    STILL = 4
+    """Take pages that are merged to be so still, and look for no broken ones among them."""
 
 
 class PageStatus(IntEnum):

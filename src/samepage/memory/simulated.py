@@ -384,8 +384,10 @@ class SimulatedAddressSpace:
                 self._seen_merged.add(vpn)
                 _append(runs, vpn, RunKind.FOUND, page.segment.ino, page.offset)
         else:
-            self._seen_merged.discard(vpn)
             island = page.by_application and not self.rehash_broken
+            if was_merged and page.by_application and flags & ScanFlag.STILL:
+                return
+            self._seen_merged.discard(vpn)
             if was_merged and (island or not page.by_application):
                 _append(runs, vpn, RunKind.BROKEN if island else RunKind.GONE, 0, 0)
             if not island and (page.written or not self.tracking or flags & ScanFlag.ALL):
