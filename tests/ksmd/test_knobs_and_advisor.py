@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from samepage.ksmd import Advisor, Knobs, Ksmd
+from samepage.ksmd import Advisor, Knobs, Ksmd, exchange, merge
 from samepage.ksmd.advisor import BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
 from samepage.memory import PageStatus, ScanFlag, ScanResult
 from samepage.memory.simulated import SimulatedMachine
@@ -366,6 +369,34 @@ def test_processes_are_asked_at_the_same_time() -> None:
     assert max(widths) == 3
     assert widths.count(3) >= 3
     assert any(twice)
+
+
+def test_copies_are_made_ahead_of_who_merges_with_them_but_not_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has two at a time that the other has not tried; and neither waits until the other is through."""
+    monkeypatch.setattr(exchange, "SEGMENT_PAGES", 8)
+    monkeypatch.setattr(merge, "SEGMENT_PAGES", 8)
+    ksmd = new_ksmd()
+    spaces, _ = processes(SimulatedMachine(), ksmd, range(1, 257), range(1, 257), npages=256)
+    events: list[tuple[int, str]] = []
+    for number, space in enumerate(spaces):
+        for what in ("donate", "merge"):
+            note = functools.partial(_noted, getattr(space, what), functools.partial(events.append, (number, what)))
+            setattr(space, what, note)
+    passes(ksmd, 2)
+    assert ksmd.counters().pages_sharing == 256
+    assert len(events) == 32 + 2 * 32
+    untried = [0, 0]
+    for number, what in events:
+        untried[number] += what == "donate"
+        untried[1 - number] -= what == "merge" and untried[1 - number] > 0
+        assert max(untried) <= exchange.AHEAD
+    halves = [sum(what == "donate" for _, what in part) for part in (events[:48], events[48:])]
+    assert min(halves) >= 8
+
+
+def _noted(do: Callable[..., Any], note: Callable[[], None], *arguments: Any) -> Any:
+    note()
+    return do(*arguments)
 
 
 def test_small_batches_go_through_one_process_after_the_other() -> None:

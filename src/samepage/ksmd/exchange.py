@@ -29,6 +29,9 @@ IN_HAND = 2
 """Things a process is asked at most at the same time. It does one after the other, but it has the next one at once, and
 need not wait until here it is understood what it said to the last."""
 
+AHEAD = 2
+"""Copies that a process makes (8 MiB each) before others have tried the ones before."""
+
 UNASKED = 255
 """Status of a page that was not to be merged: there is no copy of it."""
 
@@ -47,43 +50,90 @@ class _Task:
     drop: Callable[[], None]
 
 
+@dataclass(slots=True)
+class _Queue:
+    """What is still to be asked of one process."""
+
+    merges: deque[_Task] = field(default_factory=deque)
+    donations: deque[_Task] = field(default_factory=deque)
+    asked: int = 0
+    """How much it is asked at this moment."""
+    ahead: int = 0
+    """Copies it was told to make that are not yet tried by all who are to merge with them."""
+
+    def next(self) -> _Task | None:
+        """Copies first, for others wait for them; but not many ahead, for they take memory."""
+        if self.donations and self.ahead < AHEAD:
+            self.ahead += 1
+            return self.donations.popleft()
+        return self.merges.popleft() if self.merges else None
+
+
 class _Queues:
-    """What is still to be asked of each process. Tasks of one process are begun one after the other."""
+    """What is still to be asked of each process. No thread rests while there is somebody to ask."""
 
     def __init__(self, each: Each) -> None:
         self._each = each
-        self._lock = threading.Lock()
-        self._tasks: dict[MmSlot, deque[_Task]] = {}
+        self._changed = threading.Condition()
+        self._queues: dict[MmSlot, _Queue] = {}
 
-    def add(self, slot: MmSlot, task: _Task, first: bool = False) -> None:
+    def donate(self, slot: MmSlot, task: _Task) -> None:
+        """To be called before `run`."""
+        self._queues.setdefault(slot, _Queue()).donations.append(task)
+
+    def merge(self, slot: MmSlot, task: _Task, first: bool = False) -> None:
         """From any thread. `first`: before all that wait already, for what it is about is in the CPU's cache."""
-        with self._lock:
-            queue = self._tasks.setdefault(slot, deque())
+        with self._changed:
+            merges = self._queues.setdefault(slot, _Queue()).merges
             if first:
-                queue.appendleft(task)
+                merges.appendleft(task)
             else:
-                queue.append(task)
+                merges.append(task)
+            self._changed.notify_all()
+
+    def tried(self, slot: MmSlot) -> None:
+        """All have tried a copy that this process made."""
+        with self._changed:
+            self._queues[slot].ahead -= 1
+            self._changed.notify_all()
 
     def run(self) -> None:
         """Until nothing is left to do."""
-        while ready := [slot for slot, queue in self._tasks.items() if queue]:
+        while ready := [slot for slot, queue in self._queues.items() if queue.merges or queue.donations]:
             for slot in ready:
-                while slot.gone and (task := self._next(slot)):
+                while slot.gone and (task := self._queues[slot].next()):
                     task.drop()
-            self._each(ready * IN_HAND, self._drain)
+            self._each(ready * IN_HAND, self._work)
 
-    def _next(self, slot: MmSlot) -> _Task | None:
-        with self._lock:
-            queue = self._tasks[slot]
-            return queue.popleft() if queue else None
-
-    def _drain(self, slot: MmSlot) -> None:
-        while task := self._next(slot):
+    def _work(self, preferred: MmSlot) -> None:
+        while taken := self._take(preferred):
+            slot, task = taken
+            done = False
             try:
-                task.do()
+                if not slot.gone:
+                    task.do()
+                    done = True
             except AddressSpaceGone:
-                task.drop()
-                raise
+                slot.gone = True
+            finally:
+                if not done:
+                    task.drop()
+                with self._changed:
+                    self._queues[slot].asked -= 1
+                    self._changed.notify_all()
+
+    def _take(self, preferred: MmSlot) -> tuple[MmSlot, _Task] | None:
+        """The next task, of that process if it has one; None when there is none, and none can come."""
+        with self._changed:
+            while True:
+                for slot in (preferred, *self._queues):
+                    queue = self._queues[slot]
+                    if queue.asked < IN_HAND and (task := queue.next()):
+                        queue.asked += 1
+                        return slot, task
+                if not any(queue.asked for queue in self._queues.values()):
+                    return None
+                self._changed.wait()
 
 
 @dataclass(slots=True, eq=False)
@@ -176,9 +226,9 @@ class Exchange:
         """Do it all."""
         queues = _Queues(each)
         for segment, share in self._with_nodes:
-            queues.add(share.slot, self._joining(segment, share))
+            queues.merge(share.slot, self._joining(segment, share))
         for copy, shares in zip(self._copies, self._with_copies, strict=True):
-            queues.add(copy.slot, self._donating(queues, copy, shares))
+            queues.donate(copy.slot, self._donating(queues, copy, shares))
         queues.run()
         for copy in self._copies:
             if copy.segment is not None:
@@ -198,9 +248,11 @@ class Exchange:
         def do() -> None:
             self._donate(copy)
             for share in shares:
-                queues.add(share.slot, self._sharing(queues, copy, share), first=True)
+                queues.merge(share.slot, self._sharing(queues, copy, share), first=True)
+            if not shares:
+                queues.tried(copy.slot)
 
-        return _Task(do, lambda: None)  # nobody else was told to wait for it
+        return _Task(do, lambda: queues.tried(copy.slot))  # nobody was told of it
 
     def _sharing(self, queues: _Queues, copy: _Copy, share: _Share) -> _Task:
         def tried() -> None:
@@ -209,7 +261,8 @@ class Exchange:
                 copy.waiting -= 1
                 last = not copy.waiting
             if last:
-                queues.add(copy.slot, self._owning(copy), first=True)
+                queues.merge(copy.slot, self._owning(copy), first=True)
+                queues.tried(copy.slot)
 
         def do() -> None:
             offset = copy.offset[share.place]
