@@ -385,17 +385,20 @@ def nothing(bench: Bench) -> Iterator[Record]:
             for side in taking_turns:
                 off, _ = _work(side, sizes.nothing_window)
                 side.run(1)
-                on, cpu_share = _work(side, sizes.nothing_window)
+                on, cpu_share = _work(side, sizes.nothing_window, after=sizes.nothing_window)
                 side.run(0)
                 record = {"experiment": "nothing", "side": side.name, "repeat": turn}
                 yield record | {"off": off, "on": on, "cpu_share": cpu_share}
             bench.say(f"nothing in common, round {turn + 1} of {sizes.rounds}")
 
 
-def _work(side: Side, seconds: float) -> tuple[Record, float]:
-    """Let the application work in the first worker: its rates, and what share of a core a side used meanwhile."""
+def _work(side: Side, seconds: float, after: float = 0.1) -> tuple[Record, float]:
+    """Let the application work in the first worker: its rates, and what share of a core a side used meanwhile.
+
+    Both from `after` seconds on: passes are close at first, for memory may come to rest again, and then far apart.
+    """
     side.workers[0].ask("application_start")
-    time.sleep(0.1)
+    time.sleep(after)
     started, cpu = time.perf_counter(), side.cpu_seconds()
     time.sleep(seconds)
     ended, cpu = time.perf_counter(), side.cpu_seconds() - cpu
