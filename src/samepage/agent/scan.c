@@ -94,7 +94,8 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 {
 	struct pm_walk w = {
 		.must = PAGE_IS_PRESENT | (kernel.tracking && !(o->flags & SP_SCAN_ALL) ? PAGE_IS_WRITTEN : 0),
-		.must_not = PAGE_IS_FILE | PAGE_IS_SWAPPED | (kernel.scan ? PAGE_IS_PFNZERO : 0),
+		.must_not =
+			PAGE_IS_SWAPPED | (kernel.scan ? PAGE_IS_PFNZERO : 0) | (kernel.tracking ? 0 : PAGE_IS_FILE),
 		.max_pages = o->max_sums - o->nsums < STEP_PAGES ? o->max_sums - o->nsums : STEP_PAGES,
 	};
 	int room = (int)(o->max_runs - o->nruns < NR_REGIONS ? o->max_runs - o->nruns : NR_REGIONS), n = 1;
@@ -102,8 +103,6 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 	uintptr_t walked;
 
 	if (!kernel.tracking || end - start > w.max_pages * PAGE_SIZE) { /* else no huge page is cut */
-		if (kernel.tracking)
-			w.must_not &= ~(uint64_t)PAGE_IS_FILE; /* dear, and this is only to see how far to go */
 		n = pagemap_walk(start, end, &w, v, room, &walked);
 		if (n > 0 && kernel.tracking) {
 			end = whole_pages(o, v, n, start, walked);
@@ -114,7 +113,7 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 		}
 	}
 	if (n > 0 && kernel.tracking) {
-		w.must_not |= PAGE_IS_FILE;
+		w.must_not |= PAGE_IS_FILE; /* dear, and not needed to see how far to go */
 		w.protect = true;
 		n = pagemap_walk(start, end, &w, v, room, &walked);
 	}

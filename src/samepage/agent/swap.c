@@ -206,19 +206,26 @@ static void settle(struct chunk *c, size_t i, size_t j, size_t k, const bool *he
 	}
 }
 
+static bool all_done(const struct chunk *c, size_t i, size_t j)
+{
+	while (i < j && c->status[i] == DONE)
+		i++;
+	return i == j;
+}
+
 /* Empties scratch [0, n), which holds what is left of page i of the chunk on: what is done goes, the rest goes home. */
 static void clear_scratch(struct chunk *c, size_t i, size_t n)
 {
-	bool done[SECTION_MAX], all = true;
+	bool done[SECTION_MAX];
 
 	for (size_t k = 0; k < n; k++)
-		all &= done[k] = c->status[i + k] == DONE;
+		done[k] = c->status[i + k] == DONE;
 	for (size_t k = 0, end; k < n; k = end) {
 		end = run_end(done, k, n);
 		if (done[k])
 			real.madvise((void *)scratch_at(c, k), (end - k) * PAGE_SIZE, MADV_DONTNEED);
 	}
-	if (!all)
+	if (!all_done(c, i, i + n))
 		push_back(c, i, n);
 }
 
@@ -235,16 +242,14 @@ static void scratch_drop(void)
 /* One critical section: pages [i, j) of the chunk, all present and exclusive a moment ago. */
 static void section_by_move(struct chunk *c, size_t i, size_t j)
 {
-	bool here[SECTION_MAX], all = true;
+	bool here[SECTION_MAX];
 
 	if (spent + (j - i) > SECTION_MAX)
 		scratch_drop();
 	c->scratch = kernel.scratch + spent * PAGE_SIZE;
 	pull(c, i, j, here);
 	settle(c, i, j, 0, here);
-	for (size_t k = i; k < j; k++)
-		all &= c->status[k] == DONE;
-	if (all)
+	if (all_done(c, i, j))
 		spent += j - i;
 	else
 		clear_scratch(c, i, j - i);
@@ -282,11 +287,8 @@ static bool swap_huge_page(struct chunk *c)
 			uffd_wake(kernel.move, page_at(c, at), (end - at) * PAGE_SIZE);
 		}
 		clear_scratch(c, 0, SECTION_MAX);
-		for (size_t k = 0; k < SECTION_MAX; k++)
-			if (c->status[k] != DONE) { /* a part of it went home: there are page tables now */
-				huge_reset();
-				break;
-			}
+		if (!all_done(c, 0, SECTION_MAX)) /* a part of it went home: there are page tables now */
+			huge_reset();
 	} else {
 		push_back(c, 0, SECTION_MAX);
 		huge_reset();
