@@ -23,26 +23,28 @@
 #include <unistd.h>
 
 #define MODE_MISSING_WP (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP)
+#define VPN_MAX (UINTPTR_MAX >> PAGE_SHIFT)
 #define SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 const uint8_t zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 
-/* A stretch of one area that lies in one mapping: what is swapped under one hold of the lock. */
+/* Pages of one area that lie in one mapping: what is swapped under one hold of the lock. Those that stand in a row in memory
+ * are a *row*; where they do so in the segment, too, a *piece*, which takes one mapping. */
 struct chunk {
-	uintptr_t addr;
-	size_t n;		/* pages, at most SECTION_MAX, and of one huge page's range */
-	const uint8_t *segment; /* the segment's pages for these, in the view; or NULL: zeros */
-	int fd;
-	uint64_t offset; /* of `segment` in fd, in pages */
-	uint8_t *status; /* one a page */
+	size_t n;		     /* pages, at most SECTION_MAX; if there is a gap between them, at most a section */
+	uintptr_t addr[SECTION_MAX]; /* ascending */
+	const uint8_t *target[SECTION_MAX]; /* what each is to be: a page in the view of the segment, or zero_page */
+	const struct segment *segment;	    /* NULL: zeros */
+	uint8_t *status;		    /* one a page */
 	const struct area *area;
 	uintptr_t scratch; /* the window that pages are moved to */
 };
 
-static uintptr_t page_at(const struct chunk *c, size_t i)
-{
-	return c->addr + i * PAGE_SIZE;
-}
+/* A segment, and what of it is in the view window, in pages. */
+struct segment {
+	int fd;
+	uint64_t npages, start, end;
+};
 
 static uintptr_t scratch_at(const struct chunk *c, size_t k)
 {
@@ -51,23 +53,45 @@ static uintptr_t scratch_at(const struct chunk *c, size_t k)
 
 static bool page_equal(const struct chunk *c, size_t i, const void *page)
 {
-	return !memcmp(page, c->segment ? c->segment + i * PAGE_SIZE : zero_page, PAGE_SIZE);
+	return !memcmp(page, c->target[i], PAGE_SIZE);
 }
 
-/* Puts the segment's pages over pages [i, j) of the chunk. The caller has made sure that they are equal. */
+static bool same_row(const struct chunk *c, size_t i)
+{
+	return c->addr[i] == c->addr[i - 1] + PAGE_SIZE;
+}
+
+/* Whether page i continues the piece that the page before it is of. */
+static bool same_piece(const struct chunk *c, size_t i)
+{
+	return same_row(c, i) && (!c->segment || c->target[i] == c->target[i - 1] + PAGE_SIZE);
+}
+
+/* The end of the row that page i is of, before j; if there are flags, of the part of it whose flag equals flag[i]. */
+static size_t row_end(const struct chunk *c, size_t i, size_t j, const bool *flag)
+{
+	size_t end = i + 1;
+
+	while (end < j && same_row(c, end) && (!flag || flag[end] == flag[i]))
+		end++;
+	return end;
+}
+
+/* Puts the segment's pages over pages [i, j) of the chunk, which are of one piece. The caller has made sure that they are
+ * equal. */
 static int map_segment(const struct chunk *c, size_t i, size_t j)
 {
-	uintptr_t start = page_at(c, i), end = page_at(c, j);
+	uintptr_t start = c->addr[i], end = start + (j - i) * PAGE_SIZE;
 	size_t len = end - start;
 	void *put;
 
 	/* What was compared moves there, page tables and all, so the application need not fault. */
 	if (kernel.moves_views)
-		put = real.mremap((void *)(c->segment + i * PAGE_SIZE), len, len,
-				  MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)start);
+		put = real.mremap((void *)c->target[i], len, len, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
+				  (void *)start);
 	else
-		put = real.mmap((void *)start, len, c->area->prot, MAP_PRIVATE | MAP_FIXED, c->fd,
-				(off_t)((c->offset + i) * PAGE_SIZE));
+		put = real.mmap((void *)start, len, c->area->prot, MAP_PRIVATE | MAP_FIXED, c->segment->fd,
+				(off_t)(c->segment->start * PAGE_SIZE + ((uintptr_t)c->target[i] - kernel.view)));
 	if (put == MAP_FAILED)
 		return -errno;
 	area_readvise(c->area, start, end);
@@ -77,14 +101,21 @@ static int map_segment(const struct chunk *c, size_t i, size_t j)
 	return 0;
 }
 
-/* The end of the run of pages from i on, before n, whose flag equals flag[i]. */
-static size_t run_end(const bool *flag, size_t i, size_t n)
+/* What becomes of pages [i, j) of the chunk: the segment's are put over those that are equal, piece by piece, or `zeros` does
+ * what is to be done with zeros. */
+static void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equal,
+		      int (*zeros)(const struct chunk *, size_t, size_t))
 {
-	size_t j = i + 1;
+	for (size_t end; i < j; i = end) {
+		int err;
 
-	while (j < n && flag[j] == flag[i])
-		j++;
-	return j;
+		for (end = i + 1; end < j && equal[end] == equal[i] && same_piece(c, end); end++)
+			;
+		if (!equal[i])
+			continue;
+		err = c->segment ? map_segment(c, i, end) : zeros(c, i, end);
+		memset(c->status + i, !err ? DONE : err == -ENOMEM ? NOMAP : REFUSED, end - i);
+	}
 }
 
 /* ---- by move --------------------------------------------------------------------------------------- */
@@ -111,27 +142,55 @@ static void scratch_holds(const struct chunk *c, size_t n, bool *here)
 	}
 }
 
+/* Moves pages [i, j) of the chunk to scratch [k, k + j - i), row by row, until one will not go. */
+static int pull_rows(const struct chunk *c, size_t i, size_t j, size_t k)
+{
+	int err = 0;
+
+	for (size_t end; i < j && !err; k += end - i, i = end) {
+		end = row_end(c, i, j, NULL);
+		err = uffd_move(scratch_at(c, k), c->addr[i], (end - i) * PAGE_SIZE);
+	}
+	return err;
+}
+
+static uint8_t status_of(uint8_t kind)
+{
+	return kind == PAGE_FORKED ? BUSY : kind == PAGE_FILE ? REFUSED : GONE;
+}
+
 /* Moves pages [i, j) of the chunk to scratch [0, j - i), as many as will go. here[k]: page i + k came. */
 static void pull(struct chunk *c, size_t i, size_t j, bool *here)
 {
-	size_t n = j - i, at = 0;
-	bool written = false;
+	size_t n = j - i, at = 0, written = 0;
+	uint8_t kind[SECTION_MAX];
 	int tries = 0;
 
 	while (at < n) {
-		int err = uffd_move(scratch_at(c, at), page_at(c, i + at), (n - at) * PAGE_SIZE);
+		int err = pull_rows(c, i + at, j, at);
 
 		scratch_holds(c, n, here);
 		while (at < n && here[at])
 			at++;
 		if (at == n)
 			return;
-		if (err == -EBUSY && !written) {
-			/* A page that a fork shared once is not ours alone again (PageAnonExclusive) until
-			 * it is written; who maps it was asked before: nobody else. This writes without
-			 * changing a byte. A pinned page is exclusive already and stays where it is. */
-			written = true;
-			if (!real.madvise((void *)page_at(c, i + at), (n - at) * PAGE_SIZE, MADV_POPULATE_WRITE))
+		if (err == -EBUSY && at >= written) {
+			size_t end = row_end(c, i + at, j, NULL) - i, own = at;
+
+			if (page_kinds(c->addr[i + at], end - at, kind + at))
+				kind[at] = PAGE_ABSENT;
+			while (own < end && kind[own] == PAGE_OWN)
+				own++;
+			if (own == at) {
+				c->status[i + at] = status_of(kind[at]);
+				at++;
+				continue;
+			}
+			/* A page that a fork shared once is not ours alone again (PageAnonExclusive) until it is written.
+			 * This writes without changing a byte. A pinned page is exclusive already and stays where it
+			 * is. */
+			written = own;
+			if (!real.madvise((void *)c->addr[i + at], (own - at) * PAGE_SIZE, MADV_POPULATE_WRITE))
 				continue;
 		}
 		if (err == -EAGAIN && tries++ < 8)
@@ -151,29 +210,31 @@ static void push_back(struct chunk *c, size_t i, size_t n)
 
 		scratch_holds(c, n, here);
 		for (size_t k = 0, end; k < n; k = end) {
+			uintptr_t home = c->addr[i + k];
 			size_t len;
 			int err;
 
-			end = run_end(here, k, n);
+			for (end = k + 1; end < n && here[end] == here[k] && same_row(c, i + end); end++)
+				;
 			if (!here[k])
 				continue;
 			left = true;
 			len = (end - k) * PAGE_SIZE;
-			err = uffd_move(page_at(c, i + k), scratch_at(c, k), len);
+			err = uffd_move(home, scratch_at(c, k), len);
 			if (!err || tries < 16)
 				continue;
 			/* It will not move (a migration keeps it, say): a copy is as good, nobody else can write
 			 * the page here. One page at a time, since a copy may stop half-way too. */
-			err = uffd_copy(page_at(c, i + k), scratch_at(c, k), PAGE_SIZE);
+			err = uffd_copy(home, scratch_at(c, k), PAGE_SIZE);
 			/* EEXIST: something stands at home. With the range registered for missing pages only
 			 * we can have put it there: the page itself, of which this is the copied original. */
-			if (!err || (err == -EEXIST && !page_kinds(page_at(c, i + k), 1, &kind) && kind != PAGE_ABSENT))
+			if (!err || (err == -EEXIST && !page_kinds(home, 1, &kind) && kind != PAGE_ABSENT))
 				real.madvise((void *)scratch_at(c, k), PAGE_SIZE, MADV_DONTNEED);
 			/* The mapping at home is gone (a kernel before 6.12 can fail a MAP_FIXED half-way): put the
 			 * scratch pages there. */
 			else if (err == -ENOENT && real.mremap((void *)scratch_at(c, k), len, len,
 							       MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
-							       (void *)page_at(c, i + k)) != MAP_FAILED)
+							       (void *)home) != MAP_FAILED)
 				uffd_register(kernel.move, scratch_at(c, k), len, UFFDIO_REGISTER_MODE_WP);
 		}
 		if (!left)
@@ -182,28 +243,25 @@ static void push_back(struct chunk *c, size_t i, size_t n)
 	}
 }
 
+/* The hole reads as the kernel's zero page. */
+static int leave_zeros(const struct chunk *c, size_t i, size_t j)
+{
+	(void)c, (void)i, (void)j;
+	return 0;
+}
+
 /* Compares pages [i, j) of the chunk, which are in scratch from k on where `here` says so, and puts the segment's over
  * those that are equal. */
 static void settle(struct chunk *c, size_t i, size_t j, size_t k, const bool *here)
 {
 	bool equal[SECTION_MAX];
-	size_t n = j - i;
 
-	for (size_t m = 0; m < n; m++) {
-		equal[m] = here[k + m] && page_equal(c, i + m, (void *)scratch_at(c, k + m));
-		if (here[k + m] && !equal[m])
-			c->status[i + m] = DIFFERENT;
+	for (size_t m = i; m < j; m++, k++) {
+		equal[m] = here[k] && page_equal(c, m, (void *)scratch_at(c, k));
+		if (here[k] && !equal[m])
+			c->status[m] = DIFFERENT;
 	}
-	for (size_t m = 0, end; m < n; m = end) {
-		int err = 0;
-
-		end = run_end(equal, m, n);
-		if (!equal[m])
-			continue;
-		if (c->segment)
-			err = map_segment(c, i + m, i + end);
-		memset(c->status + i + m, !err ? DONE : err == -ENOMEM ? NOMAP : REFUSED, end - m);
-	}
+	map_equal(c, i, j, equal, leave_zeros);
 }
 
 static bool all_done(const struct chunk *c, size_t i, size_t j)
@@ -216,13 +274,12 @@ static bool all_done(const struct chunk *c, size_t i, size_t j)
 /* Empties scratch [0, n), which holds what is left of page i of the chunk on: what is done goes, the rest goes home. */
 static void clear_scratch(struct chunk *c, size_t i, size_t n)
 {
-	bool done[SECTION_MAX];
-
-	for (size_t k = 0; k < n; k++)
-		done[k] = c->status[i + k] == DONE;
 	for (size_t k = 0, end; k < n; k = end) {
-		end = run_end(done, k, n);
-		if (done[k])
+		bool done = c->status[i + k] == DONE;
+
+		for (end = k + 1; end < n && (c->status[i + end] == DONE) == done; end++)
+			;
+		if (done)
 			real.madvise((void *)scratch_at(c, k), (end - k) * PAGE_SIZE, MADV_DONTNEED);
 	}
 	if (!all_done(c, i, i + n))
@@ -239,6 +296,12 @@ static void scratch_drop(void)
 	spent = 0;
 }
 
+/* Whoever waits for one of pages [i, j), or a page in between, goes on. */
+static void wake(const struct chunk *c, size_t i, size_t j)
+{
+	uffd_wake(kernel.move, c->addr[i], c->addr[j - 1] + PAGE_SIZE - c->addr[i]);
+}
+
 /* One critical section: pages [i, j) of the chunk, all present and exclusive a moment ago. */
 static void section_by_move(struct chunk *c, size_t i, size_t j)
 {
@@ -253,7 +316,21 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 		spent += j - i;
 	else
 		clear_scratch(c, i, j - i);
-	uffd_wake(kernel.move, page_at(c, i), (j - i) * PAGE_SIZE);
+	wake(c, i, j);
+}
+
+/* Mappings made in one critical section: a hundred microseconds' worth. */
+#define PIECES_MAX 16
+
+/* Where a critical section ends that begins at page i, before j. */
+static size_t section_end(const struct chunk *c, size_t i, size_t j)
+{
+	size_t end, pieces = 1;
+
+	for (end = i + 1; end < j && end - i < settings.section; end++)
+		if (!same_piece(c, end) && ++pieces > PIECES_MAX)
+			break;
+	return end;
 }
 
 static bool is_huge_page(const struct chunk *c)
@@ -262,8 +339,8 @@ static bool is_huge_page(const struct chunk *c)
 	struct page_region r;
 	uintptr_t walked;
 
-	return kernel.huge && kernel.scan && c->n == SECTION_MAX && c->addr % WINDOW == 0 &&
-	       pagemap_walk(c->addr, c->addr + WINDOW, &w, &r, 1, &walked) == 1 && r.end - r.start == WINDOW;
+	return kernel.huge && kernel.scan && c->n == SECTION_MAX && c->addr[0] % WINDOW == 0 &&
+	       pagemap_walk(c->addr[0], c->addr[0] + WINDOW, &w, &r, 1, &walked) == 1 && r.end - r.start == WINDOW;
 }
 
 /*
@@ -276,15 +353,15 @@ static bool swap_huge_page(struct chunk *c)
 	bool here[SECTION_MAX], all = true;
 
 	c->scratch = kernel.huge;
-	uffd_move(scratch_at(c, 0), c->addr, WINDOW);
+	uffd_move(scratch_at(c, 0), c->addr[0], WINDOW);
 	scratch_holds(c, SECTION_MAX, here);
 	for (size_t k = 0; k < SECTION_MAX; k++)
 		all &= here[k];
 	if (all) {
 		for (size_t at = 0, end; at < SECTION_MAX; at = end) {
-			end = min_addr(at + settings.section, SECTION_MAX);
+			end = section_end(c, at, SECTION_MAX);
 			settle(c, at, end, at, here);
-			uffd_wake(kernel.move, page_at(c, at), (end - at) * PAGE_SIZE);
+			wake(c, at, end);
 		}
 		clear_scratch(c, 0, SECTION_MAX);
 		if (!all_done(c, 0, SECTION_MAX)) /* a part of it went home: there are page tables now */
@@ -293,30 +370,44 @@ static bool swap_huge_page(struct chunk *c)
 		push_back(c, 0, SECTION_MAX);
 		huge_reset();
 	}
-	uffd_wake(kernel.move, c->addr, WINDOW);
+	wake(c, 0, SECTION_MAX);
 	return all;
+}
+
+/* Has what stayed anonymous of pages [start, end) followed again as all such memory is. Unregistering it before, where it
+ * was watched for missing pages, wakes who waits there. */
+static void track_again(uintptr_t start, uintptr_t end, bool watched)
+{
+	for (uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, stop; vpn < last; vpn = stop) {
+		vpn = page_next(PAGE_SEGMENT, vpn, last, false);
+		stop = page_next(PAGE_SEGMENT, vpn, last, true);
+		if (vpn == stop)
+			continue;
+		if (watched)
+			untrack(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+		track(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+	}
 }
 
 /* Swaps pages [i, j) of the chunk. */
 static void swap_by_move(struct chunk *c, size_t i, size_t j)
 {
-	uintptr_t start = page_at(c, i), end = page_at(c, j);
+	int err = 0;
 
-	if (uffd_register(kernel.move, start, end - start, MODE_MISSING_WP)) {
-		memset(c->status + i, REFUSED, j - i);
-		return;
+	for (size_t at = i, end; at < j && !err; at = end) {
+		end = row_end(c, at, j, NULL);
+		err = uffd_register(kernel.move, c->addr[at], (end - at) * PAGE_SIZE, MODE_MISSING_WP);
 	}
-	if (!is_huge_page(c) || !swap_huge_page(c))
-		for (size_t at = i; at < j; at += settings.section)
-			section_by_move(c, at, min_addr(at + settings.section, j));
-	/* What stayed anonymous is no longer watched for missing pages; unregistering wakes who waits there. */
-	for (uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, stop; vpn < last; vpn = stop) {
-		vpn = page_next(PAGE_SEGMENT, vpn, last, false);
-		stop = page_next(PAGE_SEGMENT, vpn, last, true);
-		if (vpn < stop) {
-			untrack(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
-			track(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+	if (err)
+		memset(c->status + i, REFUSED, j - i);
+	else if (!is_huge_page(c) || !swap_huge_page(c))
+		for (size_t at = i, end; at < j; at = end) {
+			end = section_end(c, at, j);
+			section_by_move(c, at, end);
 		}
+	for (size_t at = i, end; at < j; at = end) {
+		end = row_end(c, at, j, NULL);
+		track_again(c->addr[at], c->addr[end - 1] + PAGE_SIZE, true);
 	}
 }
 
@@ -325,49 +416,35 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 /* Drops pages [i, j), which are zeros, so that they read as the kernel's zero page. */
 static int drop_zeros(const struct chunk *c, size_t i, size_t j)
 {
-	int err = discard_segments(page_at(c, i), page_at(c, j));
+	size_t len = (j - i) * PAGE_SIZE;
+	int err = discard_segments(c->addr[i], c->addr[i] + len);
 
-	return err ? err : real.madvise((void *)page_at(c, i), (j - i) * PAGE_SIZE, MADV_DONTNEED) ? -errno : 0;
+	return err ? err : real.madvise((void *)c->addr[i], len, MADV_DONTNEED) ? -errno : 0;
 }
 
+/* Swaps pages [i, j) of the chunk, which are a row. */
 static void swap_by_protect(struct chunk *c, size_t i, size_t j)
 {
-	uintptr_t start = page_at(c, i), len = page_at(c, j) - start;
+	uintptr_t start = c->addr[i], len = (j - i) * PAGE_SIZE;
 	bool equal[SECTION_MAX];
 	uint8_t kind[SECTION_MAX];
-	size_t n = j - i;
 
 	if (kernel.tracking)
 		untrack(start, start + len);
 	if (uffd_register(kernel.wp, start, len, UFFDIO_REGISTER_MODE_WP) || uffd_protect(start, len, true) ||
-	    page_kinds(start, n, kind)) {
-		memset(c->status + i, REFUSED, n);
+	    page_kinds(start, j - i, kind + i)) {
+		memset(c->status + i, REFUSED, j - i);
 	} else {
-		for (size_t k = 0; k < n; k++) {
+		for (size_t k = i; k < j; k++) {
 			/* The one look that counts: from here on nobody writes. */
-			equal[k] = kind[k] == PAGE_OWN && page_equal(c, i + k, (void *)page_at(c, i + k));
+			equal[k] = kind[k] == PAGE_OWN && page_equal(c, k, (void *)c->addr[k]);
 			if (!equal[k])
-				c->status[i + k] = kind[k] == PAGE_OWN	    ? DIFFERENT
-						   : kind[k] == PAGE_FORKED ? BUSY
-									    : GONE;
+				c->status[k] = kind[k] == PAGE_OWN ? DIFFERENT : status_of(kind[k]);
 		}
-		for (size_t k = 0, end; k < n; k = end) {
-			int err;
-
-			end = run_end(equal, k, n);
-			if (!equal[k])
-				continue;
-			err = c->segment ? map_segment(c, i + k, i + end) : drop_zeros(c, i + k, i + end);
-			memset(c->status + i + k, !err ? DONE : err == -ENOMEM ? NOMAP : REFUSED, end - k);
-		}
+		map_equal(c, i, j, equal, drop_zeros);
 	}
 	uffd_unregister(kernel.wp, start, len);
-	for (uint64_t vpn = start >> PAGE_SHIFT, last = (start + len) >> PAGE_SHIFT, stop; vpn < last; vpn = stop) {
-		vpn = page_next(PAGE_SEGMENT, vpn, last, false);
-		stop = page_next(PAGE_SEGMENT, vpn, last, true);
-		if (vpn < stop)
-			track(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
-	}
+	track_again(start, start + len, false);
 }
 
 /* ---- merging --------------------------------------------------------------------------------------- */
@@ -380,35 +457,41 @@ static bool may_swap(const struct area *a)
 	       (kernel.swap == SP_SWAP_QUIET && (a->flags & AREA_QUIET));
 }
 
-/* Sorts out what cannot be swapped, and swaps the rest run by run. */
+/* Of a row of fewer pages it is not asked what stands there: most can be moved, and the move tells. */
+#define ROW_ASKED 8
+
+/* Sorts out what cannot be swapped, and swaps the rest. */
 static void merge_chunk(struct chunk *c)
 {
 	bool go[SECTION_MAX];
 	uint8_t kind[SECTION_MAX];
 
-	if (page_kinds(c->addr, c->n, kind)) {
-		memset(c->status, GONE, c->n);
-		return;
+	for (size_t i = 0, end; i < c->n; i = end) {
+		end = row_end(c, i, c->n, NULL);
+		if (kernel.swap != SP_SWAP_WP && end - i < ROW_ASKED)
+			memset(kind + i, PAGE_OWN, end - i);
+		else if (page_kinds(c->addr[i], end - i, kind + i))
+			memset(kind + i, PAGE_ABSENT, end - i);
 	}
 	for (size_t k = 0; k < c->n; k++) {
-		uint64_t vpn = (c->addr >> PAGE_SHIFT) + k;
-		bool anonymous = !page_test(PAGE_SEGMENT, vpn) || (kernel.swap == SP_SWAP_WP && kind[k] != PAGE_FILE);
+		bool anonymous = !page_test(PAGE_SEGMENT, c->addr[k] >> PAGE_SHIFT) ||
+				 (kernel.swap == SP_SWAP_WP && kind[k] != PAGE_FILE);
 
 		go[k] = kind[k] == PAGE_OWN && anonymous;
 		if (!go[k])
-			c->status[k] = !anonymous		? REFUSED
-				       : kind[k] == PAGE_FORKED ? BUSY
-				       : kind[k] == PAGE_FILE	? REFUSED
-								: GONE;
+			c->status[k] = !anonymous ? REFUSED : status_of(kind[k]);
 	}
 	for (size_t i = 0, j; i < c->n; i = j) {
-		j = run_end(go, i, c->n);
-		if (!go[i])
-			continue;
-		if (kernel.swap == SP_SWAP_WP)
-			swap_by_protect(c, i, j);
-		else
-			swap_by_move(c, i, j);
+		if (kernel.swap == SP_SWAP_WP) {
+			j = row_end(c, i, c->n, go);
+			if (go[i])
+				swap_by_protect(c, i, j);
+		} else {
+			for (j = i + 1; j < c->n && go[j] == go[i]; j++)
+				;
+			if (go[i])
+				swap_by_move(c, i, j);
+		}
 	}
 }
 
@@ -419,24 +502,16 @@ static void populate(const struct chunk *c)
 	if (kernel.moves_views || !c->segment)
 		return;
 	for (size_t i = 0, j; i < c->n; i = j) {
-		for (j = i; j < c->n && c->status[j] == DONE; j++)
+		for (j = i + 1; j < c->n && same_row(c, j) && c->status[j] == c->status[i]; j++)
 			;
-		if (j > i)
-			real.madvise((void *)page_at(c, i), (j - i) * PAGE_SIZE, MADV_POPULATE_READ);
-		else
-			j = i + 1;
+		if (c->status[i] == DONE)
+			real.madvise((void *)c->addr[i], (j - i) * PAGE_SIZE, MADV_POPULATE_READ);
 	}
 }
 
 #define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
 
 #define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
-
-/* A segment, and what of it is in the view window, in pages. */
-struct segment {
-	int fd;
-	uint64_t npages, start, end;
-};
 
 /* A private view of at most n pages of a segment: how many, 0 when no mapping is to be had. Not kept from a fork, since
  * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
@@ -462,38 +537,106 @@ static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_
 	return n;
 }
 
-/* Merges pages at `addr`, up to the end of a huge page's range, under one hold of the lock. How many it answered for. */
-static size_t merge_some(uintptr_t addr, size_t n, struct segment *segment, uint64_t offset, uint8_t *status)
+/* What a request has come to: page `at` of an extent, before `last`. */
+struct cursor {
+	const struct sp_extent *extent, *last;
+	uint64_t at;
+};
+
+static void cursor_advance(struct cursor *at, uint64_t pages)
 {
-	struct chunk c = {.addr = addr,
-			  .n = min_addr(n, SECTION_MAX - (addr >> PAGE_SHIFT) % SECTION_MAX),
-			  .fd = segment->fd,
-			  .status = status};
-	struct vma vma;
+	at->at += pages;
+	while (at->extent < at->last && at->at >= at->extent->npages)
+		at->at -= at->extent++->npages;
+}
 
-	if (offset != SP_ZERO_PAGE) {
-		size_t seen = view_of(segment, offset, c.n, &c.segment);
+/* Whether the extent after e can be swapped with what was gathered: small ones are, some at a time. */
+static bool goes_with(const struct chunk *c, const struct segment *s, const struct sp_extent *e)
+{
+	const struct sp_extent *next = e + 1;
 
-		if (!seen) {
-			memset(status, NOMAP, c.n);
-			return c.n;
+	return next->vpn >= e->vpn + e->npages && next->npages && next->npages <= settings.section - c->n &&
+	       (c->segment ? next->offset >= s->start && next->offset < s->end && next->npages <= s->end - next->offset
+			   : next->offset == SP_ZERO_PAGE);
+}
+
+/* Makes a chunk of what comes next: of one extent up to the end of a huge page's range, or of small ones no more than one
+ * critical section. False: no mapping is to be had for a view. */
+static bool gather(struct chunk *c, struct segment *s, const struct cursor *from)
+{
+	const struct sp_extent *e = from->extent;
+	uint64_t vpn = e->vpn + from->at, left = min_addr(e->npages - from->at, SECTION_MAX - vpn % SECTION_MAX);
+
+	c->segment = e->offset == SP_ZERO_PAGE ? NULL : s;
+	c->n = 0;
+	for (int extents = 1;; extents++) {
+		const uint8_t *view = zero_page;
+		uint64_t n = c->segment ? view_of(s, e->offset + (vpn - e->vpn), left, &view) : left;
+
+		for (uint64_t k = 0; k < n; k++, c->n++) {
+			c->addr[c->n] = (vpn + k) << PAGE_SHIFT;
+			c->target[c->n] = c->segment ? view + k * PAGE_SIZE : zero_page;
 		}
-		c.n = seen;
-		c.offset = offset;
+		if (vpn + n < e->vpn + e->npages || c->n >= settings.section || extents == PIECES_MAX ||
+		    ++e == from->last || !goes_with(c, s, e - 1))
+			return c->n;
+		vpn = e->vpn;
+		left = e->npages;
+	}
+}
+
+/* Leaves out what lies at `end` or behind. */
+static void clip(struct chunk *c, uintptr_t end)
+{
+	while (c->n && c->addr[c->n - 1] >= end)
+		c->n--;
+}
+
+/* Leaves out what begins with a page that is in no private mapping, or one that its row shares with another mapping: a
+ * move must stay within one. */
+static void clip_to_mappings(struct chunk *c)
+{
+	struct vma vma = {0};
+
+	for (size_t i = 0; i < c->n; i++) {
+		uintptr_t at = c->addr[i];
+
+		if (at < vma.end)
+			continue;
+		if ((i && same_row(c, i)) || !vma_find(kernel.maps, at, &vma) || vma.start > at || vma.shared)
+			c->n = i;
+	}
+}
+
+/* Merges what comes next, under one hold of the lock. How many pages it answered for. */
+static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status)
+{
+	struct chunk c = {.status = status};
+	size_t n;
+
+	if (!gather(&c, segment, at)) {
+		memset(status, NOMAP, at->extent->npages - at->at);
+		return at->extent->npages - at->at;
 	}
 	agent_mmap_lock();
-	c.area = area_next(addr);
-	if (!c.area || c.area->start > addr) {
+	c.area = area_next(c.addr[0]);
+	if (!c.area || c.area->start > c.addr[0]) {
 		c.n = 1;
 		*status = GONE;
-	} else if (!may_swap(c.area) || !vma_find(kernel.maps, addr, &vma) || vma.start > addr || vma.shared) {
-		c.n = min_addr(c.n, (c.area->end - addr) >> PAGE_SHIFT);
-		memset(status, REFUSED, c.n);
 	} else {
-		/* A move must stay within one mapping. */
-		c.n = min_addr(c.n, (min_addr(c.area->end, vma.end) - addr) >> PAGE_SHIFT);
-		merge_chunk(&c);
-		populate(&c);
+		clip(&c, c.area->end);
+		n = c.n;
+		if (may_swap(c.area))
+			clip_to_mappings(&c);
+		else
+			c.n = 0;
+		if (c.n) {
+			merge_chunk(&c);
+			populate(&c);
+		} else {
+			c.n = n;
+			memset(status, REFUSED, n);
+		}
 	}
 	agent_mmap_unlock();
 	return c.n;
@@ -529,37 +672,37 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 {
 	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
 	struct segment segment = {.fd = fd, .npages = (uint64_t)pages};
+	struct cursor at = {.extent = extents, .last = extents + n};
 	uint64_t since = SECTION_MAX;
 	bool room = false;
 
 	if (pages < 0)
 		return (int)-pages;
-	for (size_t i = 0; i < n; i++)
-		if (extents[i].offset != SP_ZERO_PAGE &&
-		    (extents[i].offset > (uint64_t)pages || extents[i].npages > (uint64_t)pages - extents[i].offset))
-			return EINVAL;
 	for (size_t i = 0; i < n; i++) {
 		const struct sp_extent *e = &extents[i];
 
-		for (uint64_t at = 0; at < e->npages;) {
-			size_t did;
+		if (e->npages > VPN_MAX || e->vpn > VPN_MAX - e->npages)
+			return EINVAL;
+		if (e->offset != SP_ZERO_PAGE &&
+		    (e->offset > (uint64_t)pages || e->npages > (uint64_t)pages - e->offset))
+			return EINVAL;
+	}
+	for (cursor_advance(&at, 0); at.extent < at.last;) {
+		size_t did;
 
-			if (since >= SECTION_MAX) {
-				since = 0;
-				room = room_to_merge();
-			}
-			if (!room) {
-				memset(status, NOMEM, e->npages - at);
-				status += e->npages - at;
-				break;
-			}
-			did = merge_some((e->vpn + at) << PAGE_SHIFT, e->npages - at, &segment,
-					 e->offset == SP_ZERO_PAGE ? SP_ZERO_PAGE : e->offset + at, status);
-
-			at += did;
-			since += did;
-			status += did;
+		if (since >= SECTION_MAX) {
+			since = 0;
+			room = room_to_merge();
 		}
+		if (room) {
+			did = merge_some(&segment, &at, status);
+		} else {
+			did = at.extent->npages - at.at;
+			memset(status, NOMEM, did);
+		}
+		since += did;
+		status += did;
+		cursor_advance(&at, did);
 	}
 	scratch_drop();
 	if (pages && kernel.view) /* the segment is not ours to keep alive */
