@@ -359,9 +359,9 @@ def rates(steps: list[list[float]], start: float, end: float) -> Record:
 def nothing(bench: Bench) -> Iterator[Record]:
     """Nothing in common, everything seen before: what is spent in vain, and what the application feels of it.
 
-    In turns of some seconds merging is off and on, and the sides take turns, so that it hits all alike when the machine
-    is busy. The application is compared with itself: processes differ by more (where their memory lies) than what is to
-    be seen.
+    For some seconds each merging is off, on and off again, and the sides take turns, so that it hits all alike when the
+    machine is busy. The application is compared with itself, before and after: processes differ by more (where their
+    memory lies) than what is to be seen.
     """
     sizes = bench.sizes
     npages = _pages(sizes.nothing)
@@ -383,12 +383,13 @@ def nothing(bench: Bench) -> Iterator[Record]:
             taking_turns.append(slow)
         for turn in range(sizes.rounds):
             for side in taking_turns:
-                off, _ = _work(side, sizes.nothing_window)
+                before, _ = _work(side, sizes.nothing_window)
                 side.run(1)
                 on, cpu_share = _work(side, sizes.nothing_window, after=sizes.nothing_window)
                 side.run(0)
+                after, _ = _work(side, sizes.nothing_window)
                 record = {"experiment": "nothing", "side": side.name, "repeat": turn}
-                yield record | {"off": off, "on": on, "cpu_share": cpu_share}
+                yield record | {"before": before, "on": on, "after": after, "cpu_share": cpu_share}
             bench.say(f"nothing in common, round {turn + 1} of {sizes.rounds}")
 
 

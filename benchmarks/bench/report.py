@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -204,12 +204,12 @@ def _passes(records: list[Record]) -> list[Row]:
 # ---- the application -------------------------------------------------------------------------------------------------
 
 
-def _relative(records: list[Record], phase: str, base: str, what: str) -> dict[str, dict[int, float]]:
-    """Percent of a rate that is left in one phase, of what it is in another of the same record."""
+def _relative(records: list[Record], phase: str, base: Sequence[str], what: str) -> dict[str, dict[int, float]]:
+    """Percent of a rate that is left in one phase, of the mean of what it is in others of the same record."""
 
     def read(record: Record) -> float | None:
-        now, before = record[phase][what], record[base][what]
-        return 100 * now / before if now and before else None
+        now, others = record[phase][what], [record[name][what] for name in base]
+        return 100 * now / statistics.mean(others) if now and all(others) else None
 
     return by_side(records, read)
 
@@ -227,7 +227,7 @@ def _nothing(records: list[Record]) -> list[Row]:
     share = by_side(records, lambda r: 100 * r["cpu_share"])
     found = [row(NOTHING, "CPU after the first pass, of a core", "%", share, at_most=2)]
     for what, title in WORK:
-        numbers = _relative(records, "on", "off", what)
+        numbers = _relative(records, "on", ("before", "after"), what)
         found.append(_at_least(row(NOTHING, f"application, {title}, of what it is without", "%", numbers), 97))
     return found
 
@@ -236,7 +236,7 @@ def _throughput(records: list[Record]) -> list[Row]:
     found = []
     for phase, when in (("merging", "while pages are merged"), ("after", "afterwards")):
         for what, title in WORK:
-            numbers = _relative(records, phase, "before", what)
+            numbers = _relative(records, phase, ["before"], what)
             found.append(_without_ratio(row(THROUGHPUT, f"{title} {when}, of before", "%", numbers)))
     return found
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from samepage.memory import AREA, EXTENT, PageStatus, RunKind, ScanFlag
-from tests.agent.asked import Process
+from tests.agent.asked import HUGE, Process
 from tests.agent.preload import Preload
 
 PAGES = 1200
@@ -112,6 +112,23 @@ def test_that_merged_pages_are_gone_and_what_is_there_instead_is_said_in_one_loo
     there = list(range(PAGES) if how == "withdraw" else range(100, 1100))
     assert look(process, budget) == NOTHING | {RunKind.GONE: list(range(PAGES)), RunKind.HASHED: there}
     assert look(process, budget) == NOTHING
+
+
+@pytest.mark.parametrize("advice", ["MADV_HUGEPAGE", "MADV_NOHUGEPAGE"])
+def test_a_look_stops_where_it_is_to_stop(preload: Preload, tmp_path: Path, advice: str) -> None:
+    process = Process(preload, tmp_path, advice=advice)
+    try:
+        first = process.address // 4096
+        hashed = 0
+        for vpn, end in ((0, first), (first, first + HUGE), (first + 2 * HUGE, first + 3 * HUGE)):
+            found = process.space.scan(vpn, 1 << 20, end=end)
+            assert found.next_vpn == end
+            hashed += len(found.checksums)
+            assert not len(found.runs) or (found.runs["vpn"][0], found.runs["npages"].sum()) == (vpn, HUGE)
+        assert hashed == 2 * HUGE
+        assert process.scan(1 << 20) == 2 * HUGE  # what was left out
+    finally:
+        process.end()
 
 
 @pytest.mark.parametrize("how", ["fork", "_Fork", "syscall"])

@@ -96,6 +96,18 @@ def test_who_did_not_finish_is_said_to_have_come_so_far() -> None:
     assert time.values["ksmd defaults"] == "not finished: 2% after 60 s"
 
 
+def test_an_application_is_compared_with_itself_before_and_after() -> None:
+    def rates(writes: float | None) -> Record:
+        return {"reductions": 2 * writes if writes else None, "writes": writes}
+
+    done: Record = {"experiment": "nothing", "side": "samepage", "repeat": 0, "cpu_share": 0.01}
+    done |= {"before": rates(90.0), "on": rates(99.0), "after": rates(110.0)}
+    none_seen = done | {"repeat": 1, "after": rates(None)}
+    share, sums, writes = report.rows([done, none_seen])
+    assert share.values == {"samepage": 1.0}
+    assert sums.values == writes.values == {"samepage": 99.0}
+
+
 def test_of_a_hundred_writes_the_slowest_is_beyond_the_99th_percentile() -> None:
     histogram = [[0, 1, 500], [90, 9, 1]]
     assert report.percentile_us(histogram, 0.5) == 1

@@ -14,7 +14,7 @@ import pytest
 
 from samepage.ksmd import Advisor, Knobs, Ksmd, exchange, merge
 from samepage.ksmd.advisor import BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
-from samepage.memory import PageStatus, ScanFlag, ScanResult
+from samepage.memory import VPN_END, PageStatus, ScanFlag, ScanResult
 from samepage.memory.simulated import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
 
@@ -98,9 +98,9 @@ def test_while_nothing_happens_broken_pages_are_looked_for_ever_more_rarely() ->
     scan = a.scan
     flags: list[ScanFlag] = []
 
-    def noted(vpn: int, budget: int, how: ScanFlag = ScanFlag.NONE) -> ScanResult:
+    def noted(vpn: int, budget: int, how: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
         flags.append(how)
-        return scan(vpn, budget, how)
+        return scan(vpn, budget, how, end)
 
     setattr(a, "scan", noted)  # noqa: B010
     passes(ksmd, 3)  # after the second they are merged

@@ -6,12 +6,13 @@ import errno
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
-from samepage.ksmd import UnmergeFailed
+from samepage.ksmd import UnmergeFailed, age
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import PAGE_SIZE, AddressSpaceGone, PageStatus
 from samepage.memory.simulated import OutOfMemory, SimulatedAddressSpace, SimulatedMachine
@@ -54,8 +55,14 @@ class KsmdMachine(RuleBasedStateMachine):
         tracking=st.booleans(),
         rehash=st.booleans(),
         sharing=st.sampled_from([2, 3, 256]),
+        skipping=st.booleans(),
     )
-    def begin(self, memory: int, bits: int, tracking: bool, rehash: bool, sharing: int) -> None:
+    def begin(self, memory: int, bits: int, tracking: bool, rehash: bool, sharing: int, skipping: bool) -> None:
+        self.patched = pytest.MonkeyPatch()
+        if skipping:  # what changes at all is skipped soon
+            self.patched.setattr(age, "BLOCK_PAGES", 4)
+            self.patched.setattr(age, "RESTLESS_PAGES", 1)
+            self.patched.setattr(age, "SKIPS", np.array([0, 1, 2, 3], np.uint8))
         self.machine = SimulatedMachine(limit=memory)
         self.how: dict[str, Any] = {"hash_bits": bits, "tracking": tracking, "rehash_broken": rehash}
         self.ksmd = new_ksmd()
@@ -236,7 +243,8 @@ class KsmdMachine(RuleBasedStateMachine):
         self.fortune()
         self.machine.limit = 1 << 40
         self.ksmd.set("run", 1)
-        passes(self.ksmd, 4)
+        passes(self.ksmd, 4 + int(age.SKIPS[-1]))
+        self.patched.undo()
         self.nothing_is_lost()
         self.the_books_balance()
         assert self.ksmd.counters().bytes_saved <= self.machine.saved * PAGE_SIZE

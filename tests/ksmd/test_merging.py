@@ -16,6 +16,7 @@ from samepage.memory import (
     EXTENT,
     PAGE_SIZE,
     RUN,
+    VPN_END,
     AddressSpaceGone,
     BreakResult,
     Donation,
@@ -501,8 +502,8 @@ class Liar(SimulatedAddressSpace):
         self.map_area(BASE, 256)
         self.write(BASE, *SAME)
 
-    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
-        reply = super().scan(vpn, budget, flags)
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
+        reply = super().scan(vpn, budget, flags, end)
         if self.lie == "scan":
             for name, value in self.answer.items():
                 setattr(reply, name, value(reply) if callable(value) else value)
@@ -636,7 +637,7 @@ def test_a_whole_gigabyte_takes_sixteen_bytes_a_page_and_one_extent_a_segment() 
         inos = iter(range(1, 1 << 30))
         extents_merged = 0
 
-        def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
+        def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
             fresh = sums if not self.calls else sums[:0]
             self.calls.append("scan")
             runs = np.array([(BASE, len(fresh), 0, 0, 0)] if len(fresh) else [], RUN)

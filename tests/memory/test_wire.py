@@ -94,10 +94,10 @@ def test_every_constant_equals_the_c_header(c_layout: Layout) -> None:
 
 
 def test_a_packet_arrives_as_it_was_sent(pair: Pair) -> None:
-    wire.send(pair[0], wire.Op.SCAN, 7, wire.pack(wire.SCAN, 5, 100, 1, 0))
+    wire.send(pair[0], wire.Op.SCAN, 7, wire.pack(wire.SCAN, 5, 100, 900, 1, 0))
     packet = wire.recv(pair[1])
     assert (packet.op, packet.seq, packet.error, packet.fd) == (wire.Op.SCAN, 7, 0, -1)
-    assert packet.reader().one(wire.SCAN) == {"vpn": 5, "budget": 100, "flags": 1, "pad": 0}
+    assert packet.reader().one(wire.SCAN) == {"vpn": 5, "budget": 100, "end": 900, "flags": 1, "pad": 0}
 
 
 def test_a_descriptor_rides_on_its_packet_and_is_closed_on_exec(pair: Pair) -> None:

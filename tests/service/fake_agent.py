@@ -106,7 +106,8 @@ class FakeAgent:
     def do_scan(self, request: Packet) -> tuple[bytes, int]:
         asked = request.reader().one(wire.SCAN)
         start = max(0, asked["vpn"] - BASE_VPN)
-        todo = np.flatnonzero(self.written[start:])[: min(asked["budget"], 3000)] + start
+        end = max(0, asked["end"] - BASE_VPN)
+        todo = np.flatnonzero(self.written[start:end])[: min(asked["budget"], 3000)] + start
         runs = np.zeros(len(todo), RUN)
         runs["vpn"], runs["npages"], runs["kind"] = todo + BASE_VPN, 1, RunKind.HASHED
         self.written[todo] = False

@@ -233,8 +233,8 @@ static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, 
 	return vpn;
 }
 
-/* One hold of the lock. Where to go on, or 0 when there is no area behind. */
-static uint64_t step(struct out *o, uint64_t vpn)
+/* One hold of the lock, before page `last`. Where to go on, or 0 when there is no area behind. */
+static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
 {
 	const struct area *a = area_next(vpn << PAGE_SHIFT);
 	uint64_t end;
@@ -247,6 +247,10 @@ static uint64_t step(struct out *o, uint64_t vpn)
 		return end;
 	if (vpn < a->start >> PAGE_SHIFT)
 		vpn = a->start >> PAGE_SHIFT;
+	if (vpn >= last)
+		return vpn;
+	if (end > last)
+		end = last;
 	if (end - vpn > WALK_PAGES)
 		end = vpn + WALK_PAGES;
 	segment = page_test(PAGE_SEGMENT, vpn);
@@ -264,10 +268,10 @@ void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run
 		o.max_sums = (uint32_t)req->budget;
 	do {
 		agent_mmap_lock();
-		vpn = step(&o, vpn);
+		vpn = step(&o, vpn, req->end);
 		head->areas_seq = areas_seq;
 		agent_mmap_unlock();
-	} while (vpn && !full(&o));
+	} while (vpn && vpn < req->end && !full(&o));
 	head->next_vpn = vpn;
 	head->nruns = o.nruns;
 	head->nhashed = o.nsums;

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define SP_MAGIC 0x45504d53u /* "SMPE" */
-#define SP_VERSION 2u
+#define SP_VERSION 3u
 #define SP_MSG_MAX (128u << 10)
 
 enum sp_op {
@@ -99,6 +99,7 @@ enum sp_scan_flags {			/* ScanFlag in samepage/memory */
 struct sp_scan {
 	uint64_t vpn;
 	uint64_t budget; /* pages to hash at most */
+	uint64_t end;	 /* the page before which to stop */
 	uint32_t flags;
 	uint32_t pad;
 };

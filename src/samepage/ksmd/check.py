@@ -17,6 +17,7 @@ from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import (
     AREA,
     RUN,
+    VPN_END,
     AddressSpaceGone,
     Areas,
     BreakResult,
@@ -26,9 +27,6 @@ from samepage.memory import (
     RunKind,
     ScanResult,
 )
-
-VPN_MAX = 1 << 52
-"""No address space of 64 bits has more pages of 4 KiB."""
 
 AREA_PAGES_MAX = 1 << 31
 """Pages one process may register (8 TiB): it must not use up the refs of its whole domain."""
@@ -43,7 +41,7 @@ def _require(sound: bool | np.bool_, what: str) -> None:
 
 def _disjoint(runs: Structured, what: str) -> None:
     vpn, npages = runs["vpn"], runs["npages"].astype(np.uint64)
-    _require(np.all((vpn < VPN_MAX) & (npages > 0) & (npages < VPN_MAX)), f"{what} out of range")
+    _require(np.all((vpn < VPN_END) & (npages > 0) & (npages < VPN_END)), f"{what} out of range")
     _require(np.all(vpn[1:] >= vpn[:-1] + npages[:-1]), f"{what} overlap or are not sorted")
 
 
@@ -67,7 +65,7 @@ def scanned(reply: ScanResult, vpn: int) -> None:
     _require(np.all(runs["kind"] <= max(RunKind)), "unknown kind of run")
     hashed = runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64)
     _require(int(hashed) == len(sums), "checksums do not match the runs")
-    _require(reply.next_vpn == 0 or vpn < reply.next_vpn <= VPN_MAX, "the scan goes backwards")
+    _require(reply.next_vpn == 0 or vpn < reply.next_vpn <= VPN_END, "the scan goes backwards")
     _require(reply.cpu_ns >= 0, "negative CPU time")
 
 

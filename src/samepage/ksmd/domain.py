@@ -11,12 +11,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from samepage.ksmd.age import Ages
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.index import ChecksumIndex
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import (
     HAS_CHECKSUM,
     HAS_NODE,
+    IS_VOLATILE,
     VOLATILE,
     Ints,
     PageState,
@@ -48,6 +50,9 @@ class Domain:
         self.parity = 0
         self.changed_now: list[U32] = []  # refs whose checksum was new in this pass,
         self.changed_before: list[U32] = []  # and in the one before: candidates at its end, if still the same
+        self.skipped: list[
+            tuple[int, U32]
+        ] = []  # refs that changed and are not looked at, until the pass of that number
         self.candidates: deque[U32] = deque()  # to be matched, in parts
         self._table: tuple[Ints, Ints, Ints, list[MmSlot]] | None = None
 
@@ -63,9 +68,9 @@ class Domain:
 
     def nbytes(self) -> int:
         """Bytes of memory all this takes, temporaries aside."""
-        lists = [*self.changed_now, *self.changed_before, *self.candidates]
+        lists = [*self.changed_now, *self.changed_before, *self.candidates, *(refs for _, refs in self.skipped)]
         indexes = self.unstable.nbytes() + self.stable.nbytes() + self.deferred.nbytes()
-        slots = sum(slot.pieces.nbytes + slot.counts.nbytes for slot in self.slots)
+        slots = sum(slot.pieces.nbytes + slot.counts.nbytes + slot.ages.nbytes() for slot in self.slots)
         return self.rmap.resident() + indexes + slots + sum(part.nbytes for part in lists)
 
     def release(self) -> None:
@@ -82,6 +87,7 @@ class Domain:
             self._forget_range(slot, base, npages)
         slot.pieces = kept
         self._table = None
+        slot.ages.forget(no_refs)
         if len(no_refs):
             slot.extend([(vpn, npages, self.rmap.allocate(npages)) for vpn, npages in no_refs.tolist()])
 
@@ -197,8 +203,33 @@ class Domain:
         """What was new one pass ago and did not change since becomes a candidate; so does what was deferred."""
         self.candidates.extend(self.changed_before)
         self.candidates.extend(self.deferred.due(passes))
+        self._set_skipped_aside(passes)
         self.changed_before, self.changed_now = self.changed_now, []
         self.parity ^= 1
+
+    def _set_skipped_aside(self, passes: int) -> None:
+        """What changed in this pass and is not looked at in the next waits for the look that tells whether it is still
+        the same, and is taken to have changed in the pass before that."""
+        if any(slot.ages.remaining for slot in self.slots):
+            parts, self.changed_now = self.changed_now, []
+            for part in parts:
+                refs = np.sort(part)
+                skips = np.zeros(len(refs), np.uint8)
+                for slot, vpn, at in self.cut(refs):
+                    skips[at] = slot.ages.remaining_skips(refs[at].astype(np.int64) + vpn)
+                for skip in np.flatnonzero(np.bincount(skips)).tolist():
+                    these = refs[skips == skip]
+                    if skip:
+                        self.skipped.append((passes + skip, these))
+                    else:
+                        self.changed_now.append(these)
+        due = [refs for until, refs in self.skipped if until <= passes]
+        if due:
+            self.skipped = [entry for entry in self.skipped if entry[0] > passes]
+            refs = sorted_refs(due)
+            refs = refs[IS_VOLATILE[self.state[refs]]]
+            self.set_states(refs, VOLATILE[self.parity])
+            self.changed_now.append(refs)
 
     def next_candidates(self) -> U32:
         """The next slice of candidates, ascending; empty when there are none left."""
@@ -221,8 +252,9 @@ class Domain:
         self.unstable.clear()
         self.deferred = Deferred()
         self.candidates.clear()
-        self.changed_now, self.changed_before = [], []
+        self.changed_now, self.changed_before, self.skipped = [], [], []
         for slot in self.slots:
+            slot.ages = Ages()
             for _, npages, base in slot.pieces.tolist():
                 for start in range(base, base + npages, SLICE_PAGES):
                     end = min(start + SLICE_PAGES, base + npages)

@@ -21,7 +21,7 @@ from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import NSTATES, MmSlot
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
-from samepage.ksmd.scan import Seen, ingest, look, recount_zeros
+from samepage.ksmd.scan import Look, Seen, ingest, look, recount_zeros
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
 from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
 
@@ -229,6 +229,8 @@ class Ksmd:
         with self._mmlist_lock:
             slots = [slot for slot in self._slots.values() if not slot.gone and slot not in self._joining]
         slots.sort(key=lambda slot: slot.passes > 0)  # the new ones first; they are not made to wait
+        for slot in slots:
+            slot.ages.begin_pass(bool(self._knobs.smart_scan) and not slot.hash_all)
         self._cursor = dict.fromkeys(slots, 0)
         self._in_pass = True
         self._pass_hashed = 0
@@ -237,7 +239,12 @@ class Ksmd:
         """Ask every process of the pass for one step, or as many as the budget is worth asking."""
         slots = list(self._cursor)[: max(1, budget // STEP_PAGES)]
         share = budget // len(slots)
-        looks = self._work.each(slots, lambda slot: look(slot, self._cursor[slot], share, self._flags(slot)))
+
+        def ask(slot: MmSlot) -> Look:
+            first, end = slot.ages.ahead(self._cursor[slot])
+            return look(slot, first, share, self._flags(slot), end)
+
+        looks = self._work.each(slots, ask)
         for slot in slots:
             seen = looks.get(slot)
             try:

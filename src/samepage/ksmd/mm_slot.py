@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from samepage.ksmd.age import Ages
 from samepage.ksmd.rmap import Ints, PageState
 from samepage.memory import AREA, AddressSpace
 
@@ -42,6 +43,7 @@ class MmSlot:
         self.merge_any = False  # PR_SET_MEMORY_MERGE
         self.hash_all = False  # its checksums were made by other rules: until it was looked at to the end, all are
         self.pieces: Structured = np.empty(0, PIECE)  # ascending by vpn, disjoint
+        self.ages = Ages()
         self.counts: Ints = np.zeros(NSTATES, np.int64)  # pages by PageState
         self.passes = 0  # times all its areas were looked at
         self.stirred = False  # in this pass something of it was found changed
@@ -67,7 +69,9 @@ class MmSlot:
             self._still = min(1 << self._quiet, STILL_MAX)
             self._quiet += 1
         self.passes += 1
-        self.stirred = self.hash_all = False
+        self.stirred = False
+        self.hash_all &= self.ages.skipping
+        self.ages.end_pass()
         self._merged = self.merged
 
     @property

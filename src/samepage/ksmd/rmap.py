@@ -54,6 +54,7 @@ def _table(*states: PageState) -> Bools:
 VOLATILE = (PageState.VOLATILE_EVEN, PageState.VOLATILE_ODD)
 """By parity of the pass in which the checksum was new."""
 
+IS_VOLATILE = _table(*VOLATILE)
 HAS_NODE = _table(PageState.MERGED, PageState.INHERITED)
 IS_MERGED = _table(PageState.MERGED, PageState.INHERITED, PageState.ZERO)
 HAS_CHECKSUM = ~_table(PageState.UNTOUCHED, PageState.BROKEN, PageState.MERGED, PageState.INHERITED, PageState.ZERO)

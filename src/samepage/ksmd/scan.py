@@ -11,8 +11,8 @@ import numpy as np
 from samepage.ksmd import check
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
-from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, Ints, PageState, expand
-from samepage.memory import U64, AddressSpaceGone, Areas, RunKind, ScanFlag, ScanResult
+from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, Bools, Ints, PageState, expand
+from samepage.memory import U64, VPN_END, AddressSpaceGone, Areas, RunKind, ScanFlag, ScanResult
 
 
 @dataclass(slots=True)
@@ -27,8 +27,8 @@ class Look:
 
 @dataclass(slots=True)
 class Seen:
-    """What came of a `Look`: pages hashed, pages among them never seen before, those whose checksum is new; and pages
-    that are merged no more, or that somebody else merged."""
+    """What came of a `Look`: pages hashed, pages among them never seen before, those whose checksum is new (but for
+    blocks where it always is, see `Ages`); and pages that are merged no more, or that somebody else merged."""
 
     hashed: int = 0
     first_looks: int = 0
@@ -36,10 +36,10 @@ class Seen:
     turned: int = 0
 
 
-def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag) -> Look:
-    """Ask a process for one step of its scan. Runs in any thread: nothing of ksmd's is touched."""
+def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_END) -> Look:
+    """Ask a process for one step of its scan, before page `end`. Runs in any thread: nothing of ksmd's is touched."""
     started = time.perf_counter_ns()
-    reply = slot.space.scan(vpn, budget, flags)
+    reply = slot.space.scan(vpn, budget, flags, end)
     check.scanned(reply, vpn)
     areas = None
     if reply.areas_seq != slot.areas_seq:
@@ -79,7 +79,9 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
             lengths = hashed["npages"].astype(np.int64)
             sums = sums[expand((np.cumsum(lengths) - lengths)[run] + low - hashed["vpn"].astype(np.int64)[run], npages)]
         outcome.hashed = len(sums)
-        _hashed(domain, slot, expand(ref, npages), sums, outcome)
+        changed = _hashed(domain, slot, expand(ref, npages), sums, outcome)
+        if changed is not None:
+            outcome.changed -= slot.ages.changed(expand(low, npages)[changed])
     return outcome
 
 
@@ -124,18 +126,22 @@ def _located(slot: MmSlot, runs: Structured, strict: bool) -> tuple[Ints, Ints, 
     return located
 
 
-def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) -> None:
-    """New checksums. A page whose checksum is what it was is left as it is."""
+def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) -> Bools | None:
+    """New checksums. A page whose checksum is what it was is left as it is. Returns which pages were looked at before
+    and are not what they were; None: no page."""
     old = domain.state[refs]
+    again = None
     outcome.first_looks = len(old) - int(np.count_nonzero(old))
     if outcome.first_looks < len(old):
         new = domain.checksum[refs] != sums
         new |= ~HAS_CHECKSUM[old]
         refs, sums = refs[new], sums[new]
         domain.withdraw(slot, refs)
+        again = new & (old != PageState.UNTOUCHED)
     outcome.changed = len(refs)
     if len(refs):
         domain.changed(slot, refs, sums)
+    return again
 
 
 def _broken(domain: Domain, slot: MmSlot, refs: Ints) -> None:

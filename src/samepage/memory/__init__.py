@@ -22,6 +22,9 @@ import numpy.typing as npt
 PAGE_SIZE = mmap.PAGESIZE
 """Bytes a page."""
 
+VPN_END = 1 << 52
+"""No address space of 64 bits has more pages of 4 KiB."""
+
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
@@ -194,9 +197,9 @@ class AddressSpace(Protocol):
         """What of it is mergeable now."""
         ...
 
-    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
-        """Look at pages from `vpn` on (0: from the start) until `budget` pages were hashed, an implementation's
-        step is full, or the areas end. Only pages written since the previous look are hashed."""
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
+        """Look at pages from `vpn` on (0: from the start) and before `end`, until `budget` pages were hashed, an
+        implementation's step is full, or the areas end. Only pages written since the previous look are hashed."""
         ...
 
     def donate(self, runs: npt.NDArray[np.void]) -> Donation:

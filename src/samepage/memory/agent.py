@@ -25,6 +25,7 @@ from samepage.memory import (
     RUN,
     U8,
     U64,
+    VPN_END,
     ZERO_PAGE,
     AddressSpaceGone,
     Areas,
@@ -55,9 +56,6 @@ MERGE_MAX = 64 << 10
 """Pages in one MERGE packet at most, so that a status byte a page fits into the answer."""
 
 EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
-
-VPN_END = 1 << 52
-"""No page has this number: 64-bit addresses, 4 KiB pages. Keeps sums of vpn and npages far from overflow."""
 
 AREAS_TRIES = 16
 """How often a list of areas that changes while it is read page by page is read again from the start."""
@@ -158,8 +156,8 @@ class AgentAddressSpace:
                 return found
         raise self._lost("its list of areas never holds still")
 
-    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
-        with self._ask(Op.SCAN, wire.pack(wire.SCAN, vpn, budget, flags, 0)) as answer:
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
+        with self._ask(Op.SCAN, wire.pack(wire.SCAN, vpn, budget, end, flags, 0)) as answer:
             reader = answer.reader()
             head = reader.one(wire.SCANNED)
             runs = reader.take(RUN, head["nruns"])

@@ -24,6 +24,7 @@ from samepage.memory import (
     PAGE_SIZE,
     RUN,
     U64,
+    VPN_END,
     ZERO_PAGE,
     AddressSpaceGone,
     Areas,
@@ -359,14 +360,14 @@ class SimulatedAddressSpace:
     def _mergeable(self, vpn: int) -> bool:
         return any(start <= vpn < start + n for start, n in self._areas)
 
-    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE) -> ScanResult:
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
         """See `AddressSpace.scan`."""
         self._called("scan")
         runs: list[tuple[int, int, int, int, int]] = []
         sums: list[int] = []
         here = sorted(at for at in self._pages.keys() | self._seen_merged if at >= vpn and self._mergeable(at))
         for at in here:
-            if len(sums) >= min(budget, self.step):
+            if at >= end or len(sums) >= min(budget, self.step):
                 return self._scanned(runs, sums, at)
             self._fate("scan", at)
             self._look(at, runs, sums, flags)

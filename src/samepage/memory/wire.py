@@ -20,7 +20,7 @@ import numpy.typing as npt
 from samepage.memory import AREA, EXTENT, RUN
 
 MAGIC = 0x45504D53
-VERSION = 2
+VERSION = 3
 MSG_MAX = 128 << 10
 """Bytes of the largest packet, header included."""
 
@@ -69,7 +69,7 @@ WELCOME = np.dtype(
 )
 READY = np.dtype([("swap", "<u4"), ("tracking", "<u4"), ("zero_checksum", "<u8")])
 AREAS = np.dtype([("seq", "<u8"), ("next_vpn", "<u8"), ("merge_any", "<u4"), ("pad", "<u4")])
-SCAN = np.dtype([("vpn", "<u8"), ("budget", "<u8"), ("flags", "<u4"), ("pad", "<u4")])
+SCAN = np.dtype([("vpn", "<u8"), ("budget", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("pad", "<u4")])
 SCANNED = np.dtype(
     [
         ("next_vpn", "<u8"),
