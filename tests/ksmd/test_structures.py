@@ -126,6 +126,32 @@ def test_adopted_segments_are_bounded() -> None:
     assert tree.found(1 << 40, 0, 1, 0) is None
 
 
+def test_more_sharers_than_fit_into_a_byte_are_counted_right() -> None:
+    machine, tree = SimulatedMachine(), StableTree()
+    segment = tree.add(machine.new_segment([1, 2, 3]), np.array([1, 2, 3], np.uint64), 0)
+    nodes = np.arange(segment.base, segment.base + 3)
+    bytes_before = tree.nbytes()
+    for _ in range(255):
+        tree.attach(nodes[:2])
+    assert tree.sharers.dtype == np.uint8
+    tree.attach(nodes[2:])
+    assert tree.sharers.dtype == np.uint8
+    tree.attach(np.array([nodes[0], nodes[2], nodes[0]]))  # a node named twice
+    assert tree.sharers[nodes].tolist() == [257, 255, 2]
+    assert tree.checksum[nodes].tolist() == [1, 2, 3]
+    assert tree.sharers_total == 514
+    assert tree.nbytes() > bytes_before
+    another = tree.add(machine.new_segment([4] * 20000), np.full(20000, 4, np.uint64), 0)  # the columns grow
+    assert tree.sharers[nodes].tolist() == [257, 255, 2]
+    assert not tree.sharers[another.base : another.base + 20000].any()
+    for _ in range(2):
+        tree.detach(nodes[[0, 2]])
+    for _ in range(255):
+        tree.detach(nodes[:2])
+    assert segment not in tree.segments
+    assert tree.sharers_total == 0
+
+
 def test_sharers_never_overflow() -> None:
     tree = StableTree()
     segment = tree.found(1, 0, 2, 0)

@@ -36,7 +36,8 @@ Merge domains (`domain`) have nothing in common but the cursor. `knobs`, `counte
 /sys/kernel/mm/ksm. `check` stands between ksmd and everything a process answers. `ksmd` puts it together.
 
 Memory: 9 bytes for each page ever looked at, 4 more while it stands in the unstable index (or waits to be looked at
-again), 14 for each stable node. A node has two sharers at least, nearly always; so 16 bytes a page, and mostly less.
+again), 13 for each stable node (14 once one has more than 255 sharers). A node has two sharers at least, nearly
+always; so less than 16 bytes a page.
 """
 
 from samepage.ksmd.advisor import Advisor

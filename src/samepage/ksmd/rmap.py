@@ -69,13 +69,17 @@ class Columns:
 
     def __init__(self, *dtypes: type[np.generic], rows: int = 1 << 16) -> None:
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
-        self._maps = [mmap.mmap(-1, rows * d.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for d in self._dtypes]
-        for mapping in self._maps:  # a huge page for one row of a sparse area is what must not happen
-            mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        self._maps = [self._map(rows, dtype) for dtype in self._dtypes]
         self._free: list[tuple[int, int]] = []  # (base, rows), ascending, never adjacent
         self._top = 0
         self._touched = np.zeros(0, np.bool_)
         self._attach(rows)
+
+    @staticmethod
+    def _map(rows: int, dtype: np.dtype[Any]) -> mmap.mmap:
+        mapping = mmap.mmap(-1, rows * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_NOHUGEPAGE)  # one for one row of a sparse area is what must not happen
+        return mapping
 
     def _attach(self, rows: int) -> None:
         self.columns: list[npt.NDArray[Any]] = [
@@ -144,6 +148,16 @@ class Columns:
         start, end = max(-(-first // BLOCK), base // BLOCK), min(last // BLOCK, -(-(base + rows) // BLOCK))
         if start < end:
             self._touched[start:end] = False
+
+    def widen(self, number: int, dtype: type[np.generic]) -> None:
+        """Have a column hold larger numbers from now on. No view of a column may be held across this."""
+        rows, used = len(self.columns[number]), np.flatnonzero(self.columns[number])
+        mapping = self._map(rows, np.dtype(dtype))
+        np.frombuffer(mapping, dtype)[used] = self.columns[number][used]
+        self.columns = []
+        self._maps[number].close()
+        self._maps[number], self._dtypes[number] = mapping, np.dtype(dtype)
+        self._attach(rows)
 
     def release(self) -> None:
         """Give all memory back now, not when the garbage collector comes by. Not to be used any more."""

@@ -1,7 +1,8 @@
 """Stable nodes: the pages of sealed segments, and how many use them.
 
 A *stable node* is one page of a segment. The nodes of a segment are numbered contiguously, so that runs of
-pages stay runs of nodes. A node weighs ten bytes: the checksum of its content, and its sharers.
+pages stay runs of nodes. A node weighs nine bytes: the checksum of its content, and its sharers; or ten, once some node
+of its domain has more sharers than fit into one.
 
 Some segments are *adopted*: an earlier service made them, processes map them, nobody can hand them out any
 more. They are counted and can be broken, but nothing is ever merged with them.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +25,7 @@ SEGMENT_PAGES = 2048
 """Most pages in a segment (8 MiB): a segment is freed as a whole or not at all, so they are kept small."""
 
 SHARERS_MAX = (1 << 16) - 1
-"""The sharers of a node are u16. `max_page_sharing` stays far below; only forks come near."""
+"""`max_page_sharing` stays far below; only forks come near."""
 
 ADOPTED_NODES_MAX = 1 << 21
 """Nodes a domain keeps for adopted segments (20 MiB): a lying process must not fill the service's memory."""
@@ -53,7 +55,7 @@ class StableTree:
     """The stable nodes of one domain, their segments, and the index over those that can be merged with."""
 
     def __init__(self) -> None:
-        self._nodes = Columns(np.uint64, np.uint16, rows=1 << 13)
+        self._nodes = Columns(np.uint64, np.uint8, rows=1 << 13)
         self.index = ChecksumIndex(lambda: self.checksum)
         self.segments: list[StableSegment] = []  # ascending by base
         self._bases: Ints = np.empty(0, np.int64)
@@ -71,8 +73,8 @@ class StableTree:
         return self._nodes.columns[0]
 
     @property
-    def sharers(self) -> npt.NDArray[np.uint16]:
-        """u16 a node: how many registered pages map it."""
+    def sharers(self) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """u8 or u16 a node: how many registered pages map it."""
         return self._nodes.columns[1]
 
     def nbytes(self) -> int:
@@ -145,12 +147,17 @@ class StableTree:
 
     def attach(self, nodes: Ints) -> None:
         """One more sharer for each of the nodes (a node may be named more than once)."""
-        np.add.at(self.sharers, nodes, np.uint16(1))
+        if self.sharers.dtype == np.uint8 and len(nodes):
+            ascending = bool((nodes[1:] > nodes[:-1]).all())
+            most = 1 if ascending else int(np.bincount(nodes - nodes.min()).max())
+            if int(self.sharers[nodes].max()) + most > np.iinfo(np.uint8).max:
+                self._nodes.widen(1, np.uint16)
+        np.add.at(self.sharers, nodes, self.sharers.dtype.type(1))
         self._recount(nodes)
 
     def detach(self, nodes: Ints) -> None:
         """One sharer less for each of the nodes. Segments that are left without any are closed."""
-        np.subtract.at(self.sharers, nodes, np.uint16(1))
+        np.subtract.at(self.sharers, nodes, self.sharers.dtype.type(1))
         self.close_unused(self._recount(nodes))
 
     def close_unused(self, segments: list[StableSegment]) -> None:

@@ -35,7 +35,7 @@ KSM_PAGE_SECONDS = 7.2e-6
 """ksmd's time for a page and a pass, merging included: 3.8 s for two passes over two processes with the same 512 MiB,
 with pages_to_scan at 10 million and no sleep (Linux 6.18)."""
 
-SAMEPAGE_PAGE_BYTES, SAMEPAGE_UNSHARED_BYTES, SAMEPAGE_NODE_BYTES = 9, 4, 14
+SAMEPAGE_PAGE_BYTES, SAMEPAGE_UNSHARED_BYTES, SAMEPAGE_NODE_BYTES = 9, 4, 13
 """samepage/ksmd: a page, more while it is in the unstable index, and a stable node."""
 
 SAMEPAGE_EXTENT_SECONDS, SAMEPAGE_PAGE_SECONDS = 11.0e-6, 1.2e-6
