@@ -43,7 +43,8 @@ class Ages:
         """Settle what the pass that begins skips; without `smart_scan`, nothing."""
         if not smart_scan:
             self._remaining[:] = 0
-        self._settle()
+        if self.skipping or len(self._block):
+            self._settle()
 
     def _settle(self) -> None:
         skipped = self._block[self._remaining > 0]
@@ -59,7 +60,7 @@ class Ages:
     @property
     def remaining(self) -> bool:
         """Whether the next pass will leave something out."""
-        return bool(self._remaining.any())
+        return len(self._block) > 0 and bool(self._remaining.any())
 
     def ahead(self, vpn: int) -> tuple[int, int]:
         """From `vpn` on, the first page to look at, and the page before which that ends."""

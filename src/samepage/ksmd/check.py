@@ -59,12 +59,14 @@ def scanned(reply: ScanResult, vpn: int) -> None:
     runs, sums = reply.runs, reply.checksums
     _require(runs.dtype == RUN and runs.ndim == 1, "runs of another type")
     _require(sums.dtype == np.uint64 and sums.ndim == 1, "checksums of another type")
-    gone = runs["kind"] == RunKind.GONE
-    _disjoint(runs[gone], "runs")
-    _disjoint(runs[~gone], "runs")
-    _require(np.all(runs["kind"] <= max(RunKind)), "unknown kind of run")
-    hashed = runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64)
-    _require(int(hashed) == len(sums), "checksums do not match the runs")
+    hashed = 0
+    if len(runs):
+        gone = runs["kind"] == RunKind.GONE
+        _disjoint(runs[gone], "runs")
+        _disjoint(runs[~gone], "runs")
+        _require(np.all(runs["kind"] <= max(RunKind)), "unknown kind of run")
+        hashed = int(runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64))
+    _require(hashed == len(sums), "checksums do not match the runs")
     _require(reply.next_vpn == 0 or vpn < reply.next_vpn <= VPN_END, "the scan goes backwards")
     _require(reply.cpu_ns >= 0, "negative CPU time")
 

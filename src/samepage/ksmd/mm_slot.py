@@ -20,6 +20,9 @@ PIECE = np.dtype([("vpn", "<u8"), ("npages", "<u8"), ("base", "<u8")])
 Structured = npt.NDArray[np.void]
 
 NSTATES = len(PageState)
+MERGED_STATES = np.array([PageState.MERGED, PageState.INHERITED, PageState.ZERO])
+UNKNOWN_STATES = np.array([PageState.UNTOUCHED, PageState.KNOWN, PageState.ZERO])
+TREE_STATES = np.array([PageState.MERGED, PageState.INHERITED, PageState.UNSHARED])
 
 STILL_MAX = 8
 """Passes at most in which broken pages of a process are not looked for."""
@@ -87,19 +90,17 @@ class MmSlot:
     @property
     def merged(self) -> int:
         """Pages merged with a segment or the zero page."""
-        return int(self.counts[[PageState.MERGED, PageState.INHERITED, PageState.ZERO]].sum())
+        return int(self.counts[MERGED_STATES].sum())
 
     @property
     def rmap_items(self) -> int:
         """Pages that are known. As in the kernel, not those that are the zero page by now, nor any after `run` = 2."""
-        unknown = [PageState.UNTOUCHED, PageState.KNOWN, PageState.ZERO]
-        return int(self.counts.sum() - self.counts[unknown].sum())
+        return int(self.counts.sum() - self.counts[UNKNOWN_STATES].sum())
 
     @property
     def in_no_tree(self) -> int:
         """Pages that are known and stand in neither tree, for whatever reason: what `pages_volatile` counts."""
-        trees = [PageState.MERGED, PageState.INHERITED, PageState.UNSHARED]
-        return self.rmap_items - int(self.counts[trees].sum())
+        return self.rmap_items - int(self.counts[TREE_STATES].sum())
 
     def locate(self, vpn: npt.NDArray[Any], npages: npt.NDArray[Any]) -> tuple[Ints, Ints, Ints, Ints]:
         """Cut ascending disjoint runs of pages along the pieces.

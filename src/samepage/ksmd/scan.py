@@ -59,6 +59,8 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
     strict = reply.areas_seq == slot.areas_seq
     outcome = Seen()
     runs = reply.runs
+    if not len(runs):
+        return outcome
     for kind in (RunKind.GONE, RunKind.BROKEN, RunKind.FOUND):  # first those that end something
         of_kind = runs[runs["kind"] == kind]
         if len(of_kind):

@@ -363,18 +363,21 @@ def _check_ranges(ranges: npt.NDArray[np.void], what: str) -> None:
 
 
 def _check_scan(head: dict[str, int], runs: npt.NDArray[np.void], vpn: int, budget: int) -> None:
-    gone = runs["kind"] == RunKind.GONE
-    _check_ranges(runs[gone], "runs")
-    there = runs[~gone]
-    _check_ranges(there, "runs")
-    if np.any(runs["kind"] > max(RunKind)):
-        raise WireError("runs of an unknown kind")
-    hashed = int(runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64))
+    hashed, end = 0, vpn + 1
+    if len(runs):  # there are none as a rule
+        gone = runs["kind"] == RunKind.GONE
+        _check_ranges(runs[gone], "runs")
+        there = runs[~gone]
+        _check_ranges(there, "runs")
+        if np.any(runs["kind"] > max(RunKind)):
+            raise WireError("runs of an unknown kind")
+        hashed = int(runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64))
+        if int(runs["vpn"].min()) < vpn:
+            raise WireError("pages before the start of the scan")
+        if len(there):
+            end = int(there["vpn"][-1] + there["npages"][-1])
     if hashed != head["nhashed"] or hashed > budget:
         raise WireError(f"{head['nhashed']} checksums for {hashed} pages; {budget} were asked for")
-    if len(runs) and int(runs["vpn"].min()) < vpn:
-        raise WireError("pages before the start of the scan")
-    end = int(there["vpn"][-1] + there["npages"][-1]) if len(there) else vpn + 1
     if head["next_vpn"] and not end <= head["next_vpn"] < VPN_END:
         raise WireError("a scan that does not go on")
 
