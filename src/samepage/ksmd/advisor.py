@@ -7,7 +7,7 @@ at, and what matches is merged, without a pause; looking again at what was seen 
 
 In that cost is what the application pays: a page that was looked at is write-protected, and its next write a fault. An
 application that writes to all its memory all the time is looked at ever more rarely, but what comes to rest is not
-left unseen for longer than it was in motion.
+left unseen for longer than it was in motion, or for ten passes where it was skipped in some (`age`).
 """
 
 from __future__ import annotations
