@@ -46,6 +46,7 @@ class Report:
         self._counters = scanner.counters()
         self._recent: deque[tuple[float, dict[str, Any]]] = deque()  # samples of the last LAST_SECONDS
         self._peak = 0
+        self._over = False
         self._swaps: set[str] = set()
         self._rows: dict[int, dict[str, Any]] = {}  # by pid
         self._ended: deque[dict[str, Any]] = deque(maxlen=ENDED_MAX)
@@ -57,7 +58,7 @@ class Report:
             self._ended.extend(row for pid, row in self._rows.items() if pid not in rows)
             self._rows = rows
             self._swaps.update(row["swap"] for row in rows.values())
-            if rows:
+            if rows and not self._over:
                 self._counters = self._scanner.counters()
                 self._peak = max(self._peak, self._counters["bytes_saved"])
                 now = time.monotonic()
@@ -66,9 +67,11 @@ class Report:
                     self._recent.popleft()
 
     def end(self) -> None:
-        """Nothing more is coming: from now on the report shows what was saved last."""
+        """Nothing more is coming: from now on the report shows what was saved last. Processes that are dropped only now
+        are noted, but take nothing off it."""
         self.sample()
         with self._lock:
+            self._over = True
             recent = [counters for _, counters in self._recent]
             self._counters = max(recent, key=lambda c: int(c["bytes_saved"]), default=self._counters)
 
