@@ -68,9 +68,12 @@ def _serve(listener: socket.socket, path: str, reserve: int) -> None:
     server = Server(listener, scanner, Terms(reserve=reserve))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
+    # A signal that comes between two polls would be noticed only when something else wakes this thread.
+    signal.set_wakeup_fd(server.wake_fd)
     threading.Thread(target=scanner.run, name="ksmd", daemon=True).start()
     print(f"samepage: listening at {path}", flush=True)
     server.run()
+    signal.set_wakeup_fd(-1)
     scanner.stop()
 
 

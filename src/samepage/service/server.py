@@ -98,6 +98,11 @@ class Server:
                 self._accept()
         self._close()
 
+    @property
+    def wake_fd(self) -> int:
+        """A byte written to this descriptor, which does not block, ends `run`."""
+        return self._wake_write
+
     def stop(self) -> None:
         """End `run`; from any thread, or a signal handler."""
         with contextlib.suppress(OSError):
