@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +119,7 @@ def test_pages_that_a_child_shares_or_that_are_gone(preload: Preload, tmp_path: 
     assert (result.status == np.where(gone, PageStatus.GONE, np.where(own, PageStatus.DONE, PageStatus.BUSY))).all()
     with open(f"/proc/{process.process.pid}/pagemap", "rb") as pagemap:
         pagemap.seek(first * 8)
-        entries = np.array(struct.unpack(f"{FORKED_PAGES}Q", pagemap.read(FORKED_PAGES * 8)), np.uint64)[::step]
+        entries = np.frombuffer(pagemap.read(FORKED_PAGES * 8), np.uint64)[::step]
     file, exclusive = entries >> np.uint64(61) & np.uint64(1) == 1, entries >> np.uint64(56) & np.uint64(1) == 1
     shared = ~gone & ~own
     assert file[own & ~gone].all()

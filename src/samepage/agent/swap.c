@@ -28,8 +28,8 @@
 
 const uint8_t zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 
-/* Pages of one area that lie in one mapping: what is swapped under one hold of the lock. Those that stand in a row in memory
- * are a *row*; where they do so in the segment, too, a *piece*, which takes one mapping. */
+/* Pages of one area: what is swapped under one hold of the lock. Those that stand in a row in memory are a *row*, which lies
+ * in one mapping; where they do so in the segment, too, a *piece*, which takes one. */
 struct chunk {
 	size_t n;		     /* pages, at most SECTION_MAX; if there is a gap between them, at most a section */
 	uintptr_t addr[SECTION_MAX]; /* ascending */
@@ -56,6 +56,12 @@ static bool page_equal(const struct chunk *c, size_t i, const void *page)
 	return !memcmp(page, c->target[i], PAGE_SIZE);
 }
 
+/* Of a page that cannot be swapped because of what stands there. */
+static uint8_t status_of(uint8_t kind)
+{
+	return kind == PAGE_FORKED ? BUSY : kind == PAGE_FILE ? REFUSED : GONE;
+}
+
 static bool same_row(const struct chunk *c, size_t i)
 {
 	return c->addr[i] == c->addr[i - 1] + PAGE_SIZE;
@@ -67,12 +73,12 @@ static bool same_piece(const struct chunk *c, size_t i)
 	return same_row(c, i) && (!c->segment || c->target[i] == c->target[i - 1] + PAGE_SIZE);
 }
 
-/* The end of the row that page i is of, before j; if there are flags, of the part of it whose flag equals flag[i]. */
-static size_t row_end(const struct chunk *c, size_t i, size_t j, const bool *flag)
+/* The end of the row that page i is of, before j. */
+static size_t row_end(const struct chunk *c, size_t i, size_t j)
 {
 	size_t end = i + 1;
 
-	while (end < j && same_row(c, end) && (!flag || flag[end] == flag[i]))
+	while (end < j && same_row(c, end))
 		end++;
 	return end;
 }
@@ -101,10 +107,21 @@ static int map_segment(const struct chunk *c, size_t i, size_t j)
 	return 0;
 }
 
-/* What becomes of pages [i, j) of the chunk: the segment's are put over those that are equal, piece by piece, or `zeros` does
- * what is to be done with zeros. */
-static void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equal,
-		      int (*zeros)(const struct chunk *, size_t, size_t))
+/* Makes pages [i, j) of the chunk, which are a row of zeros, read as the kernel's zero page. The hole that moved ones leave
+ * does already. */
+static int drop_zeros(const struct chunk *c, size_t i, size_t j)
+{
+	size_t len = (j - i) * PAGE_SIZE;
+	int err;
+
+	if (kernel.swap != SP_SWAP_WP)
+		return 0;
+	err = discard_segments(c->addr[i], c->addr[i] + len);
+	return err ? err : real.madvise((void *)c->addr[i], len, MADV_DONTNEED) ? -errno : 0;
+}
+
+/* Puts the segment's pages, or the zero page, over those of pages [i, j) of the chunk that are equal, piece by piece. */
+static void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equal)
 {
 	for (size_t end; i < j; i = end) {
 		int err;
@@ -113,7 +130,7 @@ static void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equ
 			;
 		if (!equal[i])
 			continue;
-		err = c->segment ? map_segment(c, i, end) : zeros(c, i, end);
+		err = c->segment ? map_segment(c, i, end) : drop_zeros(c, i, end);
 		memset(c->status + i, !err ? DONE : err == -ENOMEM ? NOMAP : REFUSED, end - i);
 	}
 }
@@ -148,15 +165,10 @@ static int pull_rows(const struct chunk *c, size_t i, size_t j, size_t k)
 	int err = 0;
 
 	for (size_t end; i < j && !err; k += end - i, i = end) {
-		end = row_end(c, i, j, NULL);
+		end = row_end(c, i, j);
 		err = uffd_move(scratch_at(c, k), c->addr[i], (end - i) * PAGE_SIZE);
 	}
 	return err;
-}
-
-static uint8_t status_of(uint8_t kind)
-{
-	return kind == PAGE_FORKED ? BUSY : kind == PAGE_FILE ? REFUSED : GONE;
 }
 
 /* Moves pages [i, j) of the chunk to scratch [0, j - i), as many as will go. here[k]: page i + k came. */
@@ -175,7 +187,7 @@ static void pull(struct chunk *c, size_t i, size_t j, bool *here)
 		if (at == n)
 			return;
 		if (err == -EBUSY && at >= written) {
-			size_t end = row_end(c, i + at, j, NULL) - i, own = at;
+			size_t end = row_end(c, i + at, j) - i, own = at;
 
 			if (page_kinds(c->addr[i + at], end - at, kind + at))
 				kind[at] = PAGE_ABSENT;
@@ -243,13 +255,6 @@ static void push_back(struct chunk *c, size_t i, size_t n)
 	}
 }
 
-/* The hole reads as the kernel's zero page. */
-static int leave_zeros(const struct chunk *c, size_t i, size_t j)
-{
-	(void)c, (void)i, (void)j;
-	return 0;
-}
-
 /* Compares pages [i, j) of the chunk, which are in scratch from k on where `here` says so, and puts the segment's over
  * those that are equal. */
 static void settle(struct chunk *c, size_t i, size_t j, size_t k, const bool *here)
@@ -261,7 +266,7 @@ static void settle(struct chunk *c, size_t i, size_t j, size_t k, const bool *he
 		if (here[k] && !equal[m])
 			c->status[m] = DIFFERENT;
 	}
-	map_equal(c, i, j, equal, leave_zeros);
+	map_equal(c, i, j, equal);
 }
 
 static bool all_done(const struct chunk *c, size_t i, size_t j)
@@ -302,7 +307,7 @@ static void wake(const struct chunk *c, size_t i, size_t j)
 	uffd_wake(kernel.move, c->addr[i], c->addr[j - 1] + PAGE_SIZE - c->addr[i]);
 }
 
-/* One critical section: pages [i, j) of the chunk, all present and exclusive a moment ago. */
+/* One critical section: pages [i, j) of the chunk. */
 static void section_by_move(struct chunk *c, size_t i, size_t j)
 {
 	bool here[SECTION_MAX];
@@ -395,7 +400,7 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 	int err = 0;
 
 	for (size_t at = i, end; at < j && !err; at = end) {
-		end = row_end(c, at, j, NULL);
+		end = row_end(c, at, j);
 		err = uffd_register(kernel.move, c->addr[at], (end - at) * PAGE_SIZE, MODE_MISSING_WP);
 	}
 	if (err)
@@ -406,21 +411,12 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 			section_by_move(c, at, end);
 		}
 	for (size_t at = i, end; at < j; at = end) {
-		end = row_end(c, at, j, NULL);
+		end = row_end(c, at, j);
 		track_again(c->addr[at], c->addr[end - 1] + PAGE_SIZE, true);
 	}
 }
 
 /* ---- by write-protection --------------------------------------------------------------------------- */
-
-/* Drops pages [i, j), which are zeros, so that they read as the kernel's zero page. */
-static int drop_zeros(const struct chunk *c, size_t i, size_t j)
-{
-	size_t len = (j - i) * PAGE_SIZE;
-	int err = discard_segments(c->addr[i], c->addr[i] + len);
-
-	return err ? err : real.madvise((void *)c->addr[i], len, MADV_DONTNEED) ? -errno : 0;
-}
 
 /* Swaps pages [i, j) of the chunk, which are a row. */
 static void swap_by_protect(struct chunk *c, size_t i, size_t j)
@@ -441,7 +437,7 @@ static void swap_by_protect(struct chunk *c, size_t i, size_t j)
 			if (!equal[k])
 				c->status[k] = kind[k] == PAGE_OWN ? DIFFERENT : status_of(kind[k]);
 		}
-		map_equal(c, i, j, equal, drop_zeros);
+		map_equal(c, i, j, equal);
 	}
 	uffd_unregister(kernel.wp, start, len);
 	track_again(start, start + len, false);
@@ -467,7 +463,7 @@ static void merge_chunk(struct chunk *c)
 	uint8_t kind[SECTION_MAX];
 
 	for (size_t i = 0, end; i < c->n; i = end) {
-		end = row_end(c, i, c->n, NULL);
+		end = row_end(c, i, c->n);
 		if (kernel.swap != SP_SWAP_WP && end - i < ROW_ASKED)
 			memset(kind + i, PAGE_OWN, end - i);
 		else if (page_kinds(c->addr[i], end - i, kind + i))
@@ -482,16 +478,17 @@ static void merge_chunk(struct chunk *c)
 			c->status[k] = !anonymous ? REFUSED : status_of(kind[k]);
 	}
 	for (size_t i = 0, j; i < c->n; i = j) {
-		if (kernel.swap == SP_SWAP_WP) {
-			j = row_end(c, i, c->n, go);
-			if (go[i])
-				swap_by_protect(c, i, j);
-		} else {
-			for (j = i + 1; j < c->n && go[j] == go[i]; j++)
-				;
-			if (go[i])
-				swap_by_move(c, i, j);
-		}
+		for (j = i + 1; j < c->n && go[j] == go[i]; j++)
+			;
+		if (!go[i])
+			continue;
+		if (kernel.swap != SP_SWAP_WP)
+			swap_by_move(c, i, j);
+		else
+			for (size_t at = i, end; at < j; at = end) {
+				end = row_end(c, at, j);
+				swap_by_protect(c, at, end);
+			}
 	}
 }
 

@@ -25,7 +25,7 @@ SEGMENT_PAGES = 2048
 """Most pages in a segment (8 MiB): a segment is freed as a whole or not at all, so they are kept small."""
 
 SHARERS_MAX = (1 << 16) - 1
-"""`max_page_sharing` stays far below; only forks come near."""
+"""The sharers of a node are u16 at most. `max_page_sharing` stays far below; only forks come near."""
 
 ADOPTED_NODES_MAX = 1 << 21
 """Nodes a domain keeps for adopted segments (20 MiB): a lying process must not fill the service's memory."""
