@@ -166,3 +166,68 @@ def test_broken_pages_are_looked_for_unless_merged_ones_are_to_be_taken_for_stil
         assert (run["vpn"], run["npages"], run["kind"]) == (first + 5, 1, RunKind.BROKEN)
     finally:
         process.end()
+
+
+def still(process: Process) -> tuple[int, list[tuple[int, int, int]]]:
+    """Pages hashed by a look that need not be one, and what it says of merged pages: vpn, npages, kind."""
+    found = process.space.scan(0, 1 << 20, ScanFlag.STILL)
+    assert not found.next_vpn
+    merged = found.runs[found.runs["kind"] != RunKind.HASHED]
+    return len(found.checksums), [tuple(run) for run in merged[["vpn", "npages", "kind"]].tolist()]
+
+
+def write_from_outside(process: Process, address: int) -> None:
+    with open(f"/proc/{process.process.pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(address)
+        memory.write(b"outside!")
+
+
+def test_a_process_without_faults_is_not_looked_at_unless_all_of_it_is_to_be(preload: Preload, tmp_path: Path) -> None:
+    process = Process(preload, tmp_path, advice="MADV_NOHUGEPAGE")
+    try:
+        look(process, 1 << 20)
+        assert still(process) == (0, [])
+        write_from_outside(process, process.address)  # a fault, but of this process
+        assert still(process) == (0, [])
+        assert process.scan(1 << 20) == 1
+        assert process.tell(5 * 4096) == "written\n"
+        assert still(process) == (1, [])
+        # A look at a part does not say anything about the rest.
+        write_from_outside(process, process.address)
+        first = process.address // 4096
+        assert not len(process.space.scan(first + HUGE, 1 << 20).checksums)
+        assert not len(process.space.scan(0, 1 << 20, end=first).checksums)
+        assert still(process) == (1, [])
+    finally:
+        process.end()
+
+
+def test_what_changes_without_a_fault_is_seen_at_once(preload: Preload, tmp_path: Path) -> None:
+    process = Process(preload, tmp_path, advice="MADV_NOHUGEPAGE")
+    try:
+        first = process.address // 4096
+        look(process, 1 << 20)
+        donation = process.space.donate(np.array([(first, PAGES)], AREA))
+        process.tell(5 * 4096)
+        assert process.scan(1 << 20) == 1
+        write_from_outside(process, process.address + 5 * 4096)
+        assert process.scan(1 << 20) == 1
+        # The page that is different comes home without the protection that it had.
+        status = process.space.merge(donation.segment, np.array([(first, PAGES, 0)], EXTENT)).status
+        assert np.flatnonzero(status != PageStatus.DONE).tolist() == [5]
+        assert process.tell(5 * 4096) == "written\n"
+        assert still(process) == (1, [])
+        assert still(process) == (0, [])
+        assert process.space.break_ksm(first, 2).pages_unmerged == 2
+        assert still(process)[0] == 2
+        assert still(process) == (0, [])
+    finally:
+        process.end()
+
+
+def test_that_merged_pages_were_discarded_is_seen_at_once(process: Process) -> None:
+    merge(process, process.address)
+    look(process, 1 << 20)
+    assert still(process) == (0, [])
+    assert process.tell("discard 100 1000") == "done\n"
+    assert still(process) == (1000, [(process.address // 4096, PAGES, RunKind.GONE)])

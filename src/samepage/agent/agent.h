@@ -254,6 +254,8 @@ extern const uint8_t zero_page[PAGE_SIZE];
 /* Looks from req->vpn on; fills `runs` and `sums`, both with room for the most a packet can carry. */
 void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
 	       uint64_t *sums, uint32_t max_sums);
+/* The next look is to be at everything, for something became of pages that no fault of the application's tells of. */
+void scan_disturb(void);
 uint64_t page_checksum(const void *page); /* hash.c */
 
 /* Copies pages to a new sealed memfd: the descriptor, -1 when no page could be had. One PageStatus a page. */

@@ -239,6 +239,7 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 		}
 		return;
 	}
+	scan_disturb(); /* what was not to be looked at may be now */
 	split_at(start);
 	split_at(end);
 	for (i = lower(start); i < nr_areas && areas[i].start < end; i++) {
@@ -420,6 +421,7 @@ uint64_t page_next(enum page_plane plane, uint64_t vpn, uint64_t end, bool value
 
 void page_forget_known(void)
 {
+	scan_disturb();
 	for (uint64_t i = first_leaf; i <= last_leaf && i < NR_LEAVES; i++)
 		if (leaves[i])
 			page_set(PAGE_KNOWN, i << LEAF_SHIFT, (i + 1) << LEAF_SHIFT, false);
@@ -465,6 +467,7 @@ int discard_segments(uintptr_t start, uintptr_t end)
 {
 	uint64_t last = end >> PAGE_SHIFT;
 
+	scan_disturb();
 	for (uint64_t at = start >> PAGE_SHIFT; at < last;) {
 		uint64_t vpn = page_next(PAGE_SEGMENT, at, last, true);
 		const struct area *a = area_next(vpn << PAGE_SHIFT);

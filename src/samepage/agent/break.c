@@ -369,6 +369,7 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 		if (restores && want > stocked())
 			want = stocked();
 		lock_any(&saved);
+		scan_disturb();
 		err = break_step(&vpn, last, want, restores, out);
 		unlock_any(&saved);
 	}

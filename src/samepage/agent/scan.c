@@ -7,6 +7,7 @@
 #include "agent.h"
 
 #include <linux/userfaultfd.h>
+#include <sys/resource.h>
 
 #define STEP_PAGES 512UL       /* hashed under one hold of the lock, or less than twice as many: 2 MiB, some 200 us */
 #define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms when nothing changed */
@@ -258,6 +259,57 @@ static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
 	return segment ? scan_segment(o, a, vpn, end) : scan_anonymous(o, a, vpn, end);
 }
 
+/*
+ * What was looked at is write-protected, so who writes it faults, and the kernel counts the faults of a process
+ * (getrusage(2)). As long as there are no more of them than when the last look at everything began, there is nothing to be
+ * seen, and no need to walk page tables for it. What others write into the process (ptrace(2), process_vm_writev(2))
+ * faults there, and is seen when the service asks for a look without SP_SCAN_STILL.
+ */
+static struct {
+	bool going; /* a look at everything, from the first page on, of which `next` comes next; no part was left out so far */
+	bool whole; /* it came to the end */
+	uint64_t next, areas_seq;
+	long faults; /* when it began */
+} last_look;
+
+/* Since then pages were taken from under their write-protection, or became others, without a fault. */
+static _Atomic bool disturbed;
+
+void scan_disturb(void)
+{
+	atomic_store(&disturbed, true);
+}
+
+/* -1: nobody tells. */
+static long count_faults(void)
+{
+	struct rusage used;
+
+	return getrusage(RUSAGE_SELF, &used) ? -1 : used.ru_minflt + used.ru_majflt;
+}
+
+/* Notes what a request looks at. True: it looks at everything, and would find nothing. Needs the lock. */
+static bool nothing_new(const struct sp_scan *req)
+{
+	bool anew = !req->vpn;
+	long faults;
+
+	if (!anew) {
+		last_look.going &= req->vpn == last_look.next && req->end >= SP_VPN_END;
+		return false;
+	}
+	faults = count_faults();
+	if (req->flags & SP_SCAN_STILL && last_look.whole && faults == last_look.faults &&
+	    areas_seq == last_look.areas_seq && !atomic_load(&disturbed))
+		return true;
+	atomic_store(&disturbed, false);
+	last_look.going = kernel.tracking && faults >= 0 && req->end >= SP_VPN_END;
+	last_look.whole = false;
+	last_look.areas_seq = areas_seq;
+	last_look.faults = faults;
+	return false;
+}
+
 void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
 	       uint64_t *sums, uint32_t max_sums)
 {
@@ -266,12 +318,21 @@ void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run
 
 	if (req->budget < max_sums)
 		o.max_sums = (uint32_t)req->budget;
+	agent_mmap_lock();
+	*head = (struct sp_scanned){.areas_seq = areas_seq};
+	if (nothing_new(req)) {
+		agent_mmap_unlock();
+		return;
+	}
+	agent_mmap_unlock();
 	do {
 		agent_mmap_lock();
 		vpn = step(&o, vpn, req->end);
 		head->areas_seq = areas_seq;
 		agent_mmap_unlock();
 	} while (vpn && vpn < req->end && !full(&o));
+	last_look.next = vpn;
+	last_look.whole = last_look.going && !vpn;
 	head->next_vpn = vpn;
 	head->nruns = o.nruns;
 	head->nhashed = o.nsums;

@@ -414,6 +414,7 @@ void track(uintptr_t start, uintptr_t end)
 
 void untrack(uintptr_t start, uintptr_t end)
 {
+	scan_disturb();
 	if (kernel.move >= 0)
 		uffd_unregister(kernel.move, start, end - start);
 }

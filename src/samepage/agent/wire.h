@@ -90,10 +90,12 @@ struct sp_areas {
 	uint32_t pad;
 };
 
+#define SP_VPN_END (1ULL << 52) /* behind every page there can be; VPN_END in samepage/memory */
+
 enum sp_scan_flags {			/* ScanFlag in samepage/memory */
 		     SP_SCAN_ALL = 1,	/* also pages that were not written since the last look */
 		     SP_SCAN_NODES = 2, /* a page's NUMA node is part of its checksum */
-		     SP_SCAN_STILL = 4, /* take pages that are merged to be so still: broken ones are not looked for */
+		     SP_SCAN_STILL = 4, /* broken pages, and what others wrote, need not be found */
 };
 
 struct sp_scan {

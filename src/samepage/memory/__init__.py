@@ -54,7 +54,8 @@ class ScanFlag(IntFlag):
     """Make the NUMA node of a page part of its checksum, so that pages of different nodes have different ones. A page
     of zeros keeps its checksum, for the zero page has no node."""
     STILL = 4
-    """Take pages that are merged to be so still, and look for no broken ones among them."""
+    """Take pages that are merged to be so still, and look for no broken ones among them. Nor need be found what others
+    wrote into the process, so that one which had no page fault since the last look need not be looked at."""
 
 
 class PageStatus(IntEnum):
