@@ -100,7 +100,8 @@ class Counters:
 
 def process_row(slot: MmSlot) -> ProcessRow:
     """A snapshot of one process."""
-    n = [int(count) for count in slot.counts]
+    n = slot.counts.tolist()
+    rmap_items, merged = slot.rmap_items, slot.merged
     merging = n[PageState.MERGED] + n[PageState.INHERITED]
     own = n[PageState.MERGED] + n[PageState.ZERO]
     return ProcessRow(
@@ -108,18 +109,18 @@ def process_row(slot: MmSlot) -> ProcessRow:
         comm=slot.comm,
         swap=slot.swap,
         domain=slot.domain.number,
-        ksm_rmap_items=slot.rmap_items,
+        ksm_rmap_items=rmap_items,
         ksm_merging_pages=merging,
         ksm_zero_pages=n[PageState.ZERO],
-        merged=slot.merged,
-        bytes_needed=slot.merged * PAGE_SIZE,
+        merged=merged,
+        bytes_needed=merged * PAGE_SIZE,
         pages_inherited=n[PageState.INHERITED],
         pages_broken=n[PageState.BROKEN],
         pages_deferred=n[PageState.DEFERRED],
         pages_unmerged_vma=n[PageState.OVER_BUDGET],
         ksm_merge_any=slot.merge_any,
         ksm_mergeable=len(slot.pieces) > 0,
-        ksm_process_profit=own * PAGE_SIZE - 9 * slot.rmap_items,
+        ksm_process_profit=own * PAGE_SIZE - 9 * rmap_items,
         cpu_seconds=slot.cpu_ns / 1e9,
     )
 
@@ -130,7 +131,7 @@ def total(domains: list[Domain], metadata_bytes: int) -> dict[str, int]:
     volatile = 0
     for domain in domains:
         for slot in domain.slots:
-            n = [a + int(b) for a, b in zip(n, slot.counts, strict=True)]
+            n = [a + b for a, b in zip(n, slot.counts.tolist(), strict=True)]
             volatile += slot.in_no_tree
     trees = [domain.stable for domain in domains]
     shared = sum(tree.pages_shared for tree in trees)

@@ -19,7 +19,7 @@ from samepage.ksmd.counters import Counters, ProcessRow
 from samepage.ksmd.domain import SLICE_PAGES, Domain
 from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
-from samepage.ksmd.mm_slot import NSTATES, MmSlot
+from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
 from samepage.ksmd.scan import Look, Seen, ingest, look, recount_zeros
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
@@ -270,20 +270,17 @@ class Ksmd:
 
     def _flags(self, slot: MmSlot) -> ScanFlag:
         """How to look at a process now."""
-        flags = ScanFlag.NONE
         if slot.hash_all or not self._knobs.smart_scan:
-            flags |= ScanFlag.ALL
-        elif slot.is_still:
-            flags |= ScanFlag.STILL
-        if not self._knobs.merge_across_nodes:
-            flags |= ScanFlag.NODES
-        return flags
+            flags = ScanFlag.ALL
+        else:
+            flags = ScanFlag.STILL if slot.is_still else ScanFlag.NONE
+        return flags if self._knobs.merge_across_nodes else flags | ScanFlag.NODES
 
     def _end_pass(self) -> None:
         self._in_pass = False
         self._seqnr += 1
         self._work.passes += 1
-        candidates = sum(int(slot.counts[HAS_CHECKSUM[:NSTATES]].sum()) for slot in self.slots())
+        candidates = sum(slot.hashable for slot in self.slots())
         self._pages_skipped += max(0, candidates - self._pass_hashed)
         prune = self._clock() - self._pruned >= self._knobs.stable_node_chains_prune_millisecs / 1000
         if prune:

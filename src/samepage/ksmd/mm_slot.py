@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samepage.ksmd.age import Ages
-from samepage.ksmd.rmap import Ints, PageState
+from samepage.ksmd.rmap import HAS_CHECKSUM, Ints, PageState
 from samepage.memory import AREA, AddressSpace
 
 if TYPE_CHECKING:
@@ -20,9 +20,8 @@ PIECE = np.dtype([("vpn", "<u8"), ("npages", "<u8"), ("base", "<u8")])
 Structured = npt.NDArray[np.void]
 
 NSTATES = len(PageState)
-MERGED_STATES = np.array([PageState.MERGED, PageState.INHERITED, PageState.ZERO])
-UNKNOWN_STATES = np.array([PageState.UNTOUCHED, PageState.KNOWN, PageState.ZERO])
-TREE_STATES = np.array([PageState.MERGED, PageState.INHERITED, PageState.UNSHARED])
+HASHABLE = [state for state in PageState if HAS_CHECKSUM[state]]
+RMAP_ITEM = [state for state in PageState if state not in (PageState.UNTOUCHED, PageState.KNOWN, PageState.ZERO)]
 
 STILL_MAX = 8
 """Passes at most in which broken pages of a process are not looked for."""
@@ -90,17 +89,27 @@ class MmSlot:
     @property
     def merged(self) -> int:
         """Pages merged with a segment or the zero page."""
-        return int(self.counts[MERGED_STATES].sum())
+        counts = self.counts.tolist()  # every process is asked in every pass, and numpy takes ten times as long
+        return int(counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.ZERO])
+
+    @property
+    def hashable(self) -> int:
+        """Pages whose checksum is known."""
+        counts = self.counts.tolist()
+        return sum(counts[state] for state in HASHABLE)
 
     @property
     def rmap_items(self) -> int:
         """Pages that are known. As in the kernel, not those that are the zero page by now, nor any after `run` = 2."""
-        return int(self.counts.sum() - self.counts[UNKNOWN_STATES].sum())
+        counts = self.counts.tolist()
+        return sum(counts[state] for state in RMAP_ITEM)
 
     @property
     def in_no_tree(self) -> int:
         """Pages that are known and stand in neither tree, for whatever reason: what `pages_volatile` counts."""
-        return self.rmap_items - int(self.counts[TREE_STATES].sum())
+        counts = self.counts.tolist()
+        in_trees = counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.UNSHARED]
+        return self.rmap_items - int(in_trees)
 
     def locate(self, vpn: npt.NDArray[Any], npages: npt.NDArray[Any]) -> tuple[Ints, Ints, Ints, Ints]:
         """Cut ascending disjoint runs of pages along the pieces.
