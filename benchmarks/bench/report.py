@@ -177,11 +177,12 @@ def _passes(records: list[Record]) -> list[Row]:
     found = []
 
     def cost(key: str) -> Callable[[Record], float | None]:
-        # Where passes differ in turn (smart_scan), the mean of a whole cycle; else the median.
+        # Where passes differ in turn (smart_scan on either side), the mean of a whole cycle; else the median.
         def read(record: Record) -> float | None:
             if key not in record:
                 return None
-            average = statistics.mean if record["side"] == KERNEL else statistics.median
+            in_turn = key == "passes" or record["side"] == KERNEL
+            average = statistics.mean if in_turn else statistics.median
             return 1000 * float(average(record[key]))
 
         return read
