@@ -499,9 +499,16 @@ static bool isolate(void)
 static void end_if_alone(void)
 {
 	char buf[2048];
-	ssize_t got = read_file("/proc/self/status", buf, sizeof(buf) - 1);
 	const char *state, *threads;
+	void *robust = NULL;
+	size_t len;
+	ssize_t got;
 
+	/* glibc gives every thread one, and the kernel forgets it when the thread ends: a tenth of the time that the file takes,
+	 * and mostly enough. */
+	if (!real.syscall(SYS_get_robust_list, getpid(), &robust, &len) && robust)
+		return;
+	got = read_file("/proc/self/status", buf, sizeof(buf) - 1);
 	if (got <= 0)
 		return;
 	buf[got] = 0;

@@ -98,6 +98,9 @@ class Counters:
     """Failures so far, by name of `PageStatus`."""
 
 
+FAILURES = [(int(status), status.name) for status in PageStatus if status != PageStatus.DONE]
+
+
 def process_row(slot: MmSlot) -> ProcessRow:
     """A snapshot of one process."""
     n = slot.counts.tolist()
@@ -161,4 +164,4 @@ def total(domains: list[Domain], metadata_bytes: int) -> dict[str, int]:
 
 def failures(statuses: list[int]) -> dict[str, int]:
     """Merge failures by name."""
-    return {status.name: statuses[status] for status in PageStatus if status != PageStatus.DONE}
+    return {name: statuses[status] for status, name in FAILURES}

@@ -20,8 +20,7 @@ PIECE = np.dtype([("vpn", "<u8"), ("npages", "<u8"), ("base", "<u8")])
 Structured = npt.NDArray[np.void]
 
 NSTATES = len(PageState)
-HASHABLE = [state for state in PageState if HAS_CHECKSUM[state]]
-RMAP_ITEM = [state for state in PageState if state not in (PageState.UNTOUCHED, PageState.KNOWN, PageState.ZERO)]
+NO_CHECKSUM = [state for state in PageState if not HAS_CHECKSUM[state]]
 
 STILL_MAX = 8
 """Passes at most in which broken pages of a process are not looked for."""
@@ -96,13 +95,13 @@ class MmSlot:
     def hashable(self) -> int:
         """Pages whose checksum is known."""
         counts = self.counts.tolist()
-        return sum(counts[state] for state in HASHABLE)
+        return int(sum(counts) - sum([counts[state] for state in NO_CHECKSUM]))
 
     @property
     def rmap_items(self) -> int:
         """Pages that are known. As in the kernel, not those that are the zero page by now, nor any after `run` = 2."""
         counts = self.counts.tolist()
-        return sum(counts[state] for state in RMAP_ITEM)
+        return int(sum(counts) - counts[PageState.UNTOUCHED] - counts[PageState.KNOWN] - counts[PageState.ZERO])
 
     @property
     def in_no_tree(self) -> int:

@@ -213,6 +213,9 @@ def send(sock: socket.socket, op: int, seq: int, body: bytes = b"", error: int =
         raise WireError(f"only {sent} of {len(data)} bytes were sent")
 
 
+_TRUNCATED = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+
+
 def recv_bytes(sock: socket.socket) -> tuple[bytes, int]:
     """One packet as it came, and the descriptor on it or -1.
 
@@ -225,7 +228,7 @@ def recv_bytes(sock: socket.socket) -> tuple[bytes, int]:
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) > 1:
+    if flags & _TRUNCATED or len(fds) > 1:
         for fd in fds:
             os.close(fd)
         what = f"a packet of more than {MSG_MAX} bytes" if flags & socket.MSG_TRUNC else "more than one descriptor"
