@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samepage.ksmd.deferred import Deferred
-from samepage.ksmd.index import ChecksumIndex
+from samepage.ksmd.index import ChecksumIndex, by_checksum
 from samepage.ksmd.rmap import Columns, RmapItems, expand, run_starts, sorted_refs
 from samepage.ksmd.stable import ADOPTED_NODES_MAX, SEGMENT_PAGES, SHARERS_MAX, StableTree
 from samepage.memory.simulated import SimulatedMachine
@@ -70,8 +70,10 @@ def test_an_index_finds_what_a_dictionary_would(sums: list[int], data: st.DataOb
     present: set[int] = set()
     for _ in range(4):
         add = data.draw(st.sets(st.sampled_from(range(len(sums)))) if sums else st.just(set()))
-        index.insert(u32(*sorted(add - present)))
+        new = sorted(add - present)
         present |= add
+        held = [sums[n] for n in present]
+        assert index.insert(u32(*new)) == any(held.count(sums[n]) > 1 for n in new)
         drop = data.draw(st.sets(st.sampled_from(range(len(sums)))) if sums else st.just(set()))
         assert set(index.remove(u32(*drop)).tolist()) == present & drop
         present -= drop
@@ -82,6 +84,13 @@ def test_an_index_finds_what_a_dictionary_would(sums: list[int], data: st.DataOb
         assert index.count(wanted).tolist() == [len(e) for e in expected]
         assert [index.find(wanted[i : i + 1])[0] for i in range(11)] == [e[0] if e else -1 for e in expected]
         assert index.entries(3).tolist() == expected[3]
+
+
+@given(st.lists(st.one_of(st.integers(0, 9), st.integers(0, (1 << 64) - 1).map(lambda n: n & ~0xFFFF)), max_size=60))
+def test_checksums_are_sorted_as_by_a_stable_sort(sums: list[int]) -> None:
+    order, in_order = by_checksum(np.array(sums + sums[::2], np.uint64))
+    assert in_order.tolist() == sorted(sums + sums[::2])
+    assert order.tolist() == sorted(range(len(order)), key=lambda i: (sums + sums[::2])[i])
 
 
 def test_runs_and_refs() -> None:

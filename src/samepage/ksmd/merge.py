@@ -26,6 +26,7 @@ from samepage.ksmd import check
 from samepage.ksmd.deferred import LONGEST
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.exchange import COPY, UNASKED, Exchange, merge
+from samepage.ksmd.index import by_checksum
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import Bools, Ints, PageState, run_starts, sorted_refs
 from samepage.ksmd.stable import SEGMENT_PAGES
@@ -189,18 +190,16 @@ class _Round:
     def _match(self) -> None:
         """Give every page its target; put those without a partner into the unstable index and drop them here."""
         domain, refs = self.domain, self.refs
-        sums = domain.checksum[refs]
-        order = np.argsort(sums)
-        in_order = sums[order]
+        order, in_order = by_checksum(domain.checksum[refs])
         first = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1])))
         size = np.diff(np.append(first, len(refs)))
         key = in_order[first]
-        del sums, in_order
+        del in_order
 
         node = domain.stable.index.find(key)
         mate = domain.unstable.find(key)
-        lowest = refs[np.minimum.reduceat(order, first)].astype(np.int64)  # refs ascend: so do positions
-        highest = refs[np.maximum.reduceat(order, first)].astype(np.int64)
+        lowest = refs[order[first]].astype(np.int64)  # refs ascend, and of one checksum the order is theirs
+        highest = refs[order[first + size - 1]].astype(np.int64)
         donor = np.where(mate >= 0, mate, lowest)
         # Every other segment comes from another process, where there is one: donating and merging then keep both busy.
         turn = donor // SEGMENT_PAGES % 2 == 1
@@ -221,7 +220,7 @@ class _Round:
         joins = (goal >= COPY) & (goal != ALONE) & (mate >= 0) & ~many
         mates, mate_targets = [mate[joins].astype(np.uint32)], [goal[joins]]
         for g in np.flatnonzero(many):
-            members = np.sort(order[first[g] : first[g] + size[g]])
+            members = order[first[g] : first[g] + size[g]]
             others = [int(mate[g])] if mate[g] >= 0 else []
             goals = self._share_out(int(key[g]), refs[members], others)
             target[members] = goals[len(goals) - len(members) :]

@@ -188,21 +188,22 @@ class StableTree:
 
     def publish(self, nodes: U32) -> None:
         """Let the nodes be found by their checksum from now on."""
-        self._chain(nodes, +1)
-        self.index.insert(nodes)
+        if self.index.insert(nodes):
+            self._chain(nodes, +1)
 
     def unpublish(self, nodes: U32) -> None:
         """Let the nodes be found no more; those that could not be anyway are ignored."""
         self._chain(self.index.remove(nodes), -1)
 
     def _chain(self, nodes: U32, sign: int) -> None:
-        """Keep `stable_node_chains` (checksums that have several nodes) and `stable_node_dups` (those nodes)."""
+        """Keep `stable_node_chains` (checksums that have several nodes) and `stable_node_dups` (those nodes), after some
+        went into the index (+1) or out of it (-1)."""
         if not len(nodes):
             return
         in_order = np.sort(self.checksum[nodes])
         first = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1])))
         sums, more = in_order[first], np.diff(np.append(first, len(nodes)))
         here = self.index.count(sums)
-        fewer, many = here, here + more
+        fewer, many = (here - more, here) if sign > 0 else (here, here + more)
         self.chains += sign * int(np.count_nonzero((many > 1) & (fewer <= 1)))
         self.dups += sign * int(many[many > 1].sum() - fewer[fewer > 1].sum())
