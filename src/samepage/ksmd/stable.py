@@ -196,8 +196,8 @@ class StableTree:
         self._chain(self.index.remove(nodes), -1)
 
     def _chain(self, nodes: U32, sign: int) -> None:
-        """Keep `stable_node_chains` (checksums that have several nodes) and `stable_node_dups` (those nodes), after some
-        went into the index (+1) or out of it (-1)."""
+        """Keep `stable_node_chains` (checksums that have several nodes) and `stable_node_dups` (those nodes), when
+        some went into the index (+1) or out of it (-1)."""
         if not len(nodes):
             return
         in_order = np.sort(self.checksum[nodes])
