@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -174,6 +175,15 @@ def test_a_daemon_stops_cleanly(
     assert process.wait(10) == 0
     assert not os.path.exists(path)
     assert all(os.path.exists(f"/proc/{pid}") for pid in two_merged)
+
+
+def test_a_signal_that_does_not_interrupt_the_main_thread_ends_a_daemon_too(
+    daemon: tuple[subprocess.Popen[str], str],
+) -> None:
+    process, _ = daemon
+    others = [int(tid) for tid in os.listdir(f"/proc/{process.pid}/task") if int(tid) != process.pid]
+    assert ctypes.CDLL(None).tgkill(process.pid, others[0], signal.SIGTERM) == 0
+    assert process.wait(10) == 0
 
 
 def test_a_daemon_replaces_the_socket_of_one_that_was_killed(tmp_path: Path) -> None:
