@@ -266,9 +266,9 @@ static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
  * faults there, and is seen when the service asks for a look without SP_SCAN_STILL.
  */
 static struct {
-	bool going; /* a look at everything, from the first page on, of which `next` comes next; no part was left out so far */
-	bool whole; /* it came to the end */
-	uint64_t next, areas_seq;
+	bool whole;    /* it is at everything, from the first page on: no part was left out so far */
+	uint64_t next; /* where it goes on; 0: it came to the end */
+	uint64_t areas_seq;
 	long faults; /* when it began */
 } last_look;
 
@@ -291,20 +291,18 @@ static long count_faults(void)
 /* Notes what a request looks at. True: it looks at everything, and would find nothing. Needs the lock. */
 static bool nothing_new(const struct sp_scan *req)
 {
-	bool anew = !req->vpn;
 	long faults;
 
-	if (!anew) {
-		last_look.going &= req->vpn == last_look.next && req->end >= SP_VPN_END;
+	if (req->vpn) {
+		last_look.whole &= req->vpn == last_look.next && req->end >= SP_VPN_END;
 		return false;
 	}
 	faults = count_faults();
-	if (req->flags & SP_SCAN_STILL && last_look.whole && faults == last_look.faults &&
+	if (req->flags & SP_SCAN_STILL && last_look.whole && !last_look.next && faults == last_look.faults &&
 	    areas_seq == last_look.areas_seq && !atomic_load(&disturbed))
 		return true;
 	atomic_store(&disturbed, false);
-	last_look.going = kernel.tracking && faults >= 0 && req->end >= SP_VPN_END;
-	last_look.whole = false;
+	last_look.whole = kernel.tracking && faults >= 0 && req->end >= SP_VPN_END;
 	last_look.areas_seq = areas_seq;
 	last_look.faults = faults;
 	return false;
@@ -315,25 +313,23 @@ void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run
 {
 	struct out o = {.runs = runs, .sums = sums, .max_runs = max_runs, .max_sums = max_sums, .flags = req->flags};
 	uint64_t vpn = req->vpn;
+	bool nothing;
 
 	if (req->budget < max_sums)
 		o.max_sums = (uint32_t)req->budget;
 	agent_mmap_lock();
 	*head = (struct sp_scanned){.areas_seq = areas_seq};
-	if (nothing_new(req)) {
-		agent_mmap_unlock();
-		return;
-	}
+	nothing = nothing_new(req);
 	agent_mmap_unlock();
+	if (nothing)
+		return;
 	do {
 		agent_mmap_lock();
 		vpn = step(&o, vpn, req->end);
 		head->areas_seq = areas_seq;
 		agent_mmap_unlock();
 	} while (vpn && vpn < req->end && !full(&o));
-	last_look.next = vpn;
-	last_look.whole = last_look.going && !vpn;
-	head->next_vpn = vpn;
+	last_look.next = head->next_vpn = vpn;
 	head->nruns = o.nruns;
 	head->nhashed = o.nsums;
 }

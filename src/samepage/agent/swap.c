@@ -792,11 +792,7 @@ static size_t donate_some(int fd, uintptr_t addr, size_t n, uint8_t *status)
 				if (kind[i] == PAGE_OWN)
 					append_near(fd, addr, i, j, status);
 				else
-					memset(status + i,
-					       kind[i] == PAGE_FORKED ? BUSY
-					       : kind[i] == PAGE_FILE ? REFUSED
-								      : GONE,
-					       j - i);
+					memset(status + i, status_of(kind[i]), j - i);
 			}
 	}
 	agent_mmap_unlock();

@@ -66,10 +66,11 @@ def _serve(listener: socket.socket, path: str, reserve: int) -> None:
     keep_freed_memory()
     scanner = Scanner()
     server = Server(listener, scanner, Terms(reserve=reserve))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
-    # A signal that comes between two polls would be noticed only when something else wakes this thread.
+    # Python writes a byte there for every signal that it handles, and that ends the server. A handler would not do: it
+    # runs when this thread wakes, and a signal that comes between two polls does not wake it.
     signal.set_wakeup_fd(server.wake_fd)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     threading.Thread(target=scanner.run, name="ksmd", daemon=True).start()
     print(f"samepage: listening at {path}", flush=True)
     server.run()

@@ -280,7 +280,7 @@ class Ksmd:
         self._in_pass = False
         self._seqnr += 1
         self._work.passes += 1
-        candidates = sum(slot.hashable for slot in self.slots())
+        candidates = sum(slot.with_checksum for slot in self.slots())
         self._pages_skipped += max(0, candidates - self._pass_hashed)
         prune = self._clock() - self._pruned >= self._knobs.stable_node_chains_prune_millisecs / 1000
         if prune:

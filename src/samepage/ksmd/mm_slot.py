@@ -92,7 +92,7 @@ class MmSlot:
         return int(counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.ZERO])
 
     @property
-    def hashable(self) -> int:
+    def with_checksum(self) -> int:
         """Pages whose checksum is known."""
         counts = self.counts.tolist()
         return int(sum(counts) - sum([counts[state] for state in NO_CHECKSUM]))
