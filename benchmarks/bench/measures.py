@@ -61,8 +61,10 @@ class Sizes:
     models: int = 8
     nothing: int = 256
     rounds: int = 6
-    window: float = 1.0
-    """Seconds of the application's throughput in one look;"""
+    window: float = 0.25
+    """Seconds of the application's throughput in one look,"""
+    turns: int = 8
+    """of so many;"""
     nothing_window: float = 5.0
     """and where nothing is in common, and passes are seconds apart."""
     unchanged: tuple[int, ...] = (1024, 4096, 8192)
@@ -84,7 +86,7 @@ QUICK = Sizes(
     models=3,
     nothing=64,
     rounds=3,
-    window=0.4,
+    turns=3,
     nothing_window=0.4,
     unchanged=(256, 1024),
     passes=2,
@@ -408,7 +410,11 @@ def _work(side: Side, seconds: float, after: float = 0.1) -> tuple[Record, float
 
 def throughput(bench: Bench) -> Iterator[Record]:
     """Two processes with the same pages, but for a sixteenth, to which the application in the first writes all the
-    time while it sums up the rest: how fast it is before they are merged, meanwhile, and afterwards."""
+    time while it sums up the rest: how fast it is before they are merged, meanwhile, and afterwards.
+
+    What the machine gives changes by half from one second to the next where it is shared. So before and afterwards the
+    application takes turns with a yardstick, which is the same in a process that nobody merges.
+    """
     sizes = bench.sizes
     npages = _pages(sizes.throughput)
     own = npages // 16
@@ -416,26 +422,35 @@ def throughput(bench: Bench) -> Iterator[Record]:
     goal = round(NEARLY_ALL * (npages - own)) * PAGE_SIZE
     for repeat in range(bench.repeats):
         for make in bench.both():
-            side = make()
-            with sides.switches(bench.say), bench.group() as group, side:
+            side, alone = make(), Side()
+            with sides.switches(bench.say), bench.group() as group, side, alone:
                 worker, _ = side.start(commands, group, NUMPY_MADVISE_HUGEPAGE="0")
+                (yardstick,) = alone.start(commands[:1], NUMPY_MADVISE_HUGEPAGE="0")
                 side.register()
+                before = _in_turn(bench, worker, yardstick)
                 worker.ask("application_start")
-                time.sleep(0.3)
-                times = [time.perf_counter()]
-                time.sleep(sizes.window)
-                times.append(time.perf_counter())
+                started = time.perf_counter()
                 watch(side, meters.Memory(group, side.pids()), goal, sizes.limit)
-                times.append(time.perf_counter())
-                time.sleep(0.3)
-                times.append(time.perf_counter())
-                time.sleep(sizes.window)
-                times.append(time.perf_counter())
-                steps = worker.ask("application_stop")
+                ended = time.perf_counter()
+                merging = rates(worker.ask("application_stop"), started, ended)
+                after = _in_turn(bench, worker, yardstick)
             bench.say(f"throughput, {side.name}, {repeat + 1} of {bench.repeats}")
             record: Record = {"experiment": "throughput", "side": side.name, "repeat": repeat}
-            record |= {"before": rates(steps, *times[0:2]), "merging": rates(steps, *times[1:3])}
-            yield record | {"merging_seconds": times[2] - times[1], "after": rates(steps, *times[3:5])}
+            yield record | {"before": before, "merging": merging, "merging_seconds": ended - started, "after": after}
+
+
+def _in_turn(bench: Bench, worker: Commanded, yardstick: Commanded) -> list[dict[str, Record]]:
+    """Let the application work in one of two workers at a time: the rates of both in each turn."""
+    turns = []
+    for _ in range(bench.sizes.turns):
+        turn = {}
+        for name, one in (("worker", worker), ("yardstick", yardstick)):
+            one.ask("application_start")
+            started = time.perf_counter()
+            time.sleep(bench.sizes.window)
+            turn[name] = rates(one.ask("application_stop"), started, time.perf_counter())
+        turns.append(turn)
+    return turns
 
 
 # ---- stalls ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -235,11 +236,26 @@ def _nothing(records: list[Record]) -> list[Row]:
 
 def _throughput(records: list[Record]) -> list[Row]:
     found = []
-    for phase, when in (("merging", "while pages are merged"), ("after", "afterwards")):
+    for when, read in (("while pages are merged", _meanwhile), ("afterwards", _afterwards)):
         for what, title in WORK:
-            numbers = _relative(records, phase, ["before"], what)
+            numbers = by_side(records, functools.partial(read, what))
             found.append(_without_ratio(row(THROUGHPUT, f"{title} {when}, of before", "%", numbers)))
     return found
+
+
+def _meanwhile(what: str, record: Record) -> float | None:
+    now, before = record["merging"][what], [look["worker"][what] for look in record["before"]]
+    return 100 * now / statistics.median(before) if now and all(before) else None
+
+
+def _afterwards(what: str, record: Record) -> float | None:
+    """By what the yardstick did in the same turn, afterwards as before."""
+    looks = [(look["worker"][what], look["yardstick"][what]) for look in record["after"] + record["before"]]
+    if not all(map(all, looks)):
+        return None
+    shares: list[float] = [worker / yardstick for worker, yardstick in looks]
+    after = len(record["after"])
+    return 100 * statistics.median(shares[:after]) / statistics.median(shares[after:])
 
 
 # ---- stalls ----------------------------------------------------------------------------------------------------------

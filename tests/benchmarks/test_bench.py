@@ -26,7 +26,9 @@ TINY = Sizes(
     models=2,
     nothing=8,
     rounds=1,
-    window=0.2,
+    nothing_window=0.5,
+    window=0.1,
+    turns=1,
     unchanged=(8,),
     passes=1,
     throughput=16,
@@ -41,7 +43,7 @@ TINY = Sizes(
 @pytest.mark.timeout(300)  # others may have borrowed the kernel's KSM
 def test_it_measures_both_sides_and_the_kernels_switches_are_put_back() -> None:
     before = {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200}
-    names = ["same", "nothing", "unchanged", "stall"]
+    names = ["same", "nothing", "throughput", "unchanged", "stall"]
     records, bench = run(names, TINY, 1, Console(stderr=True))
     if kernel_ksm.available() and not kernel_ksm.in_use():
         assert {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200} == before
@@ -106,6 +108,21 @@ def test_an_application_is_compared_with_itself_before_and_after() -> None:
     share, sums, writes = report.rows([done, none_seen])
     assert share.values == {"samepage": 1.0}
     assert sums.values == writes.values == {"samepage": 99.0}
+
+
+def test_a_machine_that_gives_less_afterwards_gives_the_yardstick_less_too() -> None:
+    def rates(writes: float | None) -> Record:
+        return {"reductions": 2 * writes if writes else None, "writes": writes}
+
+    def turns(*writes: tuple[float | None, float]) -> list[Record]:
+        return [{"worker": rates(worker), "yardstick": rates(yardstick)} for worker, yardstick in writes]
+
+    done: Record = {"experiment": "throughput", "side": "samepage", "repeat": 0, "merging": rates(60.0)}
+    done |= {"before": turns((100.0, 80.0), (120.0, 96.0), (30.0, 25.0)), "after": turns((50.0, 50.0), (20.0, 20.0))}
+    none_seen = done | {"repeat": 1, "merging": rates(None), "after": turns((None, 1.0))}
+    sums_meanwhile, writes_meanwhile, sums, writes = report.rows([done, none_seen])
+    assert sums_meanwhile.values == writes_meanwhile.values == {"samepage": 60.0}
+    assert sums.values == writes.values == {"samepage": 80.0}
 
 
 def test_of_a_hundred_writes_the_slowest_is_beyond_the_99th_percentile() -> None:
