@@ -190,12 +190,12 @@ static void pull(struct chunk *c, size_t i, size_t j, bool *here)
 			size_t end = row_end(c, i + at, j) - i, own = at;
 
 			if (page_kinds(c->addr[i + at], end - at, kind + at))
-				kind[at] = PAGE_ABSENT;
+				memset(kind + at, PAGE_ABSENT, end - at);
 			while (own < end && kind[own] == PAGE_OWN)
 				own++;
 			if (own == at) {
-				c->status[i + at] = status_of(kind[at]);
-				at++;
+				for (; at < end && kind[at] != PAGE_OWN; at++)
+					c->status[i + at] = status_of(kind[at]);
 				continue;
 			}
 			/* A page that a fork shared once is not ours alone again (PageAnonExclusive) until it is written.
@@ -453,36 +453,20 @@ static bool may_swap(const struct area *a)
 	       (kernel.swap == SP_SWAP_QUIET && (a->flags & AREA_QUIET));
 }
 
-/* Of a row of fewer pages it is not asked what stands there: most can be moved, and the move tells. */
-#define ROW_ASKED 8
-
-/* Sorts out what cannot be swapped, and swaps the rest. */
+/* Swaps what may be swapped. It is not asked before what stands there: nearly all can be swapped, and the attempt tells. By
+ * write-protection a page of a segment can be, too, if it was written. */
 static void merge_chunk(struct chunk *c)
 {
 	bool go[SECTION_MAX];
-	uint8_t kind[SECTION_MAX];
 
-	for (size_t i = 0, end; i < c->n; i = end) {
-		end = row_end(c, i, c->n);
-		if (kernel.swap != SP_SWAP_WP && end - i < ROW_ASKED)
-			memset(kind + i, PAGE_OWN, end - i);
-		else if (page_kinds(c->addr[i], end - i, kind + i))
-			memset(kind + i, PAGE_ABSENT, end - i);
-	}
-	for (size_t k = 0; k < c->n; k++) {
-		bool anonymous = !page_test(PAGE_SEGMENT, c->addr[k] >> PAGE_SHIFT) ||
-				 (kernel.swap == SP_SWAP_WP && kind[k] != PAGE_FILE);
-
-		go[k] = kind[k] == PAGE_OWN && anonymous;
-		if (!go[k])
-			c->status[k] = !anonymous ? REFUSED : status_of(kind[k]);
-	}
+	for (size_t k = 0; k < c->n; k++)
+		go[k] = kernel.swap == SP_SWAP_WP || !page_test(PAGE_SEGMENT, c->addr[k] >> PAGE_SHIFT);
 	for (size_t i = 0, j; i < c->n; i = j) {
 		for (j = i + 1; j < c->n && go[j] == go[i]; j++)
 			;
 		if (!go[i])
-			continue;
-		if (kernel.swap != SP_SWAP_WP)
+			memset(c->status + i, REFUSED, j - i);
+		else if (kernel.swap != SP_SWAP_WP)
 			swap_by_move(c, i, j);
 		else
 			for (size_t at = i, end; at < j; at = end) {
