@@ -16,6 +16,8 @@ from samepage.ksmd.mm_slot import Structured
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import (
     AREA,
+    DONE,
+    LAST_STATUS,
     RUN,
     VPN_END,
     AddressSpaceGone,
@@ -23,7 +25,6 @@ from samepage.memory import (
     BreakResult,
     Donation,
     MergeResult,
-    PageStatus,
     RunKind,
     ScanResult,
 )
@@ -73,13 +74,13 @@ def scanned(reply: ScanResult, vpn: int) -> None:
 
 def _statuses(status: npt.NDArray[np.uint8], npages: int) -> None:
     _require(status.dtype == np.uint8 and status.shape == (npages,), "not one status a page")
-    _require(not npages or int(status.max()) <= max(PageStatus), "unknown page status")
+    _require(not npages or status.max() <= LAST_STATUS, "unknown page status")
 
 
 def donated(donation: Donation, npages: int) -> None:
     """A segment must hold exactly the pages that were donated."""
     _statuses(donation.status, npages)
-    done = int(np.count_nonzero(donation.status == PageStatus.DONE))
+    done = int(np.count_nonzero(donation.status == DONE))
     held = donation.segment.npages if donation.segment else 0
     _require(done == held and done <= SEGMENT_PAGES and donation.cpu_ns >= 0, "a segment not as asked for")
 

@@ -18,9 +18,9 @@ import numpy as np
 from samepage.ksmd import check
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
-from samepage.ksmd.rmap import Bools, Ints, run_starts
+from samepage.ksmd.rmap import Bools, Ints, expand, run_starts
 from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment
-from samepage.memory import AREA, EXTENT, U8, U32, U64, AddressSpaceGone, PageStatus, Segment
+from samepage.memory import AREA, DONE, EXTENT, U8, U32, U64, AddressSpaceGone, PageStatus, Segment
 
 HUGE_PAGE = 512
 """Pages of a huge page, which a process swaps whole if all of it is asked for at once."""
@@ -189,7 +189,10 @@ class Exchange:
         copied = target >= COPY
         self.rank: Ints = np.zeros(len(refs), np.int64)
         """For each ref that is to be merged with a copy, the position of its donor among the donors."""
-        self.rank[copied] = np.searchsorted(donors, (target[copied] - COPY).astype(np.uint32))
+        theirs = (target[copied] - COPY).astype(np.uint32)
+        starts = run_starts(theirs)  # donors that follow one another do so among the donors, too
+        lengths = np.diff(np.append(starts, len(theirs)))
+        self.rank[copied] = expand(np.searchsorted(donors, theirs[starts]), lengths)
         donating = target == COPY + refs
         own = np.full(len(donors), -1, np.int64)
         own[self.rank[donating]] = np.flatnonzero(donating)
@@ -257,7 +260,7 @@ class Exchange:
     def _sharing(self, queues: _Queues, copy: _Copy, share: _Share) -> _Task:
         def tried() -> None:
             with self._lock:
-                copy.used[share.place[self.status[share.pages] == PageStatus.DONE]] = True
+                copy.used[share.place[self.status[share.pages] == DONE]] = True
                 copy.waiting -= 1
                 last = not copy.waiting
             if last:
@@ -299,7 +302,7 @@ class Exchange:
             raise
         with self._lock:
             copy.slot.cpu_ns += donation.cpu_ns
-        done = donation.status == PageStatus.DONE
+        done = donation.status == DONE
         copy.offset = np.where(done, np.cumsum(done) - 1, -1)
         copy.used = np.zeros(len(done), np.bool_)
         copy.segment = donation.segment

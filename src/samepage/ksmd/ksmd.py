@@ -25,8 +25,9 @@ from samepage.ksmd.scan import Look, Seen, ingest, look, recount_zeros
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
 from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
 
-ROUNDS = 64
-"""Steps of a scan in one batch at most: a process that never gets on must not keep ksmd from the others."""
+ROUNDS, LOOKS = 16, 4
+"""Steps of a scan in one batch at most, and looks at a process in a step: one that never gets on must not keep ksmd from
+the others."""
 
 STEP_PAGES = 256
 """A process is not asked for fewer pages than these if the budget is larger: a message has its price."""
@@ -240,33 +241,40 @@ class Ksmd:
         slots = list(self._cursor)[: max(1, budget // STEP_PAGES)]
         share = budget // len(slots)
 
-        def ask(slot: MmSlot) -> Look:
-            first, end = slot.ages.ahead(self._cursor[slot])
-            return look(slot, first, share, self._flags(slot), end)
+        def ask(slot: MmSlot) -> list[Look]:
+            """Some looks without waiting for others in between; if its areas changed, these must be taken in first."""
+            looks: list[Look] = []
+            vpn, left = self._cursor[slot], share
+            while len(looks) < LOOKS and left > 0:
+                first, end = slot.ages.ahead(vpn)
+                looks.append(look(slot, first, left, self._flags(slot), end))
+                vpn, left = looks[-1].reply.next_vpn, left - len(looks[-1].reply.checksums)
+                if not vpn or looks[-1].areas is not None:
+                    break
+            return looks
 
         looks = self._work.each(slots, ask)
         for slot in slots:
-            seen = looks.get(slot)
             try:
-                if seen is None:
-                    del self._cursor[slot]
-                    continue
-                outcome = ingest(slot.domain, slot, seen, self._work.passes)
+                for seen in looks.get(slot, []):
+                    self._take_in(slot, seen, total)
             except AddressSpaceGone:
                 slot.gone = True
+            if slot.gone:
                 del self._cursor[slot]
-                continue
-            if seen.reply.forked < JOIN_SECONDS:
-                self._joins_until = max(self._joins_until, self._clock() + JOIN_SECONDS - seen.reply.forked)
-            total.hashed += outcome.hashed
-            total.first_looks += outcome.first_looks
-            total.changed += outcome.changed
-            slot.stirred |= bool(outcome.changed or outcome.turned)
-            if seen.reply.next_vpn:
-                self._cursor[slot] = seen.reply.next_vpn
-            else:
+            elif not self._cursor[slot]:
                 del self._cursor[slot]
                 slot.looked_at()
+
+    def _take_in(self, slot: MmSlot, seen: Look, total: Seen) -> None:
+        outcome = ingest(slot.domain, slot, seen, self._work.passes)
+        if seen.reply.forked < JOIN_SECONDS:
+            self._joins_until = max(self._joins_until, self._clock() + JOIN_SECONDS - seen.reply.forked)
+        total.hashed += outcome.hashed
+        total.first_looks += outcome.first_looks
+        total.changed += outcome.changed
+        slot.stirred |= bool(outcome.changed or outcome.turned)
+        self._cursor[slot] = seen.reply.next_vpn
 
     def _flags(self, slot: MmSlot) -> ScanFlag:
         """How to look at a process now."""

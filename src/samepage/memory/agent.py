@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from samepage.memory import (
     AREA,
+    DONE,
     EXTENT,
+    LAST_STATUS,
     PAGE_SIZE,
     RUN,
     U8,
@@ -32,7 +34,6 @@ from samepage.memory import (
     BreakResult,
     Donation,
     MergeResult,
-    PageStatus,
     RunKind,
     ScanFlag,
     ScanResult,
@@ -175,7 +176,7 @@ class AgentAddressSpace:
             raise ValueError(f"a donation of {npages} pages; {DONATE_MAX} at most")
         with self._ask(Op.DONATE, runs.astype(AREA, copy=False).tobytes(), may_have_fd=True) as answer:
             cpu_ns, status = _statuses(answer, npages)
-            done = int(np.count_nonzero(status == PageStatus.DONE))
+            done = int(np.count_nonzero(status == DONE))
             if (done > 0) != (answer.fd >= 0):
                 raise WireError(f"{done} pages donated, {'a' if answer.fd >= 0 else 'no'} segment")
             segment = MemfdSegment(answer.take_fd(), done) if done else None
@@ -388,13 +389,16 @@ def _statuses(answer: Packet, npages: int) -> tuple[int, U8]:
     done = reader.one(wire.DONE)
     status: U8 = reader.take(np.uint8, npages)
     reader.end()
-    if done["npages"] != npages or np.any(status > max(PageStatus)):
+    if done["npages"] != npages or np.any(status > LAST_STATUS):
         raise WireError("an answer about other pages")
     return done["cpu_ns"], status
 
 
 def _packets(extents: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
     """Split `extents`, in order, so that each part fits into a packet and so does the answer to it."""
+    if len(extents) <= EXTENTS_MAX and int(extents["npages"].sum()) <= MERGE_MAX:
+        yield extents.astype(EXTENT, copy=False)
+        return
     extents = _shorten(extents.astype(EXTENT, copy=False))
     ends = np.cumsum(extents["npages"])
     start = 0
