@@ -6,10 +6,12 @@ import contextlib
 import errno
 import mmap
 import os
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -390,3 +392,35 @@ def test_hanging_up_wakes_whoever_waits_for_an_answer(make: Make, monkeypatch: p
     with pytest.raises(AddressSpaceGone):
         space.scan(0, 1)
     assert time.monotonic() - started < 5
+
+
+def test_a_request_does_not_wait_for_the_answer_to_the_one_before(make: Make) -> None:
+    def answer_once_the_next_is_there(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        if len(agent.asked) == 1:
+            assert select.select([agent.sock], [], [], 0.4)[0]
+        return agent.honest(request)
+
+    space, agent = make(scan=answer_once_the_next_is_there)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda budget: len(space.scan(0, budget).checksums), (3, 5))
+    assert first + second == 8
+    assert len(agent.asked) == 2
+
+
+def test_of_several_who_wait_each_gets_its_own_answer(make: Make) -> None:
+    space, _ = make(npages=64)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: len(space.donate(np.array([(BASE_VPN, n)], AREA)).status), range(1, 65)))
+    assert found == list(range(1, 65))
+
+
+def test_whoever_waits_behind_an_answer_that_makes_no_sense_is_told_too(make: Make) -> None:
+    space, _ = make(scan=lambda _, request: (wire.encode(request.op, request.seq + 7), -1))
+
+    def ask(_: int) -> bool:
+        with pytest.raises(AddressSpaceGone):
+            space.scan(0, 1)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(4)))

@@ -6,7 +6,8 @@
  * The socket is AF_UNIX, SOCK_SEQPACKET: one message is one packet, at most SP_MSG_MAX bytes, little-endian
  * (the host's order), and a descriptor rides on the packet it belongs to (SCM_RIGHTS). The agent speaks
  * first (HELLO), the service answers (WELCOME), the agent says what it can do (READY); from then on the
- * service asks and the agent answers, strictly in turn, each answer carrying the request's op and seq.
+ * service asks, some things ahead if it likes, and the agent answers in the same order, each answer carrying
+ * the request's op and seq.
  * A connection whose first packet starts with '{' is a control connection instead (see service/control.py).
  *
  * Pages are named by virtual page number (vpn): address / page size.

@@ -12,6 +12,8 @@ import errno
 import os
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,15 +78,17 @@ class Terms:
 class AgentAddressSpace:
     """One process behind a SOCK_SEQPACKET socket whose handshake is done (see `welcome`).
 
-    Requests go strictly one at a time; several threads may ask. After the first `AddressSpaceGone` every call
+    Several threads may ask, and no request waits for the answer to the one before: the process has it at hand when
+    it is done with that. Answers come in the order of requests. After the first `AddressSpaceGone` every call
     raises it. `close` is for whoever made the connection: until then the descriptor stays valid, so that a
     poll on it sees the hangup and no other connection can be given its number.
     """
 
     def __init__(self, sock: socket.socket, pid: int, domain: int, comm: str, ready: dict[str, int]) -> None:
         self._sock = sock
-        self._turn = threading.Lock()
+        self._asking = threading.Condition()  # held to send, so that requests are sent in the order of their numbers
         self._seq = 0
+        self._unanswered: deque[int] = deque()
         self._gone: str | None = None
         self._pid = pid
         self._domain = domain
@@ -147,7 +151,8 @@ class AgentAddressSpace:
     def close(self) -> None:
         """Hang up and give the descriptor back."""
         self.hang_up()
-        with self._turn:
+        with self._asking:
+            self._asking.wait_for(lambda: not self._unanswered)
             self._sock.close()
 
     def areas(self) -> Areas:
@@ -270,30 +275,54 @@ class AgentAddressSpace:
     ) -> Iterator[Packet]:
         """Send a request and give its answer to the block, which checks it: any `WireError`, also the block's,
         any socket error and any silence end the connection. A descriptor the block leaves is closed."""
-        with self._turn:
+        try:
+            seq = self._send(op, body, fd)
+            answer = self._recv(seq, patience)
+            try:
+                if (answer.op, answer.seq) != (op, seq):
+                    raise WireError(f"asked {op.name} #{seq}, answered op {answer.op} #{answer.seq}")
+                if answer.error:
+                    raise WireError(f"{op.name} failed with {errno.errorcode.get(answer.error, answer.error)}")
+                if answer.fd >= 0 and not may_have_fd:
+                    raise WireError(f"a descriptor on the answer to {op.name}")
+                yield answer
+            finally:
+                answer.close()
+        except AddressSpaceGone:
+            raise
+        except (WireError, SegmentError, OSError) as e:
+            raise self._lost(_why(e)) from e
+        except BaseException:
+            # A KeyboardInterrupt, say: an answer may be left on the way, and would be taken for the next one's.
+            self.hang_up("interrupted in the middle of a request")
+            raise
+
+    def _send(self, op: Op, body: bytes, fd: int) -> int:
+        """Returns the number of the request, whose answer must be taken in."""
+        with self._asking:
             if self._gone is not None:
                 raise AddressSpaceGone(f"process {self._pid}: {self._gone}")
             self._seq = (self._seq + 1) & 0xFFFFFFFF
-            try:
-                self._sock.settimeout(TIMEOUT + patience)
-                wire.send(self._sock, op, self._seq, body, fd=fd)
-                answer = wire.recv(self._sock)
+            self._sock.settimeout(TIMEOUT)
+            wire.send(self._sock, op, self._seq, body, fd=fd)
+            self._unanswered.append(self._seq)
+            return self._seq
+
+    def _recv(self, seq: int, patience: float) -> Packet:
+        try:
+            with self._asking:
+                self._asking.wait_for(lambda: self._unanswered[0] == seq)
+            ends = time.monotonic() + TIMEOUT + patience
+            while True:
                 try:
-                    if (answer.op, answer.seq) != (op, self._seq):
-                        raise WireError(f"asked {op.name} #{self._seq}, answered op {answer.op} #{answer.seq}")
-                    if answer.error:
-                        raise WireError(f"{op.name} failed with {errno.errorcode.get(answer.error, answer.error)}")
-                    if answer.fd >= 0 and not may_have_fd:
-                        raise WireError(f"a descriptor on the answer to {op.name}")
-                    yield answer
-                finally:
-                    answer.close()
-            except (WireError, SegmentError, OSError) as e:
-                raise self._lost(_why(e)) from e
-            except BaseException:
-                # A KeyboardInterrupt, say: an answer may be left on the way, and would be taken for the next one's.
-                self.hang_up("interrupted in the middle of a request")
-                raise
+                    return wire.recv(self._sock)
+                except TimeoutError:
+                    if time.monotonic() >= ends:
+                        raise
+        finally:
+            with self._asking:
+                self._unanswered.remove(seq)
+                self._asking.notify_all()
 
     def _lost(self, why: str) -> AddressSpaceGone:
         self.hang_up(why)
