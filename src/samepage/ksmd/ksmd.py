@@ -26,8 +26,8 @@ from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pend
 from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
 
 ROUNDS, LOOKS = 16, 4
-"""Steps of a scan in one batch at most, and looks at a process in a step: one that never gets on must not keep ksmd from
-the others."""
+"""Steps of a scan in one batch at most, and looks at a process in a step: one that never gets on must not keep ksmd
+from the others."""
 
 STEP_PAGES = 256
 """A process is not asked for fewer pages than these if the budget is larger: a message has its price."""

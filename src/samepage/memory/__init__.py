@@ -77,7 +77,7 @@ class PageStatus(IntEnum):
 
 
 DONE, LAST_STATUS = np.uint8(PageStatus.DONE), np.uint8(max(PageStatus))
-"""To compare arrays with where it is done for every answer: with the members themselves numpy takes five times as long."""
+"""To compare arrays with, for every answer: with the members themselves numpy takes five times as long."""
 
 
 RUN = np.dtype([("vpn", "<u8"), ("npages", "<u4"), ("kind", "<u4"), ("ino", "<u8"), ("offset", "<u8")])
