@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.util import find_spec
@@ -220,9 +220,16 @@ def merge(bench: Bench, side: Side, commands: list[list[str]], goal: int | None,
     return record
 
 
-def _merging(bench: Bench, name: str, commands: list[list[str]], goal: int | None, **more: str) -> Iterator[Record]:
+def _merging(
+    bench: Bench,
+    name: str,
+    commands: list[list[str]],
+    goal: int | None,
+    makers: Sequence[Callable[[], Side]] = (),
+    **more: str,
+) -> Iterator[Record]:
     for repeat in range(bench.repeats):
-        for make in bench.both():
+        for make in makers or bench.both():
             side = make()
             record = merge(bench, side, commands, goal, bench.sizes.limit, **more)
             bench.say(
@@ -236,7 +243,12 @@ def same(bench: Bench) -> Iterator[Record]:
     """Two processes with the same pages in the same order."""
     npages = _pages(bench.sizes.same)
     commands, goal = [_memory([(0, npages, 0)])] * 2, npages * PAGE_SIZE
-    yield from _merging(bench, "same", commands, goal)
+    makers = bench.both()
+    if os.access(sides.SHMEM_ENABLED, os.W_OK):
+        makers.append(sides.LargeFolios)
+    else:
+        bench.skip("samepage with large folios", f"needs root, and {sides.SHMEM_ENABLED}")
+    yield from _merging(bench, "same", commands, goal, makers)
     if bench.kernel():
         side = sides.defaults()
         record = merge(bench, side, commands, goal, bench.sizes.defaults_limit)

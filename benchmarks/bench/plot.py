@@ -11,9 +11,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.bench.measures import MIB, Record
-from benchmarks.bench.report import DEFAULTS, KERNEL, SAMEPAGE, TITLES, Row
+from benchmarks.bench.report import DEFAULTS, KERNEL, LARGE, SAMEPAGE, TITLES, Row
 
-COLOURS = {SAMEPAGE: "tab:blue", KERNEL: "tab:orange", DEFAULTS: "tab:red"}
+COLOURS = {SAMEPAGE: "tab:blue", LARGE: "tab:green", KERNEL: "tab:orange", DEFAULTS: "tab:red"}
 
 
 def plot(records: list[Record], rows: list[Row], file: Path) -> None:

@@ -14,8 +14,9 @@ from rich.text import Text
 from benchmarks.bench.measures import MIB, NEARLY_ALL, Record
 
 SAMEPAGE, KERNEL, DEFAULTS = "samepage", "ksmd fastest", "ksmd defaults"
+LARGE = "samepage, large folios"
 UNSKIPPING = "ksmd fastest, smart_scan 0"
-COLUMNS = (SAMEPAGE, KERNEL, DEFAULTS, "shared_memory", "mapped file", "alone")
+COLUMNS = (SAMEPAGE, LARGE, KERNEL, DEFAULTS, "shared_memory", "mapped file", "alone")
 
 PASSES = "CPU of a pass over memory that was seen before"
 NOTHING = "two processes with nothing in common"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from samepage.service.control import Client
 
 RMAP_ITEM = Path("/sys/kernel/slab/ksm_rmap_item/object_size")
 STABLE_NODE = Path("/sys/kernel/slab/ksm_stable_node/object_size")
+SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+"""Whether the kernel may take large folios for memfds, those of all programs (admin-guide/mm/transhuge.rst)."""
 
 
 @contextlib.contextmanager
@@ -225,6 +228,20 @@ class Samepage(Side):
         assert self.socket is not None
         with Client(self.socket, timeout=None) as client:
             return client.ask(op, **arguments)
+
+
+class LargeFolios(Samepage):
+    """The same where the kernel may take large folios for the segments."""
+
+    name = "samepage, large folios"
+
+    def __enter__(self) -> LargeFolios:
+        now = re.search(r"\[(\w+)\]", SHMEM_ENABLED.read_text())
+        assert now is not None
+        self._stack.callback(SHMEM_ENABLED.write_text, now[1])
+        SHMEM_ENABLED.write_text("within_size")
+        super().__enter__()
+        return self
 
 
 def _who_listens(path: str) -> int:
