@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from samepage.ksmd import Ksmd, PageState
+from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import PAGE_SIZE
@@ -27,10 +28,10 @@ class Clock:
         return self.now
 
 
-def new_ksmd(clock: Clock | None = None) -> Ksmd:
+def new_ksmd(clock: Clock | None = None, concurrently: Concurrently = map) -> Ksmd:
     """A ksmd for which no time passes unless told."""
     clock = clock or Clock()
-    return Ksmd(clock=clock, cpu_clock=lambda: 0.0)
+    return Ksmd(clock=clock, cpu_clock=lambda: 0.0, concurrently=concurrently)
 
 
 def process(

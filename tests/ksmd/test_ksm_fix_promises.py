@@ -7,12 +7,14 @@ ksmd has to do for them.
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from samepage.ksmd import UnmergeFailed
-from samepage.memory import PAGE_SIZE, AddressSpaceGone
+from samepage.memory import PAGE_SIZE, AddressSpaceGone, BreakResult
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
 from tests.ksmd.simulation import BASE, new_ksmd, passes, process, processes
 
@@ -104,6 +106,41 @@ def test_s2_an_unmerge_can_be_cancelled_between_steps_and_goes_on_when_called_ag
     again = ksmd.unmerge(slot, cancelled=never)
     assert (again.errno, again.pages_unmerged, again.pages_remaining) == (0, 6000 - 2048, 0)
     assert not a.merged_pages()
+
+
+@pytest.mark.parametrize("why", [errno.EINTR, errno.ENOMEM, errno.EFAULT, 0])
+def test_s2_what_a_process_was_asked_for_ahead_of_an_error_is_known_of_too(why: int) -> None:
+    lock = threading.Lock()
+
+    class OneAtATime(SimulatedAddressSpace):
+        """As an agent is."""
+
+        def break_ksm(self, vpn: int, npages: int) -> BreakResult:
+            with lock:
+                return super().break_ksm(vpn, npages)
+
+    content = range(1, 20001)  # ten ranges
+    with ThreadPoolExecutor(4) as pool:
+        machine, ksmd = SimulatedMachine(), new_ksmd(concurrently=pool.map)
+        spaces = [OneAtATime(machine, pid) for pid in (1, 2)]
+        for space in spaces:
+            space.map_area(BASE, len(content))
+            space.write(BASE, *content)
+        slot, _ = (ksmd.enter(space) for space in spaces)
+        a = spaces[0]
+        passes(ksmd, 2)
+        assert len(a.merged_pages()) == len(content)
+        if why in (errno.ENOMEM, errno.EFAULT):
+            fail_break(a, BASE + 5000, why, times=1)
+        result = ksmd.unmerge(slot, cancelled=after(3) if why == errno.EINTR else never)
+        assert result.errno == (why if why != errno.EFAULT else 0)
+        assert result.pages_unmerged + result.pages_remaining == len(content)
+        assert len(a.merged_pages()) == result.pages_remaining == slot.merged
+        if result.errno:
+            assert 4096 < result.pages_unmerged < len(content)
+        assert ksmd.unmerge(slot).errno == 0
+        assert not a.merged_pages()
+        assert slot.merged == 0
 
 
 def test_s2_an_unmerge_stops_at_the_first_error_and_what_was_done_stays_done() -> None:

@@ -430,7 +430,7 @@ class Ksmd:
         if slot not in slot.domain.slots:  # joined this moment
             self._reap()
         try:
-            row, last = unmerge_pages(slot.domain, slot, *extent, cancelled, leave_alone)
+            row, last = unmerge_pages(slot.domain, slot, *extent, cancelled, leave_alone, self._work.concurrently)
         except AddressSpaceGone:
             slot.gone = True
             return

@@ -198,7 +198,7 @@ class StableTree:
     def _chain(self, nodes: U32, sign: int) -> None:
         """Keep `stable_node_chains` (checksums that have several nodes) and `stable_node_dups` (those nodes), when
         some went into the index (+1) or out of it (-1)."""
-        if not len(nodes):
+        if not len(nodes) or (sign < 0 and not self.dups):
             return
         in_order = np.sort(self.checksum[nodes])
         first = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1])))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
 from samepage.ksmd import check
 from samepage.ksmd.domain import SLICE_PAGES, Domain
+from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, Ints, PageState
 from samepage.ksmd.scan import refresh_areas
@@ -21,6 +23,9 @@ from samepage.memory import AREA, AddressSpaceGone, BreakResult
 
 BREAK_PAGES = 2048
 """Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
+
+AHEAD = 8
+"""Ranges asked for together at most: a process goes on with the next while it is taken in what became of one."""
 
 Cancelled = Callable[[], bool]
 
@@ -51,22 +56,37 @@ class UnmergeResult(BreakResult):
 
 
 def unmerge_pages(
-    domain: Domain, slot: MmSlot, vpn: int, npages: int, cancelled: Cancelled, leave_alone: bool
+    domain: Domain,
+    slot: MmSlot,
+    vpn: int,
+    npages: int,
+    cancelled: Cancelled,
+    leave_alone: bool,
+    concurrently: Concurrently = map,
 ) -> tuple[ProcessBreak, BreakResult]:
     """Break all merged pages of a range (unmerge_ksm_pages), also those ksmd does not know of yet.
 
     `leave_alone`: the pages are not merged again until they change; else they are candidates after a pass.
     Returns the outcome and the answer that ended it. AddressSpaceGone goes through.
     """
-    row, last = ProcessBreak(slot.pid), BreakResult()
     refresh_areas(domain, slot)
-    for start, length in list(_ranges(domain, slot, vpn, npages)):
-        last = BreakResult(errno.EINTR)
-        if not cancelled():
-            last = _break_range(domain, slot, start, length, leave_alone)
-        row.pages_unmerged += last.pages_unmerged
-        if last.errno:
-            break
+    row, ranges = ProcessBreak(slot.pid), list(_ranges(domain, slot, vpn, npages))
+    last = BreakResult(errno.EINTR if ranges and cancelled() else 0)
+
+    def ask(run: tuple[int, int]) -> BreakResult | None:
+        """Runs in any thread. None: not any more."""
+        return None if last.errno else _ask(slot, *run)
+
+    together = (concurrently(ask, ranges[at : at + AHEAD]) for at in range(0, len(ranges), AHEAD))
+    for number, (run, answer) in enumerate(zip(ranges, chain.from_iterable(together), strict=True), 1):
+        if answer is None:
+            continue
+        done = _take_in(domain, slot, *run, answer, leave_alone)
+        row.pages_unmerged += done.pages_unmerged
+        if not last.errno:  # else it was on the way already
+            last = done
+        if not last.errno and number < len(ranges) and cancelled():
+            last = BreakResult(errno.EINTR)
     row.errno = last.errno
     row.pages_remaining = max(_merged_in(domain, slot, vpn, npages), last.pages_remaining)
     return row, last
@@ -109,13 +129,24 @@ def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tup
             yield start + pending, n - pending
 
 
-def _break_range(domain: Domain, slot: MmSlot, vpn: int, npages: int, leave_alone: bool) -> BreakResult:
-    """Break one range (break_ksm). Like there, EFAULT ends nothing: the page it is about cannot be mapped any more.
-
-    So the areas are looked at again, and what is left of the range is halved until the bad page stands alone.
-    """
+def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:
     result = slot.space.break_ksm(vpn, npages)
     check.broken(result, npages)
+    return result
+
+
+def _break_range(domain: Domain, slot: MmSlot, vpn: int, npages: int, leave_alone: bool) -> BreakResult:
+    """Break one range (break_ksm)."""
+    return _take_in(domain, slot, vpn, npages, _ask(slot, vpn, npages), leave_alone)
+
+
+def _take_in(
+    domain: Domain, slot: MmSlot, vpn: int, npages: int, result: BreakResult, leave_alone: bool
+) -> BreakResult:
+    """What became of a range that was to be broken. Like in break_ksm, EFAULT ends nothing: the page it is about cannot
+    be mapped any more. So the areas are looked at again, and what is left of the range is halved until the bad page
+    stands alone.
+    """
     if not result.errno:
         _unmerged(domain, slot, _merged_refs(domain, slot, vpn, npages), leave_alone)
         return result
