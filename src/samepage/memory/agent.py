@@ -365,7 +365,7 @@ def _check_hello(hello: Packet) -> str:
         raise WireError(f"its agent speaks version {said['version']}, this service version {wire.VERSION}")
     if said["page_size"] != PAGE_SIZE:
         raise WireError(f"pages of {said['page_size']} bytes")
-    name = said["comm"].decode("utf-8", "replace")
+    name = said["comm"].rstrip(b"\0").decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "?" for c in name)
 
 

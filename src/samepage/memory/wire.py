@@ -8,8 +8,10 @@ A descriptor rides on the packet it belongs to. Whatever a peer sends that is no
 from __future__ import annotations
 
 import array
+import functools
 import os
 import socket
+import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any
@@ -126,9 +128,19 @@ class Disconnected(ConnectionError):
     """The peer closed its end."""
 
 
+_CODES = {"<u4": "I", "<i4": "i", "<u8": "Q"}
+
+
+@functools.cache
+def _struct(dtype: np.dtype[np.void]) -> struct.Struct:
+    """For one at a time, which numpy takes ten times as long for."""
+    kinds = [dtype[name] for name in dtype.names or ()]
+    return struct.Struct("<" + "".join(_CODES.get(kind.str, f"{kind.itemsize}s") for kind in kinds))
+
+
 def pack(dtype: np.dtype[np.void], *values: Any) -> bytes:
     """One struct of `dtype` with its fields in order."""
-    return np.array([values], dtype).tobytes()
+    return _struct(dtype).pack(*values)
 
 
 @dataclass(slots=True)
@@ -148,9 +160,11 @@ class Reader:
         return found
 
     def one(self, dtype: np.dtype[np.void]) -> dict[str, Any]:
-        """The next struct, as Python values by field name."""
-        names = dtype.names or ()
-        return dict(zip(names, self.take(dtype, 1)[0].item(), strict=True))
+        """The next struct, as Python values by field name. Bytes come with the zeros that fill them up."""
+        at, self.at = self.at, self.at + dtype.itemsize
+        if self.at > len(self.body):
+            raise WireError(f"{len(self.body)} bytes are too few")
+        return dict(zip(dtype.names or (), _struct(dtype).unpack_from(self.body, at), strict=True))
 
     def rest(self, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
         """All that is left, as elements of `dtype`."""
