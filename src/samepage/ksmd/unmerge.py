@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from samepage.memory import AREA, AddressSpaceGone, BreakResult
 
 BREAK_PAGES = 2048
 """Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
-
-AHEAD = 8
-"""Ranges asked for together at most: a process goes on with the next while it is taken in what became of one."""
 
 Cancelled = Callable[[], bool]
 
@@ -70,23 +67,27 @@ def unmerge_pages(
     Returns the outcome and the answer that ended it. AddressSpaceGone goes through.
     """
     refresh_areas(domain, slot)
-    row, ranges = ProcessBreak(slot.pid), list(_ranges(domain, slot, vpn, npages))
-    last = BreakResult(errno.EINTR if ranges and cancelled() else 0)
-
-    def ask(run: tuple[int, int]) -> BreakResult | None:
-        """Runs in any thread. None: not any more."""
-        return None if last.errno else _ask(slot, *run)
-
-    together = (concurrently(ask, ranges[at : at + AHEAD]) for at in range(0, len(ranges), AHEAD))
-    for number, (run, answer) in enumerate(zip(ranges, chain.from_iterable(together), strict=True), 1):
-        if answer is None:
-            continue
-        done = _take_in(domain, slot, *run, answer, leave_alone)
-        row.pages_unmerged += done.pages_unmerged
-        if not last.errno:  # else it was on the way already
-            last = done
-        if not last.errno and number < len(ranges) and cancelled():
-            last = BreakResult(errno.EINTR)
+    row, last = ProcessBreak(slot.pid), BreakResult()
+    known: Callable[[], BreakResult] | None = None
+    for run in [*_ranges(domain, slot, vpn, npages), None]:
+        # What became of one range is taken in while the process has the next in hand.
+        steps = [known] if known else []
+        if run and not last.errno:
+            if cancelled():
+                last = BreakResult(errno.EINTR)
+            else:
+                steps.append(partial(_ask, slot, *run))
+        if not steps:
+            break
+        results = list((concurrently if len(steps) > 1 else map)(_do, steps))
+        if known:
+            done, known = results.pop(0), None
+            row.pages_unmerged += done.pages_unmerged
+            last = last if last.errno else done
+        if run and results:
+            known = partial(_take_in, domain, slot, *run, results[0], leave_alone)
+            if results[0].errno not in (0, errno.EFAULT) and not last.errno:
+                last = results[0]
     row.errno = last.errno
     row.pages_remaining = max(_merged_in(domain, slot, vpn, npages), last.pages_remaining)
     return row, last
@@ -127,6 +128,10 @@ def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tup
                 yield start + at, pending - at
         if pending < n:
             yield start + pending, n - pending
+
+
+def _do(step: Callable[[], BreakResult]) -> BreakResult:
+    return step()
 
 
 def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:
