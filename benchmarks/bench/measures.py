@@ -437,32 +437,24 @@ def throughput(bench: Bench) -> Iterator[Record]:
             side, alone = make(), Side()
             with sides.switches(bench.say), bench.group() as group, side, alone:
                 worker, _ = side.start(commands, group, NUMPY_MADVISE_HUGEPAGE="0")
-                (yardstick,) = alone.start(commands[:1], NUMPY_MADVISE_HUGEPAGE="0")
+                alone.start(commands[:1], NUMPY_MADVISE_HUGEPAGE="0")
                 side.register()
-                before = _in_turn(bench, worker, yardstick)
+                before = _in_turn(side, alone, sizes)
                 worker.ask("application_start")
                 started = time.perf_counter()
                 watch(side, meters.Memory(group, side.pids()), goal, sizes.limit)
                 ended = time.perf_counter()
                 merging = rates(worker.ask("application_stop"), started, ended)
-                after = _in_turn(bench, worker, yardstick)
+                after = _in_turn(side, alone, sizes)
             bench.say(f"throughput, {side.name}, {repeat + 1} of {bench.repeats}")
             record: Record = {"experiment": "throughput", "side": side.name, "repeat": repeat}
             yield record | {"before": before, "merging": merging, "merging_seconds": ended - started, "after": after}
 
 
-def _in_turn(bench: Bench, worker: Commanded, yardstick: Commanded) -> list[dict[str, Record]]:
-    """Let the application work in one of two workers at a time: the rates of both in each turn."""
-    turns = []
-    for _ in range(bench.sizes.turns):
-        turn = {}
-        for name, one in (("worker", worker), ("yardstick", yardstick)):
-            one.ask("application_start")
-            started = time.perf_counter()
-            time.sleep(bench.sizes.window)
-            turn[name] = rates(one.ask("application_stop"), started, time.perf_counter())
-        turns.append(turn)
-    return turns
+def _in_turn(side: Side, alone: Side, sizes: Sizes) -> list[dict[str, Record]]:
+    """Let the application work in the first worker of one at a time: the rates of both in each turn."""
+    looks = (("worker", side), ("yardstick", alone))
+    return [{name: _work(one, sizes.window, after=0)[0] for name, one in looks} for _ in range(sizes.turns)]
 
 
 # ---- stalls ----------------------------------------------------------------------------------------------------------

@@ -207,14 +207,10 @@ def _passes(records: list[Record]) -> list[Row]:
 # ---- the application -------------------------------------------------------------------------------------------------
 
 
-def _relative(records: list[Record], phase: str, base: Sequence[str], what: str) -> dict[str, dict[int, float]]:
-    """Percent of a rate that is left in one phase, of the mean of what it is in others of the same record."""
-
-    def read(record: Record) -> float | None:
-        now, others = record[phase][what], [record[name][what] for name in base]
-        return 100 * now / statistics.mean(others) if now and all(others) else None
-
-    return by_side(records, read)
+def _percent(now: float | None, otherwise: Sequence[float | None]) -> float | None:
+    """What is left of a rate, of the median of what it is otherwise; None where nothing was seen."""
+    seen = [rate for rate in otherwise if rate]
+    return 100 * now / statistics.median(seen) if now and len(seen) == len(otherwise) else None
 
 
 def _at_least(one: Row, percent: float) -> Row:
@@ -230,7 +226,7 @@ def _nothing(records: list[Record]) -> list[Row]:
     share = by_side(records, lambda r: 100 * r["cpu_share"])
     found = [row(NOTHING, "CPU after the first pass, of a core", "%", share, at_most=2)]
     for what, title in WORK:
-        numbers = _relative(records, "on", ("before", "after"), what)
+        numbers = by_side(records, lambda r: _percent(r["on"][what], [r["before"][what], r["after"][what]]))  # noqa: B023
         found.append(_at_least(row(NOTHING, f"application, {title}, of what it is without", "%", numbers), 97))
     return found
 
@@ -245,18 +241,18 @@ def _throughput(records: list[Record]) -> list[Row]:
 
 
 def _meanwhile(what: str, record: Record) -> float | None:
-    now, before = record["merging"][what], [look["worker"][what] for look in record["before"]]
-    return 100 * now / statistics.median(before) if now and all(before) else None
+    return _percent(record["merging"][what], [look["worker"][what] for look in record["before"]])
 
 
 def _afterwards(what: str, record: Record) -> float | None:
     """By what the yardstick did in the same turn, afterwards as before."""
-    looks = [(look["worker"][what], look["yardstick"][what]) for look in record["after"] + record["before"]]
-    if not all(map(all, looks)):
-        return None
-    shares: list[float] = [worker / yardstick for worker, yardstick in looks]
-    after = len(record["after"])
-    return 100 * statistics.median(shares[:after]) / statistics.median(shares[after:])
+
+    def shares(looks: list[Record]) -> list[float | None]:
+        return [_percent(look["worker"][what], [look["yardstick"][what]]) for look in looks]
+
+    after = [share for share in shares(record["after"]) if share]
+    whole = len(after) == len(record["after"])
+    return _percent(statistics.median(after), shares(record["before"])) if whole else None
 
 
 # ---- stalls ----------------------------------------------------------------------------------------------------------

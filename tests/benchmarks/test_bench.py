@@ -98,10 +98,11 @@ def test_who_did_not_finish_is_said_to_have_come_so_far() -> None:
     assert time.values["ksmd defaults"] == "not finished: 2% after 60 s"
 
 
-def test_an_application_is_compared_with_itself_before_and_after() -> None:
-    def rates(writes: float | None) -> Record:
-        return {"reductions": 2 * writes if writes else None, "writes": writes}
+def rates(writes: float | None) -> Record:
+    return {"reductions": 2 * writes if writes else None, "writes": writes}
 
+
+def test_an_application_is_compared_with_itself_before_and_after() -> None:
     done: Record = {"experiment": "nothing", "side": "samepage", "repeat": 0, "cpu_share": 0.01}
     done |= {"before": rates(90.0), "on": rates(99.0), "after": rates(110.0)}
     none_seen = done | {"repeat": 1, "after": rates(None)}
@@ -111,9 +112,6 @@ def test_an_application_is_compared_with_itself_before_and_after() -> None:
 
 
 def test_a_machine_that_gives_less_afterwards_gives_the_yardstick_less_too() -> None:
-    def rates(writes: float | None) -> Record:
-        return {"reductions": 2 * writes if writes else None, "writes": writes}
-
     def turns(*writes: tuple[float | None, float]) -> list[Record]:
         return [{"worker": rates(worker), "yardstick": rates(yardstick)} for worker, yardstick in writes]
 

@@ -7,6 +7,7 @@ done stays done, the rest stays merged and known, and the same call again goes o
 from __future__ import annotations
 
 import errno
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,7 +80,7 @@ def unmerge_pages(
                 steps.append(partial(_ask, slot, *run))
         if not steps:
             break
-        results = list((concurrently if len(steps) > 1 else map)(_do, steps))
+        results = list((concurrently if len(steps) > 1 else map)(operator.call, steps))
         if known:
             done, known = results.pop(0), None
             row.pages_unmerged += done.pages_unmerged
@@ -128,10 +129,6 @@ def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tup
                 yield start + at, pending - at
         if pending < n:
             yield start + pending, n - pending
-
-
-def _do(step: Callable[[], BreakResult]) -> BreakResult:
-    return step()
 
 
 def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:

@@ -288,8 +288,6 @@ class AgentAddressSpace:
                 yield answer
             finally:
                 answer.close()
-        except AddressSpaceGone:
-            raise
         except (WireError, SegmentError, OSError) as e:
             raise self._lost(_why(e)) from e
         except BaseException:
@@ -425,9 +423,6 @@ def _statuses(answer: Packet, npages: int) -> tuple[int, U8]:
 
 def _packets(extents: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
     """Split `extents`, in order, so that each part fits into a packet and so does the answer to it."""
-    if len(extents) <= EXTENTS_MAX and int(extents["npages"].sum()) <= MERGE_MAX:
-        yield extents.astype(EXTENT, copy=False)
-        return
     extents = _shorten(extents.astype(EXTENT, copy=False))
     ends = np.cumsum(extents["npages"])
     start = 0

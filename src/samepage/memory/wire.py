@@ -152,18 +152,12 @@ class Reader:
 
     def take(self, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
         """The next `count` elements of `dtype`, read-only, sharing the packet's memory."""
-        wanted = np.dtype(dtype).itemsize * count
-        if wanted > len(self.body) - self.at:
-            raise WireError(f"{len(self.body)} bytes are too few")
-        found = np.frombuffer(self.body, dtype, count, self.at) if count else np.empty(0, dtype)
-        self.at += wanted
-        return found
+        at = self._pass(np.dtype(dtype).itemsize * count)
+        return np.frombuffer(self.body, dtype, count, at) if count else np.empty(0, dtype)
 
     def one(self, dtype: np.dtype[np.void]) -> dict[str, Any]:
         """The next struct, as Python values by field name. Bytes come with the zeros that fill them up."""
-        at, self.at = self.at, self.at + dtype.itemsize
-        if self.at > len(self.body):
-            raise WireError(f"{len(self.body)} bytes are too few")
+        at = self._pass(dtype.itemsize)
         return dict(zip(dtype.names or (), _struct(dtype).unpack_from(self.body, at), strict=True))
 
     def rest(self, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
@@ -172,6 +166,13 @@ class Reader:
         if odd:
             raise WireError(f"{odd} bytes too many")
         return self.take(dtype, count)
+
+    def _pass(self, size: int) -> int:
+        """Where the next `size` bytes begin."""
+        if size > len(self.body) - self.at:
+            raise WireError(f"{len(self.body)} bytes are too few")
+        at, self.at = self.at, self.at + size
+        return at
 
     def end(self) -> None:
         """Nothing may be left."""
