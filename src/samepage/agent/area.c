@@ -195,9 +195,14 @@ static void join_around(uintptr_t start, uintptr_t end)
 
 int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
 {
+	unsigned long gaps = 1;
+
 	if (start >= end)
 		return -EINVAL;
-	if (make_room(3) || (mergeable(flags) && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT)))
+	/* Two splits, and a gap before each area there is and one behind the last. */
+	for (unsigned long i = lower(start); i < nr_areas && areas[i].start < end; i++)
+		gaps++;
+	if (make_room(2 + gaps) || (mergeable(flags) && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT)))
 		return -ENOMEM;
 	split_at(start);
 	split_at(end);
@@ -214,8 +219,6 @@ int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
 		} else {
 			uintptr_t stop = i < nr_areas ? min_addr(areas[i].start, end) : end;
 
-			if (make_room(2)) /* only a list with many gaps gets here; the head of the range is added */
-				return -ENOMEM;
 			insert(i, (struct area){.start = at, .end = stop, .flags = flags, .prot = prot});
 			at = stop;
 		}
@@ -263,10 +266,16 @@ void area_remove(uintptr_t start, uintptr_t end)
 	 * should the range become an area again before it asks. */
 	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
 	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
-	if (!make_room(1)) { /* else no hole can be cut: the area is forgotten altogether, which is safe */
-		split_at(start);
-		split_at(end);
+	if (make_room(2)) {
+		/* No hole can be cut. What lies around it may be mapped from segments, and a discard has to find that out. */
+		for (i = lower(start); i < nr_areas && areas[i].start < end; i++) {
+			areas_seq += mergeable(areas[i].flags);
+			areas[i].flags |= AREA_EXCLUDED;
+		}
+		return;
 	}
+	split_at(start);
+	split_at(end);
 	for (i = lower(start); i < nr_areas && areas[i].start < end;) {
 		areas_seq += mergeable(areas[i].flags);
 		delete(i);

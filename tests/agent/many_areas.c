@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Many areas, and what makes and unmakes neighbours of them: every other block freed and allocated again, holes cut into
+ * one area, gaps filled between many. Every byte that must still be there is checked.
+ *
+ * Usage: many_areas blocks|neighbours|holes COUNT. Exit status 0, or 1 after saying what was wrong.
+ */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define PAGE 4096UL
+#define BLOCK (64UL << 10)
+#define RW (PROT_READ | PROT_WRITE)
+#define ANONYMOUS (MAP_PRIVATE | MAP_ANONYMOUS)
+
+#define CHECK(what)                                                                                                    \
+	do {                                                                                                           \
+		if (!(what)) {                                                                                         \
+			fprintf(stderr, "line %d: not %s\n", __LINE__, #what);                                         \
+			_exit(1);                                                                                      \
+		}                                                                                                      \
+	} while (0)
+
+static size_t count;
+
+/* Adjacent blocks, of which every other is freed: each hole makes two areas of one. */
+static void every_other_block(void)
+{
+	unsigned char **block = malloc(count * sizeof(*block));
+
+	for (size_t i = 0; i < count; i++) {
+		CHECK((block[i] = malloc(BLOCK)));
+		block[i][0] = block[i][BLOCK - 1] = (unsigned char)(i | 1);
+	}
+	for (size_t i = 0; i < count; i += 2)
+		free(block[i]);
+	for (size_t i = 1; i < count; i += 2) {
+		CHECK(block[i][0] == (unsigned char)(i | 1) && block[i][BLOCK - 1] == (unsigned char)(i | 1));
+		free(block[i]);
+	}
+	free(block);
+}
+
+/* The agent's books must not reach into what the program maps right behind them. */
+static void blocks_and_neighbours(void)
+{
+	unsigned char **block = malloc(count * sizeof(*block)), **page = malloc(count * sizeof(*page));
+
+	for (size_t i = 0; i < count; i++) {
+		CHECK((block[i] = malloc(BLOCK)));
+		page[i] = mmap(NULL, PAGE, RW, ANONYMOUS, -1, 0);
+		CHECK(page[i] != MAP_FAILED);
+		block[i][0] = block[i][BLOCK - 1] = page[i][0] = page[i][PAGE - 1] = (unsigned char)(i | 1);
+	}
+	for (size_t round = 0; round < 2; round++)
+		for (size_t i = round; i < count; i += 2) {
+			CHECK(block[i][0] == (unsigned char)(i | 1) && block[i][BLOCK - 1] == (unsigned char)(i | 1));
+			free(block[i]);
+			block[i] = malloc(BLOCK);
+			block[i][0] = block[i][BLOCK - 1] = (unsigned char)(i | 1);
+		}
+	for (size_t i = 0; i < count; i += 2)
+		free(block[i]);
+	for (size_t i = 0; i < count; i++) {
+		for (size_t at = 1; at < PAGE - 1; at++)
+			CHECK(page[i][at] == 0);
+		CHECK(page[i][0] == (unsigned char)(i | 1) && page[i][PAGE - 1] == (unsigned char)(i | 1));
+		munmap(page[i], PAGE);
+	}
+	for (size_t i = 1; i < count; i += 2) {
+		CHECK(block[i][0] == (unsigned char)(i | 1));
+		free(block[i]);
+	}
+	free(block);
+	free(page);
+}
+
+/* One area becomes `count` of one page each by holes, then one again by filling all gaps with one call. */
+static void holes_and_gaps(void)
+{
+	unsigned char *p = mmap(NULL, 2 * count * PAGE, RW, ANONYMOUS, -1, 0);
+
+	CHECK(p != MAP_FAILED);
+	CHECK(!madvise(p, 2 * count * PAGE, MADV_MERGEABLE));
+	for (size_t i = 0; i < 2 * count; i++)
+		p[i * PAGE] = (unsigned char)(i | 1);
+	for (size_t i = 0; i < count; i++)
+		CHECK(!munmap(p + (2 * i + 1) * PAGE, PAGE));
+	for (size_t i = 0; i < count; i++)
+		CHECK(p[2 * i * PAGE] == (unsigned char)(2 * i | 1));
+	for (size_t i = 0; i < count; i++)
+		CHECK(mmap(p + (2 * i + 1) * PAGE, PAGE, RW, ANONYMOUS | MAP_FIXED, -1, 0) == p + (2 * i + 1) * PAGE);
+	CHECK(!madvise(p, 2 * count * PAGE, MADV_MERGEABLE));
+	for (size_t i = 0; i < 2 * count; i++)
+		CHECK(p[i * PAGE] == (i % 2 ? 0 : (unsigned char)(i | 1)));
+	for (size_t i = 0; i < count; i++)
+		CHECK(!mprotect(p + (2 * i + 1) * PAGE, PAGE, PROT_READ));
+	CHECK(!munmap(p, 2 * count * PAGE));
+}
+
+int main(int argc, char **argv)
+{
+	if (argc != 3)
+		return 2;
+	count = strtoul(argv[2], NULL, 0);
+	if (!strcmp(argv[1], "blocks"))
+		every_other_block();
+	else if (!strcmp(argv[1], "neighbours"))
+		blocks_and_neighbours();
+	else
+		holes_and_gaps();
+	return 0;
+}
