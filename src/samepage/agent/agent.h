@@ -57,6 +57,7 @@
 #define SECTION_MAX 512UL /* pages that are swapped under one hold of the lock: one PMD */
 #define WINDOW (SECTION_MAX * PAGE_SIZE)
 #define VIEW_WINDOW (4 * WINDOW)
+#define VIEW_SPACE (VIEW_WINDOW + WINDOW) /* and a page behind it that no segment has */
 #define COPY_WINDOW (8 * WINDOW)
 
 static inline uintptr_t min_addr(uintptr_t a, uintptr_t b)

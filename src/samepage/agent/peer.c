@@ -644,7 +644,7 @@ void agent_fork_child(bool may_start_thread)
 	peer.sock = peer.attached = peer.wake[0] = peer.wake[1] = -1;
 	/* The one window that is inherited while something is in it. */
 	if (kernel.view)
-		real.munmap((void *)kernel.view, VIEW_WINDOW);
+		real.munmap((void *)kernel.view, VIEW_SPACE);
 	kernel = (struct kernel){.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1};
 	page_forget_known();
 	peer.delay = true;

@@ -494,6 +494,24 @@ static void populate(const struct chunk *c)
 
 #define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
 
+/*
+ * A core dump leaves a private file mapping out unless it was written to, that is, has an anon_vma (vma_dump_size() in the
+ * kernel's fs/coredump.c); and where merged memory would be, debuggers find zeros. So the view is written to once, before
+ * pieces of it become the application's: these inherit its anon_vma, and hand it on to what they are cut into, moved to and
+ * forked to. The written copy is dropped. A view that is moved away as a whole would have to leave its anon_vma
+ * behind; hence the page at its end, which lies behind the file's.
+ */
+static bool map_view(int fd, uint64_t start, uint64_t end)
+{
+	volatile uint8_t *last = (volatile uint8_t *)kernel.view + (end - start - 1) * PAGE_SIZE;
+
+	if (real.mmap((void *)kernel.view, (end - start + 1) * PAGE_SIZE, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_FIXED, fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
+		return false;
+	*last = *last;
+	return !real.madvise((void *)last, PAGE_SIZE, MADV_DONTNEED);
+}
+
 /* A private view of at most n pages of a segment: how many, 0 when no mapping is to be had. Not kept from a fork, since
  * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
 static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_t **view)
@@ -502,8 +520,7 @@ static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_
 		uint64_t start = offset / VIEW_PAGES * VIEW_PAGES, end = min_addr(start + VIEW_PAGES, s->npages);
 
 		s->end = 0;
-		if (real.mmap((void *)kernel.view, (end - start) * PAGE_SIZE, PROT_READ | PROT_WRITE,
-			      MAP_PRIVATE | MAP_FIXED, s->fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
+		if (!map_view(s->fd, start, end))
 			return 0;
 		s->start = start;
 		s->end = end;
@@ -687,7 +704,7 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 	}
 	scratch_drop();
 	if (pages && kernel.view) /* the segment is not ours to keep alive */
-		window_reset(kernel.view, VIEW_WINDOW, PROT_NONE, -1, 0);
+		window_reset(kernel.view, VIEW_SPACE, PROT_NONE, -1, 0);
 	return 0;
 }
 
