@@ -29,8 +29,8 @@
  *
  * Files, in the order of the story: area.c (areas, lock, planes); in front of libc (wrappers.h): alloc.c (the malloc
  * family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c (the rest); uffd.c (the
- * kernel's calls, one function each), scan.c and hash.c (look and hash), swap.c (donate and merge), break.c (unmerge),
- * headroom.c (is there memory?), peer.c (thread, wire and C API).
+ * kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c,
+ * merge.c and swap.c (donate and merge), break.c (unmerge), headroom.c (is there memory?), peer.c (thread, wire and C API).
  */
 #ifndef SAMEPAGE_AGENT_H
 #define SAMEPAGE_AGENT_H
@@ -214,8 +214,6 @@ struct pm_walk {
 
 int kernel_open(int dev_userfaultfd); /* dev: a descriptor of /dev/userfaultfd from the service, or -1 */
 void kernel_close(void);
-/* Maps a window, or part of one, afresh: anonymous when fd is -1, else fd shared. NULL: no memory. */
-void *window_reset(uintptr_t start, size_t len, int prot, int fd, off_t offset);
 /* Regions of [start, end) that match, at most n; *walked says how far it came. Number of regions or -errno. */
 int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct page_region *v, int n,
 		 uintptr_t *walked);
@@ -226,8 +224,6 @@ int page_kinds(uintptr_t start, size_t n, uint8_t *kind);
 /* The NUMA node of each of n <= SECTION_MAX pages that are present. 0 or -errno: the kernel does not tell. */
 int page_nodes(uintptr_t start, size_t n, int *node);
 void prefer_node(int node); /* for what this thread allocates; -1: as before the first such call */
-/* Makes the window `huge` anew, with no page table in it. */
-void huge_reset(void);
 int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode);
 int uffd_unregister(int uffd, uintptr_t start, uintptr_t len);
 int uffd_protect(uintptr_t start, uintptr_t len, bool on);
@@ -236,6 +232,19 @@ int uffd_move(uintptr_t dst, uintptr_t src, uintptr_t len); /* 0, or -errno: bel
 int uffd_copy(uintptr_t dst, uintptr_t src, uintptr_t len);
 void track(uintptr_t start, uintptr_t end); /* follow writes to anonymous memory here from now on */
 void untrack(uintptr_t start, uintptr_t end);
+
+/* ---- the windows (window.c); the agent thread only ------------------------------------------------ */
+
+bool windows_open(void); /* maps them all. False: no memory */
+void windows_close(void);
+/* Whether `move` really moves: one page of our own there and back. */
+bool scratch_works(void);
+/* Maps a window, or part of one, afresh: anonymous when fd is -1, else fd shared. NULL: no memory. */
+void *window_reset(uintptr_t start, size_t len, int prot, int fd, off_t offset);
+/* Makes the window `huge` anew, with no page table in it. */
+void huge_reset(void);
+
+/* ---- mappings --------------------------------------------------------------------------------------- */
 
 /* What /proc/self/maps says of one mapping. */
 struct vma {

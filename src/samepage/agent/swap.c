@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Donating pages to a segment, and swapping pages for a segment's.
+ * Swapping pages for a segment's.
  *
  * The swap must be atomic for the application's other threads. By *move*: the range is registered for
  * missing faults, its pages are moved to the scratch range, where nobody else can reach them, compared
@@ -12,59 +12,19 @@
  * a hint; where pages stand is read from the pagemap, and no section ends before every page is at home or equal to
  * the segment page that is mapped there, and only the latter's originals, which nobody needs, are left in the scratch.
  */
-#include "agent.h"
+#include "swap.h"
 
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 
 #define MODE_MISSING_WP (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP)
-#define VPN_MAX (UINTPTR_MAX >> PAGE_SHIFT)
-#define SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 const uint8_t zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
-
-/* Pages of one area: what is swapped under one hold of the lock. Those that stand in a row in memory are a *row*, which lies
- * in one mapping; where they do so in the segment, too, a *piece*, which takes one. */
-struct chunk {
-	size_t n;		     /* pages, at most SECTION_MAX; if there is a gap between them, at most a section */
-	uintptr_t addr[SECTION_MAX]; /* ascending */
-	const uint8_t *target[SECTION_MAX]; /* what each is to be: a page in the view of the segment, or zero_page */
-	const struct segment *segment;	    /* NULL: zeros */
-	uint8_t *status;		    /* one a page */
-	const struct area *area;
-	uintptr_t scratch; /* the window that pages are moved to */
-};
-
-/* A segment, and what of it is in the view window, in pages. */
-struct segment {
-	int fd;
-	uint64_t npages, start, end;
-};
-
-static uintptr_t scratch_at(const struct chunk *c, size_t k)
-{
-	return c->scratch + k * PAGE_SIZE;
-}
 
 static bool page_equal(const struct chunk *c, size_t i, const void *page)
 {
 	return !memcmp(page, c->target[i], PAGE_SIZE);
-}
-
-/* Of a page that cannot be swapped because of what stands there. */
-static uint8_t status_of(uint8_t kind)
-{
-	return kind == PAGE_FORKED ? BUSY : kind == PAGE_FILE ? REFUSED : GONE;
-}
-
-static bool same_row(const struct chunk *c, size_t i)
-{
-	return c->addr[i] == c->addr[i - 1] + PAGE_SIZE;
 }
 
 /* Whether page i continues the piece that the page before it is of. */
@@ -294,7 +254,7 @@ static void clear_scratch(struct chunk *c, size_t i, size_t n)
 static size_t spent; /* pages at the start of the scratch that are done with */
 
 /* Gives them back, many at a time, for it takes a system call. */
-static void scratch_drop(void)
+void scratch_drop(void)
 {
 	if (spent)
 		real.madvise((void *)kernel.scratch, spent * PAGE_SIZE, MADV_DONTNEED);
@@ -323,9 +283,6 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 		clear_scratch(c, i, j - i);
 	wake(c, i, j);
 }
-
-/* Mappings made in one critical section: a hundred microseconds' worth. */
-#define PIECES_MAX 16
 
 /* Where a critical section ends that begins at page i, before j. */
 static size_t section_end(const struct chunk *c, size_t i, size_t j)
@@ -443,19 +400,11 @@ static void swap_by_protect(struct chunk *c, size_t i, size_t j)
 	track_again(start, start + len, false);
 }
 
-/* ---- merging --------------------------------------------------------------------------------------- */
+/* ---- the chunk ----------------------------------------------------------------------------------------- */
 
-static bool may_swap(const struct area *a)
-{
-	if (!area_mergeable(a) || (a->flags & (AREA_LOCKED | AREA_UNMERGING)) || a->prot != (PROT_READ | PROT_WRITE))
-		return false;
-	return kernel.swap == SP_SWAP_MOVE || kernel.swap == SP_SWAP_WP ||
-	       (kernel.swap == SP_SWAP_QUIET && (a->flags & AREA_QUIET));
-}
-
-/* Swaps what may be swapped. It is not asked before what stands there: nearly all can be swapped, and the attempt tells. By
+/* It is not asked before what stands there: nearly all can be swapped, and the attempt tells. By
  * write-protection a page of a segment can be, too, if it was written. */
-static void merge_chunk(struct chunk *c)
+void swap_chunk(struct chunk *c)
 {
 	bool go[SECTION_MAX];
 
@@ -474,369 +423,4 @@ static void merge_chunk(struct chunk *c)
 				swap_by_protect(c, at, end);
 			}
 	}
-}
-
-/* Fills the page tables of what was just mapped, where it was not moved with them: the application need not fault, and
- * what /proc says of the process (PSS, PAGE_IS_FILE) is true at once. */
-static void populate(const struct chunk *c)
-{
-	if (kernel.moves_views || !c->segment)
-		return;
-	for (size_t i = 0, j; i < c->n; i = j) {
-		for (j = i + 1; j < c->n && same_row(c, j) && c->status[j] == c->status[i]; j++)
-			;
-		if (c->status[i] == DONE)
-			real.madvise((void *)c->addr[i], (j - i) * PAGE_SIZE, MADV_POPULATE_READ);
-	}
-}
-
-#define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
-
-#define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
-
-/*
- * A core dump leaves a private file mapping out unless it was written to, that is, has an anon_vma (vma_dump_size() in the
- * kernel's fs/coredump.c); and where merged memory would be, debuggers find zeros. So the view is written to once, before
- * pieces of it become the application's: these inherit its anon_vma, and hand it on to what they are cut into, moved to and
- * forked to. The written copy is dropped. A view that is moved away as a whole would have to leave its anon_vma
- * behind; hence the page at its end, which lies behind the file's.
- */
-static bool map_view(int fd, uint64_t start, uint64_t end)
-{
-	volatile uint8_t *last = (volatile uint8_t *)kernel.view + (end - start - 1) * PAGE_SIZE;
-
-	if (real.mmap((void *)kernel.view, (end - start + 1) * PAGE_SIZE, PROT_READ | PROT_WRITE,
-		      MAP_PRIVATE | MAP_FIXED, fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
-		return false;
-	*last = *last;
-	return !real.madvise((void *)last, PAGE_SIZE, MADV_DONTNEED);
-}
-
-/* A private view of at most n pages of a segment: how many, 0 when no mapping is to be had. Not kept from a fork, since
- * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
-static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_t **view)
-{
-	if (offset < s->start || offset >= s->end) {
-		uint64_t start = offset / VIEW_PAGES * VIEW_PAGES, end = min_addr(start + VIEW_PAGES, s->npages);
-
-		s->end = 0;
-		if (!map_view(s->fd, start, end))
-			return 0;
-		s->start = start;
-		s->end = end;
-	}
-	n = min_addr(n, s->end - offset);
-	*view = (const uint8_t *)kernel.view + (offset - s->start) * PAGE_SIZE;
-	/* Before the hole is open, so that the comparison does not fault in it. A fault maps what is around it, too, which is
-	 * cheaper than MADV_POPULATE_READ's walk over every page. */
-	for (size_t k = 0; k < n; k += FAULT_AROUND)
-		*(const volatile uint8_t *)(*view + k * PAGE_SIZE);
-	*(const volatile uint8_t *)(*view + (n - 1) * PAGE_SIZE);
-	return n;
-}
-
-/* What a request has come to: page `at` of an extent, before `last`. */
-struct cursor {
-	const struct sp_extent *extent, *last;
-	uint64_t at;
-};
-
-static void cursor_advance(struct cursor *at, uint64_t pages)
-{
-	at->at += pages;
-	while (at->extent < at->last && at->at >= at->extent->npages)
-		at->at -= at->extent++->npages;
-}
-
-/* Whether the extent after e can be swapped with what was gathered: small ones are, some at a time. */
-static bool goes_with(const struct chunk *c, const struct segment *s, const struct sp_extent *e)
-{
-	const struct sp_extent *next = e + 1;
-
-	return next->vpn >= e->vpn + e->npages && next->npages && next->npages <= settings.section - c->n &&
-	       (c->segment ? next->offset >= s->start && next->offset < s->end && next->npages <= s->end - next->offset
-			   : next->offset == SP_ZERO_PAGE);
-}
-
-/* Makes a chunk of what comes next: of one extent up to the end of a huge page's range, or of small ones no more than one
- * critical section. False: no mapping is to be had for a view. */
-static bool gather(struct chunk *c, struct segment *s, const struct cursor *from)
-{
-	const struct sp_extent *e = from->extent;
-	uint64_t vpn = e->vpn + from->at, left = min_addr(e->npages - from->at, SECTION_MAX - vpn % SECTION_MAX);
-
-	c->segment = e->offset == SP_ZERO_PAGE ? NULL : s;
-	c->n = 0;
-	for (int extents = 1;; extents++) {
-		const uint8_t *view = zero_page;
-		uint64_t n = c->segment ? view_of(s, e->offset + (vpn - e->vpn), left, &view) : left;
-
-		for (uint64_t k = 0; k < n; k++, c->n++) {
-			c->addr[c->n] = (vpn + k) << PAGE_SHIFT;
-			c->target[c->n] = c->segment ? view + k * PAGE_SIZE : zero_page;
-		}
-		if (vpn + n < e->vpn + e->npages || c->n >= settings.section || extents == PIECES_MAX ||
-		    ++e == from->last || !goes_with(c, s, e - 1))
-			return c->n;
-		vpn = e->vpn;
-		left = e->npages;
-	}
-}
-
-/* Leaves out what lies at `end` or behind. */
-static void clip(struct chunk *c, uintptr_t end)
-{
-	while (c->n && c->addr[c->n - 1] >= end)
-		c->n--;
-}
-
-/* Leaves out what begins with a page that is in no private mapping, or one that its row shares with another mapping: a
- * move must stay within one. */
-static void clip_to_mappings(struct chunk *c)
-{
-	struct vma vma = {0};
-
-	for (size_t i = 0; i < c->n; i++) {
-		uintptr_t at = c->addr[i];
-
-		if (at < vma.end)
-			continue;
-		if ((i && same_row(c, i)) || !vma_find(kernel.maps, at, &vma) || vma.start > at || vma.shared)
-			c->n = i;
-	}
-}
-
-/* Merges what comes next, under one hold of the lock. How many pages it answered for. */
-static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status)
-{
-	struct chunk c = {.status = status};
-	size_t n;
-
-	if (!gather(&c, segment, at)) {
-		memset(status, NOMAP, at->extent->npages - at->at);
-		return at->extent->npages - at->at;
-	}
-	agent_mmap_lock();
-	c.area = area_next(c.addr[0]);
-	if (!c.area || c.area->start > c.addr[0]) {
-		c.n = 1;
-		*status = GONE;
-	} else {
-		clip(&c, c.area->end);
-		n = c.n;
-		if (may_swap(c.area))
-			clip_to_mappings(&c);
-		else
-			c.n = 0;
-		if (c.n) {
-			merge_chunk(&c);
-			populate(&c);
-		} else {
-			c.n = n;
-			memset(status, REFUSED, n);
-		}
-	}
-	agent_mmap_unlock();
-	return c.n;
-}
-
-/* The number of pages of a segment, or -errno when it is none: sealed content is what makes a comparison
- * worth anything, and a sealed size is what makes a mapping safe from SIGBUS. */
-static int64_t segment_pages(int fd)
-{
-	int seals = fcntl(fd, F_GET_SEALS);
-	struct stat st;
-
-	if (seals < 0 || (seals & SEALS & ~F_SEAL_SEAL) != (SEALS & ~F_SEAL_SEAL))
-		return -EPERM;
-	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
-		return -EBADF;
-	return st.st_size >> PAGE_SHIFT;
-}
-
-/* Merging gives memory back, but takes some for mappings and page tables first: 256 KiB do for SECTION_MAX pages. In a
- * cgroup that is full to the last page these would wake the OOM killer as well. */
-static bool room_to_merge(void)
-{
-	bool room;
-
-	agent_mmap_lock();
-	room = room_for(256UL << 10, 0);
-	agent_mmap_unlock();
-	return room;
-}
-
-int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
-{
-	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
-	struct segment segment = {.fd = fd, .npages = (uint64_t)pages};
-	struct cursor at = {.extent = extents, .last = extents + n};
-	uint64_t since = SECTION_MAX;
-	bool room = false;
-
-	if (pages < 0)
-		return (int)-pages;
-	for (size_t i = 0; i < n; i++) {
-		const struct sp_extent *e = &extents[i];
-
-		if (e->npages > VPN_MAX || e->vpn > VPN_MAX - e->npages)
-			return EINVAL;
-		if (e->offset != SP_ZERO_PAGE &&
-		    (e->offset > (uint64_t)pages || e->npages > (uint64_t)pages - e->offset))
-			return EINVAL;
-	}
-	for (cursor_advance(&at, 0); at.extent < at.last;) {
-		size_t did;
-
-		if (since >= SECTION_MAX) {
-			since = 0;
-			room = room_to_merge();
-		}
-		if (room) {
-			did = merge_some(&segment, &at, status);
-		} else {
-			did = at.extent->npages - at.at;
-			memset(status, NOMEM, did);
-		}
-		since += did;
-		status += did;
-		cursor_advance(&at, did);
-	}
-	scratch_drop();
-	if (pages && kernel.view) /* the segment is not ours to keep alive */
-		window_reset(kernel.view, VIEW_SPACE, PROT_NONE, -1, 0);
-	return 0;
-}
-
-/* ---- donating --------------------------------------------------------------------------------------- */
-
-static int new_segment(void)
-{
-	int fd = (int)real.syscall(SYS_memfd_create, "samepage", 1 | 2 | 8); /* CLOEXEC, ALLOW_SEALING, NOEXEC_SEAL */
-
-	if (fd < 0 && errno == EINVAL) /* MFD_NOEXEC_SEAL: 6.3 */
-		fd = (int)real.syscall(SYS_memfd_create, "samepage", 1 | 2);
-	return fd;
-}
-
-/* Appends pages [i, j) at `addr` to the segment, and says so. */
-static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
-{
-	while (i < j) {
-		ssize_t put = write(fd, (void *)(addr + i * PAGE_SIZE), (j - i) * PAGE_SIZE);
-		off_t end;
-
-		if (put < 0 && errno == EINTR)
-			continue;
-		if (put < (ssize_t)PAGE_SIZE) {
-			memset(status + i, put < 0 && errno == EFAULT ? GONE : NOMEM, j - i);
-			return;
-		}
-		/* A short write may have ended inside a page: that page is not there. */
-		memset(status + i, DONE, (size_t)put / PAGE_SIZE);
-		i += (size_t)put / PAGE_SIZE;
-		if (put % (ssize_t)PAGE_SIZE) {
-			end = lseek(fd, -(put % (ssize_t)PAGE_SIZE), SEEK_CUR);
-			if (end < 0 || ftruncate(fd, end)) {
-				memset(status + i, NOMEM, j - i);
-				return;
-			}
-		}
-	}
-}
-
-/* The same, with each copy on the NUMA node of its page, as a page that the kernel's KSM shares stays where it is. */
-static void append_near(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
-{
-	int node[SECTION_MAX];
-
-	if (!kernel.numa || page_nodes(addr + i * PAGE_SIZE, j - i, node)) {
-		append(fd, addr, i, j, status);
-		return;
-	}
-	for (size_t from = i, to; from < j; from = to) {
-		for (to = from; to < j && node[to - i] == node[from - i]; to++)
-			;
-		prefer_node(node[from - i]);
-		append(fd, addr, from, to, status);
-	}
-	prefer_node(-1);
-}
-
-/* Pages written to a segment after one look at the headroom: 512 KiB, which takes a tenth of a millisecond. A write to
- * a memfd that finds its cgroup full wakes the OOM killer like any fault. */
-#define DONATE_STEP 128UL
-
-static size_t donate_some(int fd, uintptr_t addr, size_t n, uint8_t *status)
-{
-	uint8_t kind[SECTION_MAX];
-	const struct area *a;
-
-	n = n < DONATE_STEP ? n : DONATE_STEP;
-	agent_mmap_lock();
-	a = area_next(addr);
-	if (!a || a->start > addr) {
-		n = 1;
-		*status = GONE;
-	} else {
-		n = min_addr(n, (a->end - addr) >> PAGE_SHIFT);
-		if (!room_for(n * PAGE_SIZE, settings.reserve))
-			memset(status, NOMEM, n);
-		else if (!may_swap(a))
-			memset(status, REFUSED, n);
-		else if (page_kinds(addr, n, kind))
-			memset(status, GONE, n);
-		else
-			for (size_t i = 0, j; i < n; i = j) {
-				for (j = i; j < n && kind[j] == kind[i]; j++)
-					;
-				if (kind[i] == PAGE_OWN)
-					append_near(fd, addr, i, j, status);
-				else
-					memset(status + i, status_of(kind[i]), j - i);
-			}
-	}
-	agent_mmap_unlock();
-	return n;
-}
-
-static int seal(int fd)
-{
-	int err, tries = 0;
-
-	do { /* EBUSY: something holds a page for a moment (compaction, another CPU's LRU batch); it was waited for */
-		err = fcntl(fd, F_ADD_SEALS, SEALS) ? errno : 0;
-	} while (err == EBUSY && tries++ < 4);
-	return err;
-}
-
-int donate(const struct sp_area *runs, size_t n, uint8_t *status)
-{
-	uint64_t pages = 0, done = 0;
-	uint8_t *first = status;
-	int fd;
-
-	for (size_t i = 0; i < n; i++)
-		pages += runs[i].npages;
-	agent_mmap_lock();
-	fd = room_for(0, pages * PAGE_SIZE + settings.reserve) ? new_segment() : -1;
-	agent_mmap_unlock();
-	if (fd < 0) {
-		memset(status, NOMEM, pages);
-		return -1;
-	}
-	for (size_t i = 0; i < n; i++)
-		for (uint64_t at = 0; at < runs[i].npages;) {
-			size_t did = donate_some(fd, (runs[i].vpn + at) << PAGE_SHIFT, runs[i].npages - at, status);
-
-			at += did;
-			status += did;
-		}
-	while (first < status)
-		done += *first++ == DONE;
-	if (done && !seal(fd))
-		return fd;
-	close(fd);
-	memset(status - pages, BUSY, done ? pages : 0);
-	return -1;
 }

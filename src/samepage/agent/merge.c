@@ -1,0 +1,244 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Merging: what a request names, extent by extent, is cut into chunks that are swapped under one hold of the lock
+ * (swap.c).
+ */
+#include "swap.h"
+
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define VPN_MAX (UINTPTR_MAX >> PAGE_SHIFT)
+/* Fills the page tables of what was just mapped, where it was not moved with them: the application need not fault, and
+ * what /proc says of the process (PSS, PAGE_IS_FILE) is true at once. */
+static void populate(const struct chunk *c)
+{
+	if (kernel.moves_views || !c->segment)
+		return;
+	for (size_t i = 0, j; i < c->n; i = j) {
+		for (j = i + 1; j < c->n && same_row(c, j) && c->status[j] == c->status[i]; j++)
+			;
+		if (c->status[i] == DONE)
+			real.madvise((void *)c->addr[i], (j - i) * PAGE_SIZE, MADV_POPULATE_READ);
+	}
+}
+
+#define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
+
+#define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
+
+/*
+ * A core dump leaves a private file mapping out unless it was written to, that is, has an anon_vma (vma_dump_size() in the
+ * kernel's fs/coredump.c); and where merged memory would be, debuggers find zeros. So the view is written to once, before
+ * pieces of it become the application's: these inherit its anon_vma, and hand it on to what they are cut into, moved to and
+ * forked to. The written copy is dropped. A view that is moved away as a whole would have to leave its anon_vma
+ * behind; hence the page at its end, which lies behind the file's.
+ */
+static bool map_view(int fd, uint64_t start, uint64_t end)
+{
+	volatile uint8_t *last = (volatile uint8_t *)kernel.view + (end - start - 1) * PAGE_SIZE;
+
+	if (real.mmap((void *)kernel.view, (end - start + 1) * PAGE_SIZE, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_FIXED, fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
+		return false;
+	*last = *last;
+	return !real.madvise((void *)last, PAGE_SIZE, MADV_DONTNEED);
+}
+
+/* A private view of at most n pages of a segment: how many, 0 when no mapping is to be had. Not kept from a fork, since
+ * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
+static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_t **view)
+{
+	if (offset < s->start || offset >= s->end) {
+		uint64_t start = offset / VIEW_PAGES * VIEW_PAGES, end = min_addr(start + VIEW_PAGES, s->npages);
+
+		s->end = 0;
+		if (!map_view(s->fd, start, end))
+			return 0;
+		s->start = start;
+		s->end = end;
+	}
+	n = min_addr(n, s->end - offset);
+	*view = (const uint8_t *)kernel.view + (offset - s->start) * PAGE_SIZE;
+	/* Before the hole is open, so that the comparison does not fault in it. A fault maps what is around it, too, which is
+	 * cheaper than MADV_POPULATE_READ's walk over every page. */
+	for (size_t k = 0; k < n; k += FAULT_AROUND)
+		*(const volatile uint8_t *)(*view + k * PAGE_SIZE);
+	*(const volatile uint8_t *)(*view + (n - 1) * PAGE_SIZE);
+	return n;
+}
+
+/* What a request has come to: page `at` of an extent, before `last`. */
+struct cursor {
+	const struct sp_extent *extent, *last;
+	uint64_t at;
+};
+
+static void cursor_advance(struct cursor *at, uint64_t pages)
+{
+	at->at += pages;
+	while (at->extent < at->last && at->at >= at->extent->npages)
+		at->at -= at->extent++->npages;
+}
+
+/* Whether the extent after e can be swapped with what was gathered: small ones are, some at a time. */
+static bool goes_with(const struct chunk *c, const struct segment *s, const struct sp_extent *e)
+{
+	const struct sp_extent *next = e + 1;
+
+	return next->vpn >= e->vpn + e->npages && next->npages && next->npages <= settings.section - c->n &&
+	       (c->segment ? next->offset >= s->start && next->offset < s->end && next->npages <= s->end - next->offset
+			   : next->offset == SP_ZERO_PAGE);
+}
+
+/* Makes a chunk of what comes next: of one extent up to the end of a huge page's range, or of small ones no more than one
+ * critical section. False: no mapping is to be had for a view. */
+static bool gather(struct chunk *c, struct segment *s, const struct cursor *from)
+{
+	const struct sp_extent *e = from->extent;
+	uint64_t vpn = e->vpn + from->at, left = min_addr(e->npages - from->at, SECTION_MAX - vpn % SECTION_MAX);
+
+	c->segment = e->offset == SP_ZERO_PAGE ? NULL : s;
+	c->n = 0;
+	for (int extents = 1;; extents++) {
+		const uint8_t *view = zero_page;
+		uint64_t n = c->segment ? view_of(s, e->offset + (vpn - e->vpn), left, &view) : left;
+
+		for (uint64_t k = 0; k < n; k++, c->n++) {
+			c->addr[c->n] = (vpn + k) << PAGE_SHIFT;
+			c->target[c->n] = c->segment ? view + k * PAGE_SIZE : zero_page;
+		}
+		if (vpn + n < e->vpn + e->npages || c->n >= settings.section || extents == PIECES_MAX ||
+		    ++e == from->last || !goes_with(c, s, e - 1))
+			return c->n;
+		vpn = e->vpn;
+		left = e->npages;
+	}
+}
+
+/* Leaves out what lies at `end` or behind. */
+static void clip(struct chunk *c, uintptr_t end)
+{
+	while (c->n && c->addr[c->n - 1] >= end)
+		c->n--;
+}
+
+/* Leaves out what begins with a page that is in no private mapping, or one that its row shares with another mapping: a
+ * move must stay within one. */
+static void clip_to_mappings(struct chunk *c)
+{
+	struct vma vma = {0};
+
+	for (size_t i = 0; i < c->n; i++) {
+		uintptr_t at = c->addr[i];
+
+		if (at < vma.end)
+			continue;
+		if ((i && same_row(c, i)) || !vma_find(kernel.maps, at, &vma) || vma.start > at || vma.shared)
+			c->n = i;
+	}
+}
+
+/* Merges what comes next, under one hold of the lock. How many pages it answered for. */
+static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status)
+{
+	struct chunk c = {.status = status};
+	size_t n;
+
+	if (!gather(&c, segment, at)) {
+		memset(status, NOMAP, at->extent->npages - at->at);
+		return at->extent->npages - at->at;
+	}
+	agent_mmap_lock();
+	c.area = area_next(c.addr[0]);
+	if (!c.area || c.area->start > c.addr[0]) {
+		c.n = 1;
+		*status = GONE;
+	} else {
+		clip(&c, c.area->end);
+		n = c.n;
+		if (may_swap(c.area))
+			clip_to_mappings(&c);
+		else
+			c.n = 0;
+		if (c.n) {
+			swap_chunk(&c);
+			populate(&c);
+		} else {
+			c.n = n;
+			memset(status, REFUSED, n);
+		}
+	}
+	agent_mmap_unlock();
+	return c.n;
+}
+
+/* The number of pages of a segment, or -errno when it is none: sealed content is what makes a comparison
+ * worth anything, and a sealed size is what makes a mapping safe from SIGBUS. */
+static int64_t segment_pages(int fd)
+{
+	int seals = fcntl(fd, F_GET_SEALS);
+	struct stat st;
+
+	if (seals < 0 || (seals & SEALS & ~F_SEAL_SEAL) != (SEALS & ~F_SEAL_SEAL))
+		return -EPERM;
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+		return -EBADF;
+	return st.st_size >> PAGE_SHIFT;
+}
+
+/* Merging gives memory back, but takes some for mappings and page tables first: 256 KiB do for SECTION_MAX pages. In a
+ * cgroup that is full to the last page these would wake the OOM killer as well. */
+static bool room_to_merge(void)
+{
+	bool room;
+
+	agent_mmap_lock();
+	room = room_for(256UL << 10, 0);
+	agent_mmap_unlock();
+	return room;
+}
+
+int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
+{
+	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
+	struct segment segment = {.fd = fd, .npages = (uint64_t)pages};
+	struct cursor at = {.extent = extents, .last = extents + n};
+	uint64_t since = SECTION_MAX;
+	bool room = false;
+
+	if (pages < 0)
+		return (int)-pages;
+	for (size_t i = 0; i < n; i++) {
+		const struct sp_extent *e = &extents[i];
+
+		if (e->npages > VPN_MAX || e->vpn > VPN_MAX - e->npages)
+			return EINVAL;
+		if (e->offset != SP_ZERO_PAGE &&
+		    (e->offset > (uint64_t)pages || e->npages > (uint64_t)pages - e->offset))
+			return EINVAL;
+	}
+	for (cursor_advance(&at, 0); at.extent < at.last;) {
+		size_t did;
+
+		if (since >= SECTION_MAX) {
+			since = 0;
+			room = room_to_merge();
+		}
+		if (room) {
+			did = merge_some(&segment, &at, status);
+		} else {
+			did = at.extent->npages - at.at;
+			memset(status, NOMEM, did);
+		}
+		since += did;
+		status += did;
+		cursor_advance(&at, did);
+	}
+	scratch_drop();
+	if (pages && kernel.view) /* the segment is not ours to keep alive */
+		window_reset(kernel.view, VIEW_SPACE, PROT_NONE, -1, 0);
+	return 0;
+}
