@@ -21,13 +21,13 @@ def compile_c(source: Path, program: Path, *flags: str, compiler: str = "gcc", s
     return program
 
 
-def build_agent(directory: Path) -> Path:
-    """libsamepage.so in `directory`, with the flags of meson.build."""
+def build_agent(directory: Path, *more: str) -> Path:
+    """libsamepage.so in `directory`, with the flags of meson.build, and `more`."""
     library = directory / "libsamepage.so"
     flags = ["-fPIC", "-shared", "-fvisibility=hidden", "-fno-builtin-malloc", "-fno-builtin-calloc"]
     flags += ["-ftls-model=initial-exec", "-Wl,-z,now", "-pthread"]
     sources = sorted(str(path) for path in SOURCES.glob("*.c"))
-    subprocess.run(["gcc", "-std=gnu11", *WARNINGS, *flags, *sources, "-o", str(library)], check=True)
+    subprocess.run(["gcc", "-std=gnu11", *WARNINGS, *flags, *more, *sources, "-o", str(library)], check=True)
     return library
 
 

@@ -11,7 +11,7 @@
  * changes an area passes through a wrapper (wrappers.h) and takes the mmap_lock below, so that an area
  * never changes under a step of the agent's.
  *
- * Page planes. For every page of an area the agent knows three bits (area.c):
+ * Page planes. For every page of an area the agent knows three bits (planes.c):
  *
  *   PAGE_SEGMENT  the mapping here is a private mapping of a segment, not anonymous memory. Discarding
  *                 it must give zeros, so whoever discards maps anonymous memory over it first.
@@ -27,8 +27,9 @@
  *
  * Memory. Nothing comes from the application's heap. All state is static or mmapped by the agent.
  *
- * Files, in the order of the story: area.c (areas, lock, planes); in front of libc (wrappers.h): alloc.c (the malloc
- * family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c (the rest); uffd.c (the
+ * Files, in the order of the story: lock.c, area.c, planes.c (whose memory, and what is known of it); in front of libc
+ * (wrappers.h): alloc.c (the malloc family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c
+ * (the rest); check.c (a build that checks all that); uffd.c (the
  * kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c,
  * merge.c and swap.c (donate and merge), break.c (unmerge), headroom.c (is there memory?), peer.c (thread, wire and C API).
  */
@@ -65,6 +66,29 @@ static inline uintptr_t min_addr(uintptr_t a, uintptr_t b)
 	return a < b ? a : b;
 }
 
+/* ---- a build that checks itself (check.c) ------------------------------------------------------- */
+
+#ifdef SAMEPAGE_CHECK
+_Noreturn void check_failed(const char *what, const char *file, int line);
+#define VM_BUG_ON(wrong)                                                                                               \
+	do {                                                                                                           \
+		if (wrong)                                                                                             \
+			check_failed(#wrong, __FILE__, __LINE__);                                                      \
+	} while (0)
+/* Before the lock is let go: areas and planes are as they must be, and as the kernel has it. */
+void check_books(void);
+/* The agent thread, between two requests: no page of the application's is in a window. */
+void check_windows(void);
+#else
+#define VM_BUG_ON(wrong) ((void)sizeof(!(wrong)))
+static inline void check_books(void)
+{
+}
+static inline void check_windows(void)
+{
+}
+#endif
+
 /* ---- the real libc (wrappers.c) ---------------------------------------------------------------- */
 
 /* The functions we stand in front of, as the next object in the search order has them; mmap to madvise: the kernel's. */
@@ -99,7 +123,7 @@ extern struct real real;
 /* Fills `real`. Safe to call from anywhere, also from inside malloc while dlsym runs. */
 void real_init(void);
 
-/* ---- areas and their lock (area.c) ------------------------------------------------------------- */
+/* ---- areas and their lock (area.c, lock.c) --------------------------------------------------------- */
 
 enum area_flags {
 	AREA_ALLOC = 1 << 0,	 /* served by alloc.c */
@@ -150,6 +174,8 @@ void area_merge_any(bool on);
 void area_forget_plain(uintptr_t start, uintptr_t end);
 unsigned long area_index(const struct area *a);
 
+/* ---- what is known of pages (planes.c) -------------------------------------------------------------- */
+
 enum page_plane { PAGE_SEGMENT, PAGE_ISLAND, PAGE_KNOWN, NR_PLANES };
 
 /* Page numbers, half-open ranges. page_reserve makes sure that later sets cannot fail. page_next finds the
@@ -160,6 +186,8 @@ void page_set(enum page_plane plane, uint64_t vpn, uint64_t end, bool value);
 uint64_t page_next(enum page_plane plane, uint64_t vpn, uint64_t end, bool value);
 void page_forget_known(void);				 /* nothing is known to the service any more */
 void page_move(uint64_t vpn, uint64_t end, uint64_t to); /* mremap: bits travel, KNOWN does not */
+
+/* ---- mappings inside areas (area.c) ----------------------------------------------------------------- */
 
 /* Maps fresh anonymous memory over whatever part of the range is mapped from segments, so that a discard
  * gives zeros there. Needs the lock. 0, or -errno with nothing lost. */

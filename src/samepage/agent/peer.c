@@ -529,6 +529,7 @@ static void wait_for_work(void)
 		take_call();
 	if (p[1].revents && !serve())
 		disconnect();
+	check_windows();
 	/* By the clock: a service in a hurry leaves no pause to do it in. */
 	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
 	if (now.tv_sec != looked) {
