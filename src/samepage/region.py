@@ -26,20 +26,28 @@ class UnmergeError(OSError):
     goes on.
 
     `pages_unmerged` have private copies again, `pages_remaining` are still merged; `bytes_needed` and
-    `bytes_available` are the sum that decided.
+    `bytes_available` are the sum that decided. `unseen`: nothing is available because what limits this process cannot
+    be read from inside of it.
     """
 
     def __init__(
-        self, code: int, pages_unmerged: int, pages_remaining: int, bytes_needed: int, bytes_available: int
+        self,
+        code: int,
+        pages_unmerged: int,
+        pages_remaining: int,
+        bytes_needed: int,
+        bytes_available: int,
+        unseen: bool = False,
     ) -> None:
         text = f"{os.strerror(code)}: {pages_unmerged} pages unmerged, {pages_remaining} still merged"
         if code == errno.ENOMEM:
-            text += f"; {bytes_needed} bytes needed, {bytes_available} available"
+            text += f"; {agent.UNSEEN}" if unseen else f"; {bytes_needed} bytes needed, {bytes_available} available"
         super().__init__(code, text)
         self.pages_unmerged = pages_unmerged
         self.pages_remaining = pages_remaining
         self.bytes_needed = bytes_needed
         self.bytes_available = bytes_available
+        self.unseen = unseen
 
 
 class _PyBuffer(ctypes.Structure):
@@ -132,7 +140,7 @@ class Region:
             if step.errno == 0:
                 self._registered = False
             elif step.errno not in (errno.EAGAIN, errno.EINTR):
-                raise UnmergeError(step.errno, done, step.pages_remaining, step.bytes_needed, step.bytes_available)
+                raise UnmergeError(step.errno, done, *step[2:])
 
     def close(self) -> None:
         """Unmerge and let go of the buffer. Raises as `unmerge` does, and then keeps it."""

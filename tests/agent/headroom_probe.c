@@ -6,6 +6,9 @@
  *	look, swap          headroom(false), headroom(true)
  *	fill BATCH RESERVE  memory taken in batches for as long as headroom() leaves RESERVE after one
  *	room BATCH RESERVE  the same as long as room_for() says so
+ *	taken US            what others are taken to have taken in so many microseconds
+ *	late MS BYTES LEAVE room_for() asked after so long a pause
+ *	unknown             headroom_unknown() after a look
  *	take BYTES          memory taken without asking
  *	read PATH           clean file cache; bytes read
  *	write PATH BYTES    dirty file cache; bytes written
@@ -13,6 +16,7 @@
  *	retire              the thread group's leader exits; another thread reads on
  */
 #include "headroom.c"
+#include "memcg.c"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -26,6 +30,11 @@ struct sp_welcome settings;
 static uint64_t look(bool with_swap)
 {
 	return given ? headroom_under(&files, with_swap) : headroom(with_swap);
+}
+
+static bool room(uint64_t bytes, uint64_t leave)
+{
+	return given ? room_under(&files, bytes, leave) : room_for(bytes, leave);
 }
 
 static void take(uint64_t bytes)
@@ -50,7 +59,7 @@ static uint64_t fill_by_room(uint64_t batch, uint64_t reserve)
 {
 	uint64_t taken = 0;
 
-	for (; room_for(batch, reserve); taken += batch)
+	for (; room(batch, reserve); taken += batch)
 		take(batch);
 	return taken;
 }
@@ -84,7 +93,7 @@ static uint64_t write_all(const char *path, uint64_t bytes)
 static void *serve(void *unused)
 {
 	char line[PATH_MAX + 64], verb[16], path[PATH_MAX];
-	uint64_t a, b, answer;
+	uint64_t a, b, c, answer;
 
 	while (fgets(line, sizeof(line), stdin)) {
 		sscanf(line, "%15s", verb);
@@ -96,6 +105,14 @@ static void *serve(void *unused)
 			answer = fill(a, b);
 		} else if (sscanf(line, "room %lu %lu", &a, &b) == 2) {
 			answer = fill_by_room(a, b);
+		} else if (sscanf(line, "taken %lu", &a) == 1) {
+			answer = taken_in(a) / online_cpus();
+		} else if (sscanf(line, "late %lu %lu %lu", &a, &b, &c) == 3) {
+			usleep((useconds_t)(a * 1000));
+			answer = room(b, c);
+		} else if (!strcmp(verb, "unknown")) {
+			look(false);
+			answer = headroom_unknown();
 		} else if (sscanf(line, "take %lu", &answer) == 1) {
 			take(answer);
 		} else if (sscanf(line, "read %4095s", path) == 1) {
@@ -136,6 +153,7 @@ int main(int argc, char **argv)
 		files = (struct roots){
 			.cgroup = under(argv[1], "/proc/self/cgroup"),
 			.thread_cgroup = under(argv[1], "/proc/thread-self/cgroup"),
+			.namespace = under(argv[1], "/proc/self/ns/cgroup"),
 			.mountinfo = under(argv[1], "/proc/thread-self/mountinfo"),
 			.meminfo = under(argv[1], "/proc/meminfo"),
 			.swappiness = under(argv[1], "/proc/sys/vm/swappiness"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -107,6 +108,7 @@ class Machine:
     def v2(self, path: str, usage: int = 0, stat: Mapping[str, int] | None = None, **limits: int | str) -> None:
         """One cgroup. limits: max, high, min, low, swap_max, swap_current."""
         values: dict[str, int | str] = {"max": "max", "high": "max", "min": 0, "low": 0, "swap_max": "max"}
+        self.put(f"{path}/cgroup.procs", "")
         for key, value in (values | {"current": usage, "swap_current": 0} | limits).items():
             self.put(f"{path}/memory.{key.replace('_', '.')}", f"{value}\n")
         self.put(f"{path}/memory.stat", edit(MEMORY_STAT_V2, stat or {}))
@@ -121,6 +123,7 @@ class Machine:
         swappiness: int = 60,
     ) -> None:
         """One cgroup. memsw: (usage, limit) of memory and swap together."""
+        self.put(f"{path}/cgroup.procs", "")
         self.put(f"{path}/memory.usage_in_bytes", f"{usage}\n")
         self.put(f"{path}/memory.limit_in_bytes", f"{limit}\n")
         self.put(f"{path}/memory.swappiness", f"{swappiness}\n")
@@ -140,6 +143,7 @@ def machine(tmp_path: Path) -> Machine:
     made = Machine(tmp_path / "machine")
     made.process("0::/a/b\n", V2_MOUNT)
     made.put(f"{CGROUP}/memory.stat", MEMORY_STAT_V2)
+    made.put(f"{CGROUP}/cgroup.procs", "")
     made.v2(f"{CGROUP}/a")
     made.v2(f"{CGROUP}/a/b")
     return made
@@ -169,6 +173,8 @@ def captured(machine: Machine) -> Machine:
         path, _, content = part.partition("\n")
         machine.put(path, content)
         machine.put(path.replace("/self/", "/thread-self/"), content)
+    for cgroup in ("outer", "outer/inner"):
+        machine.put(f"{CGROUP}/{cgroup}/cgroup.procs", "")
     return machine
 
 
@@ -267,7 +273,9 @@ def test_a_cgroup_that_is_gone_leaves_its_ancestors(machine: Machine, look: Look
 def test_ancestors_count_where_the_own_cgroup_has_no_memory_controller(machine: Machine, look: Look) -> None:
     machine.v2(f"{CGROUP}/a", max=300 * MIB, usage=100 * MIB)
     machine.process("0::/a/threaded/worker\n", V2_MOUNT)
-    machine.put(f"{CGROUP}/a/threaded/worker/cgroup.type", "threaded\n")
+    for cgroup in ("threaded", "threaded/worker"):
+        machine.put(f"{CGROUP}/a/{cgroup}/cgroup.type", "threaded\n")
+        machine.put(f"{CGROUP}/a/{cgroup}/cgroup.procs", "")
     assert look() == 200 * MIB
 
 
@@ -281,8 +289,6 @@ CONTAINER = "411 402 0:26 {root} /sys/fs/cgroup ro,nosuid,nodev,noexec,relatime 
         ("/docker/3f9c", "/docker/3f9c/worker", "/worker"),
         ("/", "/", ""),  # in a cgroup namespace
         ("/", "/worker", "/worker"),
-        ("/..", "/", ""),  # the mount starts above the namespace: only its root has a name
-        ("/../..", "/worker", ""),
         ("/..", "/../peer", "/peer"),  # the process was moved out of the namespace
     ],
 )
@@ -301,14 +307,18 @@ def test_a_container_sees_the_part_of_the_tree_that_is_mounted(
         ("/docker/3f9c", "/docker"),
         ("/../peer", "/"),
         ("/", "/../peer"),
+        ("/..", "/"),  # the mount starts above the namespace: nobody tells by which way it goes down
+        ("/../..", "/worker"),
     ],
 )
-def test_a_mount_of_somebody_else_s_cgroup_is_not_ours(machine: Machine, look: Look, root: str, own: str) -> None:
+def test_where_no_mount_shows_its_own_cgroup_there_is_nothing(
+    machine: Machine, look: Look, root: str, own: str
+) -> None:
     machine.v2(CGROUP, max=MIB)
     machine.v2(f"{CGROUP}/peer", max=MIB)
     machine.v2(f"{CGROUP}0", max=MIB)
     machine.process(f"0::{own}\n", CONTAINER.format(root=root))
-    assert look() == 8 << 30
+    assert (look(), look("unknown")) == (0, 1)
 
 
 def test_the_mount_that_shows_most_is_used(machine: Machine, look: Look) -> None:
@@ -330,6 +340,104 @@ def test_mountinfo_may_be_long_and_have_longer_lines(machine: Machine, look: Loo
     many = "".join(f"{i} 27 0:{i} / /mnt/{i} rw,relatime - tmpfs tmpfs rw,size=4k\n" for i in range(100, 1100))
     machine.process("0::/a/b\n", many + overlay + V2_MOUNT)
     assert look() == 200 * MIB
+
+
+@pytest.mark.parametrize("cgroup", ["0::/a/b\n", "4:memory:/a/b\n0::/\n", "0::/\n"])
+def test_a_memory_cgroup_that_is_named_and_nowhere_mounted_leaves_nothing(
+    machine: Machine, look: Look, cgroup: str
+) -> None:
+    machine.process(cgroup, "")
+    assert (look(), look("unknown")) == (0, 1)
+
+
+def test_without_a_mount_the_root_of_the_hierarchy_is_known_to_have_no_limits(machine: Machine, look: Look) -> None:
+    machine.process("0::/\n", "")
+    link = machine.root / "proc/self/ns/cgroup"
+    link.parent.mkdir()
+    link.symlink_to("cgroup:[4026531835]")
+    assert (look(), look("unknown")) == (8 << 30, 0)
+    machine.process("0::/a\n", "")
+    assert look() == 0
+    machine.process("0::/\n", "")
+    link.unlink()
+    link.symlink_to("cgroup:[4026532000]")  # the root of a namespace may be any cgroup
+    assert look() == 0
+
+
+def test_a_kernel_without_cgroups_has_no_limits(machine: Machine, look: Look) -> None:
+    machine.process("8:pids:/a\n", "")
+    assert look() == 8 << 30
+    machine.process("", "")
+    assert look() == 8 << 30
+    (machine.root / "proc/self/cgroup").unlink()
+    assert look() == 8 << 30
+
+
+def test_a_file_system_mounted_over_a_cgroup_hides_its_limits(machine: Machine, look: Look) -> None:
+    machine.v2(f"{CGROUP}/a", max=300 * MIB)
+    (machine.root / CGROUP[1:] / "a" / "b" / "cgroup.procs").unlink()  # some other directory
+    assert (look(), look("unknown")) == (0, 1)
+    shutil.rmtree(machine.root / CGROUP[1:] / "a" / "b")
+    assert (look(), look("unknown")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/proc/self/cgroup",
+        "/proc/thread-self/mountinfo",
+        "/proc/meminfo",
+        f"{CGROUP}/a/memory.max",
+        f"{CGROUP}/a/memory.high",
+        f"{CGROUP}/a/memory.low",
+        f"{CGROUP}/a/memory.current",
+        f"{CGROUP}/a/b/memory.stat",
+        f"{CGROUP}/a/b/memory.max",
+        f"{CGROUP}/a/sibling/memory.min",
+        f"{CGROUP}/other/memory.min",
+    ],
+)
+def test_a_file_that_cannot_be_read_is_no_permission(machine: Machine, look: Look, file: str) -> None:
+    stat = {"inactive_file": 60 * MIB}
+    for cgroup in ("a", "a/b", "a/sibling", "other"):
+        machine.v2(f"{CGROUP}/{cgroup}", max=300 * MIB, usage=290 * MIB, stat=stat, min=MIB)
+    assert look() > 0
+    (machine.root / file[1:]).unlink()
+    (machine.root / file[1:]).mkdir()  # it can be opened, and read(2) fails
+    assert (look(), look("unknown")) == (0, 1)
+
+
+def test_a_list_of_cgroups_that_is_too_long_leaves_nothing(machine: Machine, look: Look) -> None:
+    machine.process("".join(f"{i}:name=x{i}:/{'x' * 4000}\n" for i in range(2, 7)) + "0::/a/b\n", V2_MOUNT)
+    assert (look(), look("unknown")) == (0, 1)
+
+
+def test_what_could_not_be_seen_is_looked_for_again_at_once_and_not_forgotten(program: Path, machine: Machine) -> None:
+    machine.process("0::/a/b\n", "")
+    probe = Probe([str(program), str(machine.root)])
+    assert [probe.ask("look") for _ in range(3)] == [0, 0, 0]
+    machine.process("0::/a/b\n", V2_MOUNT)
+    assert probe.ask("look") == 8 << 30
+    assert probe.ask("unknown") == 0
+    assert probe.end() == 0
+
+
+# ---- looks that are used again ----
+
+
+def test_others_are_taken_to_take_ten_gibibytes_a_second_with_each_cpu(program: Path) -> None:
+    probe = Probe([str(program)])
+    assert abs(probe.ask("taken 1000000") - (10 << 30)) < MIB
+    assert probe.end() == 0
+
+
+def test_a_look_is_not_used_again_when_others_can_have_taken_half_of_it_since(program: Path, machine: Machine) -> None:
+    probe = Probe([str(program), str(machine.root)])
+    machine.meminfo(MemAvailable=128 * MIB)
+    assert probe.ask(f"late 0 {MIB} {16 * MIB}") == 1
+    machine.meminfo(MemAvailable=MIB)
+    assert probe.ask(f"late 10 {MIB} {16 * MIB}") == 0  # ten milliseconds are 102 MiB for each CPU
+    assert probe.end() == 0
 
 
 def test_a_process_that_moves_is_followed_at_once(program: Path, machine: Machine) -> None:
@@ -419,6 +527,8 @@ def test_v1_in_a_hybrid_hierarchy_says_all_about_memory(v1: Machine, look: Look)
 def test_v1_controllers_may_be_mounted_together(v1: Machine, look: Look) -> None:
     both = "35 31 0:32 / /sys/fs/cgroup/cpuset,memory rw,relatime - cgroup cgroup rw,cpuset,memory\n"
     v1.process(V1_CGROUP.format(controllers="cpuset,memory"), both)
+    for path in ("", "/a/b"):
+        v1.v1(f"{CGROUP}/cpuset,memory{path}")
     v1.v1(f"{CGROUP}/cpuset,memory/a", usage=100 * MIB, limit=300 * MIB)
     assert look() == 200 * MIB
 
@@ -450,17 +560,6 @@ def test_when_nothing_can_be_read_there_is_no_headroom(program: Path, tmp_path: 
     probe = Probe([str(program), str(tmp_path / "nothing")])
     assert probe.ask("look") == 0
     assert probe.end() == 0
-
-
-def test_the_machine_alone_counts_where_no_cgroup_is_to_be_seen(machine: Machine, look: Look) -> None:
-    machine.process("0::/a/b\n", "")
-    assert look() == 8 << 30
-
-
-def test_the_cgroup_alone_counts_where_meminfo_cannot_be_read(machine: Machine, look: Look) -> None:
-    machine.v2(f"{CGROUP}/a/b", max=300 * MIB, usage=100 * MIB)
-    (machine.root / "proc/meminfo").unlink()
-    assert look() == 200 * MIB
 
 
 def test_a_limit_with_unknown_usage_leaves_nothing(machine: Machine, look: Look) -> None:

@@ -134,6 +134,7 @@ def test_unmerge_tells_how_far_it_came(samepage: Samepage, two_merged: list[int]
         "pages_remaining": 0,
         "bytes_needed": 0,
         "bytes_available": 1 << 40,
+        "limits_unseen": False,
     }
     assert merged(samepage) == {two_merged[0]: 0, two_merged[1]: NPAGES}
     assert samepage("unmerge").stdout == f"{NPAGES} pages unmerged\n"
@@ -149,6 +150,7 @@ def test_an_unmerge_without_the_memory_for_it_says_what_is_missing(samepage: Sam
         "pages_remaining": 2 * NPAGES,
         "bytes_needed": NPAGES * 4096,
         "bytes_available": 100,
+        "limits_unseen": False,
     }
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "free some memory" in done.stderr

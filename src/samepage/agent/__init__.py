@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 NAME = "libsamepage.so"
 
+UNSEEN = "what limits the process (its memory cgroup, or the machine) cannot be read from inside of it"
+"""Why there is no memory where a break was `unseen`."""
+
 
 class Broken(ctypes.Structure):
     """`struct sp_broken` of `agent/wire.h`."""
@@ -25,7 +28,7 @@ class Broken(ctypes.Structure):
         ("bytes_available", ctypes.c_uint64),
         ("cpu_ns", ctypes.c_uint64),
         ("error", ctypes.c_int32),
-        ("pad", ctypes.c_uint32),
+        ("unseen", ctypes.c_uint32),
     )
 
 
@@ -37,6 +40,7 @@ class Step(NamedTuple):
     pages_remaining: int
     bytes_needed: int
     bytes_available: int
+    unseen: bool
 
 
 def library_path() -> Path:
@@ -100,7 +104,14 @@ def unmerge(address: int, nbytes: int, max_pages: int) -> Step:
     """Break at most `max_pages` merged pages of the range; when none is left it is no longer mergeable."""
     out = Broken()
     result: int = load().samepage_unmerge(address, nbytes, max_pages, ctypes.byref(out))
-    return Step(-result, out.pages_unmerged, out.pages_remaining, out.bytes_needed, out.bytes_available)
+    return Step(
+        -result,
+        out.pages_unmerged,
+        out.pages_remaining,
+        out.bytes_needed,
+        out.bytes_available,
+        bool(out.unseen),
+    )
 
 
 def quiet(address: int, nbytes: int, on: bool) -> None:

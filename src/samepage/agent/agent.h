@@ -31,7 +31,8 @@
  * (wrappers.h): alloc.c (the malloc family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c
  * (the rest); check.c (a build that checks all that); uffd.c (the
  * kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c,
- * merge.c and swap.c (donate and merge), break.c (unmerge), headroom.c (is there memory?), peer.c (thread, wire and C API).
+ * merge.c and swap.c (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?), peer.c (thread, wire
+ * and C API).
  */
 #ifndef SAMEPAGE_AGENT_H
 #define SAMEPAGE_AGENT_H
@@ -312,6 +313,8 @@ void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp
 /* Bytes this process could still be given before anybody would have to be killed: the least over its
  * memory cgroup, every ancestor, and MemAvailable. Needs the lock, for its buffers' sake. */
 uint64_t headroom(bool with_swap);
+/* Whether the last look found 0 because something that may hold a limit could not be read. Needs the lock. */
+bool headroom_unknown(void);
 /* Whether `bytes` can be taken and `leave` bytes are left then. Where there is plenty it does not look every time.
  * Needs the lock. */
 bool room_for(uint64_t bytes, uint64_t leave);

@@ -171,6 +171,7 @@ static int afford(uint64_t n, struct sp_broken *out)
 {
 	out->bytes_needed = n * PAGE_SIZE + MOVING + settings.reserve;
 	out->bytes_available = headroom(settings.use_swap);
+	out->unseen = headroom_unknown();
 	return out->bytes_available < out->bytes_needed ? ENOMEM : 0;
 }
 

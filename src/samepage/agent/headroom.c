@@ -22,46 +22,29 @@
  * - Ancestors above the root of a cgroup namespace, or of a bind-mounted subtree, cannot be seen; nor does
  *   MemAvailable know of cpusets and mempolicies. A limit that hides there is not honoured.
  *
+ * What cannot be read is no permission. A file that is not there may mean that there is no limit: v2 has none in
+ * the root, and none where the controller is not enabled. Everything else (no mount that shows the process's own
+ * cgroup, another file system over it, no permission, no descriptor left, a file longer than our buffer) leaves a
+ * limit unknown, and then headroom is 0: memory can be had later, a killed process cannot. headroom_unknown() says
+ * that this is why.
+ *
  * How exact. The usage counter errs on the safe side: each CPU may hold up to 64 pages that are charged
  * but not used yet (MEMCG_CHARGE_BATCH). memory.stat, and with it the clean cache, errs both ways, by up to
  * 64 pages times the number of CPUs: updates below that are not flushed for a reader. And others allocate
  * between our look and our fault. The caller's reserve has to cover the last two.
  *
- * Everything is read anew at each call, at about 2 us a file: no descriptor is kept that a forked child or
- * a new agent thread could mistake for its own. memory.stat is the dear one (it may flush every CPU's
- * counters), so it is read only where the limit could be the least. Only the directory is remembered.
- * Needs the mmap_lock: the buffers are static.
+ * Everything is read anew at each call (memcg.c). memory.stat is the dear one (it may flush every CPU's
+ * counters), so it is read only where the limit could be the least. Needs the mmap_lock: the buffers are static.
  */
-#include "agent.h"
+#include "memcg.h"
 
 #include <dirent.h>
-#include <fcntl.h>
 #include <limits.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 
-#define NO_LIMIT UINT64_MAX
-
-/* Where the kernel's files are; tests have their own. `prefix` goes before every mount point. */
-struct roots {
-	const char *cgroup, *thread_cgroup, *mountinfo, *meminfo, *swappiness, *prefix;
-};
-
-/* The process's memory cgroup, as found. */
-static struct {
-	char own[PATH_MAX]; /* its path as /proc/self/cgroup has it: when that changes, all of this is old */
-	char dir[PATH_MAX]; /* its directory; those of its ancestors are what it begins with, down to `top` bytes */
-	size_t top;
-	bool v2;
-	time_t found;	   /* CLOCK_MONOTONIC, seconds */
-	uint64_t shielded; /* bytes of the machine's clean cache that memory.min and memory.low keep */
-} memcg;
-
-static char text[16384]; /* the file last read */
-static bool blind;	 /* a file that exists could not be read for want of descriptors or memory */
+static uint64_t shielded; /* bytes of the machine's clean cache that memory.min and memory.low keep */
 
 static uint64_t least_of(uint64_t a, uint64_t b)
 {
@@ -71,208 +54,6 @@ static uint64_t least_of(uint64_t a, uint64_t b)
 static uint64_t minus(uint64_t a, uint64_t b)
 {
 	return a > b ? a - b : 0;
-}
-
-/* ---- reading files --------------------------------------------------------------------------------- */
-
-static int open_at(int dir, const char *name, int flags)
-{
-	int fd = openat(dir, name, flags | O_RDONLY | O_CLOEXEC);
-
-	if (fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM))
-		blind = true;
-	return fd;
-}
-
-/* The whole file into `text`. One read is enough: seq_file shows a single record in one piece. */
-static bool read_at(int dir, const char *name)
-{
-	int fd = open_at(dir, name, 0);
-	ssize_t n;
-
-	if (fd < 0)
-		return false;
-	n = read(fd, text, sizeof(text) - 1);
-	close(fd);
-	text[n > 0 ? n : 0] = '\0';
-	return n > 0;
-}
-
-/* A file that holds one number of bytes, or "max"; `otherwise` when it cannot be read. */
-static uint64_t number_at(int dir, const char *name, uint64_t otherwise)
-{
-	uint64_t value;
-
-	if (!read_at(dir, name))
-		return otherwise;
-	if (!strncmp(text, "max", 3))
-		return NO_LIMIT;
-	value = strtoull(text, NULL, 10);
-	return value < 1ULL << 60 ? value : NO_LIMIT; /* v1 writes "none" as all the pages a long can count */
-}
-
-/* The number after `key` in `text`, or `otherwise`. */
-static uint64_t field(const char *key, uint64_t otherwise)
-{
-	size_t len = strlen(key);
-
-	for (const char *line = text; *line;) {
-		const char *end = strchrnul(line, '\n');
-
-		if (!strncmp(line, key, len) && (line[len] == ' ' || line[len] == '\t'))
-			return strtoull(line + len, NULL, 10);
-		line = *end ? end + 1 : end;
-	}
-	return otherwise;
-}
-
-/* ---- finding the cgroup ---------------------------------------------------------------------------- */
-
-static bool has_token(const char *list, const char *token)
-{
-	size_t len = strlen(token);
-
-	for (;; list++) {
-		if (!strncmp(list, token, len) && (list[len] == ',' || !list[len]))
-			return true;
-		list = strchr(list, ',');
-		if (!list)
-			return false;
-	}
-}
-
-/* The memory cgroup in a file like /proc/self/cgroup, NULL when it has none. The memory controller is in one
- * hierarchy only: where v1 has it, v2's tree says nothing of memory. */
-static const char *cgroup_path(const char *file, bool *v2)
-{
-	char *rest = text, *path = NULL, *line;
-
-	if (!read_at(AT_FDCWD, file))
-		return NULL;
-	while ((line = strsep(&rest, "\n"))) {
-		const char *id = strsep(&line, ":"), *controllers = strsep(&line, ":");
-
-		if (!line)
-			continue;
-		if (has_token(controllers, "memory")) {
-			*v2 = false;
-			return line;
-		}
-		if (!strcmp(id, "0"))
-			path = line;
-	}
-	*v2 = true;
-	return path;
-}
-
-/* mountinfo writes space, tab, newline and backslash in octal. */
-static void unescape(char *s)
-{
-	char *out = s;
-
-	while (*s) {
-		if (s[0] == '\\' && s[1] && s[2] && s[3]) {
-			*out++ = (char)((s[1] - '0') << 6 | (s[2] - '0') << 3 | (s[3] - '0'));
-			s += 4;
-		} else {
-			*out++ = *s++;
-		}
-	}
-	*out = '\0';
-}
-
-/* How many "/.." a path begins with: both files write paths relative to the reader's cgroup namespace. */
-static size_t ups(const char *path)
-{
-	size_t n = 0;
-
-	while (!strncmp(path, "/..", 3) && (path[3] == '/' || !path[3])) {
-		path += 3;
-		n++;
-	}
-	return n;
-}
-
-/* The way down from the cgroup `root` to the cgroup `path`: "" or "/a/b". NULL when root is not above path. A root
- * higher in the tree than the namespace's is above us, but nobody tells by which way: then "", root alone. */
-static const char *way_down(const char *root, const char *path)
-{
-	size_t len = strlen(root), up = ups(root);
-
-	if (up > ups(path))
-		return len == 3 * up ? "" : NULL;
-	if (!strcmp(root, "/"))
-		len = 0;
-	if (strncmp(root, path, len) || (path[len] && path[len] != '/') || ups(path + len))
-		return NULL;
-	return strcmp(path + len, "/") ? path + len : "";
-}
-
-static size_t depth(const char *way)
-{
-	size_t n = 1;
-
-	for (; *way; way++)
-		n += *way == '/';
-	return n;
-}
-
-/* One line of mountinfo: take the mount if it shows more of our ancestors than the best so far. */
-static void consider_mount(char *line, const char *prefix, size_t *best)
-{
-	char *super = strstr(line, " - "), *root, *point;
-	const char *type, *way;
-
-	if (!super)
-		return;
-	*super = '\0';
-	super += 3;
-	type = strsep(&super, " ");
-	strsep(&super, " "); /* the source */
-	if (memcg.v2 ? strcmp(type, "cgroup2") : strcmp(type, "cgroup") || !super || !has_token(super, "memory"))
-		return;
-	for (int i = 0; i < 3; i++) /* mount ID, parent ID, device */
-		strsep(&line, " ");
-	root = strsep(&line, " ");
-	point = strsep(&line, " ");
-	if (!root || !point)
-		return;
-	unescape(root);
-	unescape(point);
-	way = way_down(root, memcg.own);
-	if (!way || depth(way) <= *best || strlen(prefix) + strlen(point) + strlen(way) >= sizeof(memcg.dir))
-		return;
-	*best = depth(way);
-	memcg.top = (size_t)(stpcpy(stpcpy(memcg.dir, prefix), point) - memcg.dir);
-	strcpy(memcg.dir + memcg.top, way);
-}
-
-/* Reads mountinfo, which has no bound, line by line. */
-static void find_mount(const struct roots *r)
-{
-	size_t best = 0, held = 0;
-	int fd = open_at(AT_FDCWD, r->mountinfo, 0);
-	ssize_t n;
-
-	if (fd < 0)
-		return;
-	memcg.dir[0] = '\0';
-	memcg.top = 0;
-	while ((n = read(fd, text + held, sizeof(text) - 1 - held)) > 0) {
-		char *line = text, *end;
-
-		text[held + (size_t)n] = '\0';
-		while ((end = strchr(line, '\n'))) {
-			*end = '\0';
-			consider_mount(line, r->prefix, &best);
-			line = end + 1;
-		}
-		held = strlen(line);
-		if (held == sizeof(text) - 1)
-			held = 0; /* no mount of a cgroup has a line as long as this */
-		memmove(text, line, held);
-	}
-	close(fd);
 }
 
 /* ---- one cgroup ------------------------------------------------------------------------------------- */
@@ -358,6 +139,8 @@ static uint64_t room_in(int dir, uint64_t swap, uint64_t least)
 {
 	uint64_t limit, usage, memsw = NO_LIMIT, memsw_usage, cache;
 
+	if (faccessat(dir, "cgroup.procs", F_OK, 0)) /* in every cgroup: something else is mounted over this one */
+		blind = true;
 	if (memcg.v2) {
 		limit = least_of(number_at(dir, "memory.max", NO_LIMIT), number_at(dir, "memory.high", NO_LIMIT));
 		usage = usage_at(dir, "memory.current", limit);
@@ -405,29 +188,6 @@ static uint64_t shielded_from_machine(void)
 	return bytes;
 }
 
-/* Finds the cgroup's directory, anew when the process has moved and once a second besides: mounts come and go. */
-static void locate(const struct roots *r)
-{
-	struct timespec now;
-	bool v2;
-	const char *own = cgroup_path(r->cgroup, &v2);
-
-	/* v1 shows a thread group whose leader has exited in the root, though its memory is still charged where it
-	 * was. This thread has not exited. */
-	if (own && !v2 && !strcmp(own, "/"))
-		own = cgroup_path(r->thread_cgroup, &v2);
-	if (!own || strlen(own) >= sizeof(memcg.own))
-		return;
-	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-	if (memcg.v2 == v2 && !strcmp(memcg.own, own) && memcg.found == now.tv_sec)
-		return;
-	memcg.v2 = v2;
-	strcpy(memcg.own, own);
-	memcg.found = now.tv_sec;
-	find_mount(r);
-	memcg.shielded = shielded_from_machine();
-}
-
 /* Bytes of the process's own memory that can go to swap. Others' could as well, but not by limits that we see. */
 static uint64_t swappable(const struct roots *r, uint64_t swap_free)
 {
@@ -458,41 +218,64 @@ static uint64_t swappable(const struct roots *r, uint64_t swap_free)
 	return swappiness ? least_of(anon, swap_free) : 0;
 }
 
+/* What the machine leaves. *swap: what of it could be freed by swapping, none unless asked for. */
+static uint64_t room_in_machine(const struct roots *r, bool with_swap, uint64_t *swap)
+{
+	uint64_t available = NO_LIMIT;
+
+	*swap = 0;
+	if (read_at(AT_FDCWD, r->meminfo)) {
+		available = field("MemAvailable:", NO_LIMIT);
+		if (with_swap)
+			*swap = 1024 * least_of(field("SwapFree:", 0),
+						field("Active(anon):", 0) + field("Inactive(anon):", 0));
+	}
+	if (available == NO_LIMIT) {
+		blind = true;
+		return 0;
+	}
+	return minus(1024 * available, shielded) + *swap;
+}
+
 static uint64_t headroom_under(const struct roots *r, bool with_swap)
 {
 	static char path[PATH_MAX];
-	uint64_t least = NO_LIMIT, swap = 0;
+	uint64_t least, swap;
 
 	blind = false;
-	locate(r);
-	if (read_at(AT_FDCWD, r->meminfo)) {
-		uint64_t available = field("MemAvailable:", NO_LIMIT);
-
-		if (with_swap)
-			swap = 1024 *
-			       least_of(field("SwapFree:", 0), field("Active(anon):", 0) + field("Inactive(anon):", 0));
-		if (available != NO_LIMIT)
-			least = minus(1024 * available, memcg.shielded) + swap;
+	if (memcg_locate(r)) {
+		shielded = memcg.dir[0] ? shielded_from_machine() : 0;
+		if (blind)
+			memcg.found = -1; /* what was not seen is looked for again at once */
 	}
+	least = room_in_machine(r, with_swap, &swap);
 	if (swap)
 		swap = swappable(r, swap);
 	strcpy(path, memcg.dir);
 	do {
 		int dir = open_at(AT_FDCWD, path, O_PATH | O_DIRECTORY);
 
-		if (dir < 0)
+		if (dir < 0) {
+			/* Something else is mounted over it, unless there is none, or it has gone and what is above counts. */
+			if (*path && !memcg_is_gone(path))
+				blind = true;
 			continue;
+		}
 		least = least_of(least, room_in(dir, swap, least));
 		if (swap && memcg.v2 && protection(dir))
 			swap = 0; /* an ancestor's reclaim may have to leave this one alone */
 		close(dir);
 	} while (ascend(path));
-	/* Knowing nothing is not the same as knowing of no limit: a break can be had later, a killed process not. */
-	return blind || least == NO_LIMIT ? 0 : least;
+	return blind ? 0 : least;
+}
+
+bool headroom_unknown(void)
+{
+	return blind;
 }
 
 #define LOOK_GOOD_US 20000ULL /* a look is never good for longer: the process may be moved to another cgroup */
-#define TAKEN_PER_US (10ULL << 30 / 1000000) /* by each CPU at most: nobody clears pages faster */
+#define TAKEN_PER_US ((10ULL << 30) / 1000000) /* by each CPU at most: nobody clears pages faster */
 
 unsigned long online_cpus(void)
 {
@@ -503,38 +286,49 @@ unsigned long online_cpus(void)
 	return n;
 }
 
-bool room_for(uint64_t bytes, uint64_t leave)
+/* What all CPUs together can have taken in so many microseconds. */
+static uint64_t taken_in(uint64_t us)
+{
+	return us * TAKEN_PER_US * online_cpus();
+}
+
+static bool room_under(const struct roots *r, uint64_t bytes, uint64_t leave)
 {
 	static uint64_t found, looked, taken;
 	struct timespec t;
-	uint64_t now, gone;
+	uint64_t now;
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	now = (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
 	/* What may be gone since: all that we asked for, and what every CPU can have taken. Where twice that was there,
 	 * and then what is asked for now, it still is. */
-	gone = taken + (now - looked) * TAKEN_PER_US * online_cpus();
-	if (now - looked < LOOK_GOOD_US && 2 * (gone + bytes + leave) <= found) {
+	if (now - looked < LOOK_GOOD_US && 2 * (taken + taken_in(now - looked) + bytes + leave) <= found) {
 		taken += bytes;
 		return true;
 	}
-	found = headroom(settings.use_swap);
+	found = headroom_under(r, settings.use_swap);
 	looked = now;
 	taken = bytes;
 	return found >= bytes + leave;
 }
 
+/* mountinfo is relative to a thread's root, and ours stays when the application calls chroot(). */
+static const struct roots kernel_files = {
+	.cgroup = "/proc/self/cgroup",
+	.thread_cgroup = "/proc/thread-self/cgroup",
+	.namespace = "/proc/self/ns/cgroup",
+	.mountinfo = "/proc/thread-self/mountinfo",
+	.meminfo = "/proc/meminfo",
+	.swappiness = "/proc/sys/vm/swappiness",
+	.prefix = "",
+};
+
+bool room_for(uint64_t bytes, uint64_t leave)
+{
+	return room_under(&kernel_files, bytes, leave);
+}
+
 uint64_t headroom(bool with_swap)
 {
-	/* mountinfo is relative to a thread's root, and ours stays when the application calls chroot(). */
-	static const struct roots kernel_files = {
-		.cgroup = "/proc/self/cgroup",
-		.thread_cgroup = "/proc/thread-self/cgroup",
-		.mountinfo = "/proc/thread-self/mountinfo",
-		.meminfo = "/proc/meminfo",
-		.swappiness = "/proc/sys/vm/swappiness",
-		.prefix = "",
-	};
-
 	return headroom_under(&kernel_files, with_swap);
 }

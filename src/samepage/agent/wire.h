@@ -143,8 +143,8 @@ struct sp_broken {
 	uint64_t bytes_needed;
 	uint64_t bytes_available;
 	uint64_t cpu_ns;
-	int32_t error; /* 0, ENOMEM, EINTR, EFAULT */
-	uint32_t pad;
+	int32_t error;	 /* 0, ENOMEM, EINTR, EFAULT */
+	uint32_t unseen; /* 1: bytes_available is 0 because what limits the process could not be read */
 };
 
 struct sp_map_count {

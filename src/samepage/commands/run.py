@@ -150,6 +150,11 @@ def _saved(summary: dict[str, Any] | None) -> str:
             "nothing was saved: without privilege userfaultfd cannot hold up system calls, so no page may be swapped. "
             "Let root run `samepage daemon` for this machine, or set vm.unprivileged_userfaultfd=1"
         )
+    if not summary["bytes_saved_peak"] and summary["merge_failures"]["NOMEM"]:
+        return (
+            "nothing was saved: the machine or a memory cgroup has not enough memory left for the copies, or "
+            f"{agent.UNSEEN}"
+        )
     last, peak = summary["bytes_saved"] / MIB, summary["bytes_saved_peak"] / MIB
     processes = f"{joined} process{'' if joined == 1 else 'es'}"
     return f"saved {peak:.1f} MiB at most and {last:.1f} MiB last, in {processes}"

@@ -8,6 +8,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
+from samepage import agent
 from samepage.commands import CommandError, add_socket
 from samepage.service import sockets
 
@@ -61,7 +62,9 @@ def _last(client: Client, pids: list[int]) -> dict[str, Any]:
 
 def _explain(outcome: dict[str, Any]) -> str:
     done, left = outcome["pages_unmerged"], outcome["pages_remaining"]
-    if outcome["errno"] == "ENOMEM":
+    if outcome["limits_unseen"]:
+        why = f"nothing is risked, for {agent.UNSEEN}"
+    elif outcome["errno"] == "ENOMEM":
         needed, there = outcome["bytes_needed"] / MIB, outcome["bytes_available"] / MIB
         why = f"the next step needs {needed:.1f} MiB and there are {there:.1f}: free some memory and call again"
     elif outcome["errno"] == "EINTR":

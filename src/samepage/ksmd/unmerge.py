@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -51,6 +51,7 @@ class UnmergeResult(BreakResult):
         self.pages_unmerged += row.pages_unmerged
         self.pages_remaining += row.pages_remaining
         self.bytes_needed, self.bytes_available = last.bytes_needed, last.bytes_available
+        self.unseen = last.unseen
 
 
 def unmerge_pages(
@@ -168,7 +169,7 @@ def _take_in(
         half = _break_range(domain, slot, start, n, leave_alone)
         done += half.pages_unmerged
         if half.errno:
-            return BreakResult(half.errno, done, half.pages_remaining, half.bytes_needed, half.bytes_available)
+            return replace(half, pages_unmerged=done)
     return BreakResult(0, done)
 
 

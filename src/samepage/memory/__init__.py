@@ -128,7 +128,8 @@ class BreakResult:
     `errno` is 0, ENOMEM (headroom was less than a batch and the reserve: nothing was faulted for it), EINTR
     (cancelled between two batches) or EFAULT (the area went away, or hardware poison: the kernel's SIGBUS).
     `pages_unmerged` were given private copies; `pages_remaining` in the range are still merged.
-    `bytes_needed` and `bytes_available` are the headroom sum that decided, in bytes.
+    `bytes_needed` and `bytes_available` are the headroom sum that decided, in bytes. `unseen`: nothing is available
+    because something that may limit the process could not be read.
     """
 
     errno: int = 0
@@ -136,6 +137,7 @@ class BreakResult:
     pages_remaining: int = 0
     bytes_needed: int = 0
     bytes_available: int = 0
+    unseen: bool = False
 
 
 class Segment(Protocol):

@@ -220,6 +220,7 @@ class AgentAddressSpace:
             broken["pages_remaining"],
             broken["bytes_needed"],
             broken["bytes_available"],
+            bool(broken["unseen"]),
         )
 
     def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:

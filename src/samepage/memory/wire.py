@@ -92,7 +92,7 @@ BROKEN = np.dtype(
         ("bytes_available", "<u8"),
         ("cpu_ns", "<u8"),
         ("error", "<i4"),
-        ("pad", "<u4"),
+        ("unseen", "<u4"),
     ],
 )
 MAP_COUNT = np.dtype([("used", "<u8"), ("limit", "<u8")])

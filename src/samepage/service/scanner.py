@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+from samepage import agent
 from samepage.ksmd import Ksmd, ProcessRow, UnmergeFailed
 from samepage.ksmd.ksmd import headroom
 from samepage.ksmd.merge import Concurrently
@@ -206,7 +207,9 @@ class Scanner:
         except UnmergeFailed as e:
             left = sum(slot.merged for slot in self._ksmd.slots())
             text = f"{os.strerror(e.result.errno)}: {e.result.pages_unmerged} pages unmerged, {left} remain merged"
-            if e.result.errno == errno.ENOMEM:
+            if e.result.unseen:
+                text += f"; {agent.UNSEEN}"
+            elif e.result.errno == errno.ENOMEM:
                 text += f"; {e.result.bytes_needed} bytes needed, {e.result.bytes_available} available"
             raise OSError(e.result.errno, f"{text}; run is 0") from e
         finally:
@@ -218,13 +221,14 @@ class Scanner:
         OSError ESRCH when one of `pids` has not joined.
         """
         total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "bytes_needed": 0}
-        total["bytes_available"] = 0
+        total |= {"bytes_available": 0, "limits_unseen": False}
         for slot in self._each(pids):
             with self._gate:
                 result = self._ksmd.unmerge(slot, cancelled=cancelled)
             total["pages_unmerged"] += result.pages_unmerged
             total["pages_remaining"] += result.pages_remaining
             total |= {"bytes_needed": result.bytes_needed, "bytes_available": result.bytes_available}
+            total["limits_unseen"] = result.unseen
             progress({"pid": slot.pid} | total)
             if result.errno:
                 total["errno"] = errno.errorcode[result.errno]
