@@ -13,7 +13,6 @@ from samepage.ksmd import Ksmd, PageState
 from samepage.ksmd.mm_slot import Structured
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import (
-    EXTENT,
     PAGE_SIZE,
     RUN,
     VPN_END,
@@ -26,6 +25,7 @@ from samepage.memory import (
     ScanResult,
     Segment,
 )
+from samepage.memory import check as check_answer
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
 from tests.ksmd.simulation import BASE, check, new_ksmd, passes, process, processes
 
@@ -494,7 +494,7 @@ def test_nothing_is_asked_a_page_when_nothing_changed(machine: SimulatedMachine,
 
 
 class Liar(SimulatedAddressSpace):
-    """A process whose agent answers what a test tells it to."""
+    """A process whose agent answers what a test tells it to; its answers are looked at as those of a real one are."""
 
     def __init__(self, machine: SimulatedMachine, lie: str, answer: Any) -> None:
         super().__init__(machine, 666)
@@ -507,22 +507,34 @@ class Liar(SimulatedAddressSpace):
         if self.lie == "scan":
             for name, value in self.answer.items():
                 setattr(reply, name, value(reply) if callable(value) else value)
+            check_answer.scanned(reply, vpn)
         return reply
 
     def donate(self, runs: Structured) -> Donation:
         donation = super().donate(runs)
-        return self.answer(donation) if self.lie == "donate" else donation
+        if self.lie == "donate":
+            segment, donation = donation.segment, self.answer(donation)
+            try:
+                check_answer.donated(donation, int(runs["npages"].sum()))
+            except AddressSpaceGone:
+                if segment is not None:
+                    segment.close()
+                raise
+        return donation
 
     def merge(self, segment: Segment | None, extents: Structured) -> MergeResult:
         result = super().merge(segment, extents)
-        return self.answer(result) if self.lie == "merge" else result
+        if self.lie == "merge":
+            result = self.answer(result)
+            check_answer.statuses(result.status, int(extents["npages"].sum()))
+        return result
 
     def break_ksm(self, vpn: int, npages: int) -> BreakResult:
         result = super().break_ksm(vpn, npages)
-        return self.answer(result) if self.lie == "break" else result
-
-    def map_count(self) -> tuple[int, int]:
-        return (-1, 5) if self.lie == "map_count" else super().map_count()
+        if self.lie == "break":
+            result = self.answer(result)
+            check_answer.broken(result, npages)
+        return result
 
 
 def _runs(reply: ScanResult, **fields: int) -> Structured:
@@ -541,12 +553,10 @@ LIES: dict[str, tuple[str, Any]] = {
     "unknown kinds": ("scan", {"runs": lambda r: _runs(r, kind=9)}),
     "too few checksums": ("scan", {"checksums": lambda r: r.checksums[1:]}),
     "a scan that stands still": ("scan", {"next_vpn": 1, "runs": lambda r: r.runs, "cpu_ns": -1}),
-    "runs of another type": ("scan", {"runs": lambda r: np.zeros(1, EXTENT)}),
     "a status too few": ("donate", lambda d: Donation(d.segment, d.status[1:])),
     "pages it did not copy": ("donate", lambda d: Donation(d.segment.close(), d.status)),
     "an unknown status": ("merge", lambda m: MergeResult(m.status + np.uint8(50))),
     "too many statuses": ("merge", lambda m: MergeResult(np.append(m.status, np.uint8(0)))),
-    "negative mappings": ("map_count", None),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -179,3 +180,29 @@ def test_what_is_deferred_again_waits_twice_as_long() -> None:
             since = passes
             deferred.defer(u32(7), passes)
     assert waits == [1, 2, 4, 8, 16, 32, 64, 64]
+
+
+def test_nodes_published_in_any_order_stand_in_the_index_in_theirs() -> None:
+    """A new segment lies where there is room, which may be before one that is older."""
+    machine, stable = SimulatedMachine(), StableTree()
+    sums = np.full(4, 7, np.uint64)
+    for _ in range(2):
+        segment = stable.add(machine.new_segment([1, 2, 3, 4]), sums, 0)
+        nodes = np.arange(segment.base, segment.base + 4)
+        stable.attach(nodes)
+        stable.publish(nodes[::-1].astype(np.uint32))
+    assert stable.index.entries(7).tolist() == list(range(8))
+    assert list(stable.problems()) == []
+
+
+def test_columns_for_which_there_is_no_memory_stay_as_they_are() -> None:
+    columns = Columns(np.uint64, np.uint8)
+    base = columns.allocate(100)
+    columns.columns[0][base] = 5
+    with pytest.raises(MemoryError):
+        columns.allocate(1 << 33)
+    view = columns.columns[0]  # with which the mapping cannot be resized
+    with pytest.raises(BufferError):
+        columns.allocate(1 << 17)
+    del view
+    assert columns.columns[0][base] == 5

@@ -424,3 +424,30 @@ def test_whoever_waits_behind_an_answer_that_makes_no_sense_is_told_too(make: Ma
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(ask, range(4)))
+
+
+@pytest.mark.parametrize("status", [PageStatus.DIFFERENT, PageStatus.NOMAP, 77])
+def test_a_donation_that_failed_as_none_can_is_refused(make: Make, status: int) -> None:
+    """Nothing is compared or mapped for it."""
+
+    def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        body = wire.pack(wire.DONE, 0, 2) + bytes([PageStatus.DONE, status])
+        return wire.encode(request.op, request.seq, body), fake_agent.sealed(b"x" * PAGE_SIZE)
+
+    before = memfds()
+    with pytest.raises(AddressSpaceGone, match="talks nonsense"):
+        make(donate=lie)[0].donate(runs((0, 2)))
+    assert settles_at(before)
+
+
+def test_an_endless_list_of_areas_ends_soon(make: Make) -> None:
+    def endless(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        start = int(request.reader().take("<u8", 1)[0])
+        part = np.array([(start + 2 * i, 1) for i in range(8000)], AREA)
+        head = wire.pack(wire.AREAS, 1, start + 2 * 8000, 0, 0)
+        return wire.encode(request.op, request.seq, head + part.tobytes()), -1
+
+    space, agent = make(areas=endless)
+    with pytest.raises(AddressSpaceGone, match="more than 262144 areas"):
+        space.areas()
+    assert len(agent.asked) == 33

@@ -6,6 +6,7 @@ pages from SEED (equal seeds, equal pages), joins, and serves until the service 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -67,26 +68,30 @@ class FakeAgent:
 
     def serve(self) -> None:
         """Answer until the service goes."""
-        while True:
-            try:
-                request = wire.recv(self.sock)
-            except (wire.Disconnected, OSError):
-                self.sock.close()
-                return
-            op = Op(request.op)
-            self.asked.append((op, len(request.body)))
-            answer = self.lies[op](self, request) if op in self.lies else self.honest(request)
-            request.close()
-            if answer is not None:
-                data, fd = answer
-                try:
-                    if fd >= 0:
-                        socket.send_fds(self.sock, [data], [fd])
-                        os.close(fd)
-                    else:
-                        self.sock.send(data)
-                except OSError:
-                    pass
+        while self.serve_one():
+            pass
+
+    def serve_one(self) -> bool:
+        """Answer one request; False when the service is gone."""
+        try:
+            request = wire.recv(self.sock)
+        except (wire.Disconnected, OSError):
+            self.sock.close()
+            return False
+        op = Op(request.op)
+        self.asked.append((op, len(request.body)))
+        answer = self.lies[op](self, request) if op in self.lies else self.honest(request)
+        request.close()
+        if answer is not None:
+            data, fd = answer
+            with contextlib.suppress(OSError):
+                if fd >= 0:
+                    socket.send_fds(self.sock, [data], [fd])
+                else:
+                    self.sock.send(data)
+            if fd >= 0:
+                os.close(fd)
+        return True
 
     def honest(self, request: Packet) -> tuple[bytes, int]:
         op = Op(request.op)

@@ -6,6 +6,7 @@ compared: not by a check that could be forgotten, but because there is nothing t
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator
 
@@ -42,8 +43,12 @@ class Domain:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.rmap = RmapItems()
         self.slots: list[MmSlot] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is known of any page."""
+        self.rmap = RmapItems()
         self.stable = StableTree()
         self.unstable = ChecksumIndex(lambda: self.rmap.checksum)
         self.deferred = Deferred()
@@ -78,18 +83,40 @@ class Domain:
         self.stable.release()
         self.rmap.release()
 
+    def abandon(self) -> None:
+        """Forget all that is known of its processes."""
+        with contextlib.suppress(Exception):
+            self.release()
+        self._begin()
+        for slot in self.slots:
+            slot.pieces, slot.ages = slot.pieces[:0], Ages()
+            slot.counts[:] = 0
+
     # -- areas and refs ---------------------------------------------------------------------------------
 
     def set_areas(self, slot: MmSlot, areas: Structured) -> None:
         """Fit the refs of a slot to its areas. MemoryError when there are too many pages."""
         kept, fell_out, no_refs = slot.recut(areas)
+        new = self._allocate(no_refs)
         for base, npages in fell_out.tolist():
             self._forget_range(slot, base, npages)
         slot.pieces = kept
         self._table = None
         slot.ages.forget(no_refs)
-        if len(no_refs):
-            slot.extend([(vpn, npages, self.rmap.allocate(npages)) for vpn, npages in no_refs.tolist()])
+        if new:
+            slot.extend(new)
+
+    def _allocate(self, runs: Structured) -> list[tuple[int, int, int]]:
+        """Refs for runs of pages: (vpn, npages, first ref). MemoryError, with none of them taken."""
+        new: list[tuple[int, int, int]] = []
+        try:
+            for vpn, npages in runs.tolist():
+                new.append((vpn, npages, self.rmap.allocate(npages)))
+        except MemoryError:
+            for _, npages, base in reversed(new):
+                self.rmap.free(base, npages)
+            raise
+        return new
 
     def _forget_range(self, slot: MmSlot, base: int, npages: int) -> None:
         for start in range(base, base + npages, SLICE_PAGES):
@@ -103,6 +130,10 @@ class Domain:
             self._forget_range(slot, base, npages)
         slot.pieces = slot.pieces[:0]
         self.slots.remove(slot)
+        self._table = None
+
+    def forget_table(self) -> None:
+        """The pieces may have changed."""
         self._table = None
 
     def table(self) -> tuple[Ints, Ints, Ints, list[MmSlot]]:

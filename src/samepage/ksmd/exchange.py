@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from samepage.ksmd import check
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import Bools, Ints, expand, run_starts
 from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment
-from samepage.memory import AREA, DONE, EXTENT, U8, U32, U64, AddressSpaceGone, PageStatus, Segment
+from samepage.memory import AREA, DONE, EXTENT, U8, U32, U64, PageStatus, Segment
 
 HUGE_PAGE = 512
 """Pages of a huge page, which a process swaps whole if all of it is asked for at once."""
@@ -113,8 +112,8 @@ class _Queues:
                 if not slot.gone:
                     task.do()
                     done = True
-            except AddressSpaceGone:
-                slot.gone = True
+            except Exception as e:
+                slot.lose(e)
             finally:
                 if not done:
                     task.drop()
@@ -232,14 +231,20 @@ class Exchange:
             queues.merge(share.slot, self._joining(segment, share))
         for copy, shares in zip(self._copies, self._with_copies, strict=True):
             queues.donate(copy.slot, self._donating(queues, copy, shares))
-        queues.run()
-        for copy in self._copies:
-            if copy.segment is not None:
-                done = copy.donors[copy.offset >= 0]
-                checksums = self._domain.checksum[self._donors[done]]
-                new = self._domain.stable.add(copy.segment, checksums, self._passes)
-                self.node[done] = new.base + np.arange(len(done))
-                self.segments.append(new)
+        try:
+            queues.run()
+            for copy in self._copies:
+                if copy.segment is not None:
+                    done = copy.donors[copy.offset >= 0]
+                    checksums = self._domain.checksum[self._donors[done]]
+                    new = self._domain.stable.add(copy.segment, checksums, self._passes)
+                    copy.segment = None  # not ours any more
+                    self.node[done] = new.base + np.arange(len(done))
+                    self.segments.append(new)
+        finally:
+            for copy in self._copies:
+                if copy.segment is not None:
+                    copy.segment.close()
 
     def _joining(self, segment: Segment | None, share: _Share) -> _Task:
         def drop() -> None:
@@ -294,12 +299,6 @@ class Exchange:
         runs = np.empty(len(starts), AREA)
         runs["vpn"], runs["npages"] = copy.vpns[starts], np.diff(np.append(starts, len(copy.vpns)))
         donation = copy.slot.space.donate(runs)
-        try:
-            check.donated(donation, len(copy.vpns))
-        except AddressSpaceGone:
-            if donation.segment is not None:
-                donation.segment.close()
-            raise
         with self._lock:
             copy.slot.cpu_ns += donation.cpu_ns
         done = donation.status == DONE
@@ -322,7 +321,6 @@ def merge(slot: MmSlot, segment: Segment | None, extents: Structured, pages: Int
     """Have a process merge; what became of each page goes to its position in `status`. Returns the CPU time it took, in
     ns. AddressSpaceGone."""
     result = slot.space.merge(segment, extents)
-    check.merged(result, len(pages))
     status[pages] = result.status
     return result.cpu_ns
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from samepage.ksmd import check
+from samepage.ksmd import books
 from samepage.ksmd import counters as show
 from samepage.ksmd import knobs as knob_rules
 from samepage.ksmd.advisor import Advisor
@@ -118,8 +119,7 @@ class Ksmd:
         slot.gone = True
         if self.mutex.acquire(blocking=False):
             try:
-                self._reap()
-                self._publish()
+                self._end_of_work()
             finally:
                 self.mutex.release()
 
@@ -127,6 +127,40 @@ class Ksmd:
         """Those that take part, or those of them with that pid (a process that called exec may have two)."""
         with self._mmlist_lock:
             return [s for s in self._slots.values() if not s.gone and pid in (None, s.pid)]
+
+    # -- one at a time ----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Hold the mutex. Whatever is raised meanwhile, the books of all domains agree afterwards."""
+        with self.mutex:
+            started = self._cpu_clock()
+            try:
+                self._reap()
+                yield
+            except AddressSpaceGone:  # comes before anything is changed
+                raise
+            except Exception:
+                self._mend()
+                raise
+            finally:
+                self._cpu += self._cpu_clock() - started
+                self._end_of_work()
+
+    def _end_of_work(self) -> None:
+        try:
+            self._reap()
+        except Exception:
+            self._mend()
+            self._reap()
+        self._publish()
+
+    def _mend(self) -> None:
+        """After a mistake of ksmd's own, which may have ended a change in the middle."""
+        with self._mmlist_lock:
+            domains = list(self._domains.values())
+        for domain in domains:
+            books.mend(domain)
 
     def _reap(self) -> None:
         """Take in who joined, forget who left. Only ever between two steps: nobody's refs are in hand here."""
@@ -158,20 +192,13 @@ class Ksmd:
         Candidates are matched when a pass is over, not while it goes on: with all of memory in view, runs of
         equal pages are found whole, and one slice is merged at a time, so that nobody waits long for the mutex.
         """
-        with self.mutex:
+        with self._working():
             if self._knobs.run != Run.MERGE:
                 return 0
-            started = self._cpu_clock()
-            try:
-                self._reap()
-                candidates = self._merge_slice()
-                if candidates is not None:
-                    return candidates
-                return self._scan_batch(self._advisor.batch_pages() if budget is None else budget)
-            finally:
-                self._cpu += self._cpu_clock() - started
-                self._reap()
-                self._publish()
+            candidates = self._merge_slice()
+            if candidates is not None:
+                return candidates
+            return self._scan_batch(self._advisor.batch_pages() if budget is None else budget)
 
     def _merge_slice(self) -> int | None:
         for domain in list(self._domains.values()):
@@ -180,7 +207,11 @@ class Ksmd:
                 self._pass_changed |= bool(len(refs))
                 self._allow()
                 started, merged = self._cpu_clock(), self._work.statuses[PageStatus.DONE]
-                merge_candidates(domain, refs, self._work)
+                try:
+                    merge_candidates(domain, refs, self._work)
+                except Exception:
+                    domain.deferred.defer(refs, self._work.passes)
+                    raise
                 if self._work.statuses[PageStatus.DONE] == merged:
                     self._advisor.spent_in_vain(self._clock(), self._cpu_clock() - started)
                 return len(refs)
@@ -258,8 +289,11 @@ class Ksmd:
             try:
                 for seen in looks.get(slot, []):
                     self._take_in(slot, seen, total)
-            except AddressSpaceGone:
-                slot.gone = True
+            except AddressSpaceGone as e:
+                slot.lose(e)
+            except Exception as e:  # whatever it said that ksmd cannot cope with, the others are looked at all the same
+                slot.lose(e)
+                self._mend()
             if slot.gone:
                 del self._cursor[slot]
             elif not self._cursor[slot]:
@@ -298,8 +332,8 @@ class Ksmd:
             for slot in [s for s in domain.slots if s.pending_breaks and not s.gone]:
                 try:
                     retry_pending(domain, slot, self._work.passes)
-                except AddressSpaceGone:
-                    slot.gone = True
+                except AddressSpaceGone as e:
+                    slot.lose(e)
             if prune:
                 self._prune(domain)
         self._advisor.pass_over(self._clock(), quiet=not self._pass_changed)
@@ -328,47 +362,34 @@ class Ksmd:
         """Merge pages now, also with one another: their owner says they will not change, so there is no waiting
         for a pass; works while `run` is 0, too. AddressSpaceGone if the process is not there any more; OSError EBUSY
         while `run` is 2."""
-        with self.mutex:
+        with self._working():
             if self._knobs.run == Run.UNMERGE:
                 raise knob_rules.error(errno.EBUSY, "run is 2: nothing is to be merged")
-            started = self._cpu_clock()
-            try:
-                self._reap()
-                self._scan_range(slot, vpn, npages)
-                before = self._work.statuses.copy()
-                domain = slot.domain
-                refs = self._refs_in(slot, vpn, npages)
-                merged = int(np.count_nonzero(_is_merged(domain, refs)))
-                candidates = HAS_CHECKSUM[domain.state[refs]]
-                candidates &= domain.state[refs] != PageState.UNSHARED
-                candidates &= domain.state[refs] != PageState.COLLIDED
-                for part in np.array_split(refs[candidates], 1 + int(candidates.sum()) // SLICE_PAGES):
-                    self._allow()
-                    merge_candidates(domain, sorted_refs([part.astype(np.uint32)]), self._work)
-                if slot.gone:
-                    raise AddressSpaceGone("gone while it was merged")
-                now = int(np.count_nonzero(_is_merged(domain, refs)))
-                return MergeOutcome(now, now - merged, show.failures((self._work.statuses - before).tolist()))
-            finally:
-                self._cpu += self._cpu_clock() - started
-                self._reap()
-                self._publish()
+            self._scan_range(slot, vpn, npages)
+            before = self._work.statuses.copy()
+            domain = slot.domain
+            refs = self._refs_in(slot, vpn, npages)
+            merged = int(np.count_nonzero(_is_merged(domain, refs)))
+            candidates = HAS_CHECKSUM[domain.state[refs]]
+            candidates &= domain.state[refs] != PageState.UNSHARED
+            candidates &= domain.state[refs] != PageState.COLLIDED
+            for part in np.array_split(refs[candidates], 1 + int(candidates.sum()) // SLICE_PAGES):
+                self._allow()
+                merge_candidates(domain, sorted_refs([part.astype(np.uint32)]), self._work)
+            if slot.gone:
+                raise AddressSpaceGone("gone while it was merged")
+            now = int(np.count_nonzero(_is_merged(domain, refs)))
+            return MergeOutcome(now, now - merged, show.failures((self._work.statuses - before).tolist()))
 
     def recount_zeros(self, slot: MmSlot) -> None:
         """Have the row of a process count the pages that are merged with the zero page at this moment, as the kernel's
         counter does. All others are as they were when last looked at. Where there are many, so are these."""
-        with self.mutex:
-            started = self._cpu_clock()
+        with self._working():
             try:
-                self._reap()
                 if not slot.gone:
                     recount_zeros(slot.domain, slot)
-            except AddressSpaceGone:
-                slot.gone = True
-            finally:
-                self._cpu += self._cpu_clock() - started
-                self._reap()
-                self._publish()
+            except AddressSpaceGone as e:
+                slot.lose(e)
 
     def _scan_range(self, slot: MmSlot, vpn: int, npages: int) -> None:
         at = vpn
@@ -381,8 +402,8 @@ class Ksmd:
                 if not seen.reply.next_vpn:
                     break
                 at = seen.reply.next_vpn
-        except AddressSpaceGone:
-            slot.gone = True
+        except AddressSpaceGone as e:
+            slot.lose(e)
             raise
 
     def _refs_in(self, slot: MmSlot, vpn: int, npages: int) -> Ints:
@@ -403,13 +424,8 @@ class Ksmd:
         two steps. What was unmerged is left alone until it changes. What was not, for want of memory, stays
         merged and is tried again by later passes. The process gone is no error: nothing of it is left to unmerge.
         """
-        with self.mutex:
-            try:
-                self._reap()
-                return self._unmerge([slot] if slot else None, (vpn, npages), cancelled, leave_alone=True)
-            finally:
-                self._reap()
-                self._publish()
+        with self._working():
+            return self._unmerge([slot] if slot else None, (vpn, npages), cancelled, leave_alone=True)
 
     def _unmerge(
         self, only: list[MmSlot] | None, extent: tuple[int, int], cancelled: Cancelled, leave_alone: bool
@@ -431,8 +447,8 @@ class Ksmd:
             self._reap()
         try:
             row, last = unmerge_pages(slot.domain, slot, *extent, cancelled, leave_alone, self._work.concurrently)
-        except AddressSpaceGone:
-            slot.gone = True
+        except AddressSpaceGone as e:
+            slot.lose(e)
             return
         result.add(row, last)
         slot.pending_breaks = [run for run in slot.pending_breaks if not _within(run, extent)]
@@ -474,28 +490,23 @@ class Ksmd:
         Setting `run` to 2 unmerges everything, and raises ENOMEM or EINTR if that fails; `run` is 0 then.
         """
         new = knob_rules.parse(name, value)
-        with self.mutex:
-            self._reap()
+        with self._working():
             merged = any(slot.merged for slot in self.slots())
             knob_rules.check_change(self._knobs, name, new, merged)
-            try:
-                if name == "run":
-                    self._set_run(Run(int(new)), cancelled)
-                    return
-                if name == "pages_to_scan" and self._knobs.advisor_mode == "cpu":
-                    self._knobs.advisor_mode = "none"
-                if name == "advisor_mode" and new == "scan-time" != self._knobs.advisor_mode:
-                    self._knobs.pages_to_scan = self._knobs.advisor_min_pages_to_scan
-                if name == "merge_across_nodes" and new != self._knobs.merge_across_nodes:
-                    for slot in self.slots():
-                        slot.hash_all = True
-                setattr(self._knobs, name, new)
-                self._work.max_page_sharing = self._knobs.max_page_sharing
-                self._work.use_zero_pages = bool(self._knobs.use_zero_pages)
-                self._work.smart_scan = bool(self._knobs.smart_scan)
-            finally:
-                self._reap()
-                self._publish()
+            if name == "run":
+                self._set_run(Run(int(new)), cancelled)
+                return
+            if name == "pages_to_scan" and self._knobs.advisor_mode == "cpu":
+                self._knobs.advisor_mode = "none"
+            if name == "advisor_mode" and new == "scan-time" != self._knobs.advisor_mode:
+                self._knobs.pages_to_scan = self._knobs.advisor_min_pages_to_scan
+            if name == "merge_across_nodes" and new != self._knobs.merge_across_nodes:
+                for slot in self.slots():
+                    slot.hash_all = True
+            setattr(self._knobs, name, new)
+            self._work.max_page_sharing = self._knobs.max_page_sharing
+            self._work.use_zero_pages = bool(self._knobs.use_zero_pages)
+            self._work.smart_scan = bool(self._knobs.smart_scan)
 
     def _set_run(self, run: Run, cancelled: Cancelled) -> None:
         if run == self._knobs.run:
@@ -561,9 +572,7 @@ class UnmergeFailed(OSError):
 
 def headroom(slot: MmSlot) -> tuple[str, int]:
     """The memory cgroup of a process and the bytes available there, as it says now. AddressSpaceGone."""
-    found = slot.space.headroom()
-    check.headroom(found)
-    return found
+    return slot.space.headroom()
 
 
 def _within(run: tuple[int, int], extent: tuple[int, int]) -> bool:

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from samepage.ksmd import check
 from samepage.ksmd.deferred import LONGEST
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.exchange import COPY, UNASKED, Exchange, merge
@@ -30,7 +29,7 @@ from samepage.ksmd.index import by_checksum
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import Bools, Ints, PageState, run_starts, sorted_refs
 from samepage.ksmd.stable import SEGMENT_PAGES
-from samepage.memory import EXTENT, U8, U32, U64, ZERO_PAGE, AddressSpaceGone, PageStatus
+from samepage.memory import EXTENT, U8, U32, U64, ZERO_PAGE, PageStatus
 
 Concurrently = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """Like `map`: the service gives that of a thread pool, so that processes work at the same time."""
@@ -40,6 +39,11 @@ ROUNDS = 3
 
 ALONE = np.uint64((1 << 64) - 1)
 """Target of a page that has no partner."""
+
+
+@dataclass(slots=True)
+class _Failed:
+    why: Exception
 
 
 @dataclass(slots=True)
@@ -58,20 +62,20 @@ class MergeWork:
 
     def each(self, slots: Iterable[MmSlot], work: Callable[[MmSlot], Any]) -> dict[MmSlot, Any]:
         """Do something to several processes at the same time. Those that turn out to be gone are marked, and missing
-        from the outcome."""
+        from the outcome. So are those for which `work` fails by a mistake of ksmd's own: the others are served on."""
         present = [slot for slot in slots if not slot.gone]
 
         def attempt(slot: MmSlot) -> Any:
             try:
                 return work(slot)
-            except AddressSpaceGone as gone:
-                return gone
+            except Exception as e:
+                return _Failed(e)
 
         outcome = {}
         at_once = self.concurrently if len(present) > 1 else map  # one alone is not worth another thread
         for slot, result in zip(present, at_once(attempt, present), strict=True):
-            if isinstance(result, AddressSpaceGone):
-                slot.gone = True
+            if isinstance(result, _Failed):
+                slot.lose(result.why)
             else:
                 outcome[slot] = result
         return outcome
@@ -387,5 +391,4 @@ class _Round:
 def _map_count(slot: MmSlot) -> int:
     """How many mappings more the process may have."""
     count = slot.space.map_count()
-    check.map_count(count)
     return max(0, count[1] - count[0])

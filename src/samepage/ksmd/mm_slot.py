@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy.typing as npt
 
 from samepage.ksmd.age import Ages
 from samepage.ksmd.rmap import HAS_CHECKSUM, Ints, PageState
-from samepage.memory import AREA, AddressSpace
+from samepage.memory import AREA, AddressSpace, AddressSpaceGone
 
 if TYPE_CHECKING:
     from samepage.ksmd.domain import Domain
@@ -40,6 +42,7 @@ class MmSlot:
         self.comm = comm
         self.swap = swap
         self.gone = False  # asked to leave, or its process is gone: forgotten at the next safe moment
+        self.lost = ""  # why, if it was not asked for
         self.areas_seq: int | None = None
         self.merge_any = False  # PR_SET_MEMORY_MERGE
         self.hash_all = False  # its checksums were made by other rules: until it was looked at to the end, all are
@@ -57,6 +60,12 @@ class MmSlot:
         self.pending_breaks: list[tuple[int, int]] = []  # (vpn, npages) whose unmerge was asked for and failed
         self.pending_attempts = 0
         self.pending_due = 0
+        self.faults = 0  # breaks of an unmerge that ended with EFAULT
+
+    def lose(self, why: Exception) -> None:
+        """It went, or cannot be served any more."""
+        if not self.gone:
+            self.gone, self.lost = True, _in_words(why)
 
     def looked_at(self) -> None:
         """All its areas were looked at once more. While nothing happens, broken pages are looked for ever more rarely,
@@ -169,6 +178,15 @@ class MmSlot:
         first = np.flatnonzero(~joins)
         self.pieces = both[first]
         self.pieces["npages"] = np.add.reduceat(both["npages"], first)
+
+
+def _in_words(why: Exception) -> str:
+    """AddressSpaceGone says why; any other exception is a mistake of ksmd's own."""
+    if isinstance(why, AddressSpaceGone):
+        return why.strerror or str(why)
+    frames = traceback.extract_tb(why.__traceback__)
+    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"a mistake of ksmd's own: {why!r}{at}"
 
 
 def _difference(

@@ -83,7 +83,7 @@ class Columns:
 
     def _attach(self, rows: int) -> None:
         self.columns: list[npt.NDArray[Any]] = [
-            np.frombuffer(m, d) for m, d in zip(self._maps, self._dtypes, strict=True)
+            np.frombuffer(m, d, rows) for m, d in zip(self._maps, self._dtypes, strict=True)
         ]
         touched = np.zeros(-(-rows // BLOCK), np.bool_)
         touched[: len(self._touched)] = self._touched
@@ -98,11 +98,17 @@ class Columns:
             return
         if rows > REFS_MAX:
             raise MemoryError("more pages than 32-bit refs can name")
+        before = len(self.columns[0])
         self.columns = []
-        for mapping, dtype in zip(self._maps, self._dtypes, strict=True):
-            mapping.resize(capacity * dtype.itemsize)
-            mapping.madvise(mmap.MADV_NOHUGEPAGE)
-        self._attach(capacity)
+        try:
+            for mapping, dtype in zip(self._maps, self._dtypes, strict=True):
+                mapping.resize(capacity * dtype.itemsize)
+                mapping.madvise(mmap.MADV_NOHUGEPAGE)
+            before = capacity
+        except (OSError, ValueError) as e:
+            raise MemoryError(f"no room for {capacity} rows: {e}") from e
+        finally:
+            self._attach(before)
 
     def allocate(self, rows: int) -> int:
         """First row of a range of `rows` rows, all zero. MemoryError when there is no room for it."""
@@ -113,6 +119,27 @@ class Columns:
         self._grow(self._top + rows)
         base, self._top = self._top, self._top + rows
         return base
+
+    @property
+    def top(self) -> int:
+        """Rows from here on are free, and zero."""
+        return self._top
+
+    def free_ranges(self) -> list[tuple[int, int]]:
+        """(first, rows) of what is free before `top`, ascending."""
+        return list(self._free)
+
+    def keep_only(self, ranges: list[tuple[int, int]]) -> None:
+        """Only these ranges (first, rows; ascending, disjoint) are in use; all other rows are free, and zero."""
+        top = self._top
+        self._free, self._top = [], ranges[-1][0] + ranges[-1][1] if ranges else 0
+        at = 0
+        for base, rows in [*ranges, (top, 0)]:
+            if at < base:
+                if base < self._top:
+                    self._free.append((at, base - at))
+                self._clear(at, base - at, at, base)
+            at = base + rows
 
     def touch(self, rows: Ints) -> None:
         """Say that rows are about to be written (for `resident`)."""

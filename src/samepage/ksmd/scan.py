@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samepage.ksmd import check
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, Bools, Ints, PageState, expand
@@ -40,12 +39,14 @@ def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_EN
     """Ask a process for one step of its scan, before page `end`. Runs in any thread: nothing of ksmd's is touched."""
     started = time.perf_counter_ns()
     reply = slot.space.scan(vpn, budget, flags, end)
-    check.scanned(reply, vpn)
     areas = None
     if reply.areas_seq != slot.areas_seq:
         areas = slot.space.areas()
-        check.areas(areas)
     return Look(reply, areas, time.perf_counter_ns() - started)
+
+
+ORDER = (RunKind.GONE, RunKind.BROKEN, RunKind.FOUND, RunKind.HASHED)
+"""Of what a scan told, that comes first which ends something."""
 
 
 def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
@@ -61,10 +62,11 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
     runs = reply.runs
     if not len(runs):
         return outcome
-    for kind in (RunKind.GONE, RunKind.BROKEN, RunKind.FOUND):  # first those that end something
-        of_kind = runs[runs["kind"] == kind]
-        if len(of_kind):
-            run, _, ref, npages = _located(slot, of_kind, strict)
+    by_kind = {kind: runs[runs["kind"] == kind] for kind in ORDER}
+    # All of it is looked at before anything is changed.
+    located = {kind: _located(slot, of_kind, strict) for kind, of_kind in by_kind.items() if len(of_kind)}
+    for kind, (_, _, ref, npages) in located.items():
+        if kind != RunKind.HASHED:
             refs = expand(ref, npages)
             outcome.turned += len(refs)
             if kind == RunKind.GONE:
@@ -72,10 +74,10 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
             elif kind == RunKind.BROKEN:
                 _broken(domain, slot, refs)
             else:
-                _found(domain, slot, of_kind, strict, passes)
-    hashed = runs[runs["kind"] == RunKind.HASHED]
-    if len(hashed):
-        run, low, ref, npages = _located(slot, hashed, strict)
+                _found(domain, slot, by_kind[kind], passes)
+    if RunKind.HASHED in located:
+        hashed = by_kind[RunKind.HASHED]
+        run, low, ref, npages = located[RunKind.HASHED]
         sums = reply.checksums
         if len(sums) != int(npages.sum()):
             lengths = hashed["npages"].astype(np.int64)
@@ -99,7 +101,6 @@ def _take_areas(domain: Domain, slot: MmSlot, areas: Areas) -> None:
 def refresh_areas(domain: Domain, slot: MmSlot) -> None:
     """Ask for the areas now."""
     areas = slot.space.areas()
-    check.areas(areas)
     _take_areas(domain, slot, areas)
 
 
@@ -153,12 +154,12 @@ def _broken(domain: Domain, slot: MmSlot, refs: Ints) -> None:
     domain.set_state(slot, refs, PageState.BROKEN)
 
 
-def _found(domain: Domain, slot: MmSlot, runs: Structured, strict: bool, passes: int) -> None:
+def _found(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
     """Pages that are merged already: by fork, by mremap, or by a service that went."""
     for found in runs:
         offset, npages = int(found["offset"]), int(found["npages"])
         segment = domain.stable.found(int(found["ino"]), offset, npages, passes)
-        _, low, ref, lengths = _located(slot, found.reshape(1), strict)
+        _, low, ref, lengths = _located(slot, found.reshape(1), strict=False)
         refs, vpns = expand(ref, lengths), expand(low, lengths)
         room = np.zeros(len(refs), np.bool_)
         if segment is not None:

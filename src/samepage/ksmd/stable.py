@@ -11,7 +11,9 @@ more. They are counted and can be broken, but nothing is ever merged with them.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -188,6 +190,7 @@ class StableTree:
 
     def publish(self, nodes: U32) -> None:
         """Let the nodes be found by their checksum from now on."""
+        nodes = np.sort(nodes)  # new segments lie wherever there is room: not in the order of their pages
         if self.index.insert(nodes):
             self._chain(nodes, +1)
 
@@ -207,3 +210,86 @@ class StableTree:
         fewer, many = (here - more, here) if sign > 0 else (here, here + more)
         self.chains += sign * int(np.count_nonzero((many > 1) & (fewer <= 1)))
         self.dups += sign * int(many[many > 1].sum() - fewer[fewer > 1].sum())
+
+    # -- whether it all agrees --------------------------------------------------------------------------
+
+    def owns(self, nodes: Ints) -> Bools:
+        """Which of these numbers are nodes of a segment."""
+        ends = np.array([s.base + s.rows for s in self.segments], np.int64)
+        bases = np.array([s.base for s in self.segments], np.int64)
+        which = np.searchsorted(bases, nodes, "right") - 1
+        owned: Bools = which >= 0
+        owned[owned] = nodes[owned] < ends[which[owned]]
+        return owned
+
+    def problems(self) -> Iterator[str]:
+        """What does not agree with the sharers of the nodes."""
+        live = total = dead = adopted = 0
+        taken = [(0, 0)]
+        for segment in self.segments:
+            sharers = self.sharers[segment.base : segment.base + segment.rows]
+            counts = (int(np.count_nonzero(sharers)), int(sharers.sum(dtype=np.int64)))
+            if counts != (segment.live, segment.sharers) or not segment.sharers:
+                yield f"{segment} has {counts[0]} pages in use, by {counts[1]}"
+            if not 0 < segment.live <= segment.size <= segment.rows <= SEGMENT_PAGES:
+                yield f"{segment} is of an impossible size"
+            live, total, dead = live + counts[0], total + counts[1], dead + segment.dead
+            adopted += segment.rows if segment.handle is None else 0
+            taken.append((segment.base, segment.base + segment.rows))
+        taken = sorted(taken + [(base, base + n) for base, n in self._nodes.free_ranges()])
+        if any(end != start for (_, end), (start, _) in pairwise(taken)):
+            yield "nodes that are no segment's, or two's"
+        if self._bases.tolist() != [s.base for s in self.segments] or not np.all(self._bases[1:] > self._bases[:-1]):
+            yield "segments out of order"
+        if any(s not in self.segments or s.ino != ino for ino, s in self._by_ino.items()):
+            yield "an inode of a segment that is not there"
+        if (live, total, dead, adopted) != (
+            self.pages_shared,
+            self.sharers_total,
+            self.dead_nodes,
+            self._adopted_rows,
+        ):
+            yield "the sums over segments are wrong"
+        yield from self._problems_of_index()
+
+    def _problems_of_index(self) -> Iterator[str]:
+        entries = self.index.order.astype(np.int64)
+        which = self.which(entries)
+        handed_out = np.array([s.handle is not None for s in self.segments], np.bool_)
+        if not self.owns(entries).all() or not handed_out[which].all():
+            yield "nodes in the index that nobody can be given"
+        groups = np.unique(self.checksum[entries], return_counts=True)[1]
+        if (self.chains, self.dups) != (int(np.count_nonzero(groups > 1)), int(groups[groups > 1].sum())):
+            yield "chains are counted wrong"
+
+    def rebuild(self, nodes: Ints) -> Bools:
+        """Make everything anew that follows from who uses which node: `nodes`, one entry a page, each of a segment.
+        Returns which of the pages can be counted as users."""
+        users = np.bincount(nodes, minlength=1)
+        room: Bools = users[nodes] <= SHARERS_MAX
+        users[users > SHARERS_MAX] = 0
+        self.segments.sort(key=lambda s: s.base)
+        used = [s for s in self.segments if users[s.base : s.base + s.rows].any()]
+        for segment in self.segments:
+            if segment not in used and segment.handle is not None:
+                segment.handle.close()
+        self._nodes.keep_only([(s.base, s.rows) for s in used])
+        if self.sharers.dtype == np.uint8:
+            self._nodes.widen(1, np.uint16)
+        self.sharers[:] = 0
+        self.sharers[: len(users)] = users
+        self.segments, self._bases = used, np.array([s.base for s in used], np.int64)
+        self._by_ino = {s.ino: s for s in used}
+        self._adopted_rows = sum(s.rows for s in used if s.handle is None)
+        self.pages_shared = self.sharers_total = self.chains = self.dups = 0
+        for segment in used:
+            segment.live = segment.sharers = 0
+        self.dead_nodes = sum(s.size for s in used)
+        in_use = np.flatnonzero(self.sharers)
+        self._recount(in_use)
+        self.index.clear()
+        for segment in used:
+            if segment.handle is not None:
+                first, past = np.searchsorted(in_use, (segment.base, segment.base + segment.rows))
+                self.publish(in_use[first:past].astype(np.uint32))
+        return room

@@ -14,7 +14,6 @@ from functools import partial
 
 import numpy as np
 
-from samepage.ksmd import check
 from samepage.ksmd.domain import SLICE_PAGES, Domain
 from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
@@ -24,6 +23,10 @@ from samepage.memory import AREA, AddressSpaceGone, BreakResult
 
 BREAK_PAGES = 2048
 """Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
+
+FAULTS_MAX = 1024
+"""So often in one unmerge a process may say that there is a page which cannot be mapped: each time what is left is
+halved, and who says so of all its pages would keep ksmd busy with every single one."""
 
 Cancelled = Callable[[], bool]
 
@@ -69,6 +72,7 @@ def unmerge_pages(
     Returns the outcome and the answer that ended it. AddressSpaceGone goes through.
     """
     refresh_areas(domain, slot)
+    slot.faults = 0
     row, last = ProcessBreak(slot.pid), BreakResult()
     known: Callable[[], BreakResult] | None = None
     for run in [*_ranges(domain, slot, vpn, npages), None]:
@@ -134,7 +138,9 @@ def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tup
 
 def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:
     result = slot.space.break_ksm(vpn, npages)
-    check.broken(result, npages)
+    slot.faults += result.errno == errno.EFAULT
+    if slot.faults > FAULTS_MAX:
+        raise AddressSpaceGone(f"{FAULTS_MAX} pages of it cannot be broken")
     return result
 
 
@@ -218,8 +224,8 @@ def move_out(domain: Domain, slots: list[MmSlot], nodes: tuple[int, int]) -> boo
             try:
                 if _break_range(domain, slot, vpn, npages, leave_alone=False).errno:
                     return False
-            except AddressSpaceGone:
-                slot.gone = True
+            except AddressSpaceGone as e:
+                slot.lose(e)
     return True
 
 

@@ -25,6 +25,9 @@ PAGE_SIZE = mmap.PAGESIZE
 VPN_END = 1 << 52
 """No address space of 64 bits has more pages of 4 KiB."""
 
+USER_END = 1 << 44
+"""No process has a page from here on: with five levels of page tables, user addresses end at 2^56."""
+
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
@@ -168,6 +171,11 @@ class Donation:
     status: U8
     cpu_ns: int = 0
 
+    def close(self) -> None:
+        """Nobody wants it."""
+        if self.segment is not None:
+            self.segment.close()
+
 
 @dataclass(slots=True)
 class MergeResult:
@@ -185,7 +193,8 @@ class AddressSpaceGone(OSError):
 
 
 class AddressSpace(Protocol):
-    """One process. Every method may raise `AddressSpaceGone`; none raises anything else for what a peer does."""
+    """One process. Every method may raise `AddressSpaceGone`; none raises anything else for what a peer does, and
+    whatever one returns could be true (`samepage.memory.check`)."""
 
     @property
     def pid(self) -> int: ...

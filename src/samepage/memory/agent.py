@@ -24,11 +24,11 @@ from samepage.memory import (
     AREA,
     DONE,
     EXTENT,
-    LAST_STATUS,
     PAGE_SIZE,
     RUN,
     U8,
     U64,
+    USER_END,
     VPN_END,
     ZERO_PAGE,
     AddressSpaceGone,
@@ -36,10 +36,10 @@ from samepage.memory import (
     BreakResult,
     Donation,
     MergeResult,
-    RunKind,
     ScanFlag,
     ScanResult,
     Segment,
+    check,
     wire,
 )
 from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
@@ -59,6 +59,9 @@ MERGE_MAX = 64 << 10
 """Pages in one MERGE packet at most, so that a status byte a page fits into the answer."""
 
 EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
+
+ENDED = "it ended"
+"""What became of a process that closed its connection."""
 
 AREAS_TRIES = 16
 """How often a list of areas that changes while it is read page by page is read again from the start."""
@@ -148,6 +151,11 @@ class AgentAddressSpace:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def gone(self) -> str | None:
+        """Why nothing can be asked of it any more; `ENDED` if it went by itself."""
+        return self._gone
+
     def close(self) -> None:
         """Hang up and give the descriptor back."""
         self.hang_up()
@@ -166,16 +174,19 @@ class AgentAddressSpace:
         with self._ask(Op.SCAN, wire.pack(wire.SCAN, vpn, budget, end, flags, 0)) as answer:
             reader = answer.reader()
             head = reader.one(wire.SCANNED)
+            if head["nhashed"] > budget:
+                raise WireError(f"{head['nhashed']} checksums; {budget} were asked for")
             runs = reader.take(RUN, head["nruns"])
             checksums: U64 = reader.take("<u8", head["nhashed"])
             reader.end()
-            _check_scan(head, runs, vpn, budget)
-        return ScanResult(
-            runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"], head["forked_ms"] / 1000
-        )
+            forked = head["forked_ms"] / 1000
+            found = ScanResult(runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"], forked)
+            check.scanned(found, vpn)
+        return found
 
     def donate(self, runs: npt.NDArray[np.void]) -> Donation:
         """As the protocol says, for at most `DONATE_MAX` pages (ValueError)."""
+        started = time.perf_counter_ns()
         npages = int(runs["npages"].sum())
         if npages > DONATE_MAX:
             raise ValueError(f"a donation of {npages} pages; {DONATE_MAX} at most")
@@ -185,7 +196,13 @@ class AgentAddressSpace:
             if (done > 0) != (answer.fd >= 0):
                 raise WireError(f"{done} pages donated, {'a' if answer.fd >= 0 else 'no'} segment")
             segment = MemfdSegment(answer.take_fd(), done) if done else None
-        return Donation(segment, status, cpu_ns)
+            donation = Donation(segment, status, _credible(cpu_ns, started))
+            try:
+                check.donated(donation, npages)
+            except AddressSpaceGone:
+                donation.close()
+                raise
+        return donation
 
     def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
         """As the protocol says. A segment must be a `MemfdSegment`; many extents go in several packets, and
@@ -196,13 +213,16 @@ class AgentAddressSpace:
                 raise TypeError(f"{segment!r} cannot be passed to a process")
             fd = segment.fileno()
         statuses: list[U8] = []
-        cpu_ns = 0
+        started, cpu_ns = time.perf_counter_ns(), 0
         for part in _packets(extents):
             with self._ask(Op.MERGE, part.tobytes(), fd=fd) as answer:
-                ns, status = _statuses(answer, int(part["npages"].sum()))
+                npages = int(part["npages"].sum())
+                ns, status = _statuses(answer, npages)
+                check.statuses(status, npages)
             statuses.append(status)
             cpu_ns += ns
-        return MergeResult(np.concatenate(statuses) if statuses else np.empty(0, np.uint8), cpu_ns)
+        status = np.concatenate(statuses) if statuses else np.empty(0, np.uint8)
+        return MergeResult(status, _credible(cpu_ns, started))
 
     def break_ksm(self, vpn: int, npages: int) -> BreakResult:
         patience = npages * PAGE_SIZE / BREAK_RATE
@@ -210,18 +230,16 @@ class AgentAddressSpace:
             reader = answer.reader()
             broken = reader.one(wire.BROKEN)
             reader.end()
-            if broken["error"] not in (0, errno.ENOMEM, errno.EINTR, errno.EFAULT):
-                raise WireError(f"a break that fails with {broken['error']}")
-            if broken["pages_unmerged"] + broken["pages_remaining"] > npages:
-                raise WireError("more pages broken than asked for")
-        return BreakResult(
-            broken["error"],
-            broken["pages_unmerged"],
-            broken["pages_remaining"],
-            broken["bytes_needed"],
-            broken["bytes_available"],
-            bool(broken["unseen"]),
-        )
+            result = BreakResult(
+                broken["error"],
+                broken["pages_unmerged"],
+                broken["pages_remaining"],
+                broken["bytes_needed"],
+                broken["bytes_available"],
+                bool(broken["unseen"]),
+            )
+            check.broken(result, npages)
+        return result
 
     def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
         found: list[tuple[int, int]] = []
@@ -250,7 +268,7 @@ class AgentAddressSpace:
         """The whole list, or None when it changed between two packets."""
         parts: list[npt.NDArray[np.void]] = []
         seq = None
-        vpn = 0
+        vpn = count = npages = 0
         while True:
             with self._ask(Op.AREAS, np.uint64(vpn).tobytes()) as answer:
                 reader = answer.reader()
@@ -259,11 +277,13 @@ class AgentAddressSpace:
                 if seq is not None and head["seq"] != seq:
                     return None
                 seq = head["seq"]
-                _check_ranges(part, "areas")
+                check.disjoint(part, "areas")
+                count, npages = count + len(part), npages + int(part["npages"].sum())
+                check.areas(count, npages)
                 last = int(part["vpn"][-1] + part["npages"][-1]) if len(part) else 0
                 if parts and len(part) and int(part["vpn"][0]) < vpn:
                     raise WireError("areas out of order")
-                if head["next_vpn"] and not (len(part) and last <= head["next_vpn"] < VPN_END):
+                if head["next_vpn"] and not (len(part) and last <= head["next_vpn"] < USER_END):
                     raise WireError("a list of areas without an end")
             parts.append(part)
             vpn = head["next_vpn"]
@@ -346,6 +366,8 @@ def _memory_cgroup(pid: int) -> str:
 
 
 def _why(e: Exception) -> str:
+    if isinstance(e, ConnectionError):
+        return ENDED
     if isinstance(e, TimeoutError):
         return "no answer in time"
     return e.strerror if isinstance(e, OSError) and e.strerror else str(e)
@@ -382,44 +404,20 @@ def _check_ready(packet: Packet) -> dict[str, int]:
     return ready
 
 
-def _check_ranges(ranges: npt.NDArray[np.void], what: str) -> None:
-    """Every range must have pages, none an impossible address, and each end before the next begins."""
-    vpn, npages = ranges["vpn"], ranges["npages"].astype(np.uint64)
-    if np.any(npages == 0) or np.any(npages > VPN_END) or np.any(vpn > VPN_END) or np.any(vpn + npages > VPN_END):
-        raise WireError(f"impossible {what}")
-    if np.any(vpn[:-1] + npages[:-1] > vpn[1:]):
-        raise WireError(f"{what} that overlap")
-
-
-def _check_scan(head: dict[str, int], runs: npt.NDArray[np.void], vpn: int, budget: int) -> None:
-    hashed, end = 0, vpn + 1
-    if len(runs):  # there are none as a rule
-        gone = runs["kind"] == RunKind.GONE
-        _check_ranges(runs[gone], "runs")
-        there = runs[~gone]
-        _check_ranges(there, "runs")
-        if np.any(runs["kind"] > max(RunKind)):
-            raise WireError("runs of an unknown kind")
-        hashed = int(runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64))
-        if int(runs["vpn"].min()) < vpn:
-            raise WireError("pages before the start of the scan")
-        if len(there):
-            end = int(there["vpn"][-1] + there["npages"][-1])
-    if hashed != head["nhashed"] or hashed > budget:
-        raise WireError(f"{head['nhashed']} checksums for {hashed} pages; {budget} were asked for")
-    if head["next_vpn"] and not end <= head["next_vpn"] < VPN_END:
-        raise WireError("a scan that does not go on")
-
-
 def _statuses(answer: Packet, npages: int) -> tuple[int, U8]:
     """CPU time in ns and the `PageStatus` of each of `npages` pages."""
     reader = answer.reader()
     done = reader.one(wire.DONE)
     status: U8 = reader.take(np.uint8, npages)
     reader.end()
-    if done["npages"] != npages or np.any(status > LAST_STATUS):
+    if done["npages"] != npages:
         raise WireError("an answer about other pages")
     return done["cpu_ns"], status
+
+
+def _credible(cpu_ns: int, started: int) -> int:
+    """Of the CPU time a process says it took, what can be true of its one thread."""
+    return min(cpu_ns, time.perf_counter_ns() - started)
 
 
 def _packets(extents: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:

@@ -281,9 +281,9 @@ class Scanner:
     def _hang_up_on_the_gone(self) -> None:
         """Who told ksmd nonsense that the wire did not notice is cut off; the server drops it when it sees that."""
         with self._slots_lock:
-            gone = [space for space, slot in self._slots.items() if slot.gone]
-        for space in gone:
-            space.hang_up("it talked nonsense")
+            gone = [(space, slot.lost) for space, slot in self._slots.items() if slot.gone]
+        for space, why in gone:
+            space.hang_up(why)
 
     def _pause(self, seconds: float) -> bool:
         """True: woken before its end."""

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from samepage.memory import AddressSpaceGone, wire
-from samepage.memory.agent import TIMEOUT, AgentAddressSpace, Terms
+from samepage.memory.agent import ENDED, TIMEOUT, AgentAddressSpace, Terms
 from samepage.service import control
 from samepage.service.scanner import Scanner, log
 from samepage.service.sockets import Caller, peer
@@ -188,7 +188,9 @@ class Server:
         if space is None:
             return
         self._epoll.unregister(fd)
-        space.hang_up("it ended")
+        space.hang_up(ENDED)
+        if space.gone != ENDED:
+            log(f"process {space.pid} ({space.comm}) is not served any more: {space.gone}")
         self._before_leave()
         self._scanner.exit(space)
         space.close()

@@ -1,0 +1,135 @@
+"""The books of a merge domain: whether they agree with one another, and how to make them agree again.
+
+What ksmd knows of a page stands in two columns (`rmap`), and everything else follows from these: how many pages of a
+process are in which state, which refs stand in the unstable index, who uses a stable node. Every change is made to
+both at once. Should a mistake of ksmd's own end one in the middle, `mend` makes all that follows anew, and the
+next slice finds a domain in order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from samepage.ksmd.deferred import Deferred
+from samepage.ksmd.domain import CANDIDATE, Domain
+from samepage.ksmd.index import ChecksumIndex
+from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, Ints, PageState
+from samepage.memory import VPN_END
+
+
+def problems(domain: Domain) -> list[str]:
+    """What does not agree, in words; empty when everything does. It looks at every page."""
+    return [*_of_pieces(domain), *_of_slots(domain), *_of_unstable(domain), *_of_stable(domain)]
+
+
+def _known(domain: Domain) -> Ints:
+    """All refs whose state says anything, ascending."""
+    return np.flatnonzero(domain.state[: domain.rmap.top])
+
+
+def _of_pieces(domain: Domain) -> Iterator[str]:
+    taken = [(0, 0)]
+    for slot in domain.slots:
+        vpn, npages = slot.pieces["vpn"].astype(np.int64), slot.pieces["npages"].astype(np.int64)
+        if len(vpn) and (npages.min() <= 0 or vpn.min() < 0 or (vpn + npages).max() > VPN_END):
+            yield f"{slot.pid}: impossible pieces"
+        if np.any(vpn[1:] < vpn[:-1] + npages[:-1]):
+            yield f"{slot.pid}: pieces overlap"
+        taken += [(base, base + n) for _, n, base in slot.pieces.tolist()]
+    taken += [(base, base + n) for base, n in domain.rmap.free_ranges()]
+    taken.sort()
+    if any(end != start for (_, end), (start, _) in pairwise(taken)):
+        yield "refs that are nobody's, or two's"
+    if taken[-1][1] != domain.rmap.top:
+        yield f"refs end at {taken[-1][1]} instead of {domain.rmap.top}"
+    for base, n in domain.rmap.free_ranges():
+        if domain.state[base : base + n].any():
+            yield f"free refs from {base} on are in use"
+
+
+def _of_slots(domain: Domain) -> Iterator[str]:
+    for slot in domain.slots:
+        if not np.array_equal(slot.counts[1:], _count(domain, slot.pieces["base"], slot.pieces["npages"])[1:]):
+            yield f"{slot.pid}: its pages are counted wrong"
+
+
+def _count(domain: Domain, bases: Ints, lengths: Ints) -> Ints:
+    counts = np.zeros(len(PageState), np.int64)
+    for base, n in zip(bases.tolist(), lengths.tolist(), strict=True):
+        counts += np.bincount(domain.state[base : base + n], minlength=len(counts))
+    return counts
+
+
+def _of_unstable(domain: Domain) -> Iterator[str]:
+    order = domain.unstable.order
+    if not _in_order(domain.unstable, domain.checksum):
+        yield "the unstable index is out of order"
+    known = _known(domain)
+    if not np.array_equal(np.sort(order), known[domain.state[known] == PageState.UNSHARED]):
+        yield "the unstable index holds other pages than those that are to be in it"
+
+
+def _in_order(index: ChecksumIndex, keys: np.ndarray) -> bool:
+    order, sums = index.order.astype(np.int64), keys[index.order]
+    return bool(np.all((sums[1:] > sums[:-1]) | ((sums[1:] == sums[:-1]) & (order[1:] > order[:-1]))))
+
+
+def _of_stable(domain: Domain) -> Iterator[str]:
+    stable = domain.stable
+    known = _known(domain)
+    refs = known[HAS_NODE[domain.state[known]]]
+    nodes = domain.checksum[refs].astype(np.int64)
+    if not stable.owns(nodes).all():
+        yield "pages are merged with nodes of no segment"
+        return
+    counted = np.bincount(nodes, minlength=len(stable.sharers))
+    if not np.array_equal(counted, stable.sharers):
+        yield "sharers of nodes are counted wrong"
+    yield from stable.problems()
+    if not _in_order(stable.index, stable.checksum):
+        yield "the stable index is out of order"
+
+
+def mend(domain: Domain) -> None:
+    """Make the books agree, if they do not. Where that cannot be done, forget it all: the processes are told to go, and
+    an honest one joins again, merged as it is."""
+    try:
+        if problems(domain):
+            _rebuild(domain)
+            if left := problems(domain):
+                raise AssertionError(left)
+    except Exception as e:
+        for slot in domain.slots:
+            slot.lose(e)
+        domain.abandon()
+    for slot in domain.slots:
+        slot.areas_seq = None  # what it said last may not have been taken in
+
+
+def _rebuild(domain: Domain) -> None:
+    """Make everything anew that follows from the state of the pages. Those that could be merged are candidates again; a
+    page merged with a node of no segment is not known to be merged any more, and is left alone until it is written."""
+    ranges = sorted((base, n) for slot in domain.slots for _, n, base in slot.pieces.tolist())
+    domain.rmap.keep_only(ranges)
+    domain.forget_table()
+    known = _known(domain)
+    state = domain.state[known]
+    refs = known[HAS_NODE[state]]
+    lost = refs[~domain.stable.owns(domain.checksum[refs].astype(np.int64))]
+    domain.state[lost] = PageState.BROKEN
+    refs = known[HAS_NODE[domain.state[known]]]
+    room = domain.stable.rebuild(domain.checksum[refs].astype(np.int64))
+    domain.state[refs[~room]] = PageState.BROKEN
+    state = domain.state[known]
+    domain.unstable.clear()
+    domain.unstable.insert(known[state == PageState.UNSHARED].astype(np.uint32))
+    domain.deferred = Deferred()
+    domain.candidates = deque()
+    domain.changed_now, domain.skipped = [], []
+    domain.changed_before = [known[CANDIDATE[state] & HAS_CHECKSUM[state]].astype(np.uint32)]
+    for slot in domain.slots:
+        slot.counts[:] = _count(domain, slot.pieces["base"], slot.pieces["npages"])
