@@ -404,6 +404,9 @@ static void locking(void)
 	region(8);
 	DO(mlock, base + 1, PAGE);
 	DO(munlock, base, 8 * PAGE);
+	DO(mlock, base + 2 * PAGE, 3 * PAGE); /* in the middle of one mapping: whoever keeps books joins it again */
+	DO(munlock, base + 3 * PAGE, PAGE);
+	DO(munlock, base + 2 * PAGE, 3 * PAGE);
 	DO(mlock2, base, 2 * PAGE, MLOCK_ONFAULT);
 	DO(mlock2, base, 2 * PAGE, 2);
 	hole(4, 1);

@@ -203,12 +203,11 @@ static void mark_unlocked(uintptr_t start, uintptr_t end)
 	const struct area *a;
 
 	area_change(start, end, 0, AREA_LOCKED, -1);
-	while ((a = area_next(start)) && a->start < end) {
-		uintptr_t stop = min_addr(a->end, end);
-
+	/* An area may be longer than the range, on both sides: what was cut for the lock is one piece again. */
+	for (uintptr_t at = start, stop; at < end && (a = area_next(at)) && a->start < end; at = stop) {
+		stop = min_addr(a->end, end);
 		if (!a->flags) /* was only known for being locked */
-			area_remove(a->start, stop);
-		start = stop;
+			area_remove(a->start > start ? a->start : start, stop);
 	}
 }
 
