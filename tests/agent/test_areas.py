@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.agent.preload import Preload, compile_c
+from tests.agent.preload import SOURCES, Preload, compile_c
 
 HERE = Path(__file__).parent
 
@@ -23,3 +24,17 @@ def test_many_areas_come_and_go_and_no_byte_of_the_programs_changes(
 ) -> None:
     socket = "" if merged else "/nowhere"
     preload.run([str(many_areas), what, "6000"], merged=merged, socket=socket, SAMEPAGE_MIN_ALLOC=str(64 << 10))
+
+
+@pytest.fixture(scope="module")
+def areas_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    books = [str(SOURCES / f"{name}.c") for name in ("area", "area_set", "planes", "check")]
+    program = tmp_path_factory.mktemp("areas_model") / "areas_model"
+    return compile_c(HERE / "areas_model.c", program, "-DSAMEPAGE_CHECK", f"-I{SOURCES}", *books)
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("memory", [[], ["short"]], ids=["plenty", "short"])
+def test_the_books_say_of_every_page_what_a_model_says(areas_model: Path, seed: int, memory: list[str]) -> None:
+    done = subprocess.run([str(areas_model), "20000", str(seed), *memory], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr

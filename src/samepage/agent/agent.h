@@ -27,7 +27,7 @@
  *
  * Memory. Nothing comes from the application's heap. All state is static or mmapped by the agent.
  *
- * Files, in the order of the story: lock.c, area.c, planes.c (whose memory, and what is known of it); in front of libc
+ * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c (whose memory, and what is known of it); in front of libc
  * (wrappers.h): alloc.c (the malloc family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c
  * (the rest); check.c (a build that checks all that); uffd.c (the
  * kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c,
@@ -58,6 +58,8 @@
 #define PAGE_ALIGN_UP(x) PAGE_ALIGN_DOWN((uintptr_t)(x) + PAGE_SIZE - 1)
 #define SECTION_MAX 512UL /* pages that are swapped under one hold of the lock: one PMD */
 #define WINDOW (SECTION_MAX * PAGE_SIZE)
+/* Beyond every address of which the planes know: user addresses are below it, unless a program asks for others by hint. */
+#define ADDRESS_END (1UL << 48)
 #define VIEW_WINDOW (4 * WINDOW)
 #define VIEW_SPACE (VIEW_WINDOW + WINDOW) /* and a page behind it that no segment has */
 #define COPY_WINDOW (8 * WINDOW)
@@ -156,16 +158,42 @@ void agent_mmap_unlock(void);
 bool mmap_lock_contended(void);
 void mmap_lock_reinit(void); /* in a forked child */
 
+/* An ordered set of disjoint areas (area_set.c); all zeros is an empty one. A pointer to an area of it is valid until the
+ * set grows or is trimmed. */
+struct area_set {
+	struct area_node *node;
+	uint32_t nr, capacity, fresh, unused, hint;
+	size_t reserved; /* for VM_BUG_ON */
+};
+/* The first area that ends after `addr`, or NULL. Takes no time where it was asked for last, or the one before. */
+struct area *area_set_next(struct area_set *s, uintptr_t addr);
+/* Room for so many more, or -ENOMEM and nothing changed. Insert needs room. */
+int area_set_reserve(struct area_set *s, size_t more);
+struct area *area_set_insert(struct area_set *s, struct area a);
+void area_set_delete(struct area_set *s, struct area *a);
+/* Gives memory back when there were far more areas once. */
+void area_set_trim(struct area_set *s);
+
 extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every wrapper passes straight through */
 extern uint64_t areas_seq;	       /* changes whenever the set of mergeable ranges does, or merge_any */
 extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: what the program mapped or will map is mergeable */
 
-/* All need the lock. area_next: the first area that ends after `addr`, or NULL; valid until the list changes. */
+/* All need the lock. area_next: the first area that ends after `addr`, or NULL; valid until the set changes. */
 struct area *area_next(uintptr_t addr);
 bool area_overlaps(uintptr_t start, uintptr_t end);
+unsigned long area_count(uintptr_t start, uintptr_t end); /* that overlap the range */
+/* Room for `more` areas than there are, or -ENOMEM. Then area_add fails only for want of room for planes, and the others not
+ * at all, as long as the lock is held: area_add takes room for one, area_change for two, area_remove for one. */
+int area_reserve(unsigned long more);
+void area_trim(void);
+/* Where there is no area yet. 0 or -errno. */
 int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot);
+/* Without room for the pieces these two leave whole areas, excluded. */
 void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot); /* prot -1: keep */
 void area_remove(uintptr_t start, uintptr_t end);
+/* Areas of a range where none is become areas at `to` as well; or they move there with what is known of their pages.
+ * The caller reserved: for each area one, and two. */
+void area_copy(uintptr_t start, uintptr_t end, uintptr_t to);
 void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start);
 bool area_mergeable(const struct area *a);
 bool any_mergeable(void);
@@ -173,7 +201,6 @@ bool any_mergeable(void);
 void area_merge_any(bool on);
 /* Drops areas of [start, end) that nothing has to be remembered of: not ours, not mergeable, nothing merged. */
 void area_forget_plain(uintptr_t start, uintptr_t end);
-unsigned long area_index(const struct area *a);
 
 /* ---- what is known of pages (planes.c) -------------------------------------------------------------- */
 

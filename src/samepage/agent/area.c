@@ -1,12 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Areas: whose memory the agent may touch. */
-#include "agent.h"
+#include "wrappers.h"
 
-#include <string.h>
 #include <sys/mman.h>
 
-static struct area *areas; /* ascending, disjoint */
-static unsigned long capacity;
+static struct area_set areas;
 _Atomic unsigned long nr_areas;
 uint64_t areas_seq = 1;
 
@@ -23,10 +21,22 @@ bool area_mergeable(const struct area *a)
 	return mergeable(a->flags);
 }
 
+struct area *area_next(uintptr_t addr)
+{
+	return area_set_next(&areas, addr);
+}
+
+bool area_overlaps(uintptr_t start, uintptr_t end)
+{
+	const struct area *a = start < end ? area_next(start) : NULL;
+
+	return a && a->start < end;
+}
+
 bool any_mergeable(void)
 {
-	for (unsigned long i = 0; i < nr_areas; i++)
-		if (mergeable(areas[i].flags))
+	for (const struct area *a = area_next(0); a; a = area_next(a->end))
+		if (mergeable(a->flags))
 			return true;
 	return false;
 }
@@ -34,90 +44,53 @@ bool any_mergeable(void)
 void area_merge_any(bool on)
 {
 	merge_any = on;
-	for (unsigned long i = 0; on && i < nr_areas; i++)
-		if (mergeable(areas[i].flags) && page_reserve(areas[i].start >> PAGE_SHIFT, areas[i].end >> PAGE_SHIFT))
-			areas[i].flags |= AREA_EXCLUDED;
+	for (struct area *a = area_next(0); on && a; a = area_next(a->end))
+		if (mergeable(a->flags) && page_reserve(a->start >> PAGE_SHIFT, a->end >> PAGE_SHIFT))
+			a->flags |= AREA_EXCLUDED;
 	areas_seq++;
 }
 
-unsigned long area_index(const struct area *a)
+int area_reserve(unsigned long more)
 {
-	return (unsigned long)(a - areas);
+	return area_set_reserve(&areas, more);
 }
 
-/* Index of the first area that ends after `addr`. */
-static unsigned long lower(uintptr_t addr)
+void area_trim(void)
 {
-	unsigned long lo = 0, hi = nr_areas;
-
-	while (lo < hi) {
-		unsigned long mid = (lo + hi) / 2;
-
-		if (areas[mid].end > addr)
-			hi = mid;
-		else
-			lo = mid + 1;
-	}
-	return lo;
+	area_set_trim(&areas);
 }
 
-struct area *area_next(uintptr_t addr)
+unsigned long area_count(uintptr_t start, uintptr_t end)
 {
-	unsigned long i = lower(addr);
+	unsigned long n = 0;
 
-	return i < nr_areas ? &areas[i] : NULL;
+	for (const struct area *a = area_next(start); a && a->start < end; a = area_next(a->end))
+		n++;
+	return n;
 }
 
-bool area_overlaps(uintptr_t start, uintptr_t end)
+static void insert(struct area a)
 {
-	const struct area *a = area_next(start);
-
-	return a && a->start < end;
+	area_set_insert(&areas, a);
+	nr_areas = areas.nr;
 }
 
-/* Room for `more` areas beyond those there are: every operation below asks for its worst case first. */
-static int make_room(unsigned long more)
+static void delete(struct area *a)
 {
-	unsigned long want = nr_areas + more;
-	unsigned long bytes = capacity * sizeof(*areas), bigger;
-	void *p;
-
-	if (want <= capacity)
-		return 0;
-	bigger = bytes ? bytes * 2 : 4 * PAGE_SIZE;
-	p = areas ? real.mremap(areas, bytes, bigger, MREMAP_MAYMOVE)
-		  : real.mmap(NULL, bigger, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (p == MAP_FAILED)
-		return -ENOMEM;
-	areas = p;
-	capacity = bigger / sizeof(*areas);
-	return 0;
-}
-
-static void insert(unsigned long i, struct area a)
-{
-	memmove(&areas[i + 1], &areas[i], (nr_areas - i) * sizeof(*areas));
-	areas[i] = a;
-	nr_areas++;
-}
-
-static void delete(unsigned long i)
-{
-	memmove(&areas[i], &areas[i + 1], (nr_areas - i - 1) * sizeof(*areas));
-	nr_areas--;
+	area_set_delete(&areas, a);
+	nr_areas = areas.nr;
 }
 
 /* Makes `addr` a boundary between areas, if it lies inside one. Needs room for one more. */
 static void split_at(uintptr_t addr)
 {
-	unsigned long i = lower(addr);
+	struct area *a = area_next(addr);
 
-	if (i < nr_areas && areas[i].start < addr) {
-		struct area right = areas[i];
+	if (a && a->start < addr) {
+		struct area right = *a;
 
-		areas[i].end = addr;
-		right.start = addr;
-		insert(i + 1, right);
+		right.start = a->end = addr;
+		insert(right);
 	}
 }
 
@@ -129,84 +102,88 @@ static bool same_kind(const struct area *a, const struct area *b)
 /* Joins equal neighbours among the areas that touch [start, end]. */
 static void join_around(uintptr_t start, uintptr_t end)
 {
-	unsigned long i = lower(start ? start - 1 : 0);
+	struct area *a = area_next(start ? start - 1 : 0), *b;
 
-	while (i + 1 < nr_areas && areas[i].start <= end) {
-		if (same_kind(&areas[i], &areas[i + 1])) {
-			areas[i].end = areas[i + 1].end;
-			delete(i + 1);
+	while (a && a->start <= end && (b = area_next(a->end))) {
+		if (same_kind(a, b)) {
+			uintptr_t stop = b->end;
+
+			delete(b); /* first: no two may overlap */
+			a->end = stop;
 		} else {
-			i++;
+			a = b;
 		}
 	}
 }
 
 int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
 {
-	unsigned long gaps = 1;
-
 	if (start >= end)
 		return -EINVAL;
-	/* Two splits, and a gap before each area there is and one behind the last. */
-	for (unsigned long i = lower(start); i < nr_areas && areas[i].start < end; i++)
-		gaps++;
-	if (make_room(2 + gaps) || (mergeable(flags) && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT)))
+	if (area_overlaps(start, end))
+		return -EEXIST;
+	if (end > ADDRESS_END) /* the planes do not reach there */
+		flags |= AREA_EXCLUDED;
+	if (area_reserve(1) || (mergeable(flags) && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT)))
 		return -ENOMEM;
-	split_at(start);
-	split_at(end);
-	/* What is an area already keeps what it has and gains `flags`; the gaps become new areas. */
-	for (uintptr_t at = start; at < end;) {
-		unsigned long i = lower(at);
-
-		if (i < nr_areas && areas[i].start <= at) {
-			areas[i].flags |= flags;
-			if (flags & AREA_ADVISED)
-				areas[i].flags &= ~AREA_UNMERGED;
-			areas[i].prot = prot;
-			at = areas[i].end;
-		} else {
-			uintptr_t stop = i < nr_areas ? min_addr(areas[i].start, end) : end;
-
-			insert(i, (struct area){.start = at, .end = stop, .flags = flags, .prot = prot});
-			at = stop;
-		}
-	}
+	insert((struct area){.start = start, .end = end, .flags = flags, .prot = prot});
 	join_around(start, end);
 	areas_seq += mergeable(flags);
 	return 0;
 }
 
+/* Without memory for the pieces. Whole areas get the stricter reading: what is excluded is not merged, and the kernel is
+ * asked how it is protected (see prot_of). */
+static void exclude(uintptr_t start, uintptr_t end)
+{
+	for (struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
+		areas_seq += mergeable(a->flags);
+		a->flags |= AREA_EXCLUDED;
+	}
+}
+
 void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot)
 {
-	unsigned long i;
-
 	if (!area_overlaps(start, end))
 		return;
-	if (make_room(2)) {
-		/* No memory for the two pieces: give the whole areas the stricter reading, which merges less. */
-		for (i = lower(start); i < nr_areas && areas[i].start < end; i++) {
-			areas[i].flags |= AREA_EXCLUDED;
-			areas_seq++;
-		}
+	if (area_reserve(2)) {
+		exclude(start, end);
 		return;
 	}
 	scan_disturb(); /* what was not to be looked at may be now */
 	split_at(start);
 	split_at(end);
-	for (i = lower(start); i < nr_areas && areas[i].start < end; i++) {
-		unsigned flags = (areas[i].flags & ~clear) | set;
+	for (struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
+		unsigned flags = (a->flags & ~clear) | set;
 
-		areas_seq += mergeable(flags) != mergeable(areas[i].flags);
-		areas[i].flags = flags;
+		areas_seq += mergeable(flags) != mergeable(a->flags);
+		a->flags = flags;
 		if (prot >= 0)
-			areas[i].prot = prot;
+			a->prot = prot;
 	}
 	join_around(start, end);
 }
 
+/* Cuts [start, end) out of `a`, which overlaps it. Takes room for one more where it leaves two pieces. */
+static void cut(struct area *a, uintptr_t start, uintptr_t end)
+{
+	struct area right = *a;
+
+	if (a->start < start)
+		a->end = min_addr(a->end, start);
+	else if (a->end > end)
+		a->start = end;
+	else
+		delete(a);
+	if (right.start < start && right.end > end) {
+		right.start = end;
+		insert(right);
+	}
+}
+
 void area_remove(uintptr_t start, uintptr_t end)
 {
-	unsigned long i;
+	struct area *a;
 
 	if (!area_overlaps(start, end))
 		return;
@@ -214,58 +191,55 @@ void area_remove(uintptr_t start, uintptr_t end)
 	 * should the range become an area again before it asks. */
 	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
 	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
-	if (make_room(2)) {
+	a = area_next(start);
+	if (a->start < start && a->end > end && area_reserve(1)) {
 		/* No hole can be cut. What lies around it may be mapped from segments, and a discard has to find that out. */
-		for (i = lower(start); i < nr_areas && areas[i].start < end; i++) {
-			areas_seq += mergeable(areas[i].flags);
-			areas[i].flags |= AREA_EXCLUDED;
-		}
+		exclude(start, end);
 		return;
 	}
-	split_at(start);
-	split_at(end);
-	for (i = lower(start); i < nr_areas && areas[i].start < end;) {
-		areas_seq += mergeable(areas[i].flags);
-		delete(i);
+	while ((a = area_next(start)) && a->start < end) {
+		areas_seq += mergeable(a->flags);
+		cut(a, start, end);
 	}
 }
 
 void area_forget_plain(uintptr_t start, uintptr_t end)
 {
-	for (unsigned long i = lower(start); i < nr_areas && areas[i].start < end;) {
-		const struct area *a = &areas[i];
+	for (struct area *a; (a = area_next(start)) && a->start < end;) {
 		uint64_t last = a->end >> PAGE_SHIFT;
 
+		start = a->end;
 		/* Locks and exclusions outlive the advice. Islands stay: their mapping is still a segment's, and a discard has to know. */
 		if (!(a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_MAPPED | AREA_LOCKED | AREA_EXCLUDED)) &&
 		    page_next(PAGE_SEGMENT, a->start >> PAGE_SHIFT, last, true) == last) {
-			delete(i);
+			delete(a);
 			areas_seq++;
-		} else {
-			i++;
 		}
+	}
+}
+
+void area_copy(uintptr_t start, uintptr_t end, uintptr_t to)
+{
+	for (uintptr_t at = start; at < end;) {
+		const struct area *a = area_next(at);
+		uintptr_t from, stop;
+		unsigned flags;
+
+		if (!a || a->start >= end)
+			return;
+		from = a->start > at ? a->start : at;
+		stop = min_addr(a->end, end);
+		flags = a->flags;
+		if (area_add(to + (from - start), to + (stop - start), flags, a->prot) == -ENOMEM)
+			area_add(to + (from - start), to + (stop - start), flags | AREA_EXCLUDED, a->prot);
+		at = stop;
 	}
 }
 
 void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start)
 {
-	uintptr_t at = old_start;
-
 	area_remove(new_start, new_start + (old_end - old_start));
-	while (at < old_end) {
-		struct area *a = area_next(at);
-		struct area copy;
-		uintptr_t from, to;
-
-		if (!a || a->start >= old_end)
-			break;
-		copy = *a;
-		from = copy.start > at ? copy.start : at;
-		to = min_addr(copy.end, old_end);
-		page_reserve((new_start + from - old_start) >> PAGE_SHIFT, (new_start + to - old_start) >> PAGE_SHIFT);
-		area_add(new_start + (from - old_start), new_start + (to - old_start), copy.flags, copy.prot);
-		at = to;
-	}
+	area_copy(old_start, old_end, new_start);
 	page_move(old_start >> PAGE_SHIFT, old_end >> PAGE_SHIFT, new_start >> PAGE_SHIFT);
 	area_remove(old_start, old_end);
 }
@@ -289,6 +263,20 @@ void area_readvise(const struct area *a, uintptr_t start, uintptr_t end)
 			real.madvise((void *)start, end - start, advices[i].advice);
 }
 
+/* How memory here is protected. */
+static int prot_of(const struct area *a, uintptr_t addr)
+{
+	int prot = a->prot, maps = a->flags & AREA_EXCLUDED ? maps_open() : -1;
+	struct vma v;
+
+	if (maps < 0)
+		return prot;
+	if (vma_find(maps, addr, &v) && v.start <= addr)
+		prot = vma_prot(&v);
+	maps_close(maps);
+	return prot;
+}
+
 int discard_segments(uintptr_t start, uintptr_t end)
 {
 	uint64_t last = end >> PAGE_SHIFT;
@@ -302,8 +290,8 @@ int discard_segments(uintptr_t start, uintptr_t end)
 		if (vpn >= last || !a)
 			break;
 		to = min_addr(page_next(PAGE_SEGMENT, vpn, last, false) << PAGE_SHIFT, a->end);
-		if (real.mmap((void *)from, to - from, a->prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
-		    MAP_FAILED)
+		if (real.mmap((void *)from, to - from, prot_of(a, from), MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+			      0) == MAP_FAILED)
 			return -errno;
 		area_readvise(a, from, to);
 		page_set(PAGE_SEGMENT, vpn, to >> PAGE_SHIFT, false);

@@ -39,6 +39,8 @@ static void check_areas(void)
 		VM_BUG_ON((a->start | a->end) % PAGE_SIZE);
 		VM_BUG_ON(before && a->start < before->end);
 		VM_BUG_ON(a->prot & ~7);
+		VM_BUG_ON(before && before->end == a->start && before->flags == a->flags && before->prot == a->prot &&
+			  !(a->flags & AREA_EXCLUDED)); /* they should be one */
 		before = a;
 		from = a->end;
 	}

@@ -24,6 +24,7 @@ void mmap_lock(sigset_t *saved)
 void mmap_unlock(const sigset_t *saved)
 {
 	check_books();
+	area_trim();
 	pthread_mutex_unlock(&lock);
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
 }

@@ -31,21 +31,20 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
 {
 	uintptr_t stop;
 
+	/* A gap before each area and one behind the last; two pieces more of the first and the last. */
+	if (area_reserve(area_count(start, end) + 3))
+		return -ENOMEM;
+	if (set & AREA_ADVISED && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT))
+		return -ENOMEM;
 	for (uintptr_t at = start; at < end; at = stop) {
 		const struct area *a = area_next(at);
 
 		if (a && a->start <= at) {
 			stop = min_addr(a->end, end);
-			if (set & AREA_ADVISED && page_reserve(at >> PAGE_SHIFT, stop >> PAGE_SHIFT))
-				return -ENOMEM;
 			area_change(at, stop, set, clear, prot ? prot : -1);
 		} else {
-			int err;
-
 			stop = a ? min_addr(a->start, end) : end;
-			err = area_add(at, stop, set | area_new_flags(), prot);
-			if (err)
-				return err;
+			area_add(at, stop, set | area_new_flags(), prot);
 		}
 	}
 	return 0;

@@ -41,17 +41,7 @@ static void settle(const struct resize *r)
 		area_remove(r->start + keep, r->end);
 	} else if (r->leave) {
 		area_remove(r->to, r->to_end);
-		for (uintptr_t at = r->start; at < r->end;) {
-			const struct area *a = area_next(at);
-			uintptr_t from, stop;
-
-			if (!a || a->start >= r->end)
-				break;
-			from = a->start > at ? a->start : at;
-			stop = min_addr(a->end, r->end);
-			area_add(r->to + (from - r->start), r->to + (stop - r->start), a->flags, a->prot);
-			at = stop;
-		}
+		area_copy(r->start, r->end, r->to);
 	} else {
 		area_remove(r->start + keep, r->end);
 		area_move(r->start, r->start + keep, r->to);
@@ -256,8 +246,12 @@ static bool is_refused(uintptr_t start, size_t old_len, size_t new_len, int flag
 void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_t target)
 {
 	struct resize r = {.start = start, .end = PAGE_ALIGN_UP(start + old_len), .leave = flags & MREMAP_DONTUNMAP};
-	const struct area *last = r.end > start ? area_of(r.end - 1) : NULL;
+	const struct area *last;
 
+	/* For settle(): to move them all, and to cut what is at the target and behind. */
+	if (area_reserve(area_count(r.start, r.end) + 4))
+		return fail(ENOMEM);
+	last = r.end > start ? area_of(r.end - 1) : NULL;
 	if (last) {
 		r.known = true;
 		r.last = *last;

@@ -5,11 +5,11 @@
 #include <sys/mman.h>
 
 /* A leaf holds the bits of 1 GiB of addresses. It is mapped whole and touched where needed: 4 KiB of it
- * stand for 128 MiB of one plane. User addresses are below 2^48 unless a program asks otherwise by hint. */
+ * stand for 128 MiB of one plane. */
 #define LEAF_SHIFT 18
 #define LEAF_PAGES (1UL << LEAF_SHIFT)
 #define WORD_BITS (8 * sizeof(unsigned long))
-#define NR_LEAVES (1UL << (48 - PAGE_SHIFT - LEAF_SHIFT))
+#define NR_LEAVES (ADDRESS_END >> PAGE_SHIFT >> LEAF_SHIFT)
 
 struct leaf {
 	unsigned long bits[NR_PLANES][LEAF_PAGES / WORD_BITS];
@@ -27,11 +27,9 @@ static struct leaf *leaf_of(uint64_t vpn)
 
 int page_reserve(uint64_t vpn, uint64_t end)
 {
-	for (uint64_t i = vpn >> LEAF_SHIFT; i <= (end - 1) >> LEAF_SHIFT; i++) {
+	for (uint64_t i = vpn >> LEAF_SHIFT; i <= (end - 1) >> LEAF_SHIFT && i < NR_LEAVES; i++) {
 		void *p;
 
-		if (i >= NR_LEAVES)
-			return -ENOMEM;
 		if (leaves[i])
 			continue;
 		p = real.mmap(NULL, sizeof(struct leaf), PROT_READ | PROT_WRITE,

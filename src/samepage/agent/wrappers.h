@@ -22,9 +22,6 @@
 #define PR_GET_MEMORY_MERGE 68
 #endif
 
-/* Beyond every address that can be an area's (area.c). */
-#define ADDRESS_END (1UL << 48)
-
 extern _Atomic bool real_ready;
 
 static inline void need_real(void)
