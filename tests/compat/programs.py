@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,22 @@ FULL_RATE = [
 ]
 """As much merging as there can be: every pass follows the last at once, and much smaller arrays take part."""
 
-TWICE = """
-for copy in 1 2; do
-    (cd $copy && exec sh -c "$1") >$copy.out 2>$copy.err </dev/null & pids="$pids $!"
+AT_ONCE = """
+command=$1; shift
+for copy; do
+    (cd $copy && exec sh -c "$command") >$copy.out 2>$copy.err </dev/null & pids="$pids $!"
 done
 for pid in $pids; do wait $pid; echo $?; done
 """
-"""A shell script that runs $1 in the directories 1 and 2 at the same time, and prints both exit statuses."""
+"""A shell script that runs $1 in each of the directories $2… at the same time, and prints the exit statuses in order."""
 
 
 @dataclass(frozen=True)
 class Program:
     """What to run and what to expect of it. All scripts are sh's.
 
-    `command` runs in a directory of its own that `prepare` made, with the programs `needs`. Whatever `varies`
-    matches, in its output and in the files it leaves, differs between any two runs. Files that match the pattern
+    `command` runs in a directory of its own that `prepare` made, with the programs `needs` and the Python modules
+    `imports`. Whatever `varies` matches, in its output and in the files it leaves, differs between any two runs. Files that match the pattern
     `forget` are not compared. `joins` processes, at least, have allocations of the size that samepage merges, and if
     it `merges`, equal pages are among them for long enough.
     """
@@ -45,6 +47,7 @@ class Program:
     name: str
     command: str
     needs: Sequence[str] = ()
+    imports: Sequence[str] = ()
     prepare: str = ":"
     varies: str | None = None
     forget: str | None = None
@@ -101,11 +104,13 @@ class Runs:
         done, report = self._samepage(program, options, ["sh", "-c", program.command], work, directory)
         return _outcome(program, done.returncode, done.stdout, done.stderr, work), report
 
-    def merged_twice(self, program: Program, options: Sequence[str] = ()) -> tuple[list[Outcome], Report]:
-        """Two at once under one `samepage run`."""
+    def merged_copies(
+        self, program: Program, copies: int, options: Sequence[str] = ()
+    ) -> tuple[list[Outcome], Report]:
+        """Several copies at once under one `samepage run`."""
         directory = self._directory()
-        works = [self._prepared(program, directory / copy) for copy in "12"]
-        command = ["sh", "-c", TWICE, "twice", program.command]
+        works = [self._prepared(program, directory / str(copy)) for copy in range(1, copies + 1)]
+        command = ["sh", "-c", AT_ONCE, "at-once", program.command, *(work.name for work in works)]
         done, report = self._samepage(program, options, command, directory, directory)
         assert (done.returncode, done.stderr) == (0, "")
         statuses = [int(line) for line in done.stdout.split()]
@@ -145,6 +150,9 @@ class Runs:
         for need in program.needs:
             if not (shutil.which(need) or Path(need).exists()):
                 pytest.skip(f"{need} is not installed")
+        for module in program.imports:
+            if not find_spec(module):
+                pytest.skip(f"the Python module {module} is not installed")
         work.mkdir()
         done = _run(["sh", "-e", "-c", program.prepare], work, program.timeout)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -451,7 +451,7 @@ def test_a_program_runs_the_same_while_merging_never_pauses(runs: Runs, program:
 
 @every_program
 def test_two_that_share_pages_run_the_same(runs: Runs, program: Program):
-    outcomes, report = runs.merged_twice(program, FULL_RATE)
+    outcomes, report = runs.merged_copies(program, 2, FULL_RATE)
     assert outcomes == [runs.bare(program)] * 2
     assert report.joined >= 2 * program.joins, report
     if program.merges:
