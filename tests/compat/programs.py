@@ -104,9 +104,7 @@ class Runs:
         done, report = self._samepage(program, options, ["sh", "-c", program.command], work, directory)
         return _outcome(program, done.returncode, done.stdout, done.stderr, work), report
 
-    def merged_copies(
-        self, program: Program, copies: int, options: Sequence[str] = ()
-    ) -> tuple[list[Outcome], Report]:
+    def merged_copies(self, program: Program, copies: int, options: Sequence[str] = ()) -> tuple[list[Outcome], Report]:
         """Several copies at once under one `samepage run`."""
         directory = self._directory()
         works = [self._prepared(program, directory / str(copy)) for copy in range(1, copies + 1)]
