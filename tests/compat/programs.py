@@ -31,7 +31,7 @@ for copy; do
 done
 for pid in $pids; do wait $pid; echo $?; done
 """
-"""A shell script that runs $1 in each of the directories $2… at the same time, and prints the exit statuses in order."""
+"""A shell script that runs $1 in each of the directories $2… at the same time, and prints the exit statuses."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Program:
     """What to run and what to expect of it. All scripts are sh's.
 
     `command` runs in a directory of its own that `prepare` made, with the programs `needs` and the Python modules
-    `imports`. Whatever `varies` matches, in its output and in the files it leaves, differs between any two runs. Files that match the pattern
-    `forget` are not compared. `joins` processes, at least, have allocations of the size that samepage merges, and if
-    it `merges`, equal pages are among them for long enough.
+    `imports`. Whatever `varies` matches, in its output and in the files it leaves, differs between any two runs. Files
+    that match the pattern `forget` are not compared. `joins` processes, at least, have allocations of the size that
+    samepage merges, and if it `merges`, equal pages are among them for long enough.
     """
 
     name: str

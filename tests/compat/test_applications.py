@@ -1,7 +1,7 @@
 """Real applications, several copies of each at once under one `samepage run`: same exit status, output and files.
 
-Allocators that bring their own arenas, virtual machines, garbage collectors, databases and a browser are here because each
-does something to memory that the programs of `test_programs.py` do not.
+Allocators that bring their own arenas, virtual machines, garbage collectors, databases and a browser are here because
+each does something to memory that the programs of `test_programs.py` do not.
 """
 
 from __future__ import annotations
@@ -275,12 +275,14 @@ pid = fork { a[0][9] = "?"; exit a[0].sum % 100 }; Process.wait pid; puts $?.exi
 b = (1..800).map { "x" * (1 << 20) }; b.each_index { |i| b[i] = nil if i.even? }; GC.start
 puts h.sum { |k, v| v.sum }, b.compact.size; exit 4'"""
 
-PHP = """exec php -d memory_limit=-1 -r '$a = []; for ($i = 0; $i < 10; $i++) $a[] = str_repeat(chr(65 + $i % 3), 4 << 20);
+PHP = """exec php -d memory_limit=-1 -r '$a = [];
+for ($i = 0; $i < 10; $i++) $a[] = str_repeat(chr(65 + $i % 3), 4 << 20);
 for ($r = 0; $r < 5; $r++) foreach ($a as &$s) { $s[$r * 5000] = "x"; $s .= "end"; } unset($s);
 $m = []; for ($i = 0; $i < 400000; $i++) $m["k" . $i % 9000] = str_repeat("v", $i % 60) . $i;
 echo md5(implode($a)), " ", md5(implode($m)), "\\n"; exit(4);'"""
 
-R = """exec Rscript --vanilla -e 'set.seed(1); a <- matrix(rnorm(490000), 700); b <- solve(a); print(round(sum(a %*% b), 5))
+R = """exec Rscript --vanilla -e 'set.seed(1); a <- matrix(rnorm(490000), 700); b <- solve(a)
+print(round(sum(a %*% b), 5))
 l <- lapply(1:30, function(i) rep(i %% 3, 5e5)); l[[3]][7] <- 9; print(sum(sapply(l, sum)))
 for (i in 1:20) { x <- sort(runif(5e5)); l[[1]] <- NULL }; g <- gc(); print(length(l)); quit(status = 4)'"""
 
@@ -288,10 +290,12 @@ OCTAVE = """exec octave-cli --norc --eval 'rand("twister", 1); a = rand(600); b 
 printf("%.6f\\n", abs(sum((a * b)(:)))); c = {}; for i = 1:12 c{i} = ones(1000) * mod(i, 3); end; c{3}(7) = 9;
 printf("%d\\n", sum(cellfun(@(x) sum(x(:)), c))); exit(4)'"""
 
-FFMPEG = """ffmpeg -nostdin -v error -f lavfi -i testsrc=size=1280x720:rate=25:duration=3 -threads 4 -c:v mpeg4 -q:v 5 o.avi &&
+FFMPEG = """ffmpeg -nostdin -v error -f lavfi -i testsrc=size=1280x720:rate=25:duration=3 -threads 4 \
+    -c:v mpeg4 -q:v 5 o.avi &&
 ffmpeg -nostdin -v error -i o.avi -vf scale=640:-2,gblur -threads 2 -f md5 - && rm o.avi"""
 
-ERLANG = """HOME=$PWD exec erl -noshell -eval 'B = [binary:copy(<<(65 + I rem 3)>>, 4194304) || I <- lists:seq(1, 10)],
+ERLANG = """HOME=$PWD exec erl -noshell -eval '
+B = [binary:copy(<<(65 + I rem 3)>>, 4194304) || I <- lists:seq(1, 10)],
 P = self(), [spawn(fun() -> P ! erlang:md5(X) end) || X <- B],
 R = lists:sort([receive M -> M end || _ <- B]), io:format("~p~n", [erlang:phash2(R)]),
 L = lists:foldl(fun(I, A) -> [{I, integer_to_list(I)} | A] end, [], lists:seq(1, 500000)),
@@ -300,17 +304,20 @@ io:format("~p~n", [erlang:phash2(L)]), halt(4).'"""
 LUAJIT = """exec luajit -e 'local t = {} for i = 1, 2000000 do t[i] = i % 1000 end
 local s = 0 for r = 1, 3 do for i = 1, #t do s = (s * 31 + t[i]) % 2147483647 end end
 local x = {} for i = 1, 20 do x[i] = string.rep(string.char(65 + i % 3), 3000000) end
-collectgarbage() for i = 1, 20, 2 do x[i] = nil end collectgarbage() print(s, #table.concat({x[2], x[4]})) os.exit(4)'"""
+collectgarbage() for i = 1, 20, 2 do x[i] = nil end collectgarbage() print(s, #table.concat({x[2], x[4]}))
+os.exit(4)'"""
 
 SBCL = """exec sbcl --noinform --no-userinit --no-sysinit --non-interactive --eval '(let ((h (make-hash-table)) (s 0))
 (dotimes (i 400000) (setf (gethash (mod i 7000) h) (make-array (mod i 300) :initial-element (mod i 3))))
-(gc :full t) (maphash (lambda (k v) (setf s (mod (+ (* s 31) k (reduce (function +) v)) 1000000007))) h)
+(gc :full t)
+(maphash (lambda (k v) (setf s (mod (+ (* s 31) k (reduce (function +) v)) 1000000007))) h)
 (let ((b (loop repeat 12 collect (make-array 2000000 :element-type (quote (unsigned-byte 8)) :initial-element 7))))
 (setf (aref (first b) 5) 9)
 (print (list s (reduce (function +) (mapcar (lambda (x) (reduce (function +) x)) b))))))' \
 --eval '(sb-ext:exit :code 4)'"""
 
-EMACS = """HOME=$PWD exec emacs -Q --batch --eval '(let ((l (list)) (h (make-hash-table :test (quote equal))))
+EMACS = """HOME=$PWD exec emacs -Q --batch --eval '(let ((l (list))
+(h (make-hash-table :test (quote equal))))
 (dotimes (i 12) (push (make-string 3000000 (+ 65 (% i 3))) l))
 (dotimes (i 200000) (puthash (format "k%d" (% i 5000)) (list i i) h)) (garbage-collect)
 (with-temp-buffer (dolist (s l) (insert s)) (message "%s %d" (md5 (current-buffer)) (hash-table-count h)))
@@ -320,7 +327,8 @@ GUILE = """exec guile --no-auto-compile -c '(define v (make-vector 3000000 1)) (
 (define b (map (lambda (i) (make-string 4000000 (integer->char (+ 65 (modulo i 3))))) (iota 10)))
 (define h (make-hash-table))
 (do ((i 0 (1+ i))) ((= i 300000)) (hash-set! h (modulo i 5000) (number->string i))) (gc)
-(display (list (map (lambda (x) (string-ref x 77)) b) (hash-count (const #t) h) (apply + (vector->list v)))) (exit 4)'"""
+(display (list (map (lambda (x) (string-ref x 77)) b) (hash-count (const #t) h) (apply + (vector->list v))))
+(exit 4)'"""
 
 OCAML = """cat >m.ml <<'EOF'
 let () =
@@ -337,7 +345,8 @@ ocamlopt m.ml -o m"""
 RUSTC_SOURCE = """awk 'BEGIN { print "use std::collections::*;";
 for (i = 0; i < 30; i++) printf "fn f%d(n: usize) -> usize { let m: BTreeMap<usize, String> = \
 (0..n).map(|x| (x * %d, format!(\\"{}\\", x))).collect(); m.values().map(|s| s.len()).sum() }\\n", i, i + 1;
-printf "fn main() { let b = vec![7u8; 40 << 20]; println!(\\"{} {}\\", b.iter().map(|&x| x as usize).sum::<usize>(), 0";
+printf "fn main() { let b = vec![7u8; 40 << 20]; println!(\\"{} {}\\", \
+b.iter().map(|&x| x as usize).sum::<usize>(), 0";
 for (i = 0; i < 30; i++) printf " + f%d(%d)", i, i * 9; print "); std::process::exit(4) }" }' >m.rs"""
 # HOME is the directory of the test; rustup's proxy needs the real one to find its toolchain.
 RUSTC = """HOME=$(getent passwd $(id -u) | cut -d: -f6) rustc -O -C codegen-units=4 m.rs -o m && ./m
