@@ -104,7 +104,7 @@ def test_numpys_tests_of_arrays_come_out_the_same(runs: Runs):
     def results(outcome: Outcome) -> list[str]:
         return sorted(re.findall(r"^.*?(::.+ (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL))\b", outcome.output, re.M))
 
-    (first, second), report = runs.merged_twice(NUMPY, FULL_RATE)
+    (first, second), report = runs.merged_copies(NUMPY, 2, FULL_RATE)
     bare = runs.once(NUMPY)
     assert len(results(bare)) > 10_000
     assert results(first) == results(second) == results(bare)
