@@ -220,20 +220,23 @@ void page_move(uint64_t vpn, uint64_t end, uint64_t to); /* mremap: bits travel,
 /* Maps fresh anonymous memory over whatever part of the range is mapped from segments, so that a discard
  * gives zeros there. Needs the lock. 0, or -errno with nothing lost. */
 int discard_segments(uintptr_t start, uintptr_t end);
+/* What a new area starts with: AREA_LOCKED under mlockall(MCL_FUTURE). (mmap.c) */
+unsigned area_new_flags(void);
 /* Gives a new mapping inside `a` the advice that its neighbours have. */
 void area_readvise(const struct area *a, uintptr_t start, uintptr_t end);
 
 /* ---- the kernel's calls (uffd.c); the agent thread only ------------------------------------------ */
 
 struct kernel {
-	int move;	  /* userfaultfd with MOVE, and WP_ASYNC where tracking; -1 */
-	int wp;		  /* userfaultfd with synchronous write-protection; -1 */
-	int pagemap;	  /* /proc/self/pagemap */
-	int mem;	  /* /proc/self/mem */
-	int maps;	  /* /proc/self/maps */
-	bool scan;	  /* PAGEMAP_SCAN works */
-	bool numa;	  /* there is more than one node */
-	bool moves_views; /* a private mapping of a file can be moved and stay behind empty (mremap, 5.13) */
+	int move;	 /* userfaultfd with MOVE, and WP_ASYNC where tracking; -1 */
+	int wp;		 /* userfaultfd with synchronous write-protection; -1 */
+	int pagemap;	 /* /proc/self/pagemap */
+	int mem;	 /* /proc/self/mem */
+	int maps;	 /* /proc/self/maps */
+	int overcommit;	 /* /proc/sys/vm/overcommit_memory */
+	bool scan;	 /* PAGEMAP_SCAN works */
+	bool numa;	 /* there is more than one node */
+	bool views_stay; /* a private mapping of a file can be moved and stay behind empty (mremap, 5.13) */
 	bool tracking;
 	enum sp_swap swap;
 	/* Four windows, the only places where the agent thread maps anything: of WINDOW bytes, but VIEW_WINDOW and
@@ -244,6 +247,7 @@ struct kernel {
 	uintptr_t copy;	   /* where a break prepares private copies */
 };
 extern struct kernel kernel;
+#define KERNEL_CLOSED ((struct kernel){.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1, .overcommit = -1})
 
 /* include/uapi/linux/fs.h, Linux 6.7 */
 enum {
@@ -277,11 +281,17 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
  * processes map it too (bit 56 is clear). */
 enum page_kind { PAGE_ABSENT, PAGE_FILE, PAGE_OWN, PAGE_FORKED };
 int page_kinds(uintptr_t start, size_t n, uint8_t *kind);
+/* Whether something stands at each of n <= SECTION_MAX pages, swapped out ones too. */
+int page_holds(uintptr_t start, size_t n, bool *holds);
 /* The NUMA node of each of n <= SECTION_MAX pages that are present. 0 or -errno: the kernel does not tell. */
 int page_nodes(uintptr_t start, size_t n, int *node);
 void prefer_node(int node); /* for what this thread allocates; -1: as before the first such call */
 int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode);
 int uffd_unregister(int uffd, uintptr_t start, uintptr_t len);
+/* The same for what was registered to keep threads away, where it may not fail: rather is all of it closed, for good. */
+void uffd_release(int *uffd, uintptr_t start, uintptr_t len);
+/* Whether all of the range still is registered with `move`, which can be wrong if another userfaultfd follows writes there. */
+bool uffd_holds(uintptr_t start, uintptr_t len);
 int uffd_protect(uintptr_t start, uintptr_t len, bool on);
 void uffd_wake(int uffd, uintptr_t start, uintptr_t len);
 int uffd_move(uintptr_t dst, uintptr_t src, uintptr_t len); /* 0, or -errno: believe neither, read the pagemap */
@@ -293,12 +303,32 @@ void untrack(uintptr_t start, uintptr_t end);
 
 bool windows_open(void); /* maps them all. False: no memory */
 void windows_close(void);
+void windows_forked(void); /* in a forked child: they are the parent's */
 /* Whether `move` really moves: one page of our own there and back. */
 bool scratch_works(void);
 /* Maps a window, or part of one, afresh: anonymous when fd is -1, else fd shared. NULL: no memory. */
 void *window_reset(uintptr_t start, size_t len, int prot, int fd, off_t offset);
 /* Makes the window `huge` anew, with no page table in it. */
 void huge_reset(void);
+/* Empties a part of the scratch. mlockall(2) locks and fills windows, too: it unlocks them where it finds that. False: what
+ * was there still is. */
+bool window_drop(uintptr_t start, size_t len);
+void windows_unlock(void);
+/*
+ * Puts [from, from + len) of a window, page tables and all, over whatever stands at `to`, and leaves a hole in the window: for
+ * window_fill(), which takes the place again; window_lost() where it cannot, for somebody else's mapping may be there by
+ * then. Since no mapping grows and nothing is charged for it, no limit can refuse this when the target is unmapped already,
+ * as it can MREMAP_DONTUNMAP. 0; or -errno, with what stood at `to` still there, or (only when the kernel itself has no
+ * memory left) not.
+ */
+int window_give(uintptr_t from, size_t len, uintptr_t to);
+bool window_fill(uintptr_t start, size_t len, int prot, int fd, off_t offset);
+void window_lost(void);
+/* Whether a limit (RLIMIT_AS, RLIMIT_DATA, vm.overcommit_memory=2) may refuse a mapping. */
+bool mappings_limited(void);
+/* Whether RLIMIT_AS and RLIMIT_DATA leave that much; the rest is the application's. */
+bool limits_leave(uint64_t bytes);
+bool range_mapped(uintptr_t start, size_t len); /* all of the range is mapped */
 
 /* ---- mappings --------------------------------------------------------------------------------------- */
 

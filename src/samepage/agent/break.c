@@ -19,12 +19,12 @@
  * already have a private copy (islands) are left as they are. *In place*: MADV_POPULATE_WRITE; the copies
  * are islands then. Used where there is no userfaultfd with synchronous write-protection, or no agent thread.
  */
-#include "agent.h"
+#include "swap.h"
 
 #include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <string.h>
-#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define BATCH_PAGES 256UL      /* 1 MiB: faulted in after one look, far from the limit */
@@ -32,14 +32,18 @@
 #define NEAR_EACH (32UL << 20) /* near: less than this, and the reserve, for each CPU that could take it meanwhile */
 #define MOVING (256UL << 10)   /* more than the kernel needs for mappings and page tables while a window is moved */
 #define COLLAPSE 25	       /* MADV_COLLAPSE */
+#define BACK_OUTS 1024	       /* times that the kernel may back out of a fault and be asked again */
 
-/* Faults in private copies; loops while the kernel backs out, and only then. 0 or an errno. */
+/* Faults in private copies; tries again while the kernel backs out, and only then. 0 or an errno. */
 static int populate_write(uintptr_t start, uintptr_t len)
 {
-	while (real.madvise((void *)start, len, MADV_POPULATE_WRITE)) {
+	for (int tries = 0; real.madvise((void *)start, len, MADV_POPULATE_WRITE); tries++) {
 		switch (errno) {
 		case EINTR:
 		case EAGAIN:
+			if (tries == BACK_OUTS)
+				return EAGAIN;
+			real.syscall(SYS_sched_yield);
 			continue;
 		case ENOMEM:
 			return ENOMEM;
@@ -52,21 +56,23 @@ static int populate_write(uintptr_t start, uintptr_t len)
 
 /* Marks private copies in [start, end) as islands, but for those that are swapped out: under write-protection the kernel
  * reports a page that has no page table entry (a merged one, in a forked child) as swapped, too. A copy may be copied like
- * a merged page, as long as no device writes to it; one that is swapped out is not pinned. */
-static void find_islands(uintptr_t start, uintptr_t end)
+ * a merged page, as long as no device writes to it; one that is swapped out is not pinned. False: the kernel does not say. */
+static bool find_islands(uintptr_t start, uintptr_t end)
 {
 	const struct pm_walk w = {.must = PAGE_IS_PRESENT, .must_not = PAGE_IS_FILE};
 	struct page_region v[16];
 
 	/* The pagemap is the agent thread's. Without it an island is written once more, which changes nothing. */
 	while (on_agent_thread() && start < end) {
+		uintptr_t from = start;
 		int n = pagemap_walk(start, end, &w, v, 16, &start);
 
 		for (int i = 0; i < n; i++)
 			page_set(PAGE_ISLAND, v[i].start >> PAGE_SHIFT, v[i].end >> PAGE_SHIFT, true);
-		if (n < 0)
-			return;
+		if (n < 0 || (!n && start == from))
+			return false;
 	}
+	return true;
 }
 
 /* The first run of pages in [vpn, end) that still are a segment's; false when there is none. */
@@ -123,7 +129,7 @@ static uint64_t stocked(void)
 
 static void stock_drop(void)
 {
-	if (stock.end)
+	if (stock.end && kernel.copy)
 		window_reset(kernel.copy, COPY_WINDOW, PROT_NONE, -1, 0);
 	stock.at = stock.end = 0;
 }
@@ -133,6 +139,8 @@ static bool stock_map(uint64_t n, uintptr_t align)
 {
 	uintptr_t len = n * PAGE_SIZE, at = (stock.end + align - 1) & ~(align - 1);
 
+	if (!kernel.copy || (mappings_limited() && !limits_leave(COPY_WINDOW)))
+		return false;
 	if (!stock.end || at + len > kernel.copy + COPY_WINDOW)
 		at = kernel.copy;
 	/* Not window_reset(): without MAP_NORESERVE, like the memory that it becomes a part of. */
@@ -140,6 +148,7 @@ static bool stock_map(uint64_t n, uintptr_t align)
 	    MAP_FAILED)
 		return false;
 	real.madvise((void *)at, len, MADV_DONTFORK);
+	window_drop(at, len); /* and unlocks it, under mlockall(MCL_FUTURE) */
 	stock.at = at;
 	stock.end = at + len;
 	return true;
@@ -211,18 +220,24 @@ static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
 
 /* ---- restoring ----------------------------------------------------------------------------------------- */
 
-/* Moves the first pages in stock over [at, at + len) of an area. 0, or -1: no mapping to be had. */
+/* Puts the first pages in stock over [at, at + len) of an area. 0, or -1: it cannot be, and what was there still is. */
 static int give(const struct area *a, uintptr_t at, uintptr_t len)
 {
-	void *from = (void *)stock.at;
+	uintptr_t from = stock.at;
 
-	real.madvise(from, len, MADV_DOFORK);
-	area_readvise(a, stock.at, stock.at + len);
-	if (a->prot != (PROT_READ | PROT_WRITE) && real.mprotect(from, len, a->prot))
+	/* ENOMEM: the mapping would have to be cut for it. A child would not have the memory. */
+	if (real.madvise((void *)from, len, MADV_DOFORK))
 		return -1;
-	/* DONTUNMAP: the window stays ours, empty. */
-	if (real.mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)at) == MAP_FAILED)
+	area_readvise(a, from, from + len);
+	if (a->prot != (PROT_READ | PROT_WRITE) && real.mprotect((void *)from, len, a->prot))
 		return -1;
+	if (window_give(from, len, at)) {
+		if (!range_mapped(at, len))
+			strand();
+		return -1;
+	}
+	if (!window_fill(from, len, PROT_NONE, -1, 0))
+		window_lost();
 	stock.at += len;
 	return 0;
 }
@@ -240,7 +255,10 @@ static int restore(const struct area *a, uintptr_t start, uintptr_t end, uint64_
 		goto out;
 	}
 	/* From here on nobody writes: what is not an island now is the segment's page. */
-	find_islands(start, end);
+	if (!find_islands(start, end)) {
+		err = -1;
+		goto out;
+	}
 	for (vpn = start >> PAGE_SHIFT, stop = last; next_merged(&vpn, &stop); vpn = stop, stop = last) {
 		uintptr_t at = vpn << PAGE_SHIFT, n = (stop - vpn) << PAGE_SHIFT;
 
@@ -253,7 +271,7 @@ static int restore(const struct area *a, uintptr_t start, uintptr_t end, uint64_
 		*done += stop - vpn;
 	}
 out:
-	uffd_unregister(kernel.wp, start, len);
+	uffd_release(&kernel.wp, start, len);
 	for (vpn = page_next(PAGE_SEGMENT, start >> PAGE_SHIFT, last, false); vpn < last;
 	     vpn = page_next(PAGE_SEGMENT, stop, last, false)) {
 		stop = page_next(PAGE_SEGMENT, vpn, last, true);
@@ -340,7 +358,7 @@ static void unlock_any(const sigset_t *saved)
 void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out)
 {
 	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, begin = vpn;
-	bool restores = on_agent_thread() && kernel.wp >= 0, whole = true;
+	bool restores = on_agent_thread() && kernel.wp >= 0 && kernel.copy, whole = true;
 	uint64_t cpu = thread_cpu_ns();
 	sigset_t saved;
 	int err = 0;
@@ -369,6 +387,7 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 		restores = restores && !err;
 		if (restores && want > stocked())
 			want = stocked();
+		restores = restores && kernel.wp >= 0 && kernel.copy;
 		lock_any(&saved);
 		scan_disturb();
 		err = break_step(&vpn, last, want, restores, out);

@@ -11,19 +11,6 @@
 #include <unistd.h>
 
 #define VPN_MAX (UINTPTR_MAX >> PAGE_SHIFT)
-/* Fills the page tables of what was just mapped, where it was not moved with them: the application need not fault, and
- * what /proc says of the process (PSS, PAGE_IS_FILE) is true at once. */
-static void populate(const struct chunk *c)
-{
-	if (kernel.moves_views || !c->segment)
-		return;
-	for (size_t i = 0, j; i < c->n; i = j) {
-		for (j = i + 1; j < c->n && same_row(c, j) && c->status[j] == c->status[i]; j++)
-			;
-		if (c->status[i] == DONE)
-			real.madvise((void *)c->addr[i], (j - i) * PAGE_SIZE, MADV_POPULATE_READ);
-	}
-}
 
 #define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
 
@@ -36,12 +23,14 @@ static void populate(const struct chunk *c)
  * forked to. The written copy is dropped. A view that is moved away as a whole would have to leave its anon_vma
  * behind; hence the page at its end, which lies behind the file's.
  */
-static bool map_view(int fd, uint64_t start, uint64_t end)
+static bool map_view(const struct segment *s, uint64_t start, uint64_t end)
 {
 	volatile uint8_t *last = (volatile uint8_t *)kernel.view + (end - start - 1) * PAGE_SIZE;
 
+	if (!kernel.view || (s->limited && !limits_leave(2 * VIEW_SPACE)))
+		return false;
 	if (real.mmap((void *)kernel.view, (end - start + 1) * PAGE_SIZE, PROT_READ | PROT_WRITE,
-		      MAP_PRIVATE | MAP_FIXED, fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
+		      MAP_PRIVATE | MAP_FIXED, s->fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
 		return false;
 	*last = *last;
 	return !real.madvise((void *)last, PAGE_SIZE, MADV_DONTNEED);
@@ -51,12 +40,13 @@ static bool map_view(int fd, uint64_t start, uint64_t end)
  * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
 static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_t **view)
 {
-	if (offset < s->start || offset >= s->end) {
+	if (s->lost || offset < s->start || offset >= s->end) {
 		uint64_t start = offset / VIEW_PAGES * VIEW_PAGES, end = min_addr(start + VIEW_PAGES, s->npages);
 
 		s->end = 0;
-		if (!map_view(s->fd, start, end))
+		if (!map_view(s, start, end))
 			return 0;
+		s->lost = false;
 		s->start = start;
 		s->end = end;
 	}
@@ -68,6 +58,31 @@ static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_
 		*(const volatile uint8_t *)(*view + k * PAGE_SIZE);
 	*(const volatile uint8_t *)(*view + (n - 1) * PAGE_SIZE);
 	return n;
+}
+
+int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to)
+{
+	uintptr_t from = (uintptr_t)view;
+	off_t offset = (off_t)(s->start * PAGE_SIZE + (from - kernel.view));
+	int err;
+
+	if (s->lost)
+		return -ENOMEM;
+	if (kernel.views_stay && !s->limited) {
+		if (real.mremap((void *)from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)to) !=
+		    MAP_FAILED)
+			return 0;
+		err = -errno;
+		if (range_mapped(to, len)) /* else a limit was set just now */
+			return err;
+	}
+	err = window_give(from, len, to);
+	if (!err && !window_fill(from, len, PROT_READ | PROT_WRITE, s->fd, offset)) {
+		s->lost = true;
+		if (!window_fill(from, len, PROT_NONE, -1, 0))
+			window_lost();
+	}
+	return err;
 }
 
 /* What a request has come to: page `at` of an extent, before `last`. */
@@ -147,6 +162,7 @@ static size_t merge_some(struct segment *segment, const struct cursor *at, uint8
 	struct chunk c = {.status = status};
 	size_t n;
 
+	segment->limited = mappings_limited();
 	if (!gather(&c, segment, at)) {
 		memset(status, NOMAP, at->extent->npages - at->at);
 		return at->extent->npages - at->at;
@@ -165,7 +181,6 @@ static size_t merge_some(struct segment *segment, const struct cursor *at, uint8
 			c.n = 0;
 		if (c.n) {
 			swap_chunk(&c);
-			populate(&c);
 		} else {
 			c.n = n;
 			memset(status, REFUSED, n);

@@ -643,10 +643,8 @@ void agent_fork_child(bool may_start_thread)
 	if (atomic_load(&peer.state) == RUNNING)
 		atomic_store(&peer.state, IDLE);
 	peer.sock = peer.attached = peer.wake[0] = peer.wake[1] = -1;
-	/* The one window that is inherited while something is in it. */
-	if (kernel.view)
-		real.munmap((void *)kernel.view, VIEW_SPACE);
-	kernel = (struct kernel){.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1};
+	windows_forked();
+	kernel = KERNEL_CLOSED;
 	page_forget_known();
 	peer.delay = true;
 	if (may_start_thread && any_mergeable())

@@ -48,18 +48,14 @@ static size_t row_end(const struct chunk *c, size_t i, size_t j)
 static int map_segment(const struct chunk *c, size_t i, size_t j)
 {
 	uintptr_t start = c->addr[i], end = start + (j - i) * PAGE_SIZE;
-	size_t len = end - start;
-	void *put;
+	int err = view_give(c->segment, c->target[i], end - start, start);
 
-	/* What was compared moves there, page tables and all, so the application need not fault. */
-	if (kernel.moves_views)
-		put = real.mremap((void *)c->target[i], len, len, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
-				  (void *)start);
-	else
-		put = real.mmap((void *)start, len, c->area->prot, MAP_PRIVATE | MAP_FIXED, c->segment->fd,
-				(off_t)(c->segment->start * PAGE_SIZE + ((uintptr_t)c->target[i] - kernel.view)));
-	if (put == MAP_FAILED)
-		return -errno;
+	if (err) {
+		/* By write-protection its pages are nowhere else. */
+		if (kernel.swap == SP_SWAP_WP && !range_mapped(start, end - start))
+			strand();
+		return err;
+	}
 	area_readvise(c->area, start, end);
 	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, true);
 	page_set(PAGE_KNOWN, start >> PAGE_SHIFT, end >> PAGE_SHIFT, true);
@@ -97,28 +93,6 @@ static void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equ
 
 /* ---- by move --------------------------------------------------------------------------------------- */
 
-/* Which pages of scratch [0, n) hold something: the truth about every move. */
-static void scratch_holds(const struct chunk *c, size_t n, bool *here)
-{
-	const struct pm_walk w = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED};
-	uintptr_t at = c->scratch, end = scratch_at(c, n);
-	struct page_region v[16];
-
-	memset(here, 0, n);
-	while (at < end) {
-		int regions = pagemap_walk(at, end, &w, v, 16, &at);
-
-		if (regions < 0) {
-			if (regions != -EINTR && regions != -ENOMEM)
-				return; /* EFAULT, EINVAL: cannot be, the arguments are ours */
-			real.syscall(SYS_sched_yield);
-		}
-		for (int r = 0; r < regions; r++)
-			memset(here + ((v[r].start - c->scratch) >> PAGE_SHIFT), 1,
-			       (v[r].end - v[r].start) >> PAGE_SHIFT);
-	}
-}
-
 /* Moves pages [i, j) of the chunk to scratch [k, k + j - i), row by row, until one will not go. */
 static int pull_rows(const struct chunk *c, size_t i, size_t j, size_t k)
 {
@@ -131,88 +105,64 @@ static int pull_rows(const struct chunk *c, size_t i, size_t j, size_t k)
 	return err;
 }
 
+/* Says of pages [i, j) of the chunk, a row whose first page was too busy to move, what they are, as far as they are of one kind.
+ * The first that is not answered for. */
+static size_t why_busy(struct chunk *c, size_t i, size_t j)
+{
+	uint8_t kind[SECTION_MAX];
+	size_t end = i;
+
+	if (page_kinds(c->addr[i], j - i, kind))
+		memset(kind, PAGE_ABSENT, j - i);
+	if (kind[0] != PAGE_OWN) {
+		for (; end < j && kind[end - i] != PAGE_OWN; end++)
+			c->status[end] = status_of(kind[end - i]);
+		return end;
+	}
+	/* It is pinned; or a fork shared it once, see unshare(). That may be so of its neighbours, too. */
+	for (end = i + 1; !c->unshared && end < j && kind[end - i] == PAGE_OWN; end++)
+		;
+	memset(c->status + i, BUSY, end - i);
+	c->stale = true;
+	return end;
+}
+
 /* Moves pages [i, j) of the chunk to scratch [0, j - i), as many as will go. here[k]: page i + k came. */
 static void pull(struct chunk *c, size_t i, size_t j, bool *here)
 {
-	size_t n = j - i, at = 0, written = 0;
-	uint8_t kind[SECTION_MAX];
+	size_t n = j - i;
 	int tries = 0;
 
-	while (at < n) {
+	for (size_t at = 0;;) {
 		int err = pull_rows(c, i + at, j, at);
 
-		scratch_holds(c, n, here);
+		if (!scratch_holds(c->scratch, n, here)) {
+			memset(here, 0, n);
+			memset(c->status + i, BUSY, n);
+			return;
+		}
 		while (at < n && here[at])
 			at++;
 		if (at == n)
 			return;
-		if (err == -EBUSY && at >= written) {
-			size_t end = row_end(c, i + at, j) - i, own = at;
-
-			if (page_kinds(c->addr[i + at], end - at, kind + at))
-				memset(kind + at, PAGE_ABSENT, end - at);
-			while (own < end && kind[own] == PAGE_OWN)
-				own++;
-			if (own == at) {
-				for (; at < end && kind[at] != PAGE_OWN; at++)
-					c->status[i + at] = status_of(kind[at]);
-				continue;
-			}
-			/* A page that a fork shared once is not ours alone again (PageAnonExclusive) until it is written.
-			 * This writes without changing a byte. A pinned page is exclusive already and stays where it
-			 * is. */
-			written = own;
-			if (!real.madvise((void *)c->addr[i + at], (own - at) * PAGE_SIZE, MADV_POPULATE_WRITE))
-				continue;
-		}
 		if (err == -EAGAIN && tries++ < 8)
 			continue;
-		c->status[i + at++] = err == -ENOENT ? GONE : BUSY;
+		if (err == -EBUSY)
+			at = why_busy(c, i + at, row_end(c, i + at, j)) - i;
+		else
+			c->status[i + at++] = err == -ENOENT ? GONE : BUSY;
+		if (at == n)
+			return;
 	}
 }
 
-/* Moves what scratch [0, n) still holds home to page i of the chunk on. Does not return before it is there. */
-static void push_back(struct chunk *c, size_t i, size_t n)
+/* Whether page m of the chunk really left its home: mlockall(2) fills what it locks, the scratch too, with zeros. */
+static bool left_home(const struct chunk *c, size_t m)
 {
-	bool here[SECTION_MAX];
-	uint8_t kind;
+	bool there = true;
 
-	for (unsigned long tries = 0;; tries++) {
-		bool left = false;
-
-		scratch_holds(c, n, here);
-		for (size_t k = 0, end; k < n; k = end) {
-			uintptr_t home = c->addr[i + k];
-			size_t len;
-			int err;
-
-			for (end = k + 1; end < n && here[end] == here[k] && same_row(c, i + end); end++)
-				;
-			if (!here[k])
-				continue;
-			left = true;
-			len = (end - k) * PAGE_SIZE;
-			err = uffd_move(home, scratch_at(c, k), len);
-			if (!err || tries < 16)
-				continue;
-			/* It will not move (a migration keeps it, say): a copy is as good, nobody else can write
-			 * the page here. One page at a time, since a copy may stop half-way too. */
-			err = uffd_copy(home, scratch_at(c, k), PAGE_SIZE);
-			/* EEXIST: something stands at home. With the range registered for missing pages only
-			 * we can have put it there: the page itself, of which this is the copied original. */
-			if (!err || (err == -EEXIST && !page_kinds(home, 1, &kind) && kind != PAGE_ABSENT))
-				real.madvise((void *)scratch_at(c, k), PAGE_SIZE, MADV_DONTNEED);
-			/* The mapping at home is gone (a kernel before 6.12 can fail a MAP_FIXED half-way): put the
-			 * scratch pages there. */
-			else if (err == -ENOENT && real.mremap((void *)scratch_at(c, k), len, len,
-							       MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
-							       (void *)home) != MAP_FAILED)
-				uffd_register(kernel.move, scratch_at(c, k), len, UFFDIO_REGISTER_MODE_WP);
-		}
-		if (!left)
-			return;
-		real.syscall(SYS_sched_yield);
-	}
+	return !c->segment || memcmp(c->target[m], zero_page, PAGE_SIZE) ||
+	       (!page_holds(c->addr[m], 1, &there) && !there);
 }
 
 /* Compares pages [i, j) of the chunk, which are in scratch from k on where `here` says so, and puts the segment's over
@@ -222,9 +172,11 @@ static void settle(struct chunk *c, size_t i, size_t j, size_t k, const bool *he
 	bool equal[SECTION_MAX];
 
 	for (size_t m = i; m < j; m++, k++) {
-		equal[m] = here[k] && page_equal(c, m, (void *)scratch_at(c, k));
+		bool lost = c->segment && c->segment->lost;
+
+		equal[m] = here[k] && !lost && page_equal(c, m, (void *)scratch_at(c, k)) && left_home(c, m);
 		if (here[k] && !equal[m])
-			c->status[m] = DIFFERENT;
+			c->status[m] = lost ? NOMAP : DIFFERENT;
 	}
 	map_equal(c, i, j, equal);
 }
@@ -236,7 +188,7 @@ static bool all_done(const struct chunk *c, size_t i, size_t j)
 	return i == j;
 }
 
-/* Empties scratch [0, n), which holds what is left of page i of the chunk on: what is done goes, the rest goes home. */
+/* Empties the scratch of what is left of page i of the chunk on: what is done goes, the rest goes home. */
 static void clear_scratch(struct chunk *c, size_t i, size_t n)
 {
 	for (size_t k = 0, end; k < n; k = end) {
@@ -245,20 +197,22 @@ static void clear_scratch(struct chunk *c, size_t i, size_t n)
 		for (end = k + 1; end < n && (c->status[i + end] == DONE) == done; end++)
 			;
 		if (done)
-			real.madvise((void *)scratch_at(c, k), (end - k) * PAGE_SIZE, MADV_DONTNEED);
+			window_drop(scratch_at(c, k), (end - k) * PAGE_SIZE);
 	}
 	if (!all_done(c, i, i + n))
-		push_back(c, i, n);
+		bring_home(c, i, c->scratch, n);
 }
 
 static size_t spent; /* pages at the start of the scratch that are done with */
 
 /* Gives them back, many at a time, for it takes a system call. */
-void scratch_drop(void)
+bool scratch_drop(void)
 {
-	if (spent)
-		real.madvise((void *)kernel.scratch, spent * PAGE_SIZE, MADV_DONTNEED);
-	spent = 0;
+	bool dropped = !spent || window_drop(kernel.scratch, spent * PAGE_SIZE);
+
+	if (dropped)
+		spent = 0;
+	return dropped;
 }
 
 /* Whoever waits for one of pages [i, j), or a page in between, goes on. */
@@ -272,8 +226,11 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 {
 	bool here[SECTION_MAX];
 
-	if (spent + (j - i) > SECTION_MAX)
-		scratch_drop();
+	/* What is left of others' would be taken for what comes. */
+	if (spent + (j - i) > SECTION_MAX && !scratch_drop()) {
+		memset(c->status + i, REFUSED, j - i);
+		return;
+	}
 	c->scratch = kernel.scratch + spent * PAGE_SIZE;
 	pull(c, i, j, here);
 	settle(c, i, j, 0, here);
@@ -312,11 +269,13 @@ static bool is_huge_page(const struct chunk *c)
  */
 static bool swap_huge_page(struct chunk *c)
 {
-	bool here[SECTION_MAX], all = true;
+	bool here[SECTION_MAX], all;
 
 	c->scratch = kernel.huge;
+	if (!window_drop(kernel.huge, WINDOW))
+		return false;
 	uffd_move(scratch_at(c, 0), c->addr[0], WINDOW);
-	scratch_holds(c, SECTION_MAX, here);
+	all = scratch_holds(kernel.huge, SECTION_MAX, here);
 	for (size_t k = 0; k < SECTION_MAX; k++)
 		all &= here[k];
 	if (all) {
@@ -329,7 +288,8 @@ static bool swap_huge_page(struct chunk *c)
 		if (!all_done(c, 0, SECTION_MAX)) /* a part of it went home: there are page tables now */
 			huge_reset();
 	} else {
-		push_back(c, 0, SECTION_MAX);
+		memset(c->status, BUSY, SECTION_MAX);
+		bring_home(c, 0, kernel.huge, SECTION_MAX);
 		huge_reset();
 	}
 	wake(c, 0, SECTION_MAX);
@@ -345,14 +305,36 @@ static void track_again(uintptr_t start, uintptr_t end, bool watched)
 		stop = page_next(PAGE_SEGMENT, vpn, last, true);
 		if (vpn == stop)
 			continue;
-		if (watched)
-			untrack(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+		if (watched) {
+			scan_disturb();
+			uffd_release(&kernel.move, vpn << PAGE_SHIFT, (stop - vpn) << PAGE_SHIFT);
+		}
 		track(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
 	}
 }
 
+/*
+ * A page that a fork shared once is not ours alone again (PageAnonExclusive) until it is written, and does not move before.
+ * This writes without changing a byte: to pages that pagemap bit 56 says are ours alone, and while nothing is registered
+ * for missing pages, since one that MADV_FREE gave up for lost may be gone, and who touches it then waits for us. A pinned
+ * page is exclusive already.
+ */
+static void unshare(const struct chunk *c, size_t i, size_t j)
+{
+	uint8_t kind[SECTION_MAX];
+
+	if (page_kinds(c->addr[i], j - i, kind))
+		return;
+	for (size_t k = i, end; k < j; k = end) {
+		for (end = k + 1; end < j && kind[end - i] == kind[k - i]; end++)
+			;
+		if (kind[k - i] == PAGE_OWN)
+			real.madvise((void *)c->addr[k], (end - k) * PAGE_SIZE, MADV_POPULATE_WRITE);
+	}
+}
+
 /* Swaps pages [i, j) of the chunk. */
-static void swap_by_move(struct chunk *c, size_t i, size_t j)
+static void move_and_map(struct chunk *c, size_t i, size_t j)
 {
 	int err = 0;
 
@@ -362,7 +344,7 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 	}
 	if (err)
 		memset(c->status + i, REFUSED, j - i);
-	else if (!is_huge_page(c) || !swap_huge_page(c))
+	else if (j - i < SECTION_MAX || !is_huge_page(c) || !swap_huge_page(c))
 		for (size_t at = i, end; at < j; at = end) {
 			end = section_end(c, at, j);
 			section_by_move(c, at, end);
@@ -370,6 +352,23 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 	for (size_t at = i, end; at < j; at = end) {
 		end = row_end(c, at, j);
 		track_again(c->addr[at], c->addr[end - 1] + PAGE_SIZE, true);
+	}
+}
+
+static void swap_by_move(struct chunk *c, size_t i, size_t j)
+{
+	c->stale = c->unshared = false;
+	move_and_map(c, i, j);
+	if (!c->stale || kernel.move < 0)
+		return;
+	c->unshared = true;
+	for (size_t at = i, end; at < j; at = end) {
+		for (end = at + 1; end < j && same_row(c, end) && c->status[end] == c->status[at]; end++)
+			;
+		if (c->status[at] != BUSY)
+			continue;
+		unshare(c, at, end);
+		move_and_map(c, at, end);
 	}
 }
 
@@ -396,7 +395,7 @@ static void swap_by_protect(struct chunk *c, size_t i, size_t j)
 		}
 		map_equal(c, i, j, equal);
 	}
-	uffd_unregister(kernel.wp, start, len);
+	uffd_release(&kernel.wp, start, len);
 	track_again(start, start + len, false);
 }
 
@@ -408,6 +407,11 @@ void swap_chunk(struct chunk *c)
 {
 	bool go[SECTION_MAX];
 
+	/* Empty and unlocked, whatever the application did to all its memory. */
+	if (kernel.swap != SP_SWAP_WP && !window_drop(kernel.scratch + spent * PAGE_SIZE, WINDOW - spent * PAGE_SIZE)) {
+		memset(c->status, REFUSED, c->n);
+		return;
+	}
 	for (size_t k = 0; k < c->n; k++)
 		go[k] = kernel.swap == SP_SWAP_WP || !page_test(PAGE_SEGMENT, c->addr[k] >> PAGE_SHIFT);
 	for (size_t i = 0, j; i < c->n; i = j) {

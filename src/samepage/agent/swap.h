@@ -16,16 +16,19 @@ struct chunk {
 	size_t n;		     /* pages, at most SECTION_MAX; if there is a gap between them, at most a section */
 	uintptr_t addr[SECTION_MAX]; /* ascending */
 	const uint8_t *target[SECTION_MAX]; /* what each is to be: a page in the view of the segment, or zero_page */
-	const struct segment *segment;	    /* NULL: zeros */
+	struct segment *segment;	    /* NULL: zeros */
 	uint8_t *status;		    /* one a page */
 	const struct area *area;
-	uintptr_t scratch; /* the window that pages are moved to */
+	uintptr_t scratch;    /* the window that pages are moved to */
+	bool stale, unshared; /* pages were busy that may not be any more when they are written; they were */
 };
 
 /* A segment, and what of it is in the view window, in pages. */
 struct segment {
 	int fd;
 	uint64_t npages, start, end;
+	bool limited; /* mappings_limited() */
+	bool lost;    /* the view has a hole: nobody may look into it */
 };
 
 /* Mappings made in one critical section: a hundred microseconds' worth. */
@@ -50,6 +53,9 @@ static inline uint8_t status_of(uint8_t kind)
 /* Whether pages of the area may be swapped, and copied for others. */
 static inline bool may_swap(const struct area *a)
 {
+	/* Under mlockall(MCL_FUTURE) whatever is mapped is filled at once. */
+	if (area_new_flags() & AREA_LOCKED)
+		return false;
 	if (!area_mergeable(a) || (a->flags & (AREA_LOCKED | AREA_UNMERGING)) || a->prot != (PROT_READ | PROT_WRITE))
 		return false;
 	return kernel.swap == SP_SWAP_MOVE || kernel.swap == SP_SWAP_WP ||
@@ -58,7 +64,19 @@ static inline bool may_swap(const struct area *a)
 
 /* Swaps what may be swapped of a chunk, and says what became of each page. Needs the lock. */
 void swap_chunk(struct chunk *c);
-/* Gives back originals that are left in the scratch; before a request is answered. */
-void scratch_drop(void);
+/* Gives back originals that are left in the scratch; before a request is answered. False: they still are there. */
+bool scratch_drop(void);
+
+/* home.c. Which of n pages of a scratch hold something: the truth about every move. False: the kernel does not say, so all
+ * may. */
+bool scratch_holds(uintptr_t scratch, size_t n, bool *here);
+/* Brings what n pages of a scratch hold, and is not DONE, home to page i of the chunk on. Does not return before it is there. */
+void bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n);
+/* Ends the process: a page of it is nowhere that it could be read. */
+void __attribute__((noreturn)) strand(void);
+
+/* merge.c. Puts [view, view + len) of the view of a segment over what stands at `to`. 0; or -errno, and it still stands there,
+ * or (window_give()) nothing does. */
+int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to);
 
 #endif

@@ -13,7 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-struct kernel kernel = {.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1};
+struct kernel kernel = KERNEL_CLOSED;
 
 /* Newer than the headers of Debian 12 (6.1). Values from the uAPI of Linux 6.8. */
 #define FEATURE_WP_HUGETLBFS_SHMEM (1 << 12) /* 5.19 */
@@ -34,6 +34,10 @@ struct scan_request { /* struct pm_scan_arg */
 };
 #define SCAN_REQUEST _IOWR('f', 16, struct scan_request)
 #define SCAN_WP_MATCHING 1
+#define SCAN_CHECK_WPASYNC 2
+
+/* What the kernel is asked again and again for at most, where it says that it could not just now. */
+#define TRIES 64
 
 #define DEV_NEW _IO(0xAA, 0x00) /* USERFAULTFD_IOC_NEW, 6.1 */
 
@@ -121,6 +125,7 @@ int kernel_open(int dev)
 	kernel.pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	kernel.mem = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
 	kernel.maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	kernel.overcommit = open("/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC);
 	if (kernel.pagemap < 0 || kernel.mem < 0 || kernel.maps < 0)
 		return -errno;
 	kernel.numa = several_nodes();
@@ -153,7 +158,7 @@ int kernel_open(int dev)
 
 void kernel_close(void)
 {
-	int *fds[] = {&kernel.move, &kernel.wp, &kernel.pagemap, &kernel.mem, &kernel.maps};
+	int *fds[] = {&kernel.move, &kernel.wp, &kernel.pagemap, &kernel.mem, &kernel.maps, &kernel.overcommit};
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
 		if (*fds[i] >= 0)
@@ -238,9 +243,11 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
 
 	if (!kernel.scan)
 		return walk_entries(start, end, w, v, n, walked);
-	do {
+	for (int tries = 0;; tries++) {
 		got = real.ioctl(kernel.pagemap, SCAN_REQUEST, &r);
-	} while (got < 0 && errno == EINTR);
+		if (got >= 0 || errno != EINTR || tries == TRIES)
+			break;
+	}
 	*walked = got < 0 ? start : r.walk_end;
 	return got < 0 ? -errno : (int)got;
 }
@@ -256,6 +263,17 @@ int page_kinds(uintptr_t start, size_t n, uint8_t *kind)
 			  : entry[i] & PM_FILE	    ? PAGE_FILE
 			  : entry[i] & PM_EXCLUSIVE ? PAGE_OWN
 						    : PAGE_FORKED;
+	return 0;
+}
+
+int page_holds(uintptr_t start, size_t n, bool *holds)
+{
+	uint64_t entry[SECTION_MAX];
+
+	if (pread(kernel.pagemap, entry, n * 8, (off_t)((start >> PAGE_SHIFT) * 8)) != (ssize_t)(n * 8))
+		return -EIO;
+	for (size_t i = 0; i < n; i++)
+		holds[i] = entry[i] & (PM_PRESENT | PM_SWAPPED);
 	return 0;
 }
 
@@ -280,15 +298,53 @@ int uffd_unregister(int uffd, uintptr_t start, uintptr_t len)
 	return err;
 }
 
+void uffd_release(int *uffd, uintptr_t start, uintptr_t len)
+{
+	for (int tries = 0; tries < TRIES && *uffd >= 0; tries++) {
+		if (!uffd_unregister(*uffd, start, len))
+			return;
+		real.syscall(SYS_sched_yield);
+	}
+	/* ENOMEM, for a mapping that had to be cut; EINVAL, for one that somebody else put here. Whoever touches a missing
+	 * page there would sleep for ever. Closing it cannot fail, takes all ranges out of its hands, and wakes everybody. */
+	if (*uffd >= 0)
+		close(*uffd);
+	*uffd = -1;
+	if (uffd == &kernel.move) {
+		kernel.tracking = false;
+		kernel.swap = SP_SWAP_NONE;
+	} else if (kernel.swap == SP_SWAP_WP) {
+		kernel.swap = SP_SWAP_NONE;
+	}
+}
+
+bool uffd_holds(uintptr_t start, uintptr_t len)
+{
+	struct page_region one;
+	struct scan_request r = {
+		.size = sizeof(r),
+		.flags = SCAN_CHECK_WPASYNC,
+		.start = start,
+		.end = start + len,
+		.vec = (uintptr_t)&one,
+		.vec_len = 1,
+		.category_mask = PAGE_IS_PRESENT,
+		.return_mask = PAGE_IS_PRESENT,
+	};
+
+	return real.ioctl(kernel.pagemap, SCAN_REQUEST, &r) >= 0 || errno != EPERM;
+}
+
 int uffd_protect(uintptr_t start, uintptr_t len, bool on)
 {
 	struct uffdio_writeprotect w = {.range = {start, len}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
 	int err;
 
-	do { /* EAGAIN: a mapping was changing under it, 5.7 and later */
+	for (int tries = 0;; tries++) { /* EAGAIN: a mapping was changing under it, 5.7 and later */
 		err = real.ioctl(kernel.wp, UFFDIO_WRITEPROTECT, &w) ? -errno : 0;
-	} while (err == -EAGAIN);
-	return err;
+		if (err != -EAGAIN || tries == TRIES)
+			return err;
+	}
 }
 
 void uffd_wake(int uffd, uintptr_t start, uintptr_t len)

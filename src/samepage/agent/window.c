@@ -4,11 +4,115 @@
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define WINDOWS (2 * WINDOW + VIEW_SPACE + COPY_WINDOW)
+#define GIVE_TRIES 16
+
+static bool holed; /* a part of the windows is not ours any more: they are left where they are, for good */
+
+bool range_mapped(uintptr_t start, size_t len)
+{
+	/* Does nothing but say whether all of the range is mapped. */
+	return !real.syscall(SYS_msync, start, len, MS_ASYNC);
+}
+
+void windows_unlock(void)
+{
+	real.munlock((void *)kernel.scratch, WINDOWS);
+}
+
+bool window_drop(uintptr_t start, size_t len)
+{
+	if (!real.madvise((void *)start, len, MADV_DONTNEED))
+		return true;
+	/* EINVAL: somebody locked all memory of the process. */
+	windows_unlock();
+	return !real.madvise((void *)start, len, MADV_DONTNEED);
+}
+
+bool window_fill(uintptr_t start, size_t len, int prot, int fd, off_t offset)
+{
+	int flags = MAP_PRIVATE | MAP_FIXED_NOREPLACE | (fd < 0 ? MAP_ANONYMOUS | MAP_NORESERVE : 0);
+	void *p = real.mmap((void *)start, len, prot, flags, fd, offset);
+
+	if (p == (void *)start)
+		return true;
+	if (p != MAP_FAILED) /* a kernel before 4.17 takes the address for a hint */
+		real.munmap(p, len);
+	return false;
+}
+
+int window_give(uintptr_t from, size_t len, uintptr_t to)
+{
+	int err = 0;
+
+	/* Only for want of the kernel's own memory can this fail after it unmapped the target; then the next attempt has
+	 * nothing to unmap. */
+	for (int tries = 0; tries < GIVE_TRIES; tries++) {
+		if (real.mremap((void *)from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)to) == (void *)to)
+			return 0;
+		err = -errno;
+		if (range_mapped(to, len))
+			break;
+		real.syscall(SYS_sched_yield);
+	}
+	return err;
+}
+
+void window_lost(void)
+{
+	holed = true;
+	kernel.swap = SP_SWAP_NONE;
+	kernel.view = kernel.copy = kernel.huge = 0;
+}
+
+static bool limited(int resource)
+{
+	struct rlimit limit;
+
+	return real.syscall(SYS_prlimit64, 0, resource, NULL, &limit) || limit.rlim_cur != RLIM_INFINITY;
+}
+
+bool mappings_limited(void)
+{
+	char mode = '2'; /* vm.overcommit_memory: nothing is promised beyond what there is */
+
+	if (limited(RLIMIT_AS) || limited(RLIMIT_DATA))
+		return true;
+	return pread(kernel.overcommit, &mode, 1, 0) != 1 || mode == '2';
+}
+
+/* Whether the process is to be had `bytes` more of, in pages as statm says. */
+static bool leaves(int resource, const char *pages, uint64_t bytes)
+{
+	struct rlimit limit;
+
+	if (real.syscall(SYS_prlimit64, 0, resource, NULL, &limit))
+		return false;
+	return limit.rlim_cur == RLIM_INFINITY || (strtoul(pages, NULL, 10) << PAGE_SHIFT) + bytes <= limit.rlim_cur;
+}
+
+bool limits_leave(uint64_t bytes)
+{
+	char statm[160], *data = statm;
+	int file = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+	ssize_t got = file < 0 ? -1 : read(file, statm, sizeof(statm) - 1);
+
+	if (file >= 0)
+		close(file);
+	if (got <= 0)
+		return false;
+	statm[got] = 0;
+	for (int field = 0; field < 5 && data; field++) /* size resident shared text lib data: data and stack */
+		data = strchr(data + 1, ' ');
+	return data && leaves(RLIMIT_AS, statm, bytes) && leaves(RLIMIT_DATA, data, bytes);
+}
 
 void *window_reset(uintptr_t start, size_t len, int prot, int fd, off_t offset)
 {
@@ -36,17 +140,17 @@ void huge_reset(void)
 		kernel.huge = 0;
 }
 
-/* Whether a view of a file moves, page tables and all, and leaves its mapping behind. A kernel that cannot would say so
- * only when it has unmapped what was at the target. */
-static bool view_moves(void)
+/* Whether mremap(2) can leave a mapping of a file behind, empty (5.13). A kernel that cannot would say so only when it has
+ * unmapped what was at the target. */
+static bool views_stay(void)
 {
 	int fd = (int)real.syscall(SYS_memfd_create, "samepage", 1U /* MFD_CLOEXEC */);
 	void *to = (void *)kernel.copy;
-	bool moves;
+	bool stays;
 
 	if (fd < 0)
 		return false;
-	moves = !ftruncate(fd, (off_t)PAGE_SIZE) &&
+	stays = !ftruncate(fd, (off_t)PAGE_SIZE) &&
 		real.mmap((void *)kernel.view, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, 0) !=
 			MAP_FAILED &&
 		real.mremap((void *)kernel.view, PAGE_SIZE, PAGE_SIZE, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
@@ -54,25 +158,7 @@ static bool view_moves(void)
 	close(fd);
 	window_reset(kernel.view, PAGE_SIZE, PROT_NONE, -1, 0);
 	window_reset(kernel.copy, PAGE_SIZE, PROT_NONE, -1, 0);
-	return moves;
-}
-
-/* Where a segment's mapping cannot be given an anon_vma (map_view() in merge.c), the process asks the kernel for private file
- * mappings in its cores, too: bit 2, core(5). The price is the program's own text in them. */
-static void dump_file_mappings(void)
-{
-	int fd = open("/proc/self/coredump_filter", O_RDWR | O_CLOEXEC);
-	char text[16] = "0x"; /* and "00000033\n" */
-
-	if (fd < 0)
-		return;
-	if (pread(fd, text + 2, 9, 0) == 9) {
-		int last = text[9] <= '9' ? text[9] - '0' : text[9] - 'a' + 10;
-
-		text[9] = "0123456789abcdef"[(last | 1 << 2) & 15];
-		real.syscall(SYS_write, fd, text, 11);
-	}
-	close(fd);
+	return stays;
 }
 
 /* All that this thread ever maps lies in one range that is its own from the start. A program with one thread
@@ -94,9 +180,7 @@ bool windows_open(void)
 	kernel.copy = kernel.view + VIEW_SPACE;
 	real.madvise((void *)kernel.scratch, WINDOWS, MADV_DONTFORK);
 	huge_reset();
-	kernel.moves_views = view_moves();
-	if (!kernel.moves_views)
-		dump_file_mappings();
+	kernel.views_stay = views_stay();
 	return new_scratch(kernel.scratch);
 }
 
@@ -118,7 +202,16 @@ bool scratch_works(void)
 
 void windows_close(void)
 {
-	if (kernel.scratch)
+	if (kernel.scratch && !holed)
 		real.munmap((void *)kernel.scratch, WINDOWS);
+	holed = false;
 	kernel.scratch = kernel.huge = kernel.view = kernel.copy = 0;
+}
+
+void windows_forked(void)
+{
+	/* The one window that is inherited while something is in it. */
+	if (kernel.view && !holed)
+		real.munmap((void *)kernel.view, VIEW_SPACE);
+	holed = false;
 }

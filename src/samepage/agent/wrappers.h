@@ -56,9 +56,7 @@ int sp_munlock(const void *addr, size_t len);
 int sp_mlockall(int flags);
 int sp_munlockall(void);
 
-/* The rest need the lock. What a new area starts with: AREA_LOCKED under mlockall(MCL_FUTURE). */
-unsigned area_new_flags(void);
-/* What is an area in the range gets `set` and loses `clear`; what is none becomes one with `set`. All get `prot`,
+/* The rest need the lock. What is an area in the range gets `set` and loses `clear`; what is none becomes one with `set`. All get `prot`,
  * unless it is 0 and they have one. */
 int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot);
 /* After a call that failed, maybe half-way: forgets areas of the range that are not mapped any more, and learns how
