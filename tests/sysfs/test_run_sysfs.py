@@ -266,10 +266,10 @@ def make_dead_mount(directory: Path) -> None:
 
 
 def test_without_the_program_one_line_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(mount, "PROGRAM", tmp_path / "missing")
     assert commands.main(["daemon", "--socket", str(tmp_path / "socket"), "--mount", str(tmp_path)]) == 1
-    err = capsys.readouterr().err
+    err = capfd.readouterr().err
     assert err.count("\n") == 1
     assert "libfuse3-dev" in err

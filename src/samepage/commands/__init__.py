@@ -7,10 +7,10 @@ returns the exit status.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from typing import Protocol
+
+from samepage.commands import streams
 
 
 class CommandError(Exception):
@@ -32,23 +32,30 @@ class Command(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's); returns the exit status."""
-    args = _parser().parse_args(argv)
-    command: Command = args.command
+    streams.occupy()
+    error: CommandError | OSError | None = None
     try:
+        args = _parser().parse_args(argv)
+        command: Command = args.command
         status = command.run(args)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # Whoever read our output has enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except SystemExit as e:  # argparse has said why
+        status = int(e.code or 0)
     except (CommandError, OSError) as e:
-        why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        name = f": {e.filename}" if isinstance(e, OSError) and e.filename else ""
-        print(f"samepage: {why}{name}", file=sys.stderr)
-        return e.status if isinstance(e, CommandError) else 1
+        status, error = getattr(e, "status", 1), e
     except KeyboardInterrupt:
-        return 130
+        status = 130
+    lost = streams.flush()
+    if (lost and not status) or (isinstance(error, OSError) and lost and error.errno == lost.errno):
+        status, error = 1, lost
+    if error and not isinstance(error, BrokenPipeError):  # whoever read our output has enough
+        streams.say(_in_one_line(error))
+    return status
+
+
+def _in_one_line(error: CommandError | OSError) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
 
 
 def _parser() -> argparse.ArgumentParser:

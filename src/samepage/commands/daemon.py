@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from samepage.commands import CommandError, add_mount, add_reserve
+from samepage.commands import CommandError, add_mount, add_reserve, streams
 from samepage.service import sockets
 
 
@@ -72,7 +72,9 @@ def _serve(listener: socket.socket, path: str, reserve: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     threading.Thread(target=scanner.run, name="ksmd", daemon=True).start()
-    print(f"samepage: listening at {path}", flush=True)
+    with contextlib.suppress(OSError):  # the processes it is for do not read that
+        print(f"samepage: listening at {path}")
+    streams.flush()
     server.run()
     signal.set_wakeup_fd(-1)
     scanner.stop()

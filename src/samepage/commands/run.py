@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from samepage import agent
 from samepage.commands import CommandError, add_mount, add_reserve, child, size
+from samepage.commands.streams import say
 from samepage.service.private import PrivateService
 
 MIB = 1 << 20
@@ -67,12 +67,17 @@ class Run:
         program = child.locate(command[0])
         service = PrivateService(args.set, report, args.reserve)
         environment = _environment(library, service.path, args.min_alloc)
+        status = None
         try:
             with _tree(args.mount, args.sysfs, service) as enter:
                 status = child.wait(child.start(program, command, environment, enter))
+        except OSError as e:
+            if status is None:
+                raise
+            say(f"{e.strerror or e}")  # something of ours did not end as it should: the command did
         finally:
             summary = service.finish()
-        print(f"samepage: {_saved(summary)}", file=sys.stderr)
+        say(_saved(summary))
         return status
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samepage.commands import CommandError
+from samepage.commands.streams import say
 
 if TYPE_CHECKING:
     from samepage.scan.look import Progress
@@ -87,7 +88,7 @@ class Scan:
         try:
             selection, problems = _selection(args, page_flags)
             for problem in problems:
-                _say(problem)
+                say(problem)
             report, page = _scan(args, selection, problems)
         finally:
             page_flags.close()
@@ -129,10 +130,6 @@ def _check_writable(file: Path) -> None:
         raise CommandError(f"cannot write {file}")
 
 
-def _say(problem: str) -> None:
-    print(f"samepage: {problem}", file=sys.stderr)
-
-
 def _selection(args: argparse.Namespace, page_flags: PageFlags) -> tuple[Selection, list[str]]:
     """What was asked for, and what of it is not there."""
     from samepage.scan.selection import Selection
@@ -170,7 +167,7 @@ def _scan(args: argparse.Namespace, selection: Selection, problems: list[str]) -
             now = look(sources, selection.optional, sample, bool(args.watch), progress)
         for problem in now.problems:
             if problem not in problems:
-                _say(problem)
+                say(problem)
                 problems.append(problem)
         if latest is not None:
             same = watch.unchanged(latest, now, same)

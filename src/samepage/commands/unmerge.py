@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 from samepage import agent
 from samepage.commands import CommandError, add_socket
+from samepage.commands.streams import say
 from samepage.service import sockets
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Unmerge:
         elif outcome["errno"] is None:
             print(f"{outcome['pages_unmerged']} pages unmerged")
         if outcome["errno"] is not None:
-            print(f"samepage: {_explain(outcome)}", file=sys.stderr)
+            say(_explain(outcome))
         return 0 if outcome["errno"] is None else 1
 
 
