@@ -76,7 +76,7 @@ class FakeScanner:
             time.sleep(0.01)
         return {"ok": True, "errno": None, "pages_unmerged": self.steps}
 
-    def merge(self, pid: int, vpn: int, npages: int) -> dict[str, Any]:
+    def merge(self, pid: int, vpn: int, npages: int, user: int | None = None) -> dict[str, Any]:
         self.asked.append(("merge", pid, vpn, npages))
         return {"pages_merged": npages}
 

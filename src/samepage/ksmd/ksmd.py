@@ -42,6 +42,9 @@ JOIN_SECONDS = 0.15
 """A child may take so long after the fork to join (its agent waits a third of that, for most children exec at once); a
 pass in which the parent was seen to have forked does not end before."""
 
+VERIFY_SECONDS = 1.0
+"""Who a process is is looked at before pages are matched, but not more often than that: 50 microseconds."""
+
 WHOLE = (0, 1 << 52)
 """All pages an address space can have: (vpn, npages)."""
 
@@ -203,6 +206,7 @@ class Ksmd:
     def _merge_slice(self) -> int | None:
         for domain in list(self._domains.values()):
             if domain.candidates:
+                self._verify(domain)
                 refs = domain.next_candidates()
                 self._pass_changed |= bool(len(refs))
                 self._allow()
@@ -216,6 +220,18 @@ class Ksmd:
                     self._advisor.spent_in_vain(self._clock(), self._cpu_clock() - started)
                 return len(refs)
         return None
+
+    def _verify(self, domain: Domain) -> None:
+        """Before pages are matched: whose processes are not who they were (their user is another, say) are dropped."""
+        now = self._clock()
+        for slot in domain.slots:
+            if now - slot.verified >= VERIFY_SECONDS and not slot.gone:
+                try:
+                    slot.space.verify()
+                    slot.verified = now
+                except AddressSpaceGone as e:
+                    slot.lose(e)
+        self._reap()
 
     def _allow(self) -> None:
         """How much may be merged in each memory cgroup by `max_overcommit`, as things stand."""
@@ -366,6 +382,9 @@ class Ksmd:
             if self._knobs.run == Run.UNMERGE:
                 raise knob_rules.error(errno.EBUSY, "run is 2: nothing is to be merged")
             self._scan_range(slot, vpn, npages)
+            self._verify(slot.domain)
+            if slot.gone:
+                raise AddressSpaceGone(slot.lost)
             before = self._work.statuses.copy()
             domain = slot.domain
             refs = self._refs_in(slot, vpn, npages)

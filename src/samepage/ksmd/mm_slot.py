@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ class MmSlot:
         self.pending_breaks: list[tuple[int, int]] = []  # (vpn, npages) whose unmerge was asked for and failed
         self.pending_attempts = 0
         self.pending_due = 0
+        self.verified = -math.inf  # when it was last seen to be who it was
         self.faults = 0  # breaks of an unmerge that ended with EFAULT
 
     def lose(self, why: Exception) -> None:

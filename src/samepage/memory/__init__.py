@@ -209,6 +209,11 @@ class AddressSpace(Protocol):
         """What this process calls a page of zeros."""
         ...
 
+    def verify(self) -> None:
+        """AddressSpaceGone if this is not the process that joined any more, or not that user's. The process itself is
+        not asked."""
+        ...
+
     def areas(self) -> Areas:
         """What of it is mergeable now."""
         ...

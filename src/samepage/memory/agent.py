@@ -42,6 +42,7 @@ from samepage.memory import (
     check,
     wire,
 )
+from samepage.memory.identity import Identity, identify
 from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
 from samepage.memory.segments import MemfdSegment, SegmentError
 from samepage.memory.wire import Op, Packet, Swap, WireError
@@ -87,7 +88,15 @@ class AgentAddressSpace:
     poll on it sees the hangup and no other connection can be given its number.
     """
 
-    def __init__(self, sock: socket.socket, pid: int, domain: int, comm: str, ready: dict[str, int]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        pid: int,
+        domain: int,
+        comm: str,
+        ready: dict[str, int],
+        identity: Identity | None = None,
+    ) -> None:
         self._sock = sock
         self._asking = threading.Condition()  # held to send, so that requests are sent in the order of their numbers
         self._seq = 0
@@ -102,6 +111,7 @@ class AgentAddressSpace:
         self.tracking = bool(ready["tracking"])
         """Whether it knows which pages were written since the last scan."""
         self._zero_checksum = ready["zero_checksum"]
+        self._identity = identity
 
     @classmethod
     def welcome(
@@ -112,8 +122,10 @@ class AgentAddressSpace:
         domain: int,
         terms: Terms,
         userfaultfd: int = -1,
+        identity: Identity | None = None,
     ) -> AgentAddressSpace:
-        """Answer `hello` and wait for READY. `userfaultfd` (of /dev/userfaultfd, or -1) stays the caller's.
+        """Answer `hello` and wait for READY. `userfaultfd` (of /dev/userfaultfd, or -1) stays the caller's. None for
+        `identity`: it is this very process.
 
         Takes over `sock`, except when it raises `AddressSpaceGone`: for a peer of another version or page
         size, one that is not ready in `TIMEOUT` seconds, or one that does not speak this protocol.
@@ -126,7 +138,7 @@ class AgentAddressSpace:
             ready = _check_ready(wire.recv(sock))
         except (WireError, OSError) as e:
             raise AddressSpaceGone(f"process {pid} did not join: {_why(e)}") from e
-        return cls(sock, pid, domain, comm, ready)
+        return cls(sock, pid, domain, comm, ready, identity)
 
     @property
     def pid(self) -> int:
@@ -162,6 +174,17 @@ class AgentAddressSpace:
         with self._asking:
             self._asking.wait_for(lambda: not self._unanswered)
             self._sock.close()
+
+    def verify(self) -> None:
+        if self._gone is not None:
+            raise AddressSpaceGone(f"process {self._pid}: {self._gone}")
+        if self._identity is not None:
+            try:
+                changed = self._identity.differs(identify(self._pid))
+            except OSError:
+                changed = ENDED
+            if changed:
+                raise self._lost(changed)
 
     def areas(self) -> Areas:
         for _ in range(AREAS_TRIES):
@@ -244,6 +267,8 @@ class AgentAddressSpace:
     def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
         found: list[tuple[int, int]] = []
         with contextlib.suppress(OSError), open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as file:
+            # What was opened stays that of one program. Only now is it known of which: not one that was executed since.
+            self.verify()
             past = min(vpn + npages, VPN_END - 1)  # whatever areas a process says it has
             for start, end, categories in regions(file.fileno(), vpn * PAGE_SIZE, past * PAGE_SIZE):
                 if not categories & PAGE_IS_PFNZERO:

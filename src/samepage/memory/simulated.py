@@ -338,6 +338,9 @@ class SimulatedAddressSpace:
     def _fate(self, what: str, vpn: int) -> int | None:
         return self.script(what, vpn) if self.script else None
 
+    def verify(self) -> None:
+        self._called("verify")
+
     @property
     def zero_checksum(self) -> int:
         """Of a page of zeros."""

@@ -120,7 +120,7 @@ class Controlled(Protocol):
     def knobs(self) -> dict[str, str]: ...
     def set(self, knob: str, value: str, cancelled: Callable[[], bool]) -> None: ...
     def unmerge(self, pids: list[int], progress: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer: ...
-    def merge(self, pid: int, vpn: int, npages: int) -> Answer: ...
+    def merge(self, pid: int, vpn: int, npages: int, user: int | None = None) -> Answer: ...
 
 
 def handle(sock: socket.socket, first: bytes, scanner: Controlled, owner: int) -> None:
@@ -173,7 +173,7 @@ def _perform(
                 yield {"cgroups": groups[start : start + ROWS_MAX]}
             yield {"ok": True, "counters": counters}
         case Stats():
-            yield {"ok": True, "counters": scanner.counters(None if caller.uid in (0, owner) else caller.uid)}
+            yield {"ok": True, "counters": scanner.counters(None if caller.uid in (0, owner) else _domain(caller))}
         case Get(knob=None):
             yield {"ok": True, "knobs": scanner.knobs()}
         case Get(knob=str(knob)):
@@ -195,7 +195,18 @@ def _perform(
             scanner.set(file, files.value(file, data), lambda: client_gone(sock))
             yield {"ok": True}
         case Merge(vpn=vpn, npages=npages, pid=pid):
-            yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages)
+            user = None if caller.uid in (0, owner) else caller.uid
+            yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages, user)
+
+
+def _domain(caller: Caller) -> int:
+    """The merge domain of who asks."""
+    from samepage.memory.identity import identify
+
+    try:
+        return identify(caller.pid).domain
+    except OSError:
+        raise ProcessLookupError(errno.ESRCH, "it cannot be seen who asks") from None
 
 
 def _introduce(scanner: Controlled, sock: socket.socket) -> Iterator[Answer]:

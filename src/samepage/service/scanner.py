@@ -20,6 +20,7 @@ from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.identity import user_of
 from samepage.service.control import Arrivals
 from samepage.sysfs import files
 
@@ -236,9 +237,11 @@ class Scanner:
                 break
         return total | {"ok": total["errno"] is None}
 
-    def merge(self, pid: int, vpn: int, npages: int) -> Answer:
-        """Merge pages of one process now. OSError ESRCH when it has not joined, or goes meanwhile."""
+    def merge(self, pid: int, vpn: int, npages: int, user: int | None = None) -> Answer:
+        """Merge pages of one process now. OSError ESRCH when it has not joined, is not of `user`, or goes meanwhile."""
         slot = self._of_pid(pid)[-1]
+        if user not in (None, user_of(slot.domain.number)):
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} has not joined")
         with self._gate:
             outcome = self._ksmd.merge_range(slot, vpn, npages)
         self._hang_up_on_the_gone()

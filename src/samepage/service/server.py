@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from samepage.memory import AddressSpaceGone, wire
 from samepage.memory.agent import ENDED, TIMEOUT, AgentAddressSpace, Terms
+from samepage.memory.identity import identify
 from samepage.service import control
 from samepage.service.scanner import Scanner, log
 from samepage.service.sockets import Caller, peer
@@ -170,7 +171,13 @@ class Server:
             )
         if caller.pid == 0:
             raise AddressSpaceGone("a process of another pid namespace, which has no pid here, may not join")
-        space = AgentAddressSpace.welcome(sock, hello, caller.pid, caller.uid, self._terms, self._userfaultfd)
+        try:
+            who = identify(caller.pid)
+        except OSError as e:
+            raise AddressSpaceGone(f"process {caller.pid} may not join: it cannot be seen who it is: {e}") from e
+        if set(who.uids) != {caller.uid}:
+            raise AddressSpaceGone(f"process {caller.pid} may not join: it is {caller.uid}, but its ids are {who.uids}")
+        space = AgentAddressSpace.welcome(sock, hello, caller.pid, who.domain, self._terms, self._userfaultfd, who)
         with self._lock:
             before = [fd for fd, other in self._spaces.items() if other.pid == space.pid]
         for fd in before:  # one mm_slot a process: what it was before an exec is gone

@@ -1,0 +1,79 @@
+"""Who a process is, as the kernel says: whether it is still the one that joined, and whose it is.
+
+A peer says nothing of this, and cannot. Its pid may have been given to another process; the process may have changed
+its user ids, entered another user namespace, or executed another program, a set-user-ID one perhaps, while somebody
+else keeps its connection open.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """`uids`: real, effective, saved, and that for files. `started` tells processes of one pid apart, `stack` (where it
+    begins; 0: we may not know) the programs that one process executes. `userns`: inode of its user namespace, or 0."""
+
+    uids: tuple[int, ...]
+    started: int
+    stack: int
+    userns: int
+
+    @property
+    def domain(self) -> int:
+        """The merge domain: a user id in one user namespace. It is the user id alone in the service's own. A process of
+        which may not be known in which it is, for it is protected from its own user, has a domain to itself."""
+        if self.userns == OWN_USERNS:
+            return self.uids[0]
+        return self.uids[0] | (self.userns or 1 << 31 | self.started & 0x7FFFFFFF) << 32
+
+    def differs(self, other: Identity) -> str:
+        """What is not the same, in words; "" if nothing is."""
+        if self.started != other.started:
+            return "its pid is another process's"
+        if self.stack and other.stack and self.stack != other.stack:
+            return "it executed another program"
+        if self.uids != other.uids:
+            return "it changed its user ids"
+        if self.userns != other.userns:
+            return "it entered another user namespace, or hides it"
+        return ""
+
+
+def user_of(domain: int) -> int:
+    """The user id in a merge domain."""
+    return domain & 0xFFFFFFFF
+
+
+def identify(pid: int) -> Identity:
+    """OSError: there is no such process (any more). All is read of one, also if its pid is given away meanwhile."""
+    folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # After the last bracket, for a name may hold anything: state is field 3, starttime 22, startstack 28.
+        stat = _read("stat", folder).rpartition(b")")[2].split()
+        lines = _read("status", folder).partition(b"\nUid:")[2]
+        uids = tuple(map(int, lines.partition(b"\n")[0].split()))
+        return Identity(uids, int(stat[22 - 3]), int(stat[28 - 3]), _userns(folder))
+    finally:
+        os.close(folder)
+
+
+def _read(name: str, folder: int) -> bytes:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+def _userns(folder: int | None = None) -> int:
+    """Where it may not be known (the process is protected from its own user), 0."""
+    try:
+        return os.stat("ns/user" if folder is not None else "/proc/self/ns/user", dir_fd=folder).st_ino
+    except OSError:
+        return 0
+
+
+OWN_USERNS = _userns()

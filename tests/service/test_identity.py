@@ -1,0 +1,168 @@
+"""A process that is not who it was when it joined: nothing of it is merged, and nothing is told of it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from samepage.memory import PAGE_SIZE
+from samepage.memory.identity import OWN_USERNS, identify, user_of
+from samepage.service.control import Client
+from tests.service import fake_agent
+from tests.service.fake_agent import FakeAgent
+from tests.service.test_server import folder, in_child, path, short_timeout, status, until
+
+__all__ = ["folder", "path", "short_timeout"]
+
+NPAGES = 64
+PAGES = fake_agent.some_pages(1, NPAGES)  # made here, since another user cannot import what that takes
+NOBODY = 65534
+CLONE_NEWUSER = 0x10000000
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
+
+
+@contextlib.contextmanager
+def process(work: Callable[[], object], uid: int = 0) -> Iterator[int]:
+    pid = in_child(uid, work)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def agent(path: str, pages: np.ndarray | None = None) -> FakeAgent:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(path)
+    joined = FakeAgent(sock, PAGES if pages is None else pages)
+    joined.join()
+    return joined
+
+
+def served(path: str, before: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None) -> None:
+    """What a process does: `before` it joins, and `after`."""
+    before()
+    joined = agent(path)
+    after()
+    joined.serve()
+    time.sleep(60)
+
+
+def joined(client: Client, path: str) -> set[int]:
+    client.ask("set", knob="sleep_millisecs", value="20")  # while `run` is 0, only then are the rows made anew
+    return set(status(path))
+
+
+def become_nobody_by_the_kernel_alone() -> None:
+    assert ctypes.CDLL(None).syscall(117, NOBODY, NOBODY, NOBODY) == 0  # setresuid
+
+
+def unshare_users() -> None:
+    assert ctypes.CDLL(None).unshare(CLONE_NEWUSER) == 0
+
+
+def test_a_process_that_became_another_user_is_dropped_before_anything_is_merged(
+    path: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Client(path) as client:
+        client.ask("set", knob="run", value="0")
+        changing = process(lambda: served(path, after=become_nobody_by_the_kernel_alone))
+        with process(lambda: served(path)) as a, process(lambda: served(path)) as b, changing as changed:
+            until(lambda: {a, b, changed} <= joined(client, path))
+            until(lambda: identify(changed).uids == (NOBODY,) * 4)
+            client.ask("set", knob="run", value="1")
+            until(lambda: status(path).get(a) == status(path).get(b) == NPAGES)
+            assert changed not in status(path)
+            assert client.ask("stats")["counters"]["pages_sharing"] == NPAGES
+    assert "it changed its user ids" in capfd.readouterr().err
+
+
+def test_of_one_user_two_user_namespaces_have_nothing_in_common(path: str) -> None:
+    elsewhere = process(lambda: served(path, before=unshare_users))
+    with process(lambda: served(path)) as a, process(lambda: served(path)) as b, elsewhere as inside:
+        until(lambda: status(path).get(a) == status(path).get(b) == NPAGES and inside in status(path))
+        with Client(path) as client:
+            scans = client.ask("stats")["counters"]["full_scans"]
+            until(lambda: client.ask("stats")["counters"]["full_scans"] > scans + 3)
+        assert status(path)[inside] == 0
+        assert identify(inside).userns != OWN_USERNS
+        assert user_of(identify(inside).domain) == 0
+
+
+def test_a_process_that_entered_another_user_namespace_is_dropped(path: str) -> None:
+    with process(lambda: served(path, after=unshare_users)) as changed, process(lambda: served(path)) as other:
+        until(lambda: other in status(path))
+        until(lambda: changed not in status(path))
+        assert other in status(path)
+
+
+def test_a_process_whose_ids_are_not_all_one_may_not_join(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    mixed = process(lambda: served(path, before=lambda: os.setresuid(0, NOBODY, 0)))
+    with mixed as pid, process(lambda: served(path)) as other:
+        until(lambda: other in status(path))
+        until(lambda: "may not join" in capfd.readouterr().err)
+        assert pid not in status(path)
+
+
+def test_nothing_is_told_of_a_program_executed_by_a_process_whose_connection_lives_on(path: str) -> None:
+    """The oracle: claim zero pages, execute a program of another user's, and see from the count which are there."""
+    ours, theirs = os.pipe()
+
+    def work() -> None:
+        area = mmap.mmap(-1, NPAGES * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        here = np.frombuffer(area, np.uint8).ctypes.data // PAGE_SIZE
+        joined = agent(path, np.zeros((NPAGES, PAGE_SIZE), np.uint8))
+        fake_agent.BASE_VPN = here
+        joined.areas["vpn"] = here
+        child = os.fork()
+        if child == 0:  # which keeps the connection
+            os.write(theirs, os.getpid().to_bytes(4, "little"))
+            joined.serve()
+            time.sleep(60)
+        signal.pause()
+
+    def on_usr1(*_: object) -> None:
+        os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)"])
+
+    def with_handler() -> None:
+        signal.signal(signal.SIGUSR1, on_usr1)
+        work()
+
+    def said(client: Client, pid: int) -> str:
+        return str(client.ask("files", pid=pid)["files"].get("ksm_stat", ""))
+
+    with process(with_handler) as pid, Client(path) as client:
+        child = int.from_bytes(os.read(ours, 4), "little")
+        try:
+            until(lambda: f"ksm_zero_pages {NPAGES}" in said(client, pid))
+            before = identify(pid)
+            os.kill(pid, signal.SIGUSR1)
+            until(lambda: identify(pid).stack != before.stack)
+            until(lambda: pid not in status(path) or not said(client, pid), seconds=5)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.close(ours)
+            os.close(theirs)
+
+
+def test_the_identity_of_a_process_that_ended_is_an_error() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with pytest.raises(OSError, match="No such"):
+        identify(ended.pid)
+    assert identify(os.getpid()).differs(identify(os.getppid())) != ""
+    assert Path(f"/proc/{os.getpid()}/ns/user").stat().st_ino == OWN_USERNS
