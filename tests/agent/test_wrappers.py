@@ -168,5 +168,5 @@ def test_only_what_libc_has_and_the_c_api_is_exported(preload: Preload) -> None:
         *("memalign", "valloc", "pvalloc", "malloc_usable_size"),
         *("mmap", "mmap64", "munmap", "mremap", "mprotect", "pkey_mprotect", "madvise"),
         *("mlock", "mlock2", "munlock", "mlockall", "munlockall"),
-        *("_Fork", "clone", "unshare", "setns", "pthread_exit", "__register_atfork", "prctl", "ioctl", "syscall"),
+        *("_Fork", "clone", "unshare", "setns", "__register_atfork", "prctl", "ioctl", "syscall"),
     }

@@ -20,8 +20,9 @@
  *                 again by the move path (see docs/architecture.md).
  *   PAGE_KNOWN    the service was told that this page is merged.
  *
- * Threads and descriptors. The agent thread has a file table and fs_struct of its own
- * (CLOSE_RANGE_UNSHARE, CLONE_FS): its socket and userfaultfds cannot be closed, inherited or seen by the
+ * Threads and descriptors. The agent thread is made by clone(2) and unknown to libc (thread.c), of which the agent uses
+ * nothing that the application may replace, hold a lock of, or be inside of (system.h). The thread has a file table and
+ * fs_struct of its own (CLOSE_RANGE_UNSHARE): its socket and userfaultfds cannot be closed, inherited or seen by the
  * application, and the application's are not kept open by it. Application threads never use them; what
  * needs one is handed over with agent_call().
  *
@@ -94,7 +95,8 @@ static inline void check_windows(void)
 
 /* ---- the real libc (wrappers.c) ---------------------------------------------------------------- */
 
-/* The functions we stand in front of, as the next object in the search order has them; mmap to madvise: the kernel's. */
+/* The functions we stand in front of, as the next object in the search order has them; mmap to madvise, prctl, ioctl and
+ * syscall: the kernel's, by the instruction. */
 struct real {
 	void *(*malloc)(size_t);
 	void (*free)(void *);
@@ -377,7 +379,7 @@ bool headroom_unknown(void);
 bool room_for(uint64_t bytes, uint64_t leave);
 unsigned long online_cpus(void);
 
-/* ---- the thread (peer.c) --------------------------------------------------------------------------- */
+/* ---- the thread (peer.h) --------------------------------------------------------------------------- */
 
 /* Runs fn(arg) on the agent thread and waits. 0, or -ENOTCONN when there is no agent thread. */
 int agent_call(void (*fn)(void *arg), void *arg);
@@ -391,7 +393,7 @@ uint64_t thread_cpu_ns(void);
 void agent_configure(const char *path); /* the service to join (SAMEPAGE_SOCKET), from the constructor */
 bool agent_configured(void);		/* there is a service to join, or one was attached */
 
-/* The C API (peer.c). samepage_unmerge: at most max_pages; -EAGAIN: that many are done, call again, or call
+/* The C API (api.c). samepage_unmerge: at most max_pages; -EAGAIN: that many are done, call again, or call
  * with max_pages 0 to leave it at that; 0: nothing in the range is merged or mergeable any more; else -errno
  * and the range stays registered. It serves MADV_UNMERGEABLE too. */
 int samepage_register(void *addr, size_t len);

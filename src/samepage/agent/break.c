@@ -22,7 +22,6 @@
 #include "swap.h"
 
 #include <linux/userfaultfd.h>
-#include <pthread.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -423,12 +422,8 @@ static void unmerge_on_agent(void *arg)
 void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out)
 {
 	struct unmerge_call c = {start, end, max_pages, out};
-	int cancel;
 
 	if (!agent_call(unmerge_on_agent, &c))
 		return;
-	/* headroom() opens files: no thread may be cancelled with the lock in its hands. */
-	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
 	break_ksm(start, end, max_pages, out);
-	pthread_setcancelstate(cancel, NULL);
 }

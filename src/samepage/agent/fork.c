@@ -6,7 +6,6 @@
  */
 #include "wrappers.h"
 
-#include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -56,13 +55,9 @@ static void after_fork_parent(void)
 	mmap_unlock(&mask);
 }
 
-/* Has a value in the thread that leads the process; see leader_ends(). */
-static pthread_key_t leader_key = (pthread_key_t)-1;
-
 /* `plain`: by a system call rather than fork(3), so nothing may be called that is not async-signal-safe. */
 static void after_fork_child(const sigset_t *saved, bool plain)
 {
-	pthread_setspecific(leader_key, &leader_key);
 	mmap_lock_reinit();
 	atomic_store(&fork_ms, 0);
 	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* whoever was about it stayed behind */
@@ -77,12 +72,6 @@ static void after_fork_child_handler(void)
 	after_fork_child(&mask, false);
 }
 
-static void leader_ends(void *unused)
-{
-	(void)unused;
-	thread_exits();
-}
-
 extern void *__dso_handle __attribute__((visibility("hidden")));
 
 /*
@@ -92,8 +81,6 @@ extern void *__dso_handle __attribute__((visibility("hidden")));
  */
 void fork_init(void)
 {
-	if (!pthread_key_create(&leader_key, leader_ends))
-		pthread_setspecific(leader_key, &leader_key);
 	if (real_register_atfork)
 		real_register_atfork(before_fork, after_fork_parent, after_fork_child_handler, __dso_handle);
 }
@@ -245,21 +232,12 @@ SP_EXPORT int setns(int fd, int type)
 /* ---- the last thread ------------------------------------------------------------------------------------- */
 
 /*
- * A process ends when its last thread does. With ours it would not; so where the main thread ends by itself and
- * leaves the process to others, the agent goes before it, for good. Besides pthread_exit() there are two ways for it:
- * it is cancelled; or it was made by a fork in another thread than the main one, and returns from what that thread
- * was started with. In both the destructor of leader_key is called.
+ * A process ends when its last thread does. libc counts the threads that it made, and ends the process with the last of them.
+ * But where the main thread ends by the bare system call, and the others do too, the agent's would be left over; so it goes
+ * before, for good. (An inline system call is noticed by the thread itself; see wait_for().)
  */
-void thread_exits(void)
+void leader_exits(void)
 {
 	if (real.syscall(SYS_gettid) == getpid())
 		agent_retire();
-}
-
-SP_EXPORT void pthread_exit(void *value)
-{
-	need_real();
-	thread_exits();
-	real_pthread_exit(value);
-	__builtin_unreachable();
 }

@@ -39,10 +39,13 @@
 #include "memcg.h"
 
 #include <dirent.h>
+#include <fcntl.h>
 #include <limits.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 static uint64_t shielded; /* bytes of the machine's clean cache that memory.min and memory.low keep */
 
@@ -277,13 +280,36 @@ bool headroom_unknown(void)
 #define LOOK_GOOD_US 20000ULL /* a look is never good for longer: the process may be moved to another cgroup */
 #define TAKEN_PER_US ((10ULL << 30) / 1000000) /* by each CPU at most: nobody clears pages faster */
 
+/* In a list like "0-3,8-11". */
+static unsigned long count_listed(const char *list)
+{
+	unsigned long n = 0;
+
+	while (*list >= '0' && *list <= '9') {
+		char *end;
+		unsigned long first = strtoul(list, &end, 10), last = *end == '-' ? strtoul(end + 1, &end, 10) : first;
+
+		n += last - first + 1;
+		list = *end ? end + 1 : end;
+	}
+	return n ? n : 1;
+}
+
 unsigned long online_cpus(void)
 {
 	static unsigned long n;
+	char list[1024] = "";
+	int fd;
 
-	if (!n) /* reads a file */
-		n = (unsigned long)sysconf(_SC_NPROCESSORS_ONLN);
-	return n;
+	if (n)
+		return n;
+	fd = open("/sys/devices/system/cpu/online", O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		if (read(fd, list, sizeof(list) - 1) < 0)
+			list[0] = '\0';
+		close(fd);
+	}
+	return n = count_listed(list);
 }
 
 /* What all CPUs together can have taken in so many microseconds. */

@@ -1,11 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The lock that keeps areas still. */
 #include "agent.h"
+#include "system.h"
 
-#include <pthread.h>
-#include <sys/syscall.h>
-
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct mutex lock;
 static _Atomic int waiters; /* application threads that want the lock */
 
 void mmap_lock(sigset_t *saved)
@@ -14,9 +12,9 @@ void mmap_lock(sigset_t *saved)
 
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, saved);
-	if (pthread_mutex_trylock(&lock)) {
+	if (!mutex_trylock(&lock)) {
 		atomic_fetch_add(&waiters, 1);
-		pthread_mutex_lock(&lock);
+		mutex_lock(&lock);
 		atomic_fetch_sub(&waiters, 1);
 	}
 }
@@ -25,7 +23,7 @@ void mmap_unlock(const sigset_t *saved)
 {
 	check_books();
 	area_trim();
-	pthread_mutex_unlock(&lock);
+	mutex_unlock(&lock);
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
 }
 
@@ -34,13 +32,13 @@ void agent_mmap_lock(void)
 	/* A mutex that is let go and retaken at once never reaches a sleeper: stand back while one waits. */
 	while (atomic_load_explicit(&waiters, memory_order_relaxed))
 		real.syscall(SYS_sched_yield);
-	pthread_mutex_lock(&lock);
+	mutex_lock(&lock);
 }
 
 void agent_mmap_unlock(void)
 {
 	check_books();
-	pthread_mutex_unlock(&lock);
+	mutex_unlock(&lock);
 }
 
 bool mmap_lock_contended(void)
@@ -50,6 +48,6 @@ bool mmap_lock_contended(void)
 
 void mmap_lock_reinit(void)
 {
-	pthread_mutex_init(&lock, NULL);
+	lock = (struct mutex){0};
 	atomic_store(&waiters, 0);
 }

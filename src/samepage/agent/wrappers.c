@@ -4,11 +4,11 @@
  * are about neither memory nor processes alone: prctl, ioctl, and syscall(2), through which all others may come.
  */
 #include "wrappers.h"
+#include "system.h"
 
 #include <dlfcn.h>
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
-#include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
@@ -21,25 +21,24 @@
 
 /* ---- the real libc ----------------------------------------------------------------------------------- */
 
-struct real real;
 _Atomic bool real_ready;
+struct next next;
 
 int (*real_register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
-void (*real_pthread_exit)(void *);
 
 /*
  * What changes mappings goes to the kernel, whoever else stands in front of libc. tcmalloc has an mmap() that is made
  * of syscall(), which is ours and would call it again; and while pages are out of their place the agent must not
- * meet foreign code.
+ * meet foreign code. So does what the agent's thread calls, which may call nothing of others at all (thread.c).
  */
 static void *kernel_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {
-	return (void *)real.syscall(SYS_mmap, addr, len, prot, flags, fd, offset);
+	return (void *)kernel_syscall(SYS_mmap, addr, len, prot, flags, fd, offset);
 }
 
 static int kernel_munmap(void *addr, size_t len)
 {
-	return (int)real.syscall(SYS_munmap, addr, len);
+	return (int)kernel_syscall(SYS_munmap, addr, len);
 }
 
 static void *kernel_mremap(void *addr, size_t old_len, size_t new_len, int flags, ...)
@@ -50,18 +49,54 @@ static void *kernel_mremap(void *addr, size_t old_len, size_t new_len, int flags
 	va_start(args, flags);
 	target = va_arg(args, void *);
 	va_end(args);
-	return (void *)real.syscall(SYS_mremap, addr, old_len, new_len, flags, target);
+	return (void *)kernel_syscall(SYS_mremap, addr, old_len, new_len, flags, target);
 }
 
 static int kernel_mprotect(void *addr, size_t len, int prot)
 {
-	return (int)real.syscall(SYS_mprotect, addr, len, prot);
+	return (int)kernel_syscall(SYS_mprotect, addr, len, prot);
 }
 
 static int kernel_madvise(void *addr, size_t len, int advice)
 {
-	return (int)real.syscall(SYS_madvise, addr, len, advice);
+	return (int)kernel_syscall(SYS_madvise, addr, len, advice);
 }
+
+static int kernel_prctl(int option, ...)
+{
+	unsigned long a, b, c, d;
+	va_list args;
+
+	va_start(args, option);
+	a = va_arg(args, unsigned long);
+	b = va_arg(args, unsigned long);
+	c = va_arg(args, unsigned long);
+	d = va_arg(args, unsigned long);
+	va_end(args);
+	return (int)kernel_syscall(SYS_prctl, option, a, b, c, d);
+}
+
+static int kernel_ioctl(int fd, unsigned long request, ...)
+{
+	va_list args;
+	void *arg;
+
+	va_start(args, request);
+	arg = va_arg(args, void *);
+	va_end(args);
+	return (int)kernel_syscall(SYS_ioctl, fd, request, arg);
+}
+
+struct real real = {
+	.mmap = kernel_mmap,
+	.munmap = kernel_munmap,
+	.mremap = kernel_mremap,
+	.mprotect = kernel_mprotect,
+	.madvise = kernel_madvise,
+	.prctl = kernel_prctl,
+	.ioctl = kernel_ioctl,
+	.syscall = kernel_syscall,
+};
 
 static void look_up(void)
 {
@@ -69,7 +104,6 @@ static void look_up(void)
 		void *slot;
 		const char *name;
 	} symbols[] = {
-		{&real.syscall, "syscall"},
 		/* dlsym() may call these two. */
 		{&real.calloc, "calloc"},
 		{&real.malloc, "malloc"},
@@ -83,36 +117,31 @@ static void look_up(void)
 		{&real.munlock, "munlock"},
 		{&real.mlockall, "mlockall"},
 		{&real.munlockall, "munlockall"},
-		{&real.prctl, "prctl"},
-		{&real.ioctl, "ioctl"},
+		{&next.prctl, "prctl"},
+		{&next.ioctl, "ioctl"},
 		{&real._Fork, "_Fork"},
 		{&real.clone, "clone"},
 		{&real.unshare, "unshare"},
 		{&real.setns, "setns"},
 		{&real_register_atfork, "__register_atfork"},
-		{&real_pthread_exit, "pthread_exit"},
+		{&next.syscall, "syscall"},
 	};
 
-	/* First, since the allocator needs them. */
-	real.mmap = kernel_mmap;
-	real.munmap = kernel_munmap;
-	real.mremap = kernel_mremap;
-	real.mprotect = kernel_mprotect;
-	real.madvise = kernel_madvise;
 	for (size_t i = 0; i < sizeof(symbols) / sizeof(symbols[0]); i++)
 		*(void **)symbols[i].slot = dlsym(RTLD_NEXT, symbols[i].name);
 }
 
 void real_init(void)
 {
-	static _Atomic(pthread_t) owner;
-	pthread_t nobody = 0;
+	static _Atomic pid_t owner;
+	pid_t nobody = 0, self;
 
 	if (real_ready)
 		return;
-	if (!atomic_compare_exchange_strong(&owner, &nobody, pthread_self())) {
+	self = (pid_t)real.syscall(SYS_gettid);
+	if (!atomic_compare_exchange_strong(&owner, &nobody, self)) {
 		/* From inside dlsym(), go on with what there is; another thread waits. */
-		while (!real_ready && owner != pthread_self())
+		while (!real_ready && owner != self)
 			sched_yield();
 		return;
 	}
@@ -148,7 +177,7 @@ static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long 
 			agent_retire();
 		break;
 	}
-	return real.prctl(option, a, b, c, d);
+	return next.prctl(option, a, b, c, d);
 }
 
 SP_EXPORT int prctl(int option, ...)
@@ -201,7 +230,7 @@ static int sp_ioctl(int fd, unsigned long request, void *arg)
 	need_real();
 	if (request == UFFDIO_REGISTER && arg && !leave_to_userfaultfd(&((struct uffdio_register *)arg)->range))
 		return -1;
-	return real.ioctl(fd, request, arg);
+	return next.ioctl(fd, request, arg);
 }
 
 SP_EXPORT int ioctl(int fd, unsigned long request, ...)
@@ -260,7 +289,7 @@ SP_EXPORT long syscall(long number, ...)
 	case SYS_setns:
 		return sp_setns((int)a[0], (int)a[1]);
 	case SYS_exit:
-		thread_exits();
+		leader_exits();
 		break;
 	case SYS_seccomp:
 		if (a[0] == SECCOMP_SET_MODE_STRICT || (a[0] == SECCOMP_SET_MODE_FILTER && a[2]))
@@ -270,7 +299,7 @@ SP_EXPORT long syscall(long number, ...)
 		if (is_plain_fork(number, a))
 			return plain_fork(number, a);
 	}
-	return real.syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+	return next.syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
 /* ---- the constructor --------------------------------------------------------------------------------------- */

@@ -24,6 +24,14 @@
 
 extern _Atomic bool real_ready;
 
+/* For calls of the application's that are only looked at: whoever else stands in front of libc sees them, too. The agent's
+ * own go to the kernel by `real`. */
+extern struct next {
+	int (*prctl)(int, ...);
+	int (*ioctl)(int, unsigned long, ...);
+	long (*syscall)(long, ...);
+} next;
+
 static inline void need_real(void)
 {
 	if (__builtin_expect(!atomic_load_explicit(&real_ready, memory_order_acquire), 0))
@@ -88,7 +96,6 @@ bool has_segments(uintptr_t start, uintptr_t end);
 
 /* What pthread_atfork() calls. The application's calls pass through us, so that ours is the first. */
 extern int (*real_register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
-extern void (*real_pthread_exit)(void *);
 
 void fork_init(void);
 /* A system call by which the process forks and the child goes on where its parent is. */
@@ -97,6 +104,6 @@ long plain_fork(long number, const long *arg); /* number -1: _Fork() */
 uint32_t ms_since_fork(void);		       /* UINT32_MAX: there was none, or long ago */
 int sp_unshare(int flags);
 int sp_setns(int fd, int type);
-void thread_exits(void); /* the calling thread, without the process */
+void leader_exits(void); /* if the calling thread is the one that leads: by the bare system call */
 
 #endif

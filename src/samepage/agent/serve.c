@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The service's requests, and the answers. */
+#include "peer.h"
+#include "wrappers.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MAX_RUNS 1024U
+#define MAX_SUMS                                                                                                       \
+	((SP_MSG_MAX - sizeof(struct sp_hdr) - sizeof(struct sp_scanned) - MAX_RUNS * sizeof(struct sp_run)) / 8)
+#define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are looked at in between */
+
+uint64_t thread_cpu_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* The mergeable ranges, neighbours joined: what the service calls areas. */
+static size_t do_areas(uint64_t from_vpn)
+{
+	struct sp_areas *head = answer;
+	struct sp_area *list = (struct sp_area *)(head + 1);
+	size_t n = 0, max = (ANSWER_MAX - sizeof(*head)) / sizeof(*list);
+	const struct area *a;
+	uintptr_t at = from_vpn << PAGE_SHIFT;
+
+	agent_mmap_lock();
+	*head = (struct sp_areas){.seq = areas_seq, .merge_any = merge_any};
+	for (a = area_next(at); a; a = area_next(at)) {
+		uint64_t vpn = (a->start > at ? a->start : at) >> PAGE_SHIFT, end = a->end >> PAGE_SHIFT;
+
+		at = a->end;
+		if (!area_mergeable(a))
+			continue;
+		if (n && list[n - 1].vpn + list[n - 1].npages == vpn) {
+			list[n - 1].npages = end - list[n - 1].vpn;
+		} else if (n == max) {
+			head->next_vpn = vpn;
+			break;
+		} else {
+			list[n++] = (struct sp_area){vpn, end - vpn};
+		}
+	}
+	agent_mmap_unlock();
+	return sizeof(*head) + n * sizeof(*list);
+}
+
+static size_t do_scan(const struct sp_scan *req)
+{
+	struct sp_scanned *head = answer;
+	struct sp_run *runs = (struct sp_run *)(head + 1);
+	uint64_t *sums = (uint64_t *)(runs + MAX_RUNS);
+	uint64_t cpu = thread_cpu_ns();
+
+	scan_step(req, head, runs, MAX_RUNS, sums, MAX_SUMS);
+	memmove(runs + head->nruns, sums, head->nhashed * 8);
+	head->forked_ms = ms_since_fork();
+	head->pad = 0;
+	head->cpu_ns = thread_cpu_ns() - cpu;
+	return sizeof(*head) + head->nruns * sizeof(*runs) + head->nhashed * 8;
+}
+
+/* How many mappings merging may bring the process to: an eighth of vm.max_map_count is left to itself. */
+static unsigned long map_limit(void)
+{
+	char buf[32] = "";
+	unsigned long max = 65530;
+
+	if (read_file("/proc/sys/vm/max_map_count", buf, sizeof(buf) - 1) > 0)
+		max = strtoul(buf, NULL, 10);
+	return max - max / 8;
+}
+
+/* Whether n ranges of pages lie in user memory and have answers that fit into a packet. */
+static bool sane(uint64_t vpn, uint64_t npages, uint64_t *total)
+{
+	const uint64_t limit = 1ULL << (48 - PAGE_SHIFT);
+
+	*total += npages;
+	return npages && vpn < limit && npages <= limit - vpn && npages <= ANSWER_MAX &&
+	       *total <= ANSWER_MAX - sizeof(struct sp_done);
+}
+
+static int do_donate(const struct sp_area *runs, size_t n, size_t *len, int *fd)
+{
+	struct sp_done *head = answer;
+	uint64_t total = 0, cpu = thread_cpu_ns();
+
+	for (size_t i = 0; i < n; i++)
+		if (!sane(runs[i].vpn, runs[i].npages, &total))
+			return EPROTO;
+	*fd = donate(runs, n, (uint8_t *)(head + 1));
+	*head = (struct sp_done){thread_cpu_ns() - cpu, total};
+	*len = sizeof(*head) + total;
+	return 0;
+}
+
+static int do_merge(int fd, const struct sp_extent *extents, size_t n, size_t *len)
+{
+	struct sp_done *head = answer;
+	uint64_t total = 0, cpu = thread_cpu_ns();
+	int err;
+
+	for (size_t i = 0; i < n; i++)
+		if (!sane(extents[i].vpn, extents[i].npages, &total))
+			return EPROTO;
+	err = merge(fd, extents, n, (uint8_t *)(head + 1));
+	if (err)
+		return err;
+	*head = (struct sp_done){thread_cpu_ns() - cpu, total};
+	*len = sizeof(*head) + total;
+	return 0;
+}
+
+/* A long range in steps, so that the application's calls need not wait for all of it. */
+static void do_break(const struct sp_area *range)
+{
+	uintptr_t start = range->vpn << PAGE_SHIFT, end = (range->vpn + range->npages) << PAGE_SHIFT;
+	struct sp_broken *out = answer, sum = {0};
+
+	do {
+		break_ksm(start, end, BREAK_STEP, out);
+		sum.pages_unmerged += out->pages_unmerged;
+		sum.cpu_ns += out->cpu_ns;
+		wait_for(-1, 0, 0);
+	} while (out->error == EAGAIN && !atomic_load(&thread.stop));
+	out->pages_unmerged = sum.pages_unmerged;
+	out->cpu_ns = sum.cpu_ns;
+	if (!out->error) { /* the service now knows as much as we do; otherwise the next scan tells it */
+		agent_mmap_lock();
+		page_set(PAGE_KNOWN, range->vpn, range->vpn + range->npages, false);
+		agent_mmap_unlock();
+	}
+}
+
+/* Answers one request. False: the connection is of no more use. */
+bool serve(void)
+{
+	size_t len = 0;
+	int fd, out = -1, err = 0;
+	struct sp_hdr head;
+	ssize_t got = receive(&head, &fd);
+	uint32_t op = head.op;
+	uint64_t total = 0;
+	bool ok;
+
+	if (got < 0)
+		return got == -EAGAIN;
+	if (op == SP_AREAS && got == sizeof(uint64_t)) {
+		len = do_areas(*(uint64_t *)payload);
+	} else if (op == SP_SCAN && got == sizeof(struct sp_scan)) {
+		len = do_scan(payload);
+	} else if (op == SP_DONATE && got && got % (ssize_t)sizeof(struct sp_area) == 0) {
+		err = do_donate(payload, (size_t)got / sizeof(struct sp_area), &len, &out);
+	} else if (op == SP_MERGE && got && got % (ssize_t)sizeof(struct sp_extent) == 0) {
+		err = do_merge(fd, payload, (size_t)got / sizeof(struct sp_extent), &len);
+	} else if (op == SP_BREAK && got == sizeof(struct sp_area) &&
+		   sane(((struct sp_area *)payload)->vpn, 1, &total) &&
+		   ((struct sp_area *)payload)->npages < 1ULL << 36) {
+		do_break(payload);
+		len = sizeof(struct sp_broken);
+	} else if (op == SP_MAP_COUNT && !got) {
+		*(struct sp_map_count *)answer = (struct sp_map_count){vma_count(), map_limit()};
+		len = sizeof(struct sp_map_count);
+	} else if (op == SP_HEADROOM && !got) {
+		agent_mmap_lock();
+		*(struct sp_headroom *)answer = (struct sp_headroom){headroom(settings.use_swap)};
+		agent_mmap_unlock();
+		len = sizeof(struct sp_headroom);
+	} else {
+		err = EPROTO;
+	}
+	if (fd >= 0)
+		close(fd);
+	ok = transmit(op, head.seq, err, err ? 0 : len, out);
+	if (out >= 0)
+		close(out);
+	return ok && err != EPROTO;
+}

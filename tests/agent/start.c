@@ -1,0 +1,311 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Begins and ends the agent's thread where that is hard, one way for each argument; prints what is asserted. */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef PR_SET_MEMORY_MERGE
+#define PR_SET_MEMORY_MERGE 67
+#endif
+#define SIZE (4UL << 20)
+
+static void nap(long ms)
+{
+	nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000}, NULL);
+}
+
+static double now(clockid_t clock)
+{
+	struct timespec t;
+
+	clock_gettime(clock, &t);
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+/* Not free(malloc(SIZE)), of which a compiler leaves nothing. */
+static void touch_some(size_t size)
+{
+	volatile char *p = malloc(size);
+
+	*p = 1;
+	free((void *)p);
+}
+
+/* The agent's thread, or 0. */
+static pid_t agent_thread(void)
+{
+	DIR *tasks = opendir("/proc/self/task");
+	pid_t found = 0;
+
+	for (struct dirent *e; (e = readdir(tasks));) {
+		char path[300], name[32] = "";
+		FILE *comm;
+
+		snprintf(path, sizeof(path), "/proc/self/task/%s/comm", e->d_name);
+		comm = fopen(path, "r");
+		if (comm && fgets(name, sizeof(name), comm) && !strcmp(name, "samepage\n"))
+			found = atoi(e->d_name);
+		if (comm)
+			fclose(comm);
+	}
+	closedir(tasks);
+	return found;
+}
+
+static pid_t await_agent(void)
+{
+	pid_t tid = 0;
+
+	for (int i = 0; !tid && i < 500; i++, nap(10))
+		tid = agent_thread();
+	return tid;
+}
+
+static unsigned char *begin(void)
+{
+	unsigned char *p = aligned_alloc(4096, SIZE);
+
+	memset(p, 1, SIZE);
+	if (!await_agent())
+		puts("no agent");
+	nap(100);
+	return p;
+}
+
+static bool allowed(void)
+{
+	struct sock_filter code[] = {BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+	struct sock_fprog filter = {1, code};
+
+	return !prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) && !prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0);
+}
+
+/* What wants the agent's thread to do something or to go, while the service that it joined does not answer. */
+static void silent_service(void)
+{
+	unsigned char *p = begin();
+	double wall = now(CLOCK_MONOTONIC), cpu;
+
+	printf("unmerge %d\n", madvise(p, SIZE, MADV_UNMERGEABLE));
+	printf("setns %d", setns(-1, 0));
+	printf(" %s\n", strerror(errno));
+	printf("unshare %d\n", unshare(CLONE_NEWUSER));
+	free(begin());
+	printf("seccomp %d\n", allowed());
+	printf("in time %d\n", now(CLOCK_MONOTONIC) - wall < 3);
+	cpu = now(CLOCK_PROCESS_CPUTIME_ID);
+	nap(300);
+	printf("idle %d\n", now(CLOCK_PROCESS_CPUTIME_ID) - cpu < 0.1);
+	fflush(stdout);
+	alarm(5);
+	syscall(SYS_exit, 0);
+}
+
+/* Memory for a heap, by the calls that a malloc of the program's own makes with its lock held. */
+static atomic_flag heap_lock = ATOMIC_FLAG_INIT;
+static char *heap, *heap_end;
+
+static void *own_alloc(size_t size)
+{
+	char *p;
+
+	while (atomic_flag_test_and_set(&heap_lock))
+		;
+	size = (size + 15) & ~15UL;
+	if ((size_t)(heap_end - heap) < size) {
+		size_t more = size > 1 << 20 ? size : 1 << 20;
+
+		heap = mmap(NULL, more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		heap_end = heap + more;
+	}
+	p = heap;
+	heap += size;
+	atomic_flag_clear(&heap_lock);
+	return p;
+}
+
+#ifdef OWN_MALLOC
+void *malloc(size_t size)
+{
+	return own_alloc(size);
+}
+
+void *calloc(size_t n, size_t size)
+{
+	return own_alloc(n * size);
+}
+
+void *realloc(void *p, size_t size)
+{
+	void *q = own_alloc(size);
+
+	if (p)
+		memcpy(q, p, size); /* no more than was mapped: the heap only grows */
+	return q;
+}
+
+void free(void *p)
+{
+	(void)p;
+}
+#endif
+
+/* The first memory is mapped under the allocator's lock, before main. */
+static void inside_malloc(char *self)
+{
+	if (prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0) || execl(self, self, "inside-malloc-again", NULL))
+		perror("inside malloc");
+}
+
+static void inside_malloc_again(void)
+{
+	alarm(10);
+	memset(own_alloc(SIZE), 1, SIZE);
+	printf("agent %d\n", await_agent() > 0);
+}
+
+/* The thread is as the process was started, whatever the one is that allocates first. */
+static void *allocate_oddly(void *arg)
+{
+	cpu_set_t one;
+
+	CPU_ZERO(&one);
+	CPU_SET(0, &one);
+	sched_setaffinity(0, sizeof(one), &one);
+	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 7);
+	prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
+	syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 7);
+	syscall(SYS_set_mempolicy, 2 /* MPOL_BIND */, &(unsigned long){1}, 64L);
+	if (sched_setscheduler(0, SCHED_FIFO, &(struct sched_param){.sched_priority = 10}))
+		perror("SCHED_FIFO");
+	touch_some(SIZE);
+	*(pid_t *)arg = await_agent();
+	return NULL;
+}
+
+static void settings(void)
+{
+	cpu_set_t ours, theirs;
+	pthread_t thread;
+	pid_t agent;
+
+	sched_getaffinity(0, sizeof(ours), &ours);
+	pthread_create(&thread, NULL, allocate_oddly, &agent);
+	pthread_join(thread, NULL);
+	sched_getaffinity(agent, sizeof(theirs), &theirs);
+	printf("agent %d\n", agent > 0);
+	printf("policy %d\n", sched_getscheduler(agent));
+	printf("same CPUs %d\n", CPU_EQUAL(&ours, &theirs));
+	printf("nice %d\n", getpriority(PRIO_PROCESS, (id_t)agent));
+	printf("I/O priority %ld\n", syscall(SYS_ioprio_get, 1, agent) >> 13);
+}
+
+static volatile sig_atomic_t got;
+
+static void allocate(int number)
+{
+	(void)number;
+	touch_some(SIZE);
+	got = 1;
+}
+
+/* In a signal handler, in a child that shares our memory, in a child's child. */
+static void odd_places(void)
+{
+	pid_t pid = vfork();
+	int status;
+
+	if (!pid) {
+		touch_some(SIZE);
+		_exit(0);
+	}
+	waitpid(pid, &status, 0);
+	printf("vfork %d\n", status);
+	signal(SIGUSR1, allocate);
+	raise(SIGUSR1);
+	printf("handler %d agent %d\n", got, await_agent() > 0);
+	pid = vfork();
+	if (!pid) { /* the thread is its parent's, and stays */
+		setns(-1, 0);
+		_exit(0);
+	}
+	waitpid(pid, &status, 0);
+	printf("vfork %d agent %d\n", status, agent_thread() > 0);
+	pid = (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+	if (!pid) {
+		touch_some(2 * SIZE); /* not the block that is kept for the next one of its size */
+		_exit(await_agent() > 0 ? 0 : 1);
+	}
+	waitpid(pid, &status, 0);
+	printf("fork %d\n", status);
+}
+
+/* Unmerging, which the thread is called for, while it is ended and begun again all the time. */
+static _Atomic bool over;
+
+static void *call_always(void *arg)
+{
+	unsigned char *p = aligned_alloc(4096, SIZE);
+	long *calls = arg;
+
+	while (!over) {
+		memset(p, 3, SIZE);
+		if (madvise(p, SIZE, MADV_MERGEABLE) || madvise(p, SIZE, MADV_UNMERGEABLE) || p[SIZE / 2] != 3)
+			printf("wrong: %s\n", strerror(errno));
+		++*calls;
+	}
+	return NULL;
+}
+
+static void calls_and_ends(void)
+{
+	pthread_t threads[2];
+	long calls[2] = {0};
+	double until = now(CLOCK_MONOTONIC) + 3;
+
+	alarm(30);
+	for (int i = 0; i < 2; i++)
+		pthread_create(&threads[i], NULL, call_always, &calls[i]);
+	while (now(CLOCK_MONOTONIC) < until)
+		setns(-1, 0);
+	over = true;
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	printf("calls %d\n", calls[0] > 0 && calls[1] > 0);
+}
+
+int main(int argc, char **argv)
+{
+	const char *how = argc > 1 ? argv[1] : "";
+
+	if (!strcmp(how, "silent-service"))
+		silent_service();
+	if (!strcmp(how, "inside-malloc"))
+		inside_malloc(argv[0]);
+	if (!strcmp(how, "inside-malloc-again"))
+		inside_malloc_again();
+	if (!strcmp(how, "settings"))
+		settings();
+	if (!strcmp(how, "odd-places"))
+		odd_places();
+	if (!strcmp(how, "calls-and-ends"))
+		calls_and_ends();
+	return 0;
+}

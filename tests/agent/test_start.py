@@ -1,0 +1,97 @@
+"""The agent's thread begins and ends wherever a program may be, holds nobody up, and needs nothing of the program's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.agent.preload import Preload, compile_c, start_merge_all
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(compile_c(HERE / "start.c", tmp_path_factory.mktemp("start") / "start", "-pthread", "-D_DEFAULT_SOURCE"))
+
+
+def test_the_library_imports_nothing_that_a_program_may_replace_or_be_inside_of(preload: Preload) -> None:
+    """dlsym and secure_getenv are for the constructor; all else that has a name of libc's is in system.c."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(preload.library)], capture_output=True, check=True)
+    names = {line.split()[-1].split(b"@")[0].decode() for line in listed.stdout.splitlines() if b" U " in line}
+    assert names <= {"__errno_location", "dlsym", "secure_getenv"}
+
+
+@pytest.mark.parametrize("flag", ["-DOWN_MALLOC", "-DSAME_MALLOC"])
+def test_a_program_may_map_its_first_memory_under_its_allocators_lock(
+    preload: Preload, tmp_path: Path, flag: str
+) -> None:
+    program = compile_c(HERE / "start.c", tmp_path / "start", "-pthread", flag, "-fno-builtin", "-Wno-unused-function")
+    assert preload.run([str(program), "inside-malloc"], socket="/nowhere") == "agent 1\n"
+
+
+@pytest.mark.parametrize("name", ["jemalloc", "tcmalloc_minimal", "mimalloc"])
+def test_other_allocators_start_with_all_memory_mergeable(preload: Preload, start: str, name: str) -> None:
+    found = sorted(Path("/usr/lib/x86_64-linux-gnu").glob(f"lib{name}.so*"))
+    if not found:
+        pytest.skip(f"needs lib{name}")
+    for order in (f"{preload.library}:{found[0]}", f"{found[0]}:{preload.library}"):
+        command = ["env", f"LD_PRELOAD={order}", "SAMEPAGE_SOCKET=/nowhere", start, "inside-malloc"]
+        assert preload.run(command, bare=True) == "agent 1\n"
+
+
+@contextmanager
+def mute(path: Path) -> Iterator[None]:
+    """Somebody who listens and never answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        yield
+
+
+SILENT = "unmerge 0\nsetns -1 Bad file descriptor\nunshare 0\nseccomp 1\nin time 1\nidle 1\n"
+
+
+def test_a_service_that_never_answers_holds_nobody_up(preload: Preload, start: str, tmp_path: Path) -> None:
+    with mute(tmp_path / "socket"):
+        assert preload.run([start, "silent-service"], socket=str(tmp_path / "socket")) == SILENT
+
+
+def test_a_service_that_is_stopped_holds_nobody_up(preload: Preload, start: str, tmp_path: Path) -> None:
+    """Stopped again and again, for a moment in which it has asked something is as good as one in which it has not."""
+    service = start_merge_all(tmp_path / "socket")
+    stopper = subprocess.Popen(
+        ["sh", "-c", f"while :; do kill -STOP {service.pid}; sleep 0.2; kill -CONT {service.pid}; sleep 0.01; done"]
+    )
+    try:
+        for _ in range(3):
+            assert preload.run([start, "silent-service"], socket=str(tmp_path / "socket")) == SILENT
+    finally:
+        for process in (stopper, service):
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, for SCHED_FIFO")
+def test_the_thread_runs_as_the_process_was_started(preload: Preload, start: str) -> None:
+    """And not as the thread that allocated first: of real time, pinned, nice, with another memory policy."""
+    expected = "agent 1\npolicy 0\nsame CPUs 1\nnice 0\nI/O priority 0\n"
+    assert preload.run([start, "settings"], socket="/nowhere") == expected
+
+
+def test_it_begins_in_a_signal_handler_and_not_in_a_child_that_shares_memory(preload: Preload, start: str) -> None:
+    assert preload.run([start, "odd-places"], socket="/nowhere") == (
+        "vfork 0\nhandler 1 agent 1\nvfork 0 agent 1\nfork 0\n"
+    )
+
+
+def test_calls_survive_the_end_of_the_thread_they_were_for(preload: Preload, start: str) -> None:
+    assert preload.run([start, "calls-and-ends"], merged=True) == "calls 1\n"
