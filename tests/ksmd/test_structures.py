@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,6 +64,20 @@ def test_ranges_are_disjoint_zero_and_used_again(steps: list[tuple[bool, int]]) 
     for b, m in held:
         columns.free(b, m)
     assert columns.resident() == len(columns._touched)
+
+
+def test_short_free_ranges_do_not_make_it_slow_to_find_longer_ones() -> None:
+    rows = Columns(np.uint8)
+    bases = [rows.allocate(15) for _ in range(40_000)]
+    for base in bases[::2]:
+        rows.free(base, 15)
+    started = time.process_time()
+    longer = [rows.allocate(31) for _ in range(20_000)]
+    assert time.process_time() - started < 2  # looking at all that is free each time: more than 20
+    for base in longer:
+        rows.free(base, 31)
+    assert [rows.allocate(31) for _ in range(20_000)] == longer
+    assert {rows.allocate(15) for _ in range(20_000)} == set(bases[::2])
 
 
 @given(st.lists(st.integers(0, 9), max_size=60), st.data())

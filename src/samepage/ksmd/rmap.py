@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import mmap
 from enum import IntEnum
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,8 @@ class Columns:
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
         self._maps = [self._map(rows, dtype) for dtype in self._dtypes]
         self._free: list[tuple[int, int]] = []  # (base, rows), ascending, never adjacent
+        self._longest = 0  # none of them has more rows
+        self._next = 0  # where to look first
         self._top = 0
         self._touched = np.zeros(0, np.bool_)
         self._attach(rows)
@@ -112,13 +115,26 @@ class Columns:
 
     def allocate(self, rows: int) -> int:
         """First row of a range of `rows` rows, all zero. MemoryError when there is no room for it."""
-        for i, (base, length) in enumerate(self._free):
-            if length >= rows:
-                self._free[i : i + 1] = [(base + rows, length - rows)] if length > rows else []
-                return base
+        i = self._fit(rows)
+        if i is not None:
+            base, length = self._free[i]
+            self._free[i : i + 1] = [(base + rows, length - rows)] if length > rows else []
+            return base
         self._grow(self._top + rows)
         base, self._top = self._top, self._top + rows
         return base
+
+    def _fit(self, rows: int) -> int | None:
+        """Which free range has room for `rows` rows. The search goes on where the last one ended, and is not begun
+        where none can be found: each of 100,000 areas would else look at what all others left over."""
+        if rows > self._longest:
+            return None
+        for i in chain(range(self._next, len(self._free)), range(min(self._next, len(self._free)))):
+            if self._free[i][1] >= rows:
+                self._next = i
+                return i
+        self._longest = rows - 1
+        return None
 
     @property
     def top(self) -> int:
@@ -138,6 +154,7 @@ class Columns:
             if at < base:
                 if base < self._top:
                     self._free.append((at, base - at))
+                    self._longest = max(self._longest, base - at)
                 self._clear(at, base - at, at, base)
             at = base + rows
 
@@ -159,6 +176,7 @@ class Columns:
             self._clear(base, rows, first, len(self.columns[0]))
         else:
             self._free.insert(at, (first, last - first))
+            self._longest = max(self._longest, last - first)
             self._clear(base, rows, first, last)
 
     def _clear(self, base: int, rows: int, first: int, last: int) -> None:

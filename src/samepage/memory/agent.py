@@ -61,11 +61,11 @@ MERGE_MAX = 64 << 10
 
 EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
 
+AREAS_CHANGED = -1
+"""The `seq` of a list of areas that changed while it was read."""
+
 ENDED = "it ended"
 """What became of a process that closed its connection."""
-
-AREAS_TRIES = 16
-"""How often a list of areas that changes while it is read page by page is read again from the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +187,30 @@ class AgentAddressSpace:
                 raise self._lost(changed)
 
     def areas(self) -> Areas:
-        for _ in range(AREAS_TRIES):
-            found = self._areas_once()
-            if found is not None:
-                return found
-        raise self._lost("its list of areas never holds still")
+        """As the protocol says. A process with many areas may change them all the time: when the list changed between
+        two packets, its `seq` is none that a process says, and the list is asked for again after the next scan."""
+        parts: list[npt.NDArray[np.void]] = []
+        seqs: set[int] = set()
+        vpn = count = npages = 0
+        while True:
+            with self._ask(Op.AREAS, np.uint64(vpn).tobytes()) as answer:
+                reader = answer.reader()
+                head = reader.one(wire.AREAS)
+                part = reader.rest(AREA)
+                seqs.add(head["seq"])
+                check.disjoint(part, "areas")
+                count, npages = count + len(part), npages + int(part["npages"].sum())
+                check.areas(count, npages)
+                last = int(part["vpn"][-1] + part["npages"][-1]) if len(part) else 0
+                if parts and len(part) and int(part["vpn"][0]) < vpn:
+                    raise WireError("areas out of order")
+                if head["next_vpn"] and not (len(part) and last <= head["next_vpn"] < USER_END):
+                    raise WireError("a list of areas without an end")
+            parts.append(part)
+            vpn = head["next_vpn"]
+            if not vpn:
+                seq = seqs.pop() if len(seqs) == 1 else AREAS_CHANGED
+                return Areas(seq, np.concatenate(parts), bool(head["merge_any"]))
 
     def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
         with self._ask(Op.SCAN, wire.pack(wire.SCAN, vpn, budget, end, flags, 0)) as answer:
@@ -288,32 +307,6 @@ class AgentAddressSpace:
             found = reader.one(wire.HEADROOM)
             reader.end()
         return _memory_cgroup(self._pid), found["available"]
-
-    def _areas_once(self) -> Areas | None:
-        """The whole list, or None when it changed between two packets."""
-        parts: list[npt.NDArray[np.void]] = []
-        seq = None
-        vpn = count = npages = 0
-        while True:
-            with self._ask(Op.AREAS, np.uint64(vpn).tobytes()) as answer:
-                reader = answer.reader()
-                head = reader.one(wire.AREAS)
-                part = reader.rest(AREA)
-                if seq is not None and head["seq"] != seq:
-                    return None
-                seq = head["seq"]
-                check.disjoint(part, "areas")
-                count, npages = count + len(part), npages + int(part["npages"].sum())
-                check.areas(count, npages)
-                last = int(part["vpn"][-1] + part["npages"][-1]) if len(part) else 0
-                if parts and len(part) and int(part["vpn"][0]) < vpn:
-                    raise WireError("areas out of order")
-                if head["next_vpn"] and not (len(part) and last <= head["next_vpn"] < USER_END):
-                    raise WireError("a list of areas without an end")
-            parts.append(part)
-            vpn = head["next_vpn"]
-            if not vpn:
-                return Areas(seq, np.concatenate(parts), bool(head["merge_any"]))
 
     @contextlib.contextmanager
     def _ask(
