@@ -23,11 +23,8 @@ class Identity:
 
     @property
     def domain(self) -> int:
-        """The merge domain: a user id in one user namespace. It is the user id alone in the service's own. A process of
-        which may not be known in which it is, for it is protected from its own user, has a domain to itself."""
-        if self.userns == OWN_USERNS:
-            return self.uids[0]
-        return self.uids[0] | (self.userns or 1 << 31 | self.started & 0x7FFFFFFF) << 32
+        """The merge domain."""
+        return domain_of(self.uids[0], self)
 
     def differs(self, other: Identity) -> str:
         """What is not the same, in words; "" if nothing is."""
@@ -40,6 +37,14 @@ class Identity:
         if self.userns != other.userns:
             return "it entered another user namespace, or hides it"
         return ""
+
+
+def domain_of(uid: int, who: Identity) -> int:
+    """The merge domain: a user id in one user namespace. It is the user id alone in the service's own. A process that
+    hides its namespace, for it is protected from its own user, has a domain to itself."""
+    if who.userns == OWN_USERNS:
+        return uid
+    return uid | (who.userns or 1 << 31 | who.started & 0x7FFFFFFF) << 32
 
 
 def user_of(domain: int) -> int:

@@ -200,11 +200,11 @@ def _perform(
 
 
 def _domain(caller: Caller) -> int:
-    """The merge domain of who asks."""
-    from samepage.memory.identity import identify
+    """The merge domain of who asks: the user who connected, in the namespace of now."""
+    from samepage.memory.identity import domain_of, identify
 
     try:
-        return identify(caller.pid).domain
+        return domain_of(caller.uid, identify(caller.pid))
     except OSError:
         raise ProcessLookupError(errno.ESRCH, "it cannot be seen who asks") from None
 
