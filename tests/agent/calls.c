@@ -399,6 +399,13 @@ static void merging(void)
 	DO(prctl, 99999, 0, 0, 0, 0);
 }
 
+/* What was locked in the parent is not in a child, where the rest may have been merged. */
+static void discard_in_child(void)
+{
+	DO(madvise, base, 8 * PAGE, MADV_DONTNEED);
+	show("discarded", base, 8);
+}
+
 static void locking(void)
 {
 	region(8);
@@ -409,6 +416,8 @@ static void locking(void)
 	DO(munlock, base + 2 * PAGE, 3 * PAGE);
 	DO(mlock2, base, 2 * PAGE, MLOCK_ONFAULT);
 	DO(mlock2, base, 2 * PAGE, 2);
+	child(discard_in_child);
+	DO(madvise, base, 8 * PAGE, MADV_DONTNEED);
 	hole(4, 1);
 	DO(mlock, base, 8 * PAGE);
 	DO(munlock, base, 8 * PAGE);

@@ -55,12 +55,27 @@ static void after_fork_parent(void)
 	mmap_unlock(&mask);
 }
 
+/* What the program kept from its children is not mapped here, and libc may map something else there. */
+static void forget_unforked(void)
+{
+	uintptr_t end;
+
+	for (const struct area *a = area_next(0); a; a = area_next(end)) {
+		end = a->end;
+		if (a->flags & AREA_DONTFORK)
+			area_remove(a->start, end);
+	}
+}
+
 /* `plain`: by a system call rather than fork(3), so nothing may be called that is not async-signal-safe. */
 static void after_fork_child(const sigset_t *saved, bool plain)
 {
 	mmap_lock_reinit();
 	atomic_store(&fork_ms, 0);
-	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* whoever was about it stayed behind */
+	/* Whoever was unmerging stayed behind, and the kernel locks nothing of a child's. */
+	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1);
+	all_unlocked();
+	forget_unforked();
 	agent_fork_child(!plain);
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
 }

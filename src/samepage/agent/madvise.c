@@ -44,29 +44,51 @@ int zero_segments(uintptr_t start, uintptr_t end)
 	return 0;
 }
 
-/* The kernel refuses to discard locked memory and stops there, so whatever lies behind is not discarded. */
-static uintptr_t first_locked(uintptr_t start, uintptr_t end)
+/* Merged pages of one area. Which memory is locked the areas may only think (a fork unlocks the child's, a move with
+ * MREMAP_DONTUNMAP all of a mapping); but what they think locked is not merged, so here they are asked. 0 or errno. */
+static int discard_merged(uintptr_t start, uintptr_t end, int advice)
 {
-	for (const struct area *a; (a = area_next(start)) && a->start < end; start = a->end)
-		if (a->flags & AREA_LOCKED)
-			return a->start > start ? a->start : start;
-	return end;
+	const struct area *a = area_next(start);
+
+	if (a && a->flags & AREA_LOCKED && advice != MADV_DONTNEED_LOCKED)
+		return EINVAL;
+	if (advice == MADV_FREE) { /* which may do nothing */
+		discard_segments(start, end);
+		return 0;
+	}
+	if (zero_segments(start, end))
+		return EAGAIN;
+	/* A guard belongs on the new mapping; for all other advice that is as good as discarded. */
+	return advice == MADV_GUARD_INSTALL && real.madvise((void *)start, end - start, advice) ? errno : 0;
 }
 
+/* Piece by piece, as the kernel does it: a hole is passed over, and at what it refuses (locked memory) it stops, so that
+ * whatever lies behind keeps what it holds. */
 static int discard(uintptr_t start, uintptr_t end, int advice)
 {
-	uintptr_t stop = advice == MADV_DONTNEED_LOCKED ? end : first_locked(start, end);
+	int err = 0, hole = 0;
 
-	/* MADV_FREE may do nothing; and where a part of a range cannot be emptied, it does. */
-	if (advice == MADV_FREE && discard_segments(start, stop))
-		return 0;
-	if (zero_segments(start, stop)) {
-		errno = EAGAIN;
-		return -1;
-	}
 	if (advice == MADV_GUARD_INSTALL) /* a guard's SIGSEGV would be the agent's, too */
 		area_change(start, end, AREA_EXCLUDED, 0, -1);
-	return real.madvise((void *)start, end - start, advice);
+	for (uintptr_t at = start, stop; at < end && !err; at = stop) {
+		uint64_t vpn = at >> PAGE_SHIFT, last = end >> PAGE_SHIFT;
+		const struct area *a = area_next(at);
+		bool merged = page_test(PAGE_SEGMENT, vpn);
+
+		stop = page_next(PAGE_SEGMENT, vpn, last, !merged) << PAGE_SHIFT;
+		if (merged && a)
+			stop = min_addr(stop, a->end);
+		if (merged)
+			err = discard_merged(at, stop, advice);
+		else if (real.madvise((void *)at, stop - at, advice))
+			err = errno;
+		if (err == ENOMEM) {
+			hole = ENOMEM;
+			err = 0;
+		}
+	}
+	errno = err ? err : hole;
+	return err || hole ? -1 : 0;
 }
 
 /* ---- merging ---------------------------------------------------------------------------------------- */
@@ -195,7 +217,6 @@ static void remember(uintptr_t start, uintptr_t end, int advice)
 		{MADV_DODUMP, 0, AREA_DONTDUMP},
 		{MADV_HUGEPAGE, AREA_HUGEPAGE, AREA_NOHUGEPAGE},
 		{MADV_NOHUGEPAGE, AREA_NOHUGEPAGE, AREA_HUGEPAGE},
-		{MADV_WIPEONFORK, AREA_EXCLUDED, 0}, /* not for private file mappings: a segment's is one */
 		{MADV_HWPOISON, AREA_EXCLUDED, 0},
 	};
 
@@ -229,6 +250,18 @@ static int advise(uintptr_t start, uintptr_t end, int advice)
 	}
 }
 
+/* Wiping is not for the file mapping that a merged page is. Nothing is merged in the range from now on, not even between
+ * this and the advice, nor where that stops half-way. */
+static int leave_alone(uintptr_t start, uintptr_t end)
+{
+	sigset_t saved;
+
+	mmap_lock(&saved);
+	area_change(start, end, AREA_EXCLUDED, 0, -1);
+	mmap_unlock(&saved);
+	return unmerge(start, end) == -ENOMEM;
+}
+
 int sp_madvise(void *addr, size_t len, int advice)
 {
 	bool merging = advice == MADV_MERGEABLE || advice == MADV_UNMERGEABLE;
@@ -250,8 +283,7 @@ int sp_madvise(void *addr, size_t len, int advice)
 		return 0;
 	if (merging)
 		return merge_advice(start, end, advice);
-	/* Wiping is not for the file mapping that a merged page is. */
-	if (advice == MADV_WIPEONFORK && unmerge(start, end) == -ENOMEM) {
+	if (advice == MADV_WIPEONFORK && leave_alone(start, end)) {
 		errno = ENOMEM;
 		return -1;
 	}

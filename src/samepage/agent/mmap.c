@@ -210,6 +210,12 @@ static void mark_unlocked(uintptr_t start, uintptr_t end)
 	}
 }
 
+void all_unlocked(void)
+{
+	mark_unlocked(0, ADDRESS_END);
+	lock_future = false;
+}
+
 static int real_mlock(const void *addr, size_t len, unsigned flags, bool second)
 {
 	return second ? (int)real.syscall(SYS_mlock2, addr, len, flags) : real.mlock(addr, len);
@@ -278,10 +284,8 @@ int sp_munlockall(void)
 	need_real();
 	mmap_lock(&saved);
 	ret = real.munlockall();
-	if (!ret) {
-		mark_unlocked(0, ADDRESS_END);
-		lock_future = false;
-	}
+	if (!ret)
+		all_unlocked();
 	mmap_unlock(&saved);
 	return ret;
 }

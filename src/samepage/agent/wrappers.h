@@ -71,7 +71,8 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
  * the rest is protected. Keeps errno. */
 void area_reconcile(uintptr_t start, uintptr_t end);
 int vma_prot(const struct vma *v);
-int maps_open(void); /* /proc/self/maps, or -1; no cancellation point, unlike open(2) */
+void all_unlocked(void); /* by munlockall(), or in a forked child */
+int maps_open(void);	 /* /proc/self/maps, or -1; no cancellation point, unlike open(2) */
 void maps_close(int file);
 
 /* ---- mremap.c ---- */
