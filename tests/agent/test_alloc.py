@@ -97,3 +97,48 @@ def test_new_and_delete_of_cxx(preload: Preload, tmp_path: Path) -> None:
     source.write_text(CXX)
     program = compile_c(source, tmp_path / "news", "-lpthread", compiler="g++", standard="c++17")
     assert preload.run([str(program)], merged=True) == preload.run([str(program)], bare=True)
+
+
+@pytest.fixture(scope="module")
+def reuse(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(compile_c(HERE / "reuse.c", tmp_path_factory.mktemp("reuse") / "reuse", "-fno-builtin"))
+
+
+def cost(preload: Preload, *command: str, bare: bool) -> dict[str, int]:
+    """Page faults, and KiB resident at the end, of one of the programs in reuse.c."""
+    printed = preload.run(list(command), bare=bare, socket="" if bare else "/nowhere")
+    return {line.split()[0]: int(line.split()[1]) for line in printed.splitlines()}
+
+
+@pytest.mark.parametrize("what", ["random 3", "random 10", "random 40", "same", "growing", "tuned"])
+def test_blocks_that_are_freed_and_allocated_again_fault_no_more_than_with_libc(
+    preload: Preload, reuse: str, what: str
+) -> None:
+    libc, ours = (cost(preload, reuse, what, bare=bare) for bare in (True, False))
+    assert ours["faults"] < 1.2 * libc["faults"] + 1000
+
+
+@pytest.mark.parametrize("what", ["same", "growing", "holes", "holes, and trim"])
+def test_no_more_stays_resident_of_freed_blocks_than_with_libc(preload: Preload, reuse: str, what: str) -> None:
+    libc, ours = (cost(preload, reuse, what, bare=bare) for bare in (True, False))
+    assert ours["resident"] < libc["resident"] + 1024
+
+
+def test_what_nobody_needs_for_long_is_given_back(preload: Preload, reuse: str) -> None:
+    before, after = (cost(preload, reuse, what, bare=False)["resident"] for what in ("holes", "holes, and work"))
+    assert before > 70_000
+    assert after < 50_000
+
+
+def test_libcs_own_environment_variables_hold_for_large_blocks(preload: Preload, reuse: str) -> None:
+    ours = cost(preload, "env", "MALLOC_MMAP_THRESHOLD_=65536", reuse, "growing", bare=False)
+    assert ours["faults"] > 50_000
+
+
+def test_a_block_of_reused_memory_is_zeroed_by_calloc(preload: Preload, reuse: str) -> None:
+    cost(preload, reuse, "zeroed", bare=False)
+
+
+def test_a_block_that_was_merged_is_anonymous_memory_when_it_is_given_out_again(preload: Preload, reuse: str) -> None:
+    preload.run([reuse, "merged"], merged=True)
+    preload.run([reuse, "zeroed"], merged=True)

@@ -165,7 +165,7 @@ def test_only_what_libc_has_and_the_c_api_is_exported(preload: Preload) -> None:
     assert ours
     assert names - ours <= {
         *("malloc", "calloc", "realloc", "reallocarray", "free", "cfree", "posix_memalign", "aligned_alloc"),
-        *("memalign", "valloc", "pvalloc", "malloc_usable_size"),
+        *("memalign", "valloc", "pvalloc", "malloc_usable_size", "malloc_trim", "mallopt"),
         *("mmap", "mmap64", "munmap", "mremap", "mprotect", "pkey_mprotect", "madvise"),
         *("mlock", "mlock2", "munlock", "mlockall", "munlockall"),
         *("_Fork", "clone", "unshare", "setns", "__register_atfork", "prctl", "ioctl", "syscall"),

@@ -28,12 +28,11 @@
  *
  * Memory. Nothing comes from the application's heap. All state is static or mmapped by the agent.
  *
- * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c (whose memory, and what is known of it); in front of libc
- * (wrappers.h): alloc.c (the malloc family), mmap.c, mremap.c, madvise.c, fork.c (processes and threads) and wrappers.c
- * (the rest); check.c (a build that checks all that); uffd.c (the
- * kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c,
- * merge.c and swap.c (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?), peer.c (thread, wire
- * and C API).
+ * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c (whose memory, and what is known of it); in front
+ * of libc (wrappers.h): alloc.c (the malloc family), blocks.c (its large blocks), mmap.c, mremap.c, madvise.c, fork.c
+ * (processes and threads) and wrappers.c (the rest); check.c (a build that checks all that); uffd.c (the kernel's calls,
+ * one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c, merge.c and swap.c
+ * (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?), peer.c (thread, wire and C API).
  */
 #ifndef SAMEPAGE_AGENT_H
 #define SAMEPAGE_AGENT_H
@@ -106,6 +105,8 @@ struct real {
 	void *(*aligned_alloc)(size_t, size_t);
 	void *(*memalign)(size_t, size_t);
 	size_t (*malloc_usable_size)(void *);
+	int (*malloc_trim)(size_t);
+	int (*mallopt)(int, int);
 	void *(*mmap)(void *, size_t, int, int, int, off_t);
 	int (*munmap)(void *, size_t);
 	void *(*mremap)(void *, size_t, size_t, int, ...);

@@ -4,22 +4,15 @@
  * aligned in every process, and areas from birth to death. Everything else is the real allocator's, which
  * may be any (jemalloc, tcmalloc, ...).
  *
- * A block is known by its entry in a sorted table outside of it. Blocks start on a page boundary, and within
- * bounds that only ever widen; so for nearly every small block free() costs two comparisons.
+ * Where large blocks come from, and what becomes of them when they are free, is in blocks.c. They start on a page
+ * boundary, and within bounds that only ever widen; so for nearly every small block free() costs two comparisons.
  */
 #include "wrappers.h"
 
+#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-
-struct block {
-	uintptr_t start, end;
-};
-
-/* Under the mmap_lock. Mapped by us, grown by mremap. */
-static struct block *blocks;
-static size_t nr_blocks, capacity;
 
 struct bounds {
 	_Atomic uintptr_t low, high;
@@ -32,6 +25,23 @@ static _Atomic size_t min_alloc = SIZE_MAX;
 
 void alloc_enable(size_t bytes)
 {
+	static const struct {
+		const char *name;
+		int param;
+	} tuned[] = {
+		/* mallopt(3) */
+		{"MALLOC_MMAP_MAX_", M_MMAP_MAX},
+		{"MALLOC_MMAP_THRESHOLD_", M_MMAP_THRESHOLD},
+		{"MALLOC_TOP_PAD_", M_TOP_PAD},
+		{"MALLOC_TRIM_THRESHOLD_", M_TRIM_THRESHOLD},
+	};
+
+	for (size_t i = 0; i < sizeof(tuned) / sizeof(tuned[0]); i++) {
+		const char *value = secure_getenv(tuned[i].name);
+
+		if (value && *value)
+			blocks_set(tuned[i].param, strtoul(value, NULL, 0));
+	}
 	min_alloc = bytes;
 }
 
@@ -88,145 +98,6 @@ static size_t early_size(const void *p)
 	return size;
 }
 
-/* ---- the table; all need the lock ---- */
-
-/* Index of the first block that ends after `addr`. */
-static size_t lower(uintptr_t addr)
-{
-	size_t lo = 0, hi = nr_blocks;
-
-	while (lo < hi) {
-		size_t mid = (lo + hi) / 2;
-
-		if (blocks[mid].end > addr)
-			hi = mid;
-		else
-			lo = mid + 1;
-	}
-	return lo;
-}
-
-static struct block *block_at(const void *p)
-{
-	size_t i = lower((uintptr_t)p);
-
-	return i < nr_blocks && blocks[i].start == (uintptr_t)p ? &blocks[i] : NULL;
-}
-
-static bool make_room(void)
-{
-	size_t bytes = capacity * sizeof(*blocks), bigger = bytes ? bytes * 2 : PAGE_SIZE;
-	void *p;
-
-	if (nr_blocks < capacity)
-		return true;
-	p = blocks ? real.mremap(blocks, bytes, bigger, MREMAP_MAYMOVE)
-		   : real.mmap(NULL, bigger, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (p == MAP_FAILED)
-		return false;
-	blocks = p;
-	capacity = bigger / sizeof(*blocks);
-	return true;
-}
-
-/* Needs room for it. */
-static void insert(uintptr_t start, uintptr_t end)
-{
-	size_t i = lower(start);
-
-	memmove(&blocks[i + 1], &blocks[i], (nr_blocks - i) * sizeof(*blocks));
-	blocks[i] = (struct block){start, end};
-	nr_blocks++;
-	widen(&block_bounds, start, end);
-}
-
-static void delete(struct block *b)
-{
-	memmove(b, b + 1, (size_t)(blocks + nr_blocks - (b + 1)) * sizeof(*blocks));
-	nr_blocks--;
-}
-
-/* ---- free blocks kept for the next; all need the lock ---- */
-
-/*
- * A program that makes temporaries in a loop would have its pages mapped, zeroed and unmapped each time round. So
- * free blocks are kept, by glibc's own rule (mallopt(3), M_MMAP_THRESHOLD): the first free block of a size is
- * unmapped and says that there may be more; then twice as many bytes as the largest so far are kept at most.
- */
-#define PARKED_MAX 16
-#define PARKED_LARGEST (32UL << 20)
-
-static struct block parked[PARKED_MAX]; /* the oldest first */
-static size_t nr_parked, parked_bytes, parked_largest;
-
-static void unpark(size_t i)
-{
-	parked_bytes -= parked[i].end - parked[i].start;
-	memmove(&parked[i], &parked[i + 1], (nr_parked - i - 1) * sizeof(*parked));
-	nr_parked--;
-}
-
-static void unmap(struct block b)
-{
-	area_remove(b.start, b.end);
-	real.munmap((void *)b.start, b.end - b.start);
-}
-
-/* Nothing was done to it that the next user of the block would meet. */
-static bool is_plain(struct block b)
-{
-	const struct area *a = area_next(b.start);
-
-	return a && a->start <= b.start && b.end <= a->end && a->flags == AREA_ALLOC &&
-	       a->prot == (PROT_READ | PROT_WRITE) && !has_segments(b.start, b.end);
-}
-
-/* The block is free. Keeps it, or unmaps it. */
-static void park(struct block b)
-{
-	size_t len = b.end - b.start;
-
-	if (len > parked_largest || !is_plain(b)) {
-		if (len <= PARKED_LARGEST && len > parked_largest)
-			parked_largest = len;
-		unmap(b);
-		return;
-	}
-	while (nr_parked == PARKED_MAX || (nr_parked && parked_bytes + len > 2 * parked_largest)) {
-		struct block oldest = parked[0];
-
-		unpark(0);
-		unmap(oldest);
-	}
-	parked[nr_parked++] = b;
-	parked_bytes += len;
-}
-
-/* A parked block of just this length, the last one first: its pages are the warmest. 0: there is none. */
-static uintptr_t take_parked(size_t len, size_t align)
-{
-	for (size_t i = nr_parked; i-- > 0;) {
-		struct block b = parked[i];
-
-		if (b.end - b.start != len || b.start % align)
-			continue;
-		unpark(i);
-		if (!has_segments(b.start, b.end))
-			return b.start;
-		unmap(b); /* merged meanwhile: it would have to be copied page by page as it is written */
-	}
-	return 0;
-}
-
-void alloc_forget(uintptr_t start, uintptr_t end)
-{
-	for (size_t i = lower(start); i < nr_blocks && blocks[i].start < end;)
-		delete(&blocks[i]);
-	for (size_t i = nr_parked; i-- > 0;)
-		if (parked[i].start < end && start < parked[i].end)
-			unpark(i);
-}
-
 /* ---- blocks of ours ---- */
 
 static inline bool maybe_ours(const void *p)
@@ -240,59 +111,21 @@ static inline bool is_large(size_t size)
 	return size >= atomic_load_explicit(&min_alloc, memory_order_relaxed) && size <= PTRDIFF_MAX - PAGE_SIZE;
 }
 
-/* Whole zeroed pages at a multiple of `align`, a power of two; NULL leaves it to the real allocator. */
-static void *map_aligned(size_t len, size_t align)
-{
-	size_t spare = align > PAGE_SIZE ? align - PAGE_SIZE : 0;
-	uintptr_t p, start;
-	void *map;
-
-	if (spare > PTRDIFF_MAX - len)
-		return NULL;
-	map = real.mmap(NULL, len + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (map == MAP_FAILED)
-		return NULL;
-	p = (uintptr_t)map;
-	start = spare ? (p + align - 1) & ~(align - 1) : p;
-	if (start > p)
-		real.munmap(map, start - p);
-	if (p + spare > start)
-		real.munmap((void *)(start + len), p + spare - start);
-	return (void *)start;
-}
-
 static void *allocate(size_t size, size_t align, bool zeroed)
 {
-	size_t len = PAGE_ALIGN_UP(size);
+	size_t len = PAGE_ALIGN_UP(size), dirty;
 	uintptr_t start;
 	sigset_t saved;
-	bool known;
 
 	mmap_lock(&saved);
-	known = make_room();
-	start = known && !zeroed ? take_parked(len, align) : 0;
+	start = block_new(len, align, &dirty);
 	if (start)
-		insert(start, start + len);
+		widen(&block_bounds, start, start + len);
 	mmap_unlock(&saved);
-	if (start || !known)
-		return (void *)start;
-	start = (uintptr_t)map_aligned(len, align);
-	if (!start)
-		return NULL;
-	mmap_lock(&saved);
-	known = make_room();
-	if (known) {
-		insert(start, start + len);
-		area_remove(start, start + len); /* of a mapping that went without our seeing it */
-		/* Should it fail, the block is as good as any, and never merged. */
-		area_add(start, start + len, AREA_ALLOC | area_new_flags(), PROT_READ | PROT_WRITE);
-	}
-	mmap_unlock(&saved);
-	if (!known) {
-		real.munmap((void *)start, len);
-		return NULL;
-	}
-	agent_start();
+	if (start && zeroed)
+		memset((void *)start, 0, dirty);
+	if (start && dirty < len)
+		agent_start();
 	return (void *)start;
 }
 
@@ -307,25 +140,22 @@ static size_t length_of(const void *p)
 		return 0;
 	mmap_lock(&saved);
 	b = block_at(p);
-	len = b ? b->end - b->start : 0;
+	len = b ? block_length(b) : 0;
 	mmap_unlock(&saved);
 	return len;
 }
 
 static bool release(void *p)
 {
-	struct block *b, freed;
+	struct block *b;
 	sigset_t saved;
 
 	if (!maybe_ours(p))
 		return false;
 	mmap_lock(&saved);
 	b = block_at(p);
-	if (b) {
-		freed = *b;
-		delete(b);
-		park(freed);
-	}
+	if (b)
+		block_free(b);
 	mmap_unlock(&saved);
 	return b;
 }
@@ -333,22 +163,20 @@ static bool release(void *p)
 static void *resize(void *p, size_t size)
 {
 	size_t len = PAGE_ALIGN_UP(size);
+	uintptr_t start = 0;
 	struct block *b;
 	sigset_t saved;
-	void *moved;
 
 	mmap_lock(&saved);
 	b = block_at(p);
-	moved = b ? remap(b->start, b->end - b->start, len, MREMAP_MAYMOVE, 0) : MAP_FAILED;
-	if (moved != MAP_FAILED) {
-		delete(b);
-		insert((uintptr_t)moved, (uintptr_t)moved + len);
-	}
+	if (b)
+		start = block_resize(b, len);
+	if (start)
+		widen(&block_bounds, start, start + len);
 	mmap_unlock(&saved);
-	if (moved == MAP_FAILED)
-		return NULL;
-	agent_start();
-	return moved;
+	if (start)
+		agent_start();
+	return (void *)start;
 }
 
 /*
@@ -529,4 +357,29 @@ SP_EXPORT size_t malloc_usable_size(void *p)
 	need_real();
 	len = is_early(p) ? early_size(p) : length_of(p);
 	return len ? len : real.malloc_usable_size(p);
+}
+
+/* ---- what tunes it ---- */
+
+SP_EXPORT int malloc_trim(size_t pad)
+{
+	sigset_t saved;
+	bool any;
+
+	need_real();
+	mmap_lock(&saved);
+	any = blocks_trim();
+	mmap_unlock(&saved);
+	return real.malloc_trim(pad) || any;
+}
+
+SP_EXPORT int mallopt(int param, int value)
+{
+	sigset_t saved;
+
+	need_real();
+	mmap_lock(&saved);
+	blocks_set(param, (size_t)value);
+	mmap_unlock(&saved);
+	return real.mallopt(param, value);
 }

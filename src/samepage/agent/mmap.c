@@ -112,7 +112,7 @@ void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 		end = PAGE_ALIGN_UP(start + len);
 		/* Without MAP_FIXED, too: an area that stands here was unmapped where no wrapper saw it. */
 		area_remove(start, end);
-		alloc_forget(start, end);
+		blocks_forget(start, end);
 		if (own)
 			area_add(start, end, AREA_MAPPED | area_new_flags(), prot);
 	}
@@ -134,7 +134,7 @@ int sp_munmap(void *addr, size_t len)
 	ret = real.munmap(addr, len);
 	if (!ret) {
 		area_remove(start, PAGE_ALIGN_UP(start + len));
-		alloc_forget(start, PAGE_ALIGN_UP(start + len));
+		blocks_forget(start, PAGE_ALIGN_UP(start + len));
 	}
 	mmap_unlock(&saved);
 	return ret;

@@ -275,8 +275,8 @@ void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new
 	p = remap(start, old_len, new_len, flags, (uintptr_t)new_addr);
 	if (p != MAP_FAILED) {
 		to = (uintptr_t)p;
-		alloc_forget(start, PAGE_ALIGN_UP(start + old_len));
-		alloc_forget(to, PAGE_ALIGN_UP(to + new_len));
+		blocks_forget(start, PAGE_ALIGN_UP(start + old_len));
+		blocks_forget(to, PAGE_ALIGN_UP(to + new_len));
 	}
 	mmap_unlock(&saved);
 	return p;

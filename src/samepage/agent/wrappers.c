@@ -113,6 +113,8 @@ static void look_up(void)
 		{&real.aligned_alloc, "aligned_alloc"},
 		{&real.memalign, "memalign"},
 		{&real.malloc_usable_size, "malloc_usable_size"},
+		{&real.malloc_trim, "malloc_trim"},
+		{&real.mallopt, "mallopt"},
 		{&real.mlock, "mlock"},
 		{&real.munlock, "munlock"},
 		{&real.mlockall, "mlockall"},

@@ -2,7 +2,7 @@
 /*
  * What stands between the application and libc. Every call that the agent has to see is answered by an sp_
  * function below; the exported wrapper of libc's name and syscall(2) both lead there. Return values and errno
- * are those of the call answered. A file a concern: alloc.c, mmap.c, mremap.c, madvise.c, fork.c, and
+ * are those of the call answered. A file a concern: alloc.c and blocks.c, mmap.c, mremap.c, madvise.c, fork.c, and
  * wrappers.c for the rest.
  */
 #ifndef SAMEPAGE_WRAPPERS_H
@@ -45,14 +45,32 @@ static inline bool no_areas(void)
 	return !atomic_load_explicit(&nr_areas, memory_order_relaxed);
 }
 
-/* ---- alloc.c: all need the lock, save the first two ---- */
+/* ---- alloc.c ---- */
 
 /* From now on malloc serves `bytes` and more from mappings of its own. */
 void alloc_enable(size_t bytes);
 /* The range was given to madvise(MADV_MERGEABLE) and may hold blocks of the real allocator's. */
 void alloc_note_advised(uintptr_t start, uintptr_t end);
+
+/* ---- blocks.c: large blocks, free or given out; all need the lock ---- */
+
+struct block;
+
+/* The address of a new block of whole pages at a multiple of `align`, a power of two; 0 leaves it to the real allocator.
+ * *dirty: so many bytes from its start may not be zero. */
+uintptr_t block_new(size_t len, size_t align, size_t *dirty);
+/* The block given out that starts at `p`, or NULL. Valid until the next call here. */
+struct block *block_at(const void *p);
+size_t block_length(const struct block *b);
+void block_free(struct block *b);
+/* Where it is now; 0 when it could not be resized, and is as it was. */
+uintptr_t block_resize(struct block *b, size_t len);
 /* The application unmapped or moved the range itself: blocks that overlap it are no longer ours. */
-void alloc_forget(uintptr_t start, uintptr_t end);
+void blocks_forget(uintptr_t start, uintptr_t end);
+/* Unmaps all that is free. Whether there was any. */
+bool blocks_trim(void);
+/* mallopt(3) */
+void blocks_set(int param, size_t value);
 
 /* ---- mmap.c ---- */
 
