@@ -144,6 +144,7 @@ enum area_flags {
 	AREA_NOHUGEPAGE = 1 << 9,
 	AREA_UNMERGED = 1 << 10, /* MADV_UNMERGEABLE on memory of ours: known, not mergeable */
 	AREA_MAPPED = 1 << 11,	 /* private anonymous memory that the program mapped itself: merged if merge_any */
+	AREA_WIPE = 1 << 12,	 /* MADV_WIPEONFORK: what is a segment's here, the agent wipes in a child */
 };
 
 struct area {
