@@ -389,6 +389,10 @@ int agent_call(void (*fn)(void *arg), void *arg);
 void agent_start(void);
 void agent_stop(void);	 /* ends the thread; merged memory stays merged */
 void agent_retire(void); /* the same, for good */
+/* Around a call that the thread must not be there for, or would be left behind by: what agent_leave says agent_return is
+ * told. */
+bool agent_leave(void);
+void agent_return(bool left);
 void agent_fork_child(bool may_start_thread);
 bool on_agent_thread(void);
 uint64_t thread_cpu_ns(void);

@@ -201,11 +201,9 @@ bool is_plain_fork(long number, const long *arg)
 static int call_alone(long number, long a, long b)
 {
 	const struct timespec nap = {.tv_nsec = 200000};
-	sigset_t saved;
+	bool left = agent_leave();
 	int ret, err;
-	bool any;
 
-	agent_stop();
 	for (int tries = 0;; tries++) {
 		ret = number == SYS_setns ? real.setns((int)a, (int)b) : real.unshare((int)a);
 		err = errno;
@@ -213,11 +211,7 @@ static int call_alone(long number, long a, long b)
 			break;
 		real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
 	}
-	mmap_lock(&saved);
-	any = any_mergeable();
-	mmap_unlock(&saved);
-	if (any)
-		agent_start();
+	agent_return(left);
 	errno = err;
 	return ret;
 }

@@ -30,6 +30,20 @@ extern struct next {
 	int (*prctl)(int, ...);
 	int (*ioctl)(int, unsigned long, ...);
 	long (*syscall)(long, ...);
+	int (*chroot)(const char *);
+	int (*setuid)(uid_t);
+	int (*seteuid)(uid_t);
+	int (*setreuid)(uid_t, uid_t);
+	int (*setresuid)(uid_t, uid_t, uid_t);
+	int (*setgid)(gid_t);
+	int (*setegid)(gid_t);
+	int (*setregid)(gid_t, gid_t);
+	int (*setresgid)(gid_t, gid_t, gid_t);
+	int (*setgroups)(size_t, const gid_t *);
+	int (*initgroups)(const char *, gid_t);
+	int (*setfsuid)(uid_t);
+	int (*setfsgid)(gid_t);
+	int (*capset)(void *, void *);
 } next;
 
 static inline void need_real(void)
@@ -124,5 +138,10 @@ uint32_t ms_since_fork(void);		       /* UINT32_MAX: there was none, or long ago
 int sp_unshare(int flags);
 int sp_setns(int fd, int type);
 void leader_exits(void); /* if the calling thread is the one that leads: by the bare system call */
+
+/* ---- identity.c ---- */
+
+bool changes_identity(long number, const long *arg); /* the system call would change who the process is */
+long syscall_away(long number, const long *arg);     /* makes it, with the agent away meanwhile */
 
 #endif
