@@ -72,11 +72,13 @@ static inline uintptr_t min_addr(uintptr_t a, uintptr_t b)
 /* ---- a build that checks itself (check.c) ------------------------------------------------------- */
 
 #ifdef SAMEPAGE_CHECK
-_Noreturn void check_failed(const char *what, const char *file, int line);
+_Noreturn void check_failed(const char *line);
+#define VM_BUG_LINE_(file, line, what) "samepage: " file ":" #line ": " what "\n"
+#define VM_BUG_LINE(file, line, what) VM_BUG_LINE_(file, line, what)
 #define VM_BUG_ON(wrong)                                                                                               \
 	do {                                                                                                           \
 		if (wrong)                                                                                             \
-			check_failed(#wrong, __FILE__, __LINE__);                                                      \
+			check_failed(VM_BUG_LINE(__FILE__, __LINE__, #wrong));                                         \
 	} while (0)
 /* Before the lock is let go: areas and planes are as they must be, and as the kernel has it. */
 void check_books(void);
