@@ -16,7 +16,7 @@ from tests.agent.preload import ROOT, Preload, compile_c
 WAYS = {
     "move": [],
     "write-protect": ["NO_MOVE"],
-    "move-untracked": ["NO_TRACKING"],
+    "move-untracked": ["NO_TRACKING", "NO_MAP_QUERY"],
     "write-protect-untracked": ["NO_MOVE", "NO_TRACKING"],
     "collisions": ["TRUNCATE_HASH"],
     "huge pages": ["HUGE"],

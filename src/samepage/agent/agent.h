@@ -28,11 +28,11 @@
  *
  * Memory. Nothing comes from the application's heap. All state is static or mmapped by the agent.
  *
- * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c (whose memory, and what is known of it); in front
- * of libc (wrappers.h): alloc.c (the malloc family), blocks.c (its large blocks), mmap.c, mremap.c, madvise.c, fork.c
- * (processes and threads) and wrappers.c (the rest); check.c (a build that checks all that); uffd.c (the kernel's calls,
- * one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c, merge.c and swap.c
- * (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?), peer.c (thread, wire and C API).
+ * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
+ * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c (its large blocks), mmap.c, mremap.c, madvise.c,
+ * fork.c (processes and threads) and wrappers.c (the rest); check.c (a build that checks all that); uffd.c (the kernel's
+ * calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c, merge.c and
+ * swap.c (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?), peer.c (thread, wire and C API).
  */
 #ifndef SAMEPAGE_AGENT_H
 #define SAMEPAGE_AGENT_H
@@ -162,7 +162,8 @@ void mmap_unlock(const sigset_t *saved);
 void agent_mmap_lock(void);
 void agent_mmap_unlock(void);
 bool mmap_lock_contended(void);
-void mmap_lock_reinit(void); /* in a forked child */
+void mmap_lock_reinit(void);	/* in a forked child */
+extern uint64_t mmap_lock_held; /* how often it was taken */
 
 /* An ordered set of disjoint areas (area_set.c); all zeros is an empty one. A pointer to an area of it is valid until the
  * set grows or is trimmed. */
@@ -344,8 +345,11 @@ struct vma {
 	uint64_t offset, ino; /* offset in bytes */
 	bool read, write, exec, shared;
 };
-/* The first mapping that ends after `addr`; false when there is none. `file` is an open /proc/self/maps. */
+/* The first mapping that ends after `addr`; false when there is none. `file` is an open /proc/self/maps. Needs the lock. */
 bool vma_find(int file, uintptr_t addr, struct vma *out);
+void vma_forget(void); /* an open file is another from now on */
+/* Under the lock. If nobody held it since it was last held here, no mapping changed that vma_find() is asked for. */
+void vma_resume(void);
 unsigned long vma_count(void);
 
 /* ---- the verbs ------------------------------------------------------------------------------------ */

@@ -325,6 +325,7 @@ void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run
 		return;
 	do {
 		agent_mmap_lock();
+		vma_resume();
 		vpn = step(&o, vpn, req->end);
 		head->areas_seq = areas_seq;
 		agent_mmap_unlock();

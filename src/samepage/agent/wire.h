@@ -55,6 +55,7 @@ enum sp_welcome_flags {
 	SP_WELCOME_NO_MOVE = 2,	      /* swap by write-protection */
 	SP_WELCOME_NO_TRACKING = 4,   /* hash everything at every scan */
 	SP_WELCOME_TWO_NODES = 8,     /* not an older kernel: pages of odd numbers are on a second NUMA node */
+	SP_WELCOME_NO_MAP_QUERY = 16, /* read /proc/self/maps for each mapping */
 };
 
 struct sp_welcome {

@@ -102,10 +102,13 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
 /* After a call that failed, maybe half-way: forgets areas of the range that are not mapped any more, and learns how
  * the rest is protected. Keeps errno. */
 void area_reconcile(uintptr_t start, uintptr_t end);
-int vma_prot(const struct vma *v);
 void all_unlocked(void); /* by munlockall(), or in a forked child */
-int maps_open(void);	 /* /proc/self/maps, or -1; no cancellation point, unlike open(2) */
+
+/* ---- maps.c ---- */
+
+int maps_open(void); /* /proc/self/maps, or -1; no cancellation point, unlike open(2). Needs the lock. */
 void maps_close(int file);
+int vma_prot(const struct vma *v);
 
 /* ---- mremap.c ---- */
 

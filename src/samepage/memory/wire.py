@@ -53,6 +53,8 @@ class Flags(IntFlag):
     """Hash everything at every scan."""
     TWO_NODES = 8
     """Not an older kernel, but another machine: pages of odd numbers are on a second NUMA node."""
+    NO_MAP_QUERY = 16
+    """Read /proc/self/maps for each mapping."""
 
 
 class Swap(IntEnum):
