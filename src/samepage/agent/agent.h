@@ -30,9 +30,10 @@
  *
  * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c (its large blocks), mmap.c, mremap.c, madvise.c,
- * fork.c (processes and threads) and wrappers.c (the rest); check.c (a build that checks all that); uffd.c (the kernel's
- * calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c, merge.c and
- * swap.c (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?), peer.c (thread, wire and C API).
+ * fork.c (processes and threads), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
+ * all that); uffd.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
+ * hash), donate.c, merge.c and swap.c (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?);
+ * thread.c, call.c, peer.c, wire.c, serve.c and api.c (peer.h: the thread, and who speaks to it), and system.c under all.
  */
 #ifndef SAMEPAGE_AGENT_H
 #define SAMEPAGE_AGENT_H

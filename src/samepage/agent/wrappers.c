@@ -338,6 +338,10 @@ __attribute__((constructor)) static void initialise(void)
 	need_real();
 	if (!service || !*service)
 		return;
+	if (sanitizer()) {
+		say_left_alone();
+		return;
+	}
 	agent_configure(service);
 	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */
 	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1)

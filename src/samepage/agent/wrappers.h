@@ -147,4 +147,9 @@ void leader_exits(void); /* if the calling thread is the one that leads: by the 
 bool changes_identity(long number, const long *arg); /* the system call would change who the process is */
 long syscall_away(long number, const long *arg);     /* makes it, with the agent away meanwhile */
 
+/* ---- sanitizer.c ---- */
+
+const char *sanitizer(void); /* that the program was built with, or NULL */
+void say_left_alone(void);
+
 #endif
