@@ -13,10 +13,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+/* Not /proc/self: that is the main thread, which may have ended, and then shows no mappings. */
 int maps_open(void)
 {
 	vma_forget();
-	return (int)real.syscall(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	return (int)real.syscall(SYS_openat, AT_FDCWD, "/proc/thread-self/maps", O_RDONLY | O_CLOEXEC);
 }
 
 void maps_close(int file)
@@ -189,7 +190,7 @@ bool vma_find(int file, uintptr_t addr, struct vma *out)
 
 unsigned long vma_count(void)
 {
-	int file = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	int file = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC);
 	unsigned long lines = 0;
 	char buf[4096];
 	ssize_t got;

@@ -122,9 +122,9 @@ int kernel_open(int dev)
 	uintptr_t walked;
 	struct pm_walk any = {.must = PAGE_IS_PRESENT};
 
-	kernel.pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	kernel.mem = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
-	kernel.maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	kernel.pagemap = open("/proc/thread-self/pagemap", O_RDONLY | O_CLOEXEC);
+	kernel.mem = open("/proc/thread-self/mem", O_RDONLY | O_CLOEXEC);
+	kernel.maps = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC);
 	kernel.overcommit = open("/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC);
 	if (kernel.pagemap < 0 || kernel.mem < 0 || kernel.maps < 0)
 		return -errno;
