@@ -13,6 +13,7 @@
 #include <string.h>
 
 #define AREAS_EACH 64	/* areas looked at before one unlock */
+#define RUNS_EACH 64	/* of pages of one kind */
 #define PLANES_EVERY 16 /* unlocks */
 #define KERNEL_EVERY 64
 #define MAPPINGS_EACH 32
@@ -54,21 +55,43 @@ static void check_areas(void)
 		from = 0;
 }
 
-/* What is mapped from a segment lies in an area, and an island in what is mapped from a segment. */
-static void check_planes(void)
+/* What is mapped from a segment lies in an area. Each look goes on where the last one ended. */
+static void check_segments(void)
 {
+	static uint64_t vpn;
 	const uint64_t last = ADDRESS_END >> PAGE_SHIFT;
-	uint64_t vpn, end;
 
-	for (vpn = page_next(PAGE_SEGMENT, 0, last, true); vpn < last; vpn = page_next(PAGE_SEGMENT, end, last, true)) {
-		const struct area *a = area_next(vpn << PAGE_SHIFT);
+	for (int i = 0; i < RUNS_EACH; i++) {
+		const struct area *a;
 
+		vpn = page_next(PAGE_SEGMENT, vpn, last, true);
+		if (vpn == last) {
+			vpn = 0;
+			return;
+		}
+		a = area_next(vpn << PAGE_SHIFT);
 		VM_BUG_ON(!a || a->start > vpn << PAGE_SHIFT);
-		end = min_addr(page_next(PAGE_SEGMENT, vpn, last, false), a->end >> PAGE_SHIFT);
+		vpn = min_addr(page_next(PAGE_SEGMENT, vpn, last, false), a->end >> PAGE_SHIFT);
 	}
-	for (vpn = page_next(PAGE_ISLAND, 0, last, true); vpn < last; vpn = page_next(PAGE_ISLAND, end, last, true)) {
+}
+
+/* An island lies in what is mapped from a segment. */
+static void check_islands(void)
+{
+	static uint64_t vpn;
+	const uint64_t last = ADDRESS_END >> PAGE_SHIFT;
+
+	for (int i = 0; i < RUNS_EACH; i++) {
+		uint64_t end;
+
+		vpn = page_next(PAGE_ISLAND, vpn, last, true);
+		if (vpn == last) {
+			vpn = 0;
+			return;
+		}
 		end = page_next(PAGE_ISLAND, vpn, last, false);
 		VM_BUG_ON(page_next(PAGE_SEGMENT, vpn, end, false) < end);
+		vpn = end;
 	}
 }
 
@@ -107,8 +130,10 @@ void check_books(void)
 
 	check_areas();
 	unlocks++;
-	if (unlocks % PLANES_EVERY == 0)
-		check_planes();
+	if (unlocks % PLANES_EVERY == 0) {
+		check_segments();
+		check_islands();
+	}
 	if (unlocks % KERNEL_EVERY == 0)
 		check_against_kernel();
 	errno = saved;

@@ -116,9 +116,11 @@ struct sp_run {
 	uint64_t offset;
 };
 
+#define SP_AREAS_CHANGED 0ULL /* the set of areas changed during the scan; it has no such seq */
+
 struct sp_scanned {
 	uint64_t next_vpn;
-	uint64_t areas_seq;
+	uint64_t areas_seq; /* or SP_AREAS_CHANGED */
 	uint64_t cpu_ns;
 	uint32_t nruns;
 	uint32_t nhashed;

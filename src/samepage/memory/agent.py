@@ -62,7 +62,7 @@ MERGE_MAX = 64 << 10
 
 EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
 
-AREAS_CHANGED = -1
+LIST_CHANGED = -1
 """The `seq` of a list of areas that changed while it was read."""
 
 ENDED = "it ended"
@@ -216,7 +216,7 @@ class AgentAddressSpace:
             parts.append(part)
             vpn = head["next_vpn"]
             if not vpn:
-                seq = seqs.pop() if len(seqs) == 1 else AREAS_CHANGED
+                seq = seqs.pop() if len(seqs) == 1 else LIST_CHANGED
                 return Areas(seq, np.concatenate(parts), bool(head["merge_any"]))
 
     def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
