@@ -39,14 +39,24 @@ class Process:
     """A program that says where its area is, and its address space as a service sees it. `PROGRAM` has 8 MiB, in huge
     pages or, by "MADV_NOHUGEPAGE", in small ones."""
 
-    def __init__(self, preload: Preload, folder: Path, program: str = PROGRAM, advice: str = "MADV_HUGEPAGE") -> None:
+    def __init__(
+        self,
+        preload: Preload,
+        folder: Path,
+        program: str = PROGRAM,
+        advice: str = "MADV_HUGEPAGE",
+        command: list[str] | None = None,
+        flags: int = 0,
+        **environment: str,
+    ) -> None:
         path = str(folder / "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(path)
             listener.listen()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program, advice],
+                command or [sys.executable, "-c", program, advice],
                 env=os.environ
+                | environment
                 | {
                     "LD_PRELOAD": str(preload.library),
                     "SAMEPAGE_SOCKET": path,
@@ -54,6 +64,7 @@ class Process:
                 },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if command else None,
                 text=True,
             )
             self.address = int(self.line())
@@ -61,7 +72,7 @@ class Process:
             sock, _ = listener.accept()
         sock.settimeout(60)
         hello = wire.recv(sock)
-        self.space = AgentAddressSpace.welcome(sock, hello, self.process.pid, os.getuid(), Terms(reserve=0))
+        self.space = AgentAddressSpace.welcome(sock, hello, self.process.pid, os.getuid(), Terms(0, flags=flags))
 
     def end(self) -> None:
         self.space.close()

@@ -41,7 +41,7 @@ static int populate_write(uintptr_t start, uintptr_t len)
 		case EINTR:
 		case EAGAIN:
 			if (tries == BACK_OUTS)
-				return EAGAIN;
+				return EFAULT;
 			real.syscall(SYS_sched_yield);
 			continue;
 		case ENOMEM:

@@ -21,6 +21,7 @@
  */
 #include "swap.h"
 
+#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -65,7 +66,10 @@ static bool came_home(uintptr_t home, uintptr_t page)
 {
 	bool there;
 
-	return !page_holds(home, 1, &there) && there && window_drop(page, PAGE_SIZE);
+	if (page_holds(home, 1, &there) || !there)
+		return false;
+	window_drop(page, PAGE_SIZE);
+	return true;
 }
 
 /* Whatever of ours can keep a page from moving. */
@@ -92,11 +96,15 @@ static bool copy_home(uintptr_t home, uintptr_t page)
  * what the page was of. */
 static bool map_home(const struct chunk *c, uintptr_t home, uintptr_t page)
 {
-	if (!holds(page))
+	bool there = true;
+
+	if (!holds(page) || came_home(home, page))
 		return true;
-	if (range_mapped(home, PAGE_SIZE) && !uffd_holds(home, PAGE_SIZE))
-		return window_drop(page, PAGE_SIZE);
-	if (window_give(page, PAGE_SIZE, home))
+	if (range_mapped(home, PAGE_SIZE) && !uffd_holds(home, PAGE_SIZE)) {
+		window_drop(page, PAGE_SIZE);
+		return true;
+	}
+	if (page_holds(home, 1, &there) || there || window_give(page, PAGE_SIZE, home))
 		return false;
 	real.madvise((void *)home, PAGE_SIZE, MADV_DOFORK);
 	area_readvise(c->area, home, home + PAGE_SIZE);
@@ -118,8 +126,8 @@ static bool page_home(const struct chunk *c, uintptr_t home, uintptr_t page, int
 		return true;
 	if (err == -ENOENT && !holds(page))
 		return true;
-	if (err == -EEXIST)
-		return came_home(home, page);
+	if (err == -EEXIST && came_home(home, page))
+		return true;
 	if (tries >= COPY_TRIES && copy_home(home, page))
 		return true;
 	return tries >= GIVE_AWAY_TRIES && map_home(c, home, page);
@@ -130,18 +138,23 @@ void strand(void)
 	static const char why[] =
 		"samepage: the kernel keeps pages of this process from it; ended, for they would read as zeros\n";
 
-	real.syscall(SYS_write, STDERR_FILENO, why, sizeof(why) - 1);
+	/* The application's; this thread has a file table of its own. */
+	int fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND | O_CLOEXEC | O_NOCTTY);
+
+	if (fd >= 0)
+		real.syscall(SYS_write, fd, why, sizeof(why) - 1);
 	__builtin_trap(); /* no handler of the application's runs: all signals are blocked */
 }
 
-void bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n)
+bool bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n)
 {
 	const struct timespec nap = {.tv_nsec = 1000000};
-	bool here[SECTION_MAX];
+	bool here[SECTION_MAX], empty;
 
 	for (int tries = 0; tries < FINAL_TRIES; tries++) {
 		bool known = scratch_holds(scratch, n, here), left = false;
 
+		empty = known && !memchr(here, true, n);
 		for (size_t k = 0; k < n; k++)
 			here[k] &= c->status[i + k] != DONE;
 		for (size_t k = 0, end; k < n; k = end) {
@@ -160,7 +173,7 @@ void bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n)
 				left |= !page_home(c, home, scratch + k * PAGE_SIZE, tries) || known;
 		}
 		if (!left)
-			return;
+			return empty;
 		if (tries >= GIVE_AWAY_TRIES)
 			real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
 		else if (tries)

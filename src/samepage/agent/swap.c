@@ -188,8 +188,9 @@ static bool all_done(const struct chunk *c, size_t i, size_t j)
 	return i == j;
 }
 
-/* Empties the scratch of what is left of page i of the chunk on: what is done goes, the rest goes home. */
-static void clear_scratch(struct chunk *c, size_t i, size_t n)
+/* Empties the scratch of what is left of page i of the chunk on: what is done goes, the rest goes home. False: something of
+ * what is done is still there. */
+static bool clear_scratch(struct chunk *c, size_t i, size_t n)
 {
 	for (size_t k = 0, end; k < n; k = end) {
 		bool done = c->status[i + k] == DONE;
@@ -199,8 +200,7 @@ static void clear_scratch(struct chunk *c, size_t i, size_t n)
 		if (done)
 			window_drop(scratch_at(c, k), (end - k) * PAGE_SIZE);
 	}
-	if (!all_done(c, i, i + n))
-		bring_home(c, i, c->scratch, n);
+	return bring_home(c, i, c->scratch, n);
 }
 
 static size_t spent; /* pages at the start of the scratch that are done with */
@@ -234,10 +234,8 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 	c->scratch = kernel.scratch + spent * PAGE_SIZE;
 	pull(c, i, j, here);
 	settle(c, i, j, 0, here);
-	if (all_done(c, i, j))
+	if (all_done(c, i, j) || !clear_scratch(c, i, j - i))
 		spent += j - i;
-	else
-		clear_scratch(c, i, j - i);
 	wake(c, i, j);
 }
 

@@ -70,8 +70,9 @@ bool scratch_drop(void);
 /* home.c. Which of n pages of a scratch hold something: the truth about every move. False: the kernel does not say, so all
  * may. */
 bool scratch_holds(uintptr_t scratch, size_t n, bool *here);
-/* Brings what n pages of a scratch hold, and is not DONE, home to page i of the chunk on. Does not return before it is there. */
-void bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n);
+/* Brings what n pages of a scratch hold, and is not DONE, home to page i of the chunk on. Does not return before it is there.
+ * Whether the scratch is empty then. */
+bool bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n);
 /* Ends the process: a page of it is nowhere that it could be read. */
 void __attribute__((noreturn)) strand(void);
 
