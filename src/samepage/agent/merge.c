@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define VPN_MAX (UINTPTR_MAX >> PAGE_SHIFT)
@@ -216,37 +217,71 @@ static bool room_to_merge(void)
 	return room;
 }
 
+/*
+ * What others write to a process, or read (ptrace(2), /proc/PID/mem), fails with EIO at a page that is away, for the kernel
+ * cannot let them wait there (get_user_pages_remote() without FOLL_UNLOCKABLE). A process that is being traced is left as it is
+ * until it is not. Looking takes 20 us, so it is done a hundred times a second at most.
+ */
+static bool traced(void)
+{
+	static int64_t looked;
+	static bool was;
+	struct timespec now;
+	const char *tracer;
+	char buf[1024];
+	ssize_t got;
+	int file;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	if (now.tv_sec * 100 + now.tv_nsec / 10000000 == looked)
+		return was;
+	looked = now.tv_sec * 100 + now.tv_nsec / 10000000;
+	file = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
+	got = file < 0 ? -1 : read(file, buf, sizeof(buf) - 1);
+	if (file >= 0)
+		close(file);
+	buf[got > 0 ? got : 0] = 0;
+	tracer = strstr(buf, "\nTracerPid:\t");
+	return was = tracer && tracer[12] != '0';
+}
+
+/* Why nothing may be merged now; DONE: it may. */
+static enum page_status refusal(void)
+{
+	return traced() ? BUSY : room_to_merge() ? DONE : NOMEM;
+}
+
+static bool sane(const struct sp_extent *e, uint64_t pages)
+{
+	return e->npages <= VPN_MAX && e->vpn <= VPN_MAX - e->npages &&
+	       (e->offset == SP_ZERO_PAGE || (e->offset <= pages && e->npages <= pages - e->offset));
+}
+
 int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 {
 	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
 	struct segment segment = {.fd = fd, .npages = (uint64_t)pages};
 	struct cursor at = {.extent = extents, .last = extents + n};
+	enum page_status refused = DONE;
 	uint64_t since = SECTION_MAX;
-	bool room = false;
 
 	if (pages < 0)
 		return (int)-pages;
-	for (size_t i = 0; i < n; i++) {
-		const struct sp_extent *e = &extents[i];
-
-		if (e->npages > VPN_MAX || e->vpn > VPN_MAX - e->npages)
+	for (size_t i = 0; i < n; i++)
+		if (!sane(&extents[i], (uint64_t)pages))
 			return EINVAL;
-		if (e->offset != SP_ZERO_PAGE &&
-		    (e->offset > (uint64_t)pages || e->npages > (uint64_t)pages - e->offset))
-			return EINVAL;
-	}
 	for (cursor_advance(&at, 0); at.extent < at.last;) {
 		size_t did;
 
 		if (since >= SECTION_MAX) {
 			since = 0;
-			room = room_to_merge();
+			refused = refusal();
 		}
-		if (room) {
+		if (refused == DONE) {
 			did = merge_some(&segment, &at, status);
 		} else {
 			did = at.extent->npages - at.at;
-			memset(status, NOMEM, did);
+			memset(status, refused, did);
 		}
 		since += did;
 		status += did;
