@@ -55,19 +55,15 @@ static void after_fork_parent(void)
 	mmap_unlock(&mask);
 }
 
-/* The kernel locks nothing of a child's. What the program kept from its children is not mapped here, and libc may map
- * something else there; what was to be wiped, the kernel wiped, but for what is a segment's. */
-static void inherit_areas(void)
+/* What the program kept from its children is not mapped here, and libc may map something else there. */
+static void forget_unforked(void)
 {
 	uintptr_t end;
 
-	all_unlocked();
 	for (const struct area *a = area_next(0); a; a = area_next(end)) {
 		end = a->end;
 		if (a->flags & AREA_DONTFORK)
 			area_remove(a->start, end);
-		else if (a->flags & AREA_WIPE)
-			zero_segments(a->start, end);
 	}
 }
 
@@ -76,8 +72,10 @@ static void after_fork_child(const sigset_t *saved, bool plain)
 {
 	mmap_lock_reinit();
 	atomic_store(&fork_ms, 0);
-	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* whoever was about it stayed behind */
-	inherit_areas();
+	/* Whoever was unmerging stayed behind, and the kernel locks nothing of a child's. */
+	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1);
+	all_unlocked();
+	forget_unforked();
 	agent_fork_child(!plain);
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
 }
@@ -201,9 +199,11 @@ bool is_plain_fork(long number, const long *arg)
 static int call_alone(long number, long a, long b)
 {
 	const struct timespec nap = {.tv_nsec = 200000};
-	bool left = agent_leave();
+	sigset_t saved;
 	int ret, err;
+	bool any;
 
+	agent_stop();
 	for (int tries = 0;; tries++) {
 		ret = number == SYS_setns ? real.setns((int)a, (int)b) : real.unshare((int)a);
 		err = errno;
@@ -211,7 +211,11 @@ static int call_alone(long number, long a, long b)
 			break;
 		real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
 	}
-	agent_return(left);
+	mmap_lock(&saved);
+	any = any_mergeable();
+	mmap_unlock(&saved);
+	if (any)
+		agent_start();
 	errno = err;
 	return ret;
 }

@@ -4,17 +4,32 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000 /* 4.17 */
 #endif
+#ifndef MAP_DROPPABLE
+#define MAP_DROPPABLE 0x08 /* 6.11 */
+#endif
+#define MPOL_DEFAULT 0
 
 static _Atomic bool lock_future; /* mlockall(MCL_FUTURE) */
 
 unsigned area_new_flags(void)
 {
 	return lock_future ? AREA_LOCKED : 0;
+}
+
+int maps_open(void)
+{
+	return (int)real.syscall(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);
+}
+
+void maps_close(int file)
+{
+	real.syscall(SYS_close, file);
 }
 
 int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot)
@@ -38,6 +53,11 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
 		}
 	}
 	return 0;
+}
+
+int vma_prot(const struct vma *v)
+{
+	return (v->read ? PROT_READ : 0) | (v->write ? PROT_WRITE : 0) | (v->exec ? PROT_EXEC : 0);
 }
 
 void area_reconcile(uintptr_t start, uintptr_t end)
@@ -68,22 +88,33 @@ void area_reconcile(uintptr_t start, uintptr_t end)
 
 /* ---- mapping --------------------------------------------------------------------------------------- */
 
-/* Memory of the program's own that PR_SET_MEMORY_MERGE, now or later, makes mergeable. */
-static bool is_own_memory(int flags)
+/*
+ * What is known of memory from how the program maps it. AREA_MAPPED: PR_SET_MEMORY_MERGE, now or later, makes it mergeable.
+ * A mapping that grows would not any more once its end is a segment's, and what the kernel may drop the segment would keep;
+ * the kernel gives stacks no huge pages (6.7).
+ */
+static unsigned mapped_flags(int flags)
 {
-	return (flags & MAP_TYPE) == MAP_PRIVATE && (flags & MAP_ANONYMOUS) &&
-	       !(flags & (MAP_HUGETLB | MAP_GROWSDOWN | MAP_STACK)) && agent_configured();
+	int type = flags & MAP_TYPE;
+
+	if (!agent_configured() || !(flags & MAP_ANONYMOUS) || flags & MAP_HUGETLB ||
+	    (type != MAP_PRIVATE && type != MAP_DROPPABLE))
+		return 0;
+	if (type == MAP_DROPPABLE || flags & MAP_GROWSDOWN)
+		return AREA_EXCLUDED;
+	return flags & MAP_STACK ? AREA_NOHUGEPAGE : AREA_MAPPED;
 }
 
 void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {
-	bool own, fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE);
+	bool fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE);
+	unsigned own;
 	uintptr_t start, end;
 	sigset_t saved;
 	void *p;
 
 	need_real();
-	own = is_own_memory(flags);
+	own = mapped_flags(flags);
 	if (!own && no_areas())
 		return real.mmap(addr, len, prot, flags, fd, offset);
 	mmap_lock(&saved);
@@ -91,7 +122,7 @@ void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 	if (p == MAP_FAILED) {
 		if (fixed) /* the kernel may have unmapped what was there before it failed */
 			area_reconcile(PAGE_ALIGN_DOWN(addr), PAGE_ALIGN_UP((uintptr_t)addr + len));
-		own = false;
+		own = 0;
 	} else {
 		start = (uintptr_t)p;
 		end = PAGE_ALIGN_UP(start + len);
@@ -99,10 +130,10 @@ void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 		area_remove(start, end);
 		blocks_forget(start, end);
 		if (own)
-			area_add(start, end, AREA_MAPPED | area_new_flags(), prot);
+			area_add(start, end, own | area_new_flags(), prot);
 	}
 	mmap_unlock(&saved);
-	if (own && merge_any)
+	if (own & AREA_MAPPED && merge_any)
 		agent_start();
 	return p;
 }
@@ -168,6 +199,41 @@ int sp_mprotect(void *addr, size_t len, int prot, int pkey)
 		area_reconcile(start, end);
 	else
 		area_change(start, end, pkey > 0 ? AREA_EXCLUDED : 0, 0, prot & (PROT_READ | PROT_WRITE | PROT_EXEC));
+	mmap_unlock(&saved);
+	return ret;
+}
+
+/* ---- policies and limits ---------------------------------------------------------------------------- */
+
+/* A mapping to come would lack the policy, and that of a segment's mapping is the segment's, which is others', too. */
+long sp_set_policy(long number, const long *arg)
+{
+	uintptr_t start = PAGE_ALIGN_DOWN(arg[0]), end = PAGE_ALIGN_UP((uintptr_t)arg[0] + (uintptr_t)arg[1]);
+	sigset_t saved;
+	long ret;
+
+	if (start >= end || (number == SYS_mbind && arg[2] == MPOL_DEFAULT) || (no_areas() && !agent_configured()))
+		return real.syscall(number, arg[0], arg[1], arg[2], arg[3], arg[4], arg[5]);
+	mmap_lock(&saved);
+	if (area_overlaps(start, end) || agent_configured())
+		area_cover(start, end, AREA_EXCLUDED, 0, PROT_NONE);
+	mmap_unlock(&saved);
+	if (unmerge_first(start, end))
+		return -1;
+	ret = real.syscall(number, arg[0], arg[1], arg[2], arg[3], arg[4], arg[5]);
+	return ret;
+}
+
+/* Under the lock, so that no limit comes between the agent's look at it and what depends on it (mappings_limited()). */
+int sp_prlimit(pid_t pid, int resource, const void *to, void *old)
+{
+	sigset_t saved;
+	int ret;
+
+	if (!to || no_areas())
+		return (int)real.syscall(SYS_prlimit64, pid, resource, to, old);
+	mmap_lock(&saved);
+	ret = (int)real.syscall(SYS_prlimit64, pid, resource, to, old);
 	mmap_unlock(&saved);
 	return ret;
 }
@@ -326,4 +392,24 @@ SP_EXPORT int mlockall(int flags)
 SP_EXPORT int munlockall(void)
 {
 	return sp_munlockall();
+}
+
+SP_EXPORT int setrlimit(__rlimit_resource_t resource, const struct rlimit *to)
+{
+	return sp_prlimit(0, (int)resource, to, NULL);
+}
+
+SP_EXPORT int setrlimit64(__rlimit_resource_t resource, const struct rlimit64 *to)
+{
+	return sp_prlimit(0, (int)resource, to, NULL);
+}
+
+SP_EXPORT int prlimit(pid_t pid, enum __rlimit_resource resource, const struct rlimit *to, struct rlimit *old)
+{
+	return sp_prlimit(pid, (int)resource, to, old);
+}
+
+SP_EXPORT int prlimit64(pid_t pid, enum __rlimit_resource resource, const struct rlimit64 *to, struct rlimit64 *old)
+{
+	return sp_prlimit(pid, (int)resource, to, old);
 }

@@ -127,20 +127,6 @@ static void look_up(void)
 		{&real.setns, "setns"},
 		{&real_register_atfork, "__register_atfork"},
 		{&next.syscall, "syscall"},
-		{&next.chroot, "chroot"},
-		{&next.setuid, "setuid"},
-		{&next.seteuid, "seteuid"},
-		{&next.setreuid, "setreuid"},
-		{&next.setresuid, "setresuid"},
-		{&next.setgid, "setgid"},
-		{&next.setegid, "setegid"},
-		{&next.setregid, "setregid"},
-		{&next.setresgid, "setresgid"},
-		{&next.setgroups, "setgroups"},
-		{&next.initgroups, "initgroups"},
-		{&next.setfsuid, "setfsuid"},
-		{&next.setfsgid, "setfsgid"},
-		{&next.capset, "capset"},
 	};
 
 	for (size_t i = 0; i < sizeof(symbols) / sizeof(symbols[0]); i++)
@@ -187,18 +173,19 @@ static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long 
 			return 0;
 		errno = -err;
 		return -1;
+	case PR_SET_VMA:
+		/* Only anonymous memory can have a name. */
+		if (a == PR_SET_VMA_ANON_NAME && !no_areas() &&
+		    unmerge(PAGE_ALIGN_DOWN(b), PAGE_ALIGN_UP(b + c)) == -ENOMEM) {
+			errno = ENOMEM;
+			return -1;
+		}
+		break;
 	case PR_SET_SECCOMP:
 		/* A filter may kill for the calls that the agent needs. NULL is a question what the kernel can do. */
 		if (a == SECCOMP_MODE_STRICT || b)
 			agent_retire();
 		break;
-	}
-	if (changes_identity(SYS_prctl, (long[]){option})) {
-		bool left = agent_leave();
-		int ret = next.prctl(option, a, b, c, d);
-
-		agent_return(left);
-		return ret;
 	}
 	return next.prctl(option, a, b, c, d);
 }
@@ -302,6 +289,13 @@ SP_EXPORT long syscall(long number, ...)
 		return sp_mlockall((int)a[0]);
 	case SYS_munlockall:
 		return sp_munlockall();
+	case SYS_mbind:
+	case SYS_set_mempolicy_home_node:
+		return sp_set_policy(number, a);
+	case SYS_setrlimit:
+		return sp_prlimit(0, (int)a[0], (void *)a[1], NULL);
+	case SYS_prlimit64:
+		return sp_prlimit((pid_t)a[0], (int)a[1], (void *)a[2], (void *)a[3]);
 	case SYS_prctl:
 		return sp_prctl((int)a[0], (unsigned long)a[1], (unsigned long)a[2], (unsigned long)a[3],
 				(unsigned long)a[4]);
@@ -319,8 +313,6 @@ SP_EXPORT long syscall(long number, ...)
 			agent_retire();
 		break;
 	default:
-		if (changes_identity(number, a))
-			return syscall_away(number, a);
 		if (is_plain_fork(number, a))
 			return plain_fork(number, a);
 	}
@@ -338,10 +330,6 @@ __attribute__((constructor)) static void initialise(void)
 	need_real();
 	if (!service || !*service)
 		return;
-	if (sanitizer()) {
-		say_left_alone();
-		return;
-	}
 	agent_configure(service);
 	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */
 	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1)
