@@ -433,6 +433,8 @@ static void wiping(void)
 	char *p = mmap(NULL, PAGE, RW, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
 	region(8);
+	memset(base + 3 * PAGE, 1, PAGE);
+	memset(base + 5 * PAGE, 1, PAGE);
 	DO(madvise, p, PAGE, MADV_WIPEONFORK);
 	DO(madvise, base, 4 * PAGE, MADV_WIPEONFORK);
 	child(look_and_discard);

@@ -291,6 +291,32 @@ static void calls_and_ends(void)
 	printf("calls %d\n", calls[0] > 0 && calls[1] > 0);
 }
 
+/* The main thread has ended, and /proc/PID/maps is empty. */
+static unsigned char *before;
+
+static void *without_leader(void *arg)
+{
+	nap(200);
+	printf("mprotect %d\n", mprotect(before, 1UL << 40, PROT_READ | PROT_WRITE)); /* not all of it is mapped */
+	printf("discard %d", madvise(before, SIZE, MADV_DONTNEED));
+	printf(" leaves %d\n", before[0] + before[SIZE - 1]);
+	before = begin();
+	printf("unmerge %d\n", madvise(before, SIZE, MADV_UNMERGEABLE));
+	printf("whole %d\n", before[0] == 1 && before[SIZE - 1] == 1);
+	fflush(stdout);
+	exit(0);
+	return arg;
+}
+
+static void leaderless(void)
+{
+	pthread_t thread;
+
+	before = begin();
+	pthread_create(&thread, NULL, without_leader, NULL);
+	pthread_exit(NULL);
+}
+
 int main(int argc, char **argv)
 {
 	const char *how = argc > 1 ? argv[1] : "";
@@ -301,6 +327,8 @@ int main(int argc, char **argv)
 		inside_malloc(argv[0]);
 	if (!strcmp(how, "inside-malloc-again"))
 		inside_malloc_again();
+	if (!strcmp(how, "leaderless"))
+		leaderless();
 	if (!strcmp(how, "settings"))
 		settings();
 	if (!strcmp(how, "odd-places"))

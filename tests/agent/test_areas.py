@@ -38,3 +38,9 @@ def areas_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_books_say_of_every_page_what_a_model_says(areas_model: Path, seed: int, memory: list[str]) -> None:
     done = subprocess.run([str(areas_model), "20000", str(seed), *memory], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_before_6_11_who_asks_for_all_mappings_reads_the_file_once(tmp_path: Path) -> None:
+    program = compile_c(HERE / "maps_reader.c", tmp_path / "maps_reader", f"-I{SOURCES}", str(SOURCES / "maps.c"))
+    done = subprocess.run([str(program), "20000"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout

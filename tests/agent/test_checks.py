@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent.preload import Preload, build_agent, compile_c
-from tests.agent.test_torture import WAYS, torture
+from tests.agent.test_torture import WAYS, crowd, torture
 
 HERE = Path(__file__).parent
 
@@ -36,6 +36,10 @@ def test_the_books_are_true_while_memory_is_merged_and_broken_without_end(
     checked: Preload, tmp_path: Path, way: str
 ) -> None:
     torture(checked, tmp_path, WAYS[way], seconds=4, seed=4)
+
+
+def test_the_books_are_true_in_a_crowd_of_tens_of_thousands_of_areas(checked: Preload, tmp_path: Path) -> None:
+    crowd(checked, tmp_path, WAYS["move"], seconds=6, seed=1)
 
 
 def test_the_books_are_true_whatever_is_called_and_over_forks(checked: Preload, tmp_path: Path) -> None:

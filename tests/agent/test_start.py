@@ -95,3 +95,8 @@ def test_it_begins_in_a_signal_handler_and_not_in_a_child_that_shares_memory(pre
 
 def test_calls_survive_the_end_of_the_thread_they_were_for(preload: Preload, start: str) -> None:
     assert preload.run([start, "calls-and-ends"], merged=True) == "calls 1\n"
+
+
+def test_a_process_whose_main_thread_ended_is_served_as_before(preload: Preload, start: str) -> None:
+    lines = ["mprotect -1", "discard 0 leaves 0", "unmerge 0", "whole 1"]
+    assert preload.run([start, "leaderless"], merged=True).splitlines() == lines

@@ -16,7 +16,7 @@ from tests.agent.preload import ROOT, Preload, compile_c
 WAYS = {
     "move": [],
     "write-protect": ["NO_MOVE"],
-    "move-untracked": ["NO_TRACKING"],
+    "move-untracked": ["NO_TRACKING", "NO_MAP_QUERY"],
     "write-protect-untracked": ["NO_MOVE", "NO_TRACKING"],
     "collisions": ["TRUNCATE_HASH"],
     "huge pages": ["HUGE"],
@@ -26,31 +26,45 @@ WAYS = {
 def torture(preload: Preload, directory: Path, flags: list[str], seconds: int, seed: int) -> dict[str, int]:
     """Run it against a storm; what the storm did, when not a byte was wrong."""
     program = compile_c(ROOT / "tests" / "agent" / "torture.c", directory / "torture", "-pthread")
+    options = ["nodirect"] if "NO_MOVE" in flags else []
+    options += ["huge"] if "HUGE" in flags else []
+    return storm(preload, directory, flags, [str(program), str(seconds), str(directory), str(seed), *options], seconds)
+
+
+def crowd(preload: Preload, directory: Path, flags: list[str], seconds: int, seed: int) -> dict[str, int]:
+    """The same with tens of thousands of areas."""
+    program = compile_c(ROOT / "tests" / "agent" / "crowd.c", directory / "crowd", "-pthread")
+    command = [str(program), str(seconds), "16000", str(seed)]
+    return storm(preload, directory, flags, command, seconds, SAMEPAGE_MIN_ALLOC="65536")
+
+
+def storm(
+    preload: Preload, directory: Path, flags: list[str], command: list[str], seconds: int, **environment: str
+) -> dict[str, int]:
+    """Run a program that tells when a byte is wrong while a storm merges and breaks; what that did."""
     socket = directory / "storm"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])}
-    storm = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "agent" / "storm.py"), str(socket), *flags],
         env=env,
         stdout=subprocess.PIPE,
         text=True,
     )
-    options = ["nodirect"] if "NO_MOVE" in flags else []
-    options += ["huge"] if "HUGE" in flags else []
     try:
-        assert storm.stdout is not None
-        assert storm.stdout.readline() == "ready\n"
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
         done = subprocess.run(
-            [str(program), str(seconds), str(directory), str(seed), *options],
-            env=os.environ | {"LD_PRELOAD": str(preload.library), "SAMEPAGE_SOCKET": str(socket)},
+            command,
+            env=os.environ | {"LD_PRELOAD": str(preload.library), "SAMEPAGE_SOCKET": str(socket)} | environment,
             capture_output=True,
             text=True,
             timeout=seconds + 100,
         )
-        storm.send_signal(signal.SIGTERM)
-        tally: dict[str, int] = json.loads(storm.stdout.read())
+        process.send_signal(signal.SIGTERM)
+        tally: dict[str, int] = json.loads(process.stdout.read())
     finally:
-        storm.kill()
-        storm.wait()
+        process.kill()
+        process.wait()
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{tally}"
     print(done.stdout, tally)
     return tally
@@ -70,6 +84,21 @@ def test_no_byte_is_wrong_while_memory_is_merged_and_broken_without_end(
     assert tally["break"] > 0
     # Nobody left but those that ended.
     assert not [k for k in tally if k.startswith("left") and ("nonsense" in k or "time" in k)], tally
+
+
+@pytest.mark.parametrize("way", ["move", "write-protect"])
+def test_no_byte_is_wrong_in_a_crowd_of_tens_of_thousands_of_areas(preload: Preload, tmp_path: Path, way: str) -> None:
+    tally = crowd(preload, tmp_path, WAYS[way], seconds=8, seed=len(way))
+    assert tally["merge DONE"] > 500, "hardly anything was merged, so nothing was tested"
+    assert not [k for k in tally if k.startswith("left") and ("nonsense" in k or "time" in k)], tally
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("way", ["move", "move-untracked"])
+def test_nor_is_one_in_a_crowd_after_five_minutes(preload: Preload, tmp_path: Path, way: str) -> None:
+    tally = crowd(preload, tmp_path, WAYS[way], seconds=300, seed=2)
+    assert tally["merge DONE"] > 10_000
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samepage.ksmd import Ksmd, PageState
+from samepage.ksmd import Ksmd, PageState, books
 from samepage.ksmd.mm_slot import Structured
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import (
@@ -710,3 +710,25 @@ def test_a_process_that_goes_while_it_is_recounted_is_dropped(machine: Simulated
     a.exit()
     ksmd.recount_zeros(slot)
     assert ksmd.rows() == ()
+
+
+def test_where_segments_are_scarce_old_ones_are_retired_and_merging_goes_on(
+    machine: SimulatedMachine, ksmd: Ksmd
+) -> None:
+    ksmd.segments_max = 4
+    (a, b), slots = processes(machine, ksmd, SAME, SAME)
+    for n in range(2, 10):
+        passes(ksmd, 3)
+        assert len(a.merged_pages()) == len(b.merged_pages()) == 25 * n
+        check_books(ksmd)
+        assert sum(segment.is_open for segment in machine.segments.values()) <= 4
+        for space in (a, b):
+            space.write(BASE + 25 * n, *range(100 * n, 100 * n + 25))
+    assert ksmd.segments_retired > 0
+    assert ksmd.unmerge(slots[0]).pages_remaining == 0
+    assert not a.merged_pages()
+    check_books(ksmd)
+
+
+def check_books(ksmd: Ksmd) -> None:
+    assert [books.problems(domain) for domain in ksmd._domains.values()] == [[]]

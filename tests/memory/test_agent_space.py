@@ -6,8 +6,10 @@ import contextlib
 import errno
 import mmap
 import os
+import resource
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ import pytest
 from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, wire
 from samepage.memory import agent as module
 from samepage.memory.agent import DONATE_MAX, MERGE_MAX, AgentAddressSpace, Terms
-from samepage.memory.segments import MemfdSegment
+from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op
 from tests.service import fake_agent
 from tests.service.fake_agent import BASE_VPN, FakeAgent, some_pages
@@ -451,3 +453,62 @@ def test_an_endless_list_of_areas_ends_soon(make: Make) -> None:
     with pytest.raises(AddressSpaceGone, match="more than 262144 areas"):
         space.areas()
     assert len(agent.asked) == 33
+
+
+def test_a_donation_for_which_no_descriptor_is_left_is_no_lie(make: Make) -> None:
+    copies = [fake_agent.sealed(bytes(2 * PAGE_SIZE)) for _ in range(2)]
+
+    def donated_before(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        body = wire.pack(wire.DONE, 0, 2) + bytes(2)
+        return wire.encode(request.op, request.seq, body), copies.pop()
+
+    space, _ = make(donate=donated_before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        donation = space.donate(runs((0, 2)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert donation.segment is None
+    assert donation.status.tolist() == [PageStatus.NOMEM] * 2
+    assert space.gone is None
+    donation = space.donate(runs((0, 2)))
+    assert donation.segment is not None
+    donation.close()
+
+
+def test_nobody_is_asked_for_a_copy_for_which_there_is_no_descriptor(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, agent = make()
+    monkeypatch.setattr(OPEN, "most", OPEN.count)
+    assert space.donate(runs((0, 2))).status.tolist() == [PageStatus.NOMEM] * 2
+    assert not agent.asked
+
+
+def test_a_descriptor_that_would_block_whoever_closes_it_blocks_nobody(make: Make) -> None:
+    """A TCP socket with SO_LINGER and data that nobody takes: the last to close it waits."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def lingering() -> int:
+            sock = socket.create_connection(server.getsockname())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3))
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.send(b"x" * (1 << 20))
+            return sock.detach()
+
+        def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+            return agent.honest(request)[0], lingering()
+
+        for op, ask in (
+            ("map_count", lambda space: space.map_count()),
+            ("donate", lambda space: space.donate(runs((0, 2)))),
+        ):
+            space, _ = make(**{op: lie})
+            started = time.monotonic()
+            with pytest.raises(AddressSpaceGone):
+                ask(space)
+            assert time.monotonic() - started < 2
+            assert space.doubtful

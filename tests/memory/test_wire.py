@@ -86,7 +86,7 @@ def test_no_field_of_the_c_header_is_missing() -> None:
 
 def test_every_constant_equals_the_c_header(c_layout: Layout) -> None:
     ours = {"SP_MAGIC": wire.MAGIC, "SP_VERSION": wire.VERSION, "SP_MSG_MAX": wire.MSG_MAX}
-    ours |= {"SP_ZERO_PAGE": memory.ZERO_PAGE, "SP_VPN_END": memory.VPN_END}
+    ours |= {"SP_ZERO_PAGE": memory.ZERO_PAGE, "SP_VPN_END": memory.VPN_END, "SP_AREAS_CHANGED": memory.AREAS_CHANGED}
     ours |= {f"SP_WELCOME_{flag.name}": int(flag) for flag in wire.Flags}
     ours |= {f"SP_{op.name}": int(op) for op in wire.Op}
     ours |= {f"SP_SCAN_{flag.name}": int(flag) for flag in memory.ScanFlag}

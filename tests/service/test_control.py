@@ -99,7 +99,8 @@ def path(scanner: FakeScanner, tmp_path: Path) -> Iterator[str]:
             except OSError:
                 return
             with sock, contextlib.suppress(OSError):
-                control.handle(sock, sock.recv(1 << 17), scanner, os.getuid())
+                while data := sock.recv(control.PACKET_MAX + 1):
+                    control.handle(sock, data, sockets.peer(sock), scanner, os.getuid())
 
     threading.Thread(target=serve, daemon=True).start()
     yield path

@@ -28,11 +28,12 @@
  *
  * Memory. Nothing comes from the application's heap. All state is static or mmapped by the agent.
  *
- * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c (whose memory, and what is known of it); in front
- * of libc (wrappers.h): alloc.c (the malloc family), blocks.c (its large blocks), mmap.c, mremap.c, madvise.c, fork.c
- * (processes and threads) and wrappers.c (the rest); check.c (a build that checks all that); uffd.c (the kernel's calls,
- * one function each), window.c (where the agent maps), scan.c and hash.c (look and hash), donate.c, merge.c and swap.c
- * (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?), peer.c (thread, wire and C API).
+ * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
+ * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c (its large blocks), mmap.c, mremap.c, madvise.c,
+ * fork.c (processes and threads), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
+ * all that); uffd.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
+ * hash), donate.c, merge.c and swap.c (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?);
+ * thread.c, call.c, peer.c, wire.c, serve.c and api.c (peer.h: the thread, and who speaks to it), and system.c under all.
  */
 #ifndef SAMEPAGE_AGENT_H
 #define SAMEPAGE_AGENT_H
@@ -72,11 +73,13 @@ static inline uintptr_t min_addr(uintptr_t a, uintptr_t b)
 /* ---- a build that checks itself (check.c) ------------------------------------------------------- */
 
 #ifdef SAMEPAGE_CHECK
-_Noreturn void check_failed(const char *what, const char *file, int line);
+_Noreturn void check_failed(const char *line);
+#define VM_BUG_LINE_(file, line, what) "samepage: " file ":" #line ": " what "\n"
+#define VM_BUG_LINE(file, line, what) VM_BUG_LINE_(file, line, what)
 #define VM_BUG_ON(wrong)                                                                                               \
 	do {                                                                                                           \
 		if (wrong)                                                                                             \
-			check_failed(#wrong, __FILE__, __LINE__);                                                      \
+			check_failed(VM_BUG_LINE(__FILE__, __LINE__, #wrong));                                         \
 	} while (0)
 /* Before the lock is let go: areas and planes are as they must be, and as the kernel has it. */
 void check_books(void);
@@ -143,9 +146,10 @@ enum area_flags {
 	AREA_HUGEPAGE = 1 << 8,
 	AREA_NOHUGEPAGE = 1 << 9,
 	AREA_UNMERGED = 1 << 10, /* MADV_UNMERGEABLE on memory of ours: known, not mergeable */
-	AREA_SEQUENTIAL = 1 << 12,
-	AREA_RANDOM = 1 << 13,
-	AREA_MAPPED = 1 << 11, /* private anonymous memory that the program mapped itself: merged if merge_any */
+	AREA_MAPPED = 1 << 11,	 /* private anonymous memory that the program mapped itself: merged if merge_any */
+	AREA_WIPE = 1 << 12,	 /* MADV_WIPEONFORK: what is a segment's here, the agent wipes in a child */
+	AREA_SEQUENTIAL = 1 << 13,
+	AREA_RANDOM = 1 << 14,
 };
 
 struct area {
@@ -161,7 +165,8 @@ void mmap_unlock(const sigset_t *saved);
 void agent_mmap_lock(void);
 void agent_mmap_unlock(void);
 bool mmap_lock_contended(void);
-void mmap_lock_reinit(void); /* in a forked child */
+void mmap_lock_reinit(void);	/* in a forked child */
+extern uint64_t mmap_lock_held; /* how often it was taken */
 
 /* An ordered set of disjoint areas (area_set.c); all zeros is an empty one. A pointer to an area of it is valid until the
  * set grows or is trimmed. */
@@ -343,8 +348,11 @@ struct vma {
 	uint64_t offset, ino; /* offset in bytes */
 	bool read, write, exec, shared;
 };
-/* The first mapping that ends after `addr`; false when there is none. `file` is an open /proc/self/maps. */
+/* The first mapping that ends after `addr`; false when there is none. `file` is an open /proc/self/maps. Needs the lock. */
 bool vma_find(int file, uintptr_t addr, struct vma *out);
+void vma_forget(void); /* an open file is another from now on */
+/* Under the lock. If nobody held it since it was last held here, no mapping changed that vma_find() is asked for. */
+void vma_resume(void);
 unsigned long vma_count(void);
 
 /* ---- the verbs ------------------------------------------------------------------------------------ */
@@ -390,6 +398,10 @@ int agent_call(void (*fn)(void *arg), void *arg);
 void agent_start(void);
 void agent_stop(void);	 /* ends the thread; merged memory stays merged */
 void agent_retire(void); /* the same, for good */
+/* Around a call that the thread must not be there for, or would be left behind by: what agent_leave says agent_return is
+ * told. */
+bool agent_leave(void);
+void agent_return(bool left);
 void agent_fork_child(bool may_start_thread);
 bool on_agent_thread(void);
 uint64_t thread_cpu_ns(void);

@@ -252,8 +252,9 @@ void area_readvise(const struct area *a, uintptr_t start, uintptr_t end)
 		unsigned flag;
 		int advice;
 	} advices[] = {
-		{AREA_DONTFORK, MADV_DONTFORK},	    {AREA_DONTDUMP, MADV_DONTDUMP},	{AREA_HUGEPAGE, MADV_HUGEPAGE},
-		{AREA_NOHUGEPAGE, MADV_NOHUGEPAGE}, {AREA_SEQUENTIAL, MADV_SEQUENTIAL}, {AREA_RANDOM, MADV_RANDOM},
+		{AREA_DONTFORK, MADV_DONTFORK},	    {AREA_DONTDUMP, MADV_DONTDUMP}, {AREA_HUGEPAGE, MADV_HUGEPAGE},
+		{AREA_NOHUGEPAGE, MADV_NOHUGEPAGE}, {AREA_WIPE, MADV_WIPEONFORK},   {AREA_SEQUENTIAL, MADV_SEQUENTIAL},
+		{AREA_RANDOM, MADV_RANDOM},
 	};
 
 	for (size_t i = 0; i < sizeof(advices) / sizeof(advices[0]); i++)

@@ -8,23 +8,29 @@
 
 #ifdef SAMEPAGE_CHECK
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/syscall.h>
+#include "system.h"
+
+#include <string.h>
 
 #define AREAS_EACH 64	/* areas looked at before one unlock */
+#define RUNS_EACH 64	/* of pages of one kind */
 #define PLANES_EVERY 16 /* unlocks */
 #define KERNEL_EVERY 64
 #define MAPPINGS_EACH 32
 
-_Noreturn void check_failed(const char *what, const char *file, int line)
+_Noreturn void check_failed(const char *line)
 {
-	char text[512];
-	int len = snprintf(text, sizeof(text), "samepage: %s:%d: %s\n", file, line, what);
+	const struct
+	{ /* the kernel's struct sigaction: SIG_DFL, no handler of the application's, for the lock may be held */
+		uint64_t handler, flags, restorer, mask;
+	} action = {0};
+	const uint64_t none = 0;
 
-	real.syscall(SYS_write, 2, text, (size_t)len);
-	signal(SIGABRT, SIG_DFL); /* no handler of the application's: the lock may be held */
-	abort();
+	real.syscall(SYS_write, 2, line, strlen(line));
+	real.syscall(SYS_rt_sigaction, SIGABRT, &action, NULL, sizeof(none));
+	real.syscall(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof(none));
+	real.syscall(SYS_tgkill, real.syscall(SYS_getpid), real.syscall(SYS_gettid), SIGABRT);
+	__builtin_trap();
 }
 
 /* A number of areas, from where the last look ended. */
@@ -49,21 +55,43 @@ static void check_areas(void)
 		from = 0;
 }
 
-/* What is mapped from a segment lies in an area, and an island in what is mapped from a segment. */
-static void check_planes(void)
+/* What is mapped from a segment lies in an area. Each look goes on where the last one ended. */
+static void check_segments(void)
 {
+	static uint64_t vpn;
 	const uint64_t last = ADDRESS_END >> PAGE_SHIFT;
-	uint64_t vpn, end;
 
-	for (vpn = page_next(PAGE_SEGMENT, 0, last, true); vpn < last; vpn = page_next(PAGE_SEGMENT, end, last, true)) {
-		const struct area *a = area_next(vpn << PAGE_SHIFT);
+	for (int i = 0; i < RUNS_EACH; i++) {
+		const struct area *a;
 
+		vpn = page_next(PAGE_SEGMENT, vpn, last, true);
+		if (vpn == last) {
+			vpn = 0;
+			return;
+		}
+		a = area_next(vpn << PAGE_SHIFT);
 		VM_BUG_ON(!a || a->start > vpn << PAGE_SHIFT);
-		end = min_addr(page_next(PAGE_SEGMENT, vpn, last, false), a->end >> PAGE_SHIFT);
+		vpn = min_addr(page_next(PAGE_SEGMENT, vpn, last, false), a->end >> PAGE_SHIFT);
 	}
-	for (vpn = page_next(PAGE_ISLAND, 0, last, true); vpn < last; vpn = page_next(PAGE_ISLAND, end, last, true)) {
+}
+
+/* An island lies in what is mapped from a segment. */
+static void check_islands(void)
+{
+	static uint64_t vpn;
+	const uint64_t last = ADDRESS_END >> PAGE_SHIFT;
+
+	for (int i = 0; i < RUNS_EACH; i++) {
+		uint64_t end;
+
+		vpn = page_next(PAGE_ISLAND, vpn, last, true);
+		if (vpn == last) {
+			vpn = 0;
+			return;
+		}
 		end = page_next(PAGE_ISLAND, vpn, last, false);
 		VM_BUG_ON(page_next(PAGE_SEGMENT, vpn, end, false) < end);
+		vpn = end;
 	}
 }
 
@@ -102,8 +130,10 @@ void check_books(void)
 
 	check_areas();
 	unlocks++;
-	if (unlocks % PLANES_EVERY == 0)
-		check_planes();
+	if (unlocks % PLANES_EVERY == 0) {
+		check_segments();
+		check_islands();
+	}
 	if (unlocks % KERNEL_EVERY == 0)
 		check_against_kernel();
 	errno = saved;

@@ -55,15 +55,19 @@ static void after_fork_parent(void)
 	mmap_unlock(&mask);
 }
 
-/* What the program kept from its children is not mapped here, and libc may map something else there. */
-static void forget_unforked(void)
+/* The kernel locks nothing of a child's. What the program kept from its children is not mapped here, and libc may map
+ * something else there; what was to be wiped, the kernel wiped, but for what is a segment's. */
+static void inherit_areas(void)
 {
 	uintptr_t end;
 
+	all_unlocked();
 	for (const struct area *a = area_next(0); a; a = area_next(end)) {
 		end = a->end;
 		if (a->flags & AREA_DONTFORK)
 			area_remove(a->start, end);
+		else if (a->flags & AREA_WIPE)
+			zero_segments(a->start, end);
 	}
 }
 
@@ -72,10 +76,8 @@ static void after_fork_child(const sigset_t *saved, bool plain)
 {
 	mmap_lock_reinit();
 	atomic_store(&fork_ms, 0);
-	/* Whoever was unmerging stayed behind, and the kernel locks nothing of a child's. */
-	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1);
-	all_unlocked();
-	forget_unforked();
+	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* whoever was about it stayed behind */
+	inherit_areas();
 	agent_fork_child(!plain);
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
 }
@@ -199,11 +201,9 @@ bool is_plain_fork(long number, const long *arg)
 static int call_alone(long number, long a, long b)
 {
 	const struct timespec nap = {.tv_nsec = 200000};
-	sigset_t saved;
+	bool left = agent_leave();
 	int ret, err;
-	bool any;
 
-	agent_stop();
 	for (int tries = 0;; tries++) {
 		ret = number == SYS_setns ? real.setns((int)a, (int)b) : real.unshare((int)a);
 		err = errno;
@@ -211,11 +211,7 @@ static int call_alone(long number, long a, long b)
 			break;
 		real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
 	}
-	mmap_lock(&saved);
-	any = any_mergeable();
-	mmap_unlock(&saved);
-	if (any)
-		agent_start();
+	agent_return(left);
 	errno = err;
 	return ret;
 }

@@ -338,11 +338,11 @@ static bool room_under(const struct roots *r, uint64_t bytes, uint64_t leave)
 	return found >= bytes + leave;
 }
 
-/* mountinfo is relative to a thread's root, and ours stays when the application calls chroot(). */
+/* mountinfo is relative to a thread's root, and ours need not be the main thread's. */
 static const struct roots kernel_files = {
 	.cgroup = "/proc/self/cgroup",
 	.thread_cgroup = "/proc/thread-self/cgroup",
-	.namespace = "/proc/self/ns/cgroup",
+	.namespace = "/proc/thread-self/ns/cgroup",
 	.mountinfo = "/proc/thread-self/mountinfo",
 	.meminfo = "/proc/meminfo",
 	.swappiness = "/proc/sys/vm/swappiness",

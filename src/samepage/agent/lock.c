@@ -5,6 +5,7 @@
 
 static struct mutex lock;
 static _Atomic int waiters; /* application threads that want the lock */
+uint64_t mmap_lock_held;
 
 void mmap_lock(sigset_t *saved)
 {
@@ -17,6 +18,7 @@ void mmap_lock(sigset_t *saved)
 		mutex_lock(&lock);
 		atomic_fetch_sub(&waiters, 1);
 	}
+	mmap_lock_held++;
 }
 
 void mmap_unlock(const sigset_t *saved)
@@ -33,6 +35,7 @@ void agent_mmap_lock(void)
 	while (atomic_load_explicit(&waiters, memory_order_relaxed))
 		real.syscall(SYS_sched_yield);
 	mutex_lock(&lock);
+	mmap_lock_held++;
 }
 
 void agent_mmap_unlock(void)

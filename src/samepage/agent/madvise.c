@@ -217,6 +217,7 @@ static void remember(uintptr_t start, uintptr_t end, int advice)
 		{MADV_DODUMP, 0, AREA_DONTDUMP},
 		{MADV_HUGEPAGE, AREA_HUGEPAGE, AREA_NOHUGEPAGE},
 		{MADV_NOHUGEPAGE, AREA_NOHUGEPAGE, AREA_HUGEPAGE},
+		{MADV_KEEPONFORK, 0, AREA_WIPE},
 		{MADV_SEQUENTIAL, AREA_SEQUENTIAL, AREA_RANDOM},
 		{MADV_RANDOM, AREA_RANDOM, AREA_SEQUENTIAL},
 		{MADV_NORMAL, 0, AREA_RANDOM | AREA_SEQUENTIAL},
@@ -226,6 +227,28 @@ static void remember(uintptr_t start, uintptr_t end, int advice)
 	for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]); i++)
 		if (flags[i].advice == advice)
 			area_change(start, end, flags[i].set, flags[i].clear, -1);
+}
+
+/* The kernel wipes no private mapping of a file, which a merged page is, and an island stays one. Those the agent wipes. */
+static int wipe_on_fork(uintptr_t start, uintptr_t end)
+{
+	uint64_t last = end >> PAGE_SHIFT, stop;
+	int hole = 0;
+
+	for (uint64_t vpn = start >> PAGE_SHIFT; vpn < last; vpn = stop) {
+		bool merged = page_test(PAGE_SEGMENT, vpn);
+		uintptr_t at = vpn << PAGE_SHIFT;
+
+		stop = page_next(PAGE_SEGMENT, vpn, last, !merged);
+		if (!merged && real.madvise((void *)at, (stop - vpn) << PAGE_SHIFT, MADV_WIPEONFORK)) {
+			if (errno != ENOMEM)
+				return -1;
+			hole = ENOMEM;
+		}
+		area_change(at, stop << PAGE_SHIFT, AREA_WIPE, 0, -1);
+	}
+	errno = hole;
+	return hole ? -1 : 0;
 }
 
 static int advise(uintptr_t start, uintptr_t end, int advice)
@@ -238,6 +261,8 @@ static int advise(uintptr_t start, uintptr_t end, int advice)
 	case MADV_FREE:
 	case MADV_GUARD_INSTALL:
 		return discard(start, end, advice);
+	case MADV_WIPEONFORK:
+		return wipe_on_fork(start, end);
 	case MADV_REMOVE:
 		ret = real.madvise((void *)start, end - start, advice);
 		/* Anonymous memory has no file to punch; a private mapping of one may not. */
@@ -253,8 +278,8 @@ static int advise(uintptr_t start, uintptr_t end, int advice)
 	}
 }
 
-/* Wiping is not for the file mapping that a merged page is. Nothing is merged in the range from now on, not even between
- * this and the advice, nor where that stops half-way. */
+/* Before MADV_WIPEONFORK: nothing is merged in the range from now on, not even between this and the advice, nor where that
+ * stops half-way. */
 static int leave_alone(uintptr_t start, uintptr_t end)
 {
 	sigset_t saved;

@@ -22,16 +22,6 @@ unsigned area_new_flags(void)
 	return lock_future ? AREA_LOCKED : 0;
 }
 
-int maps_open(void)
-{
-	return (int)real.syscall(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);
-}
-
-void maps_close(int file)
-{
-	real.syscall(SYS_close, file);
-}
-
 int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot)
 {
 	uintptr_t stop;
@@ -53,11 +43,6 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
 		}
 	}
 	return 0;
-}
-
-int vma_prot(const struct vma *v)
-{
-	return (v->read ? PROT_READ : 0) | (v->write ? PROT_WRITE : 0) | (v->exec ? PROT_EXEC : 0);
 }
 
 void area_reconcile(uintptr_t start, uintptr_t end)

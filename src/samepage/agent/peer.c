@@ -60,6 +60,10 @@ static bool connect_service(void)
 	}
 	if (!peer.path[0])
 		return false;
+	if (!is_same()) { /* begun by a thread that acts for somebody else */
+		thread_retires();
+		return false;
+	}
 	peer.sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	memcpy(to.sun_path, peer.path, sizeof(to.sun_path));
 	return peer.sock >= 0 && !connect(peer.sock, (struct sockaddr *)&to, sizeof(to)) && is_trusted(peer.sock) &&
@@ -143,7 +147,7 @@ void peer_main(void)
 	thread_settle();
 	if (!isolate()) {
 		calls_close();
-		atomic_store(&thread.state, RETIRED);
+		thread_retires();
 		return;
 	}
 	if (thread.delay)

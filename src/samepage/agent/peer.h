@@ -19,6 +19,7 @@ extern struct thread {
 	_Atomic uint32_t tid; /* of a thread that lives; the kernel makes it 0 when that has ended */
 	pid_t owner;	   /* the process this memory is of; in a child by vfork, or one that forked past us, another */
 	_Atomic bool stop; /* it is to end */
+	_Atomic int away;  /* not 0: none may begin (agent_leave) */
 	bool delay;	   /* it is to wait before it joins */
 } thread;
 
@@ -27,6 +28,7 @@ extern struct mutex life;
 
 bool thread_is_here(void); /* there is one, and it is this process's */
 int thread_start(void);	   /* needs `life`; 0 or -errno */
+void thread_retires(void); /* on the thread: it ends, for good */
 /* To be noted before the application changes it for itself: who it is, where it may run and take memory from. */
 void thread_note_defaults(void);
 void thread_settle(void); /* on the thread: as the process was started, and not as who made it happens to run */
@@ -51,6 +53,10 @@ extern struct peer {
 } peer;
 
 void peer_main(void); /* what the thread does */
+
+/* ---- identity.c ---- */
+
+bool is_same(void); /* on the thread: its users and groups are still those of the thread that leads the process */
 
 /* ---- wire.c ---- */
 

@@ -325,8 +325,11 @@ void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run
 		return;
 	do {
 		agent_mmap_lock();
+		vma_resume();
 		vpn = step(&o, vpn, req->end);
-		head->areas_seq = areas_seq;
+		/* What was found first may lie in no area any more: the service is not to take that for a lie. */
+		if (areas_seq != head->areas_seq)
+			head->areas_seq = SP_AREAS_CHANGED;
 		agent_mmap_unlock();
 	} while (vpn && vpn < req->end && !full(&o));
 	last_look.next = head->next_vpn = vpn;

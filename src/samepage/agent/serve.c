@@ -152,7 +152,10 @@ bool serve(void)
 
 	if (got < 0)
 		return got == -EAGAIN;
-	if (op == SP_AREAS && got == sizeof(uint64_t)) {
+	if ((op == SP_DONATE || op == SP_MERGE) && !is_same()) {
+		thread_retires();
+		err = EPROTO;
+	} else if (op == SP_AREAS && got == sizeof(uint64_t)) {
 		len = do_areas(*(uint64_t *)payload);
 	} else if (op == SP_SCAN && got == sizeof(struct sp_scan)) {
 		len = do_scan(payload);

@@ -171,6 +171,8 @@ int thread_start(void)
 
 	if (state != IDLE)
 		return state == RETIRED ? -EPERM : 0;
+	if (atomic_load(&thread.away))
+		return -EAGAIN;
 	/* What shares our memory and is another process (vfork) can have no thread in it that outlives it. */
 	if (thread.owner != getpid())
 		return -EPERM;
@@ -238,11 +240,13 @@ static void stop_thread(int state)
 
 	block_signals(&saved);
 	mutex_lock(&life);
-	if (thread_is_here())
+	if (thread_is_here()) {
 		end_thread();
-	/* A thread that did not end in time is told to, and nothing is started beside it. */
-	if (!thread.owner || thread.owner == getpid())
+		/* One that did not end in time is told to, and nothing is started beside it. */
 		atomic_store(&thread.state, atomic_load(&thread.tid) ? RETIRED : state);
+	} else if (state == RETIRED && (!thread.owner || thread.owner == getpid())) {
+		atomic_store(&thread.state, RETIRED);
+	}
 	mutex_unlock(&life);
 	pthread_sigmask(SIG_SETMASK, &saved, NULL);
 	errno = saved_errno;
@@ -259,12 +263,48 @@ void agent_retire(void)
 	stop_thread(RETIRED);
 }
 
+void thread_retires(void)
+{
+	atomic_store(&thread.stop, true);
+	atomic_store(&thread.state, RETIRED);
+}
+
+bool agent_leave(void)
+{
+	if (thread.owner != getpid())
+		return false;
+	/* Not by holding `life`: a thread that waits for it has all signals blocked, and libc waits for every thread to take one
+	 * when the process changes its user. */
+	atomic_fetch_add(&thread.away, 1);
+	stop_thread(IDLE); /* waits for one that is being started */
+	return true;
+}
+
+void agent_return(bool left)
+{
+	int saved_errno = errno;
+	sigset_t saved;
+	bool any;
+
+	if (!left)
+		return;
+	atomic_fetch_sub(&thread.away, 1);
+	mmap_lock(&saved);
+	any = any_mergeable();
+	mmap_unlock(&saved);
+	thread.delay = true; /* more such calls may follow, or an exec */
+	if (any)
+		agent_start();
+	errno = saved_errno;
+}
+
 void agent_fork_child(bool may_start_thread)
 {
 	/* The thread, its descriptors and what hung on them stayed in the parent. */
 	life = (struct mutex){0};
 	calls_forget();
 	atomic_store(&thread.tid, 0);
+	atomic_store(&thread.away, 0);
 	thread.owner = getpid();
 	atomic_store(&peer.joined, false);
 	if (atomic_load(&thread.state) == RUNNING)

@@ -122,9 +122,9 @@ int kernel_open(int dev)
 	uintptr_t walked;
 	struct pm_walk any = {.must = PAGE_IS_PRESENT};
 
-	kernel.pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	kernel.mem = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
-	kernel.maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	kernel.pagemap = open("/proc/thread-self/pagemap", O_RDONLY | O_CLOEXEC);
+	kernel.mem = open("/proc/thread-self/mem", O_RDONLY | O_CLOEXEC);
+	kernel.maps = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC);
 	kernel.overcommit = open("/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC);
 	if (kernel.pagemap < 0 || kernel.mem < 0 || kernel.maps < 0)
 		return -errno;
@@ -384,111 +384,4 @@ void untrack(uintptr_t start, uintptr_t end)
 	scan_disturb();
 	if (kernel.move >= 0)
 		uffd_unregister(kernel.move, start, end - start);
-}
-
-/* ---- /proc/self/maps -------------------------------------------------------------------------------- */
-
-static bool hex(const char **p, const char *end, uint64_t *out)
-{
-	const char *s = *p;
-
-	for (*out = 0; s < end; s++) {
-		int c = *s, d = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-
-		if (d < 0)
-			break;
-		*out = *out << 4 | (uint64_t)d;
-	}
-	*p = s;
-	return s < end;
-}
-
-/* "start-end perms offset maj:min inode ..." */
-static bool parse_vma(const char *s, const char *end, struct vma *v)
-{
-	uint64_t a, b, skip;
-
-	if (!hex(&s, end, &a) || *s++ != '-' || !hex(&s, end, &b) || end - s < 6)
-		return false;
-	v->start = a;
-	v->end = b;
-	v->read = s[1] == 'r';
-	v->write = s[2] == 'w';
-	v->exec = s[3] == 'x';
-	v->shared = s[4] == 's';
-	s += 6;
-	if (!hex(&s, end, &v->offset) || !hex((s++, &s), end, &skip) || !hex((s++, &s), end, &skip))
-		return false;
-	for (s++, v->ino = 0; s < end && *s >= '0' && *s <= '9'; s++)
-		v->ino = v->ino * 10 + (uint64_t)(*s - '0');
-	return true;
-}
-
-struct procmap_query { /* include/uapi/linux/fs.h, Linux 6.11 */
-	uint64_t size, flags, addr, start, end, vma_flags, page_size, offset, inode;
-	uint32_t dev_major, dev_minor, name_size, build_id_size;
-	uint64_t name, build_id;
-};
-#define PROCMAP_REQUEST _IOWR('f', 17, struct procmap_query)
-#define PROCMAP_COVERING_OR_NEXT 0x10
-
-static bool vma_query(int file, uintptr_t addr, struct vma *out, bool *known)
-{
-	struct procmap_query q = {.size = sizeof(q), .flags = PROCMAP_COVERING_OR_NEXT, .addr = addr};
-
-	if (real.ioctl(file, PROCMAP_REQUEST, &q)) {
-		*known = errno == ENOENT; /* there is no mapping from here on */
-		return false;
-	}
-	*out = (struct vma){.start = q.start,
-			    .end = q.end,
-			    .offset = q.offset,
-			    .ino = q.inode,
-			    .read = q.vma_flags & 1,
-			    .write = q.vma_flags & 2,
-			    .exec = q.vma_flags & 4,
-			    .shared = q.vma_flags & 8};
-	return *known = true;
-}
-
-bool vma_find(int file, uintptr_t addr, struct vma *out)
-{
-	char buf[8192]; /* more than a line can take: a path has at most PATH_MAX bytes */
-	size_t have = 0;
-	bool known;
-
-	*out = (struct vma){0};
-	if (vma_query(file, addr, out, &known) || known)
-		return out->end > addr;
-	if (lseek(file, 0, SEEK_SET) < 0)
-		return false;
-	for (;;) {
-		/* Not read(2): application threads hold the lock here, and that is a cancellation point. */
-		long got = real.syscall(SYS_read, file, buf + have, sizeof(buf) - have);
-		char *line = buf, *stop;
-
-		if (got <= 0)
-			return false;
-		stop = buf + have + got;
-		for (char *nl; (nl = memchr(line, '\n', (size_t)(stop - line))); line = nl + 1)
-			if (parse_vma(line, nl, out) && out->end > addr)
-				return true;
-		have = (size_t)(stop - line);
-		memmove(buf, line, have);
-	}
-}
-
-unsigned long vma_count(void)
-{
-	int file = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
-	unsigned long lines = 0;
-	char buf[4096];
-	ssize_t got;
-
-	while (file >= 0 && (got = read(file, buf, sizeof(buf))) > 0)
-		for (char *p = buf; (p = memchr(p, '\n', (size_t)(buf + got - p))); p++)
-			lines++;
-	if (file >= 0)
-		close(file);
-	return lines;
 }

@@ -101,7 +101,7 @@ static bool leaves(int resource, const char *pages, uint64_t bytes)
 bool limits_leave(uint64_t bytes)
 {
 	char statm[160], *data = statm;
-	int file = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+	int file = open("/proc/thread-self/statm", O_RDONLY | O_CLOEXEC);
 	ssize_t got = file < 0 ? -1 : read(file, statm, sizeof(statm) - 1);
 
 	if (file >= 0)

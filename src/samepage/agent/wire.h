@@ -55,6 +55,7 @@ enum sp_welcome_flags {
 	SP_WELCOME_NO_MOVE = 2,	      /* swap by write-protection */
 	SP_WELCOME_NO_TRACKING = 4,   /* hash everything at every scan */
 	SP_WELCOME_TWO_NODES = 8,     /* not an older kernel: pages of odd numbers are on a second NUMA node */
+	SP_WELCOME_NO_MAP_QUERY = 16, /* read /proc/self/maps for each mapping */
 };
 
 struct sp_welcome {
@@ -115,9 +116,11 @@ struct sp_run {
 	uint64_t offset;
 };
 
+#define SP_AREAS_CHANGED 0ULL /* the set of areas changed during the scan; it has no such seq */
+
 struct sp_scanned {
 	uint64_t next_vpn;
-	uint64_t areas_seq;
+	uint64_t areas_seq; /* or SP_AREAS_CHANGED */
 	uint64_t cpu_ns;
 	uint32_t nruns;
 	uint32_t nhashed;

@@ -127,6 +127,20 @@ static void look_up(void)
 		{&real.setns, "setns"},
 		{&real_register_atfork, "__register_atfork"},
 		{&next.syscall, "syscall"},
+		{&next.chroot, "chroot"},
+		{&next.setuid, "setuid"},
+		{&next.seteuid, "seteuid"},
+		{&next.setreuid, "setreuid"},
+		{&next.setresuid, "setresuid"},
+		{&next.setgid, "setgid"},
+		{&next.setegid, "setegid"},
+		{&next.setregid, "setregid"},
+		{&next.setresgid, "setresgid"},
+		{&next.setgroups, "setgroups"},
+		{&next.initgroups, "initgroups"},
+		{&next.setfsuid, "setfsuid"},
+		{&next.setfsgid, "setfsgid"},
+		{&next.capset, "capset"},
 	};
 
 	for (size_t i = 0; i < sizeof(symbols) / sizeof(symbols[0]); i++)
@@ -186,6 +200,13 @@ static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long 
 		if (a == SECCOMP_MODE_STRICT || b)
 			agent_retire();
 		break;
+	}
+	if (changes_identity(SYS_prctl, (long[]){option})) {
+		bool left = agent_leave();
+		int ret = next.prctl(option, a, b, c, d);
+
+		agent_return(left);
+		return ret;
 	}
 	return next.prctl(option, a, b, c, d);
 }
@@ -313,6 +334,8 @@ SP_EXPORT long syscall(long number, ...)
 			agent_retire();
 		break;
 	default:
+		if (changes_identity(number, a))
+			return syscall_away(number, a);
 		if (is_plain_fork(number, a))
 			return plain_fork(number, a);
 	}
@@ -330,6 +353,10 @@ __attribute__((constructor)) static void initialise(void)
 	need_real();
 	if (!service || !*service)
 		return;
+	if (sanitizer()) {
+		say_left_alone();
+		return;
+	}
 	agent_configure(service);
 	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */
 	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1)

@@ -37,6 +37,20 @@ extern struct next {
 	int (*prctl)(int, ...);
 	int (*ioctl)(int, unsigned long, ...);
 	long (*syscall)(long, ...);
+	int (*chroot)(const char *);
+	int (*setuid)(uid_t);
+	int (*seteuid)(uid_t);
+	int (*setreuid)(uid_t, uid_t);
+	int (*setresuid)(uid_t, uid_t, uid_t);
+	int (*setgid)(gid_t);
+	int (*setegid)(gid_t);
+	int (*setregid)(gid_t, gid_t);
+	int (*setresgid)(gid_t, gid_t, gid_t);
+	int (*setgroups)(size_t, const gid_t *);
+	int (*initgroups)(const char *, gid_t);
+	int (*setfsuid)(uid_t);
+	int (*setfsgid)(gid_t);
+	int (*capset)(void *, void *);
 } next;
 
 static inline void need_real(void)
@@ -97,10 +111,13 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
 /* After a call that failed, maybe half-way: forgets areas of the range that are not mapped any more, and learns how
  * the rest is protected. Keeps errno. */
 void area_reconcile(uintptr_t start, uintptr_t end);
-int vma_prot(const struct vma *v);
 void all_unlocked(void); /* by munlockall(), or in a forked child */
-int maps_open(void);	 /* /proc/self/maps, or -1; no cancellation point, unlike open(2) */
+
+/* ---- maps.c ---- */
+
+int maps_open(void); /* /proc/self/maps, or -1; no cancellation point, unlike open(2). Needs the lock. */
 void maps_close(int file);
+int vma_prot(const struct vma *v);
 
 /* ---- mremap.c ---- */
 
@@ -133,5 +150,15 @@ uint32_t ms_since_fork(void);		       /* UINT32_MAX: there was none, or long ago
 int sp_unshare(int flags);
 int sp_setns(int fd, int type);
 void leader_exits(void); /* if the calling thread is the one that leads: by the bare system call */
+
+/* ---- identity.c ---- */
+
+bool changes_identity(long number, const long *arg); /* the system call would change who the process is */
+long syscall_away(long number, const long *arg);     /* makes it, with the agent away meanwhile */
+
+/* ---- sanitizer.c ---- */
+
+const char *sanitizer(void); /* that the program was built with, or NULL */
+void say_left_alone(void);
 
 #endif

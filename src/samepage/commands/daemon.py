@@ -59,8 +59,9 @@ def _tree(directory: str | None, socket: str) -> Iterator[None]:
 def _serve(listener: socket.socket, path: str, reserve: int) -> None:
     # Imported once the socket is ours: numpy takes longer to load than to refuse.
     from samepage.memory.agent import Terms
+    from samepage.service.descriptors import raise_descriptor_limit
     from samepage.service.scanner import Scanner
-    from samepage.service.server import Server, keep_freed_memory, raise_descriptor_limit
+    from samepage.service.server import Server, keep_freed_memory
 
     raise_descriptor_limit()
     keep_freed_memory()

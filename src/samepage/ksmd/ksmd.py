@@ -23,6 +23,7 @@ from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
 from samepage.ksmd.scan import Look, Seen, ingest, look, recount_zeros
+from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
 from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
 
@@ -41,6 +42,9 @@ SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
 JOIN_SECONDS = 0.15
 """A child may take so long after the fork to join (its agent waits a third of that, for most children exec at once); a
 pass in which the parent was seen to have forked does not end before."""
+
+SEGMENTS_A_SLICE = 2 * SLICE_PAGES // SEGMENT_PAGES
+"""New segments that a slice of candidates comes to, and more."""
 
 VERIFY_SECONDS = 1.0
 """Who a process is is looked at before pages are matched, but not more often than that: 50 microseconds."""
@@ -78,6 +82,10 @@ class Ksmd:
     ) -> None:
         self.mutex = threading.Lock()
         self._clock, self._cpu_clock = clock, cpu_clock
+        self.segments_max = math.inf
+        """How many segments may be held at a time, to be handed out."""
+        self.segments_retired = 0
+        """How many were given up for that."""
         self._knobs = Knobs()
         self._advisor = Advisor(self._knobs)
         self._work = MergeWork(concurrently)
@@ -206,6 +214,7 @@ class Ksmd:
     def _merge_slice(self) -> int | None:
         for domain in list(self._domains.values()):
             if domain.candidates:
+                self._keep_room_for_segments()
                 self._verify(domain)
                 refs = domain.next_candidates()
                 self._pass_changed |= bool(len(refs))
@@ -220,6 +229,22 @@ class Ksmd:
                     self._advisor.spent_in_vain(self._clock(), self._cpu_clock() - started)
                 return len(refs)
         return None
+
+    def _keep_room_for_segments(self) -> None:
+        """Of each segment somebody has to hold the descriptor, as long as it may be handed out. Where they are scarce,
+        the oldest segments are retired, of the domain that has most, so that merging goes on."""
+        domains = [domain for domain in self._domains.values() if domain.stable.segments]
+        if sum(len(domain.stable.segments) for domain in domains) <= self.segments_max - SEGMENTS_A_SLICE:
+            return
+        held = {domain: [s for s in domain.stable.segments if s.handle is not None] for domain in domains}
+        over = sum(map(len, held.values())) - max(self.segments_max - SEGMENTS_A_SLICE, self.segments_max / 2)
+        for segments in held.values():
+            segments.sort(key=lambda s: s.born, reverse=True)
+        while over > 0:
+            domain = max(held, key=lambda domain: len(held[domain]))
+            domain.stable.retire(held[domain].pop())
+            self.segments_retired += 1
+            over -= 1
 
     def _verify(self, domain: Domain) -> None:
         """Before pages are matched: whose processes are not who they were (their user is another, say) are dropped."""
@@ -382,6 +407,7 @@ class Ksmd:
             if self._knobs.run == Run.UNMERGE:
                 raise knob_rules.error(errno.EBUSY, "run is 2: nothing is to be merged")
             self._scan_range(slot, vpn, npages)
+            self._keep_room_for_segments()
             self._verify(slot.domain)
             if slot.gone:
                 raise AddressSpaceGone(slot.lost)

@@ -5,7 +5,8 @@ pages stay runs of nodes. A node weighs nine bytes: the checksum of its content,
 of its domain has more sharers than fit into one.
 
 Some segments are *adopted*: an earlier service made them, processes map them, nobody can hand them out any
-more. They are counted and can be broken, but nothing is ever merged with them.
+more. They are counted and can be broken, but nothing is ever merged with them. So it is with those that were *retired*
+when descriptors became scarce: they have no handle any more.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class StableSegment:
     ino: int
     handle: Segment | None
     born: int
+    adopted: bool = False
     live: int = 0
     sharers: int = 0
 
@@ -119,9 +121,10 @@ class StableTree:
                 return None
             self._adopted_rows += SEGMENT_PAGES
             segment = self._register(ino, SEGMENT_PAGES, None, born)
+            segment.adopted = True
         if end > segment.rows:
             return None
-        if segment.handle is None and end > segment.size:
+        if segment.adopted and end > segment.size:
             self.dead_nodes += end - segment.size
             segment.size = end
         return segment
@@ -136,10 +139,17 @@ class StableTree:
         self._bases = np.array([s.base for s in self.segments], np.int64)
         if self._by_ino.get(segment.ino) is segment:
             del self._by_ino[segment.ino]
-        if segment.handle is None:
+        if segment.adopted:
             self._adopted_rows -= segment.rows
-        else:
+        if segment.handle is not None:
             segment.handle.close()
+
+    def retire(self, segment: StableSegment) -> None:
+        """Give up the handle of a segment. Those who map it keep it; nobody else can be given it."""
+        self.unpublish(np.arange(segment.base, segment.base + segment.rows, dtype=np.uint32))
+        handle, segment.handle = segment.handle, None
+        if handle is not None:
+            handle.close()
 
     def which(self, nodes: Ints) -> Ints:
         """For each node the position of its segment in `segments`."""
@@ -234,7 +244,7 @@ class StableTree:
             if not 0 < segment.live <= segment.size <= segment.rows <= SEGMENT_PAGES:
                 yield f"{segment} is of an impossible size"
             live, total, dead = live + counts[0], total + counts[1], dead + segment.dead
-            adopted += segment.rows if segment.handle is None else 0
+            adopted += segment.rows if segment.adopted else 0
             taken.append((segment.base, segment.base + segment.rows))
         taken = sorted(taken + [(base, base + n) for base, n in self._nodes.free_ranges()])
         if any(end != start for (_, end), (start, _) in pairwise(taken)):
@@ -280,7 +290,7 @@ class StableTree:
         self.sharers[: len(users)] = users
         self.segments, self._bases = used, np.array([s.base for s in used], np.int64)
         self._by_ino = {s.ino: s for s in used}
-        self._adopted_rows = sum(s.rows for s in used if s.handle is None)
+        self._adopted_rows = sum(s.rows for s in used if s.adopted)
         self.pages_shared = self.sharers_total = self.chains = self.dups = 0
         for segment in used:
             segment.live = segment.sharers = 0

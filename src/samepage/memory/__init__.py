@@ -22,6 +22,9 @@ import numpy.typing as npt
 PAGE_SIZE = mmap.PAGESIZE
 """Bytes a page."""
 
+AREAS_CHANGED = 0
+"""`ScanResult.areas_seq` when the areas changed during the scan: of no list of areas is it the `seq`."""
+
 VPN_END = 1 << 52
 """No address space of 64 bits has more pages of 4 KiB."""
 
@@ -113,7 +116,8 @@ class ScanResult:
     `runs` is of dtype `RUN`. Those of GONE pages are ascending by `vpn` and disjoint, and so are all others, which say
     what is there instead. `checksums` holds, in the same order, one checksum for every page of every HASHED run.
     `next_vpn` is where the next step goes on, 0 at the end of the last area. `areas_seq` changes whenever the list of
-    areas does; `cpu_ns` is CPU time spent in the process itself. `forked` seconds ago it forked last.
+    areas does, or is AREAS_CHANGED; `cpu_ns` is CPU time spent in the process itself. `forked` seconds ago it forked
+    last.
     """
 
     runs: npt.NDArray[np.void]

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,7 @@ from samepage.memory import (
     BreakResult,
     Donation,
     MergeResult,
+    PageStatus,
     ScanFlag,
     ScanResult,
     Segment,
@@ -44,7 +45,7 @@ from samepage.memory import (
 )
 from samepage.memory.identity import Identity, identify
 from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
-from samepage.memory.segments import MemfdSegment, SegmentError
+from samepage.memory.segments import OPEN, MemfdSegment, SegmentError
 from samepage.memory.wire import Op, Packet, Swap, WireError
 
 TIMEOUT = 10.0
@@ -61,7 +62,7 @@ MERGE_MAX = 64 << 10
 
 EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
 
-AREAS_CHANGED = -1
+LIST_CHANGED = -1
 """The `seq` of a list of areas that changed while it was read."""
 
 ENDED = "it ended"
@@ -112,6 +113,8 @@ class AgentAddressSpace:
         """Whether it knows which pages were written since the last scan."""
         self._zero_checksum = ready["zero_checksum"]
         self._identity = identity
+        self.doubtful = False
+        """It sent a descriptor of something that no agent sends."""
 
     @classmethod
     def welcome(
@@ -131,14 +134,18 @@ class AgentAddressSpace:
         size, one that is not ready in `TIMEOUT` seconds, or one that does not speak this protocol.
         """
         sock.settimeout(TIMEOUT)
+        comm = greet(sock, hello, pid, terms, userfaultfd)
+        return cls.ready(sock, pid, domain, comm, identity)
+
+    @classmethod
+    def ready(
+        cls, sock: socket.socket, pid: int, domain: int, comm: str, identity: Identity | None
+    ) -> AgentAddressSpace:
+        """The second half of `welcome`: wait for READY of a process that was greeted."""
         try:
-            comm = _check_hello(hello)
-            body = wire.pack(wire.WELCOME, wire.VERSION, terms.flags, terms.reserve, terms.section, terms.use_swap)
-            wire.send(sock, Op.WELCOME, hello.seq, body, fd=userfaultfd)
-            ready = _check_ready(wire.recv(sock))
+            return cls(sock, pid, domain, comm, _check_ready(wire.recv_plain(sock)), identity)
         except (WireError, OSError) as e:
             raise AddressSpaceGone(f"process {pid} did not join: {_why(e)}") from e
-        return cls(sock, pid, domain, comm, ready, identity)
 
     @property
     def pid(self) -> int:
@@ -209,7 +216,7 @@ class AgentAddressSpace:
             parts.append(part)
             vpn = head["next_vpn"]
             if not vpn:
-                seq = seqs.pop() if len(seqs) == 1 else AREAS_CHANGED
+                seq = seqs.pop() if len(seqs) == 1 else LIST_CHANGED
                 return Areas(seq, np.concatenate(parts), bool(head["merge_any"]))
 
     def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
@@ -232,8 +239,13 @@ class AgentAddressSpace:
         npages = int(runs["npages"].sum())
         if npages > DONATE_MAX:
             raise ValueError(f"a donation of {npages} pages; {DONATE_MAX} at most")
+        if OPEN.full():  # nobody is asked for a copy that could not be handed on
+            return Donation(None, np.full(npages, PageStatus.NOMEM, np.uint8))
         with self._ask(Op.DONATE, runs.astype(AREA, copy=False).tobytes(), may_have_fd=True) as answer:
             cpu_ns, status = _statuses(answer, npages)
+            if answer.fd == wire.LOST:
+                OPEN.lost += 1
+                status = np.where(status == DONE, np.uint8(PageStatus.NOMEM), status)
             done = int(np.count_nonzero(status == DONE))
             if (done > 0) != (answer.fd >= 0):
                 raise WireError(f"{done} pages donated, {'a' if answer.fd >= 0 else 'no'} segment")
@@ -316,18 +328,17 @@ class AgentAddressSpace:
         any socket error and any silence end the connection. A descriptor the block leaves is closed."""
         try:
             seq = self._send(op, body, fd)
-            answer = self._recv(seq, patience)
+            answer = self._recv(seq, patience, wire.recv_memfd if may_have_fd else wire.recv_plain)
             try:
                 if (answer.op, answer.seq) != (op, seq):
                     raise WireError(f"asked {op.name} #{seq}, answered op {answer.op} #{answer.seq}")
                 if answer.error:
                     raise WireError(f"{op.name} failed with {errno.errorcode.get(answer.error, answer.error)}")
-                if answer.fd >= 0 and not may_have_fd:
-                    raise WireError(f"a descriptor on the answer to {op.name}")
                 yield answer
             finally:
                 answer.close()
         except (WireError, SegmentError, OSError) as e:
+            self.doubtful |= isinstance(e, wire.Doubtful)
             raise self._lost(_why(e)) from e
         except BaseException:
             # A KeyboardInterrupt, say: an answer may be left on the way, and would be taken for the next one's.
@@ -345,14 +356,14 @@ class AgentAddressSpace:
             self._unanswered.append(self._seq)
             return self._seq
 
-    def _recv(self, seq: int, patience: float) -> Packet:
+    def _recv(self, seq: int, patience: float, recv: Callable[[socket.socket], Packet]) -> Packet:
         try:
             with self._asking:
                 self._asking.wait_for(lambda: self._unanswered[0] == seq)
             ends = time.monotonic() + TIMEOUT + patience
             while True:
                 try:
-                    return wire.recv(self._sock)
+                    return recv(self._sock)
                 except TimeoutError:
                     if time.monotonic() >= ends:
                         raise
@@ -367,6 +378,17 @@ class AgentAddressSpace:
 
     def __repr__(self) -> str:
         return f"<AgentAddressSpace pid={self._pid} comm={self.comm!r} swap={self.swap.name.lower()}>"
+
+
+def greet(sock: socket.socket, hello: Packet, pid: int, terms: Terms, userfaultfd: int) -> str:
+    """The first half of `AgentAddressSpace.welcome`: answer `hello`. Returns the name the process gives itself."""
+    try:
+        comm = _check_hello(hello)
+        body = wire.pack(wire.WELCOME, wire.VERSION, terms.flags, terms.reserve, terms.section, terms.use_swap)
+        wire.send(sock, Op.WELCOME, hello.seq, body, fd=userfaultfd)
+    except (WireError, OSError) as e:
+        raise AddressSpaceGone(f"process {pid} did not join: {_why(e)}") from e
+    return comm
 
 
 def _memory_cgroup(pid: int) -> str:

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import stat
+import threading
 
 from samepage.memory import PAGE_SIZE
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """What makes content and size immutable, so that nobody has to trust who wrote it."""
+
+
+class Open:
+    """How many segments this process holds, and how many it may (`most`): each takes a descriptor."""
+
+    def __init__(self) -> None:
+        self.most = math.inf
+        self.lost = 0
+        """Donations for which there was no descriptor."""
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def full(self) -> bool:
+        """Whether there must not be one more; it is noted that one was wanted."""
+        full = self.count >= self.most
+        self.lost += full
+        return full
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.count += count
+
+
+OPEN = Open()
 
 
 class SegmentError(ValueError):
@@ -26,6 +52,7 @@ class MemfdSegment:
     def __init__(self, fd: int, npages: int) -> None:
         self._fd = fd
         self._npages = npages
+        OPEN.add(1)
         try:
             self._ino = self._check()
         except SegmentError:
@@ -64,6 +91,7 @@ class MemfdSegment:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+            OPEN.add(-1)
 
     def __repr__(self) -> str:
         return f"<MemfdSegment ino={self._ino} npages={self._npages}{' closed' if self._fd < 0 else ''}>"

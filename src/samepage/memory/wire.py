@@ -8,10 +8,12 @@ A descriptor rides on the packet it belongs to. Whatever a peer sends that is no
 from __future__ import annotations
 
 import array
+import fcntl
 import functools
 import os
 import socket
 import struct
+import threading
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any
@@ -53,6 +55,8 @@ class Flags(IntFlag):
     """Hash everything at every scan."""
     TWO_NODES = 8
     """Not an older kernel, but another machine: pages of odd numbers are on a second NUMA node."""
+    NO_MAP_QUERY = 16
+    """Read /proc/self/maps for each mapping."""
 
 
 class Swap(IntEnum):
@@ -124,6 +128,10 @@ class WireError(ValueError):
     """A packet that makes no sense."""
 
 
+class Doubtful(WireError):
+    """A descriptor of something that is no memfd. To close it may take for ever, and we were the last to hold it."""
+
+
 class Disconnected(ConnectionError):
     """The peer closed its end."""
 
@@ -180,9 +188,13 @@ class Reader:
             raise WireError(f"{len(self.body) - self.at} bytes too many")
 
 
+LOST = -2
+
+
 @dataclass(slots=True)
 class Packet:
-    """One message. `fd` (or -1) belongs to whoever holds the packet, until `take_fd` or `close`."""
+    """One message. `fd` (or -1) belongs to whoever holds the packet, until `take_fd` or `close`. It is `LOST` if there
+    was one, and this process has no descriptor left for it."""
 
     op: int
     seq: int
@@ -239,10 +251,7 @@ def recv_bytes(sock: socket.socket) -> tuple[bytes, int]:
     """
     # Not socket.recv_fds: it ignores its flags argument, and MSG_CMSG_CLOEXEC matters when others fork.
     data, ancillary, flags, _ = sock.recvmsg(MSG_MAX, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
-    for level, kind, payload in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    fds = _descriptors(ancillary)
     if flags & _TRUNCATED or len(fds) > 1:
         for fd in fds:
             os.close(fd)
@@ -267,3 +276,67 @@ def recv(sock: socket.socket) -> Packet:
         raise
     packet.fd = fd
     return packet
+
+
+def recv_plain(sock: socket.socket) -> Packet:
+    """As `recv`, from whom no descriptor is due. One that comes all the same is left in the socket: whoever takes it
+    out may have to wait until it is closed (SO_LINGER), and so may whoever closes the socket."""
+    flags = sock.recvmsg(1, 0, socket.MSG_PEEK)[2]
+    if flags & socket.MSG_CTRUNC:
+        raise Doubtful("a descriptor that nobody asked for")
+    return decode(_take_out(sock))
+
+
+def recv_memfd(sock: socket.socket) -> Packet:
+    """As `recv`, from whom a memfd is due. Anything else is closed by a thread of its own, and is `Doubtful`."""
+    _, ancillary, flags, _ = sock.recvmsg(1, socket.CMSG_LEN(4), socket.MSG_PEEK | socket.MSG_CMSG_CLOEXEC)
+    fds = _descriptors(ancillary)
+    try:
+        for fd in fds:
+            _require_memfd(fd)
+        if fds and flags & socket.MSG_CTRUNC:
+            raise Doubtful("more than one descriptor")
+        # What is thrown away here is one reference of two, so nobody waits for anything.
+        packet = decode(_take_out(sock))
+    except BaseException:
+        for fd in fds:
+            _close_aside(fd)
+        raise
+    packet.fd = fds[0] if fds else LOST if flags & socket.MSG_CTRUNC else -1
+    return packet
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> array.array[int]:
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return fds
+
+
+def _take_out(sock: socket.socket) -> bytes:
+    """The next packet, without what rides on it."""
+    data, _, flags, _ = sock.recvmsg(MSG_MAX)
+    if flags & socket.MSG_TRUNC:
+        raise WireError(f"a packet of more than {MSG_MAX} bytes")
+    if not data:
+        raise Disconnected("the peer closed the connection")
+    return data
+
+
+def _require_memfd(fd: int) -> None:
+    """By asking what no other file system is asked for: fstat(2) may wait for one in user space for ever."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as e:
+        raise Doubtful(f"no memfd: {e.strerror}") from e
+
+
+_never_closed: list[int] = []
+
+
+def _close_aside(fd: int) -> None:
+    try:
+        threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+    except RuntimeError:
+        _never_closed.append(fd)  # there is no thread, and ours must not wait

@@ -123,15 +123,12 @@ class Controlled(Protocol):
     def merge(self, pid: int, vpn: int, npages: int, user: int | None = None) -> Answer: ...
 
 
-def handle(sock: socket.socket, first: bytes, scanner: Controlled, owner: int) -> None:
-    """Answer `first` and whatever follows it, until the client goes, is silent for long, or sends what is too long."""
-    caller = peer(sock)
-    data = first
-    buffer = bytearray(PACKET_MAX + 1)  # once, since some ask ten times a second
-    while data and len(data) <= PACKET_MAX:
-        for answer in answers(data, caller, scanner, owner, sock):
-            sock.send(_encode.encode(answer), socket.MSG_NOSIGNAL)
-        data = bytes(memoryview(buffer)[: sock.recv_into(buffer)])
+def handle(sock: socket.socket, data: bytes, caller: Caller, scanner: Controlled, owner: int) -> None:
+    """Answer one request. OSError: the client went, does not read, or sent what is too long."""
+    if len(data) > PACKET_MAX:
+        raise OSError(errno.EMSGSIZE, f"a request of more than {PACKET_MAX} bytes")
+    for answer in answers(data, caller, scanner, owner, sock):
+        sock.send(_encode.encode(answer), socket.MSG_NOSIGNAL)
 
 
 def answers(data: bytes, caller: Caller, scanner: Controlled, owner: int, sock: socket.socket) -> Iterator[Answer]:

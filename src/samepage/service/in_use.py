@@ -74,7 +74,7 @@ class Local:
 def _serve(sock: socket.socket, scanner: Scanner) -> None:
     from samepage.memory import wire
     from samepage.memory.agent import TIMEOUT, AgentAddressSpace, Terms
-    from samepage.service.scanner import log
+    from samepage.service.log import log
 
     try:
         sock.settimeout(TIMEOUT)

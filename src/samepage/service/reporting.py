@@ -14,8 +14,10 @@ from typing import Any
 
 from samepage.memory import PAGE_SIZE
 from samepage.memory.agent import Terms
-from samepage.service.scanner import Scanner, log
-from samepage.service.server import Server, keep_freed_memory, raise_descriptor_limit
+from samepage.service.descriptors import raise_descriptor_limit
+from samepage.service.log import log
+from samepage.service.scanner import Scanner
+from samepage.service.server import Server, keep_freed_memory
 
 SAMPLE_EVERY = 0.1
 """Seconds between two looks at the counters: a peak shorter than that may be missed."""

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,9 @@ from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.identity import user_of
+from samepage.memory.segments import OPEN
 from samepage.service.control import Arrivals
+from samepage.service.log import log_once
 from samepage.sysfs import files
 
 Answer = dict[str, Any]
@@ -42,18 +43,29 @@ SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pa
 """What the counters of one domain are made of: the rows of its processes, added up."""
 
 
-def log(message: str) -> None:
-    """One line on stderr."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"samepage: {message}", file=sys.stderr, flush=True)
-
-
 def _headroom(slot: MmSlot) -> tuple[str, int] | None:
     """None: it has gone, which others will notice."""
     try:
         return headroom(slot)
     except AddressSpaceGone:
         return None
+
+
+def _threads() -> Concurrently:
+    """The `map` of a pool whose threads are all there from the start: one that could not be started in the middle of a
+    pass would leave behind what the others were told to do. With no threads to be had, one process works at a time."""
+    for wanted in (WORKERS, 2):
+        pool = ThreadPoolExecutor(wanted, "ksmd")
+        go = threading.Event()
+        try:
+            for _ in range(wanted):
+                pool.submit(go.wait)
+            return pool.map
+        except RuntimeError:
+            pool.shutdown(wait=False)
+        finally:
+            go.set()
+    return map
 
 
 class Scanner:
@@ -64,7 +76,7 @@ class Scanner:
 
     def __init__(self, concurrently: Concurrently | None = None) -> None:
         if concurrently is None:
-            concurrently = ThreadPoolExecutor(WORKERS, "ksmd").map
+            concurrently = _threads()
         self._concurrently = concurrently
         self._ksmd = Ksmd(concurrently=concurrently)
         self._slots: dict[AgentAddressSpace, MmSlot] = {}
@@ -73,6 +85,7 @@ class Scanner:
         self._recounts: queue.SimpleQueue[tuple[MmSlot, threading.Event]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
+        self._told = (0, 0)
         # ksmd's mutex is not fair: a scan after a scan would keep others from it for long. Who asks holds the gate.
         self._gate = threading.Lock()
 
@@ -86,10 +99,22 @@ class Scanner:
                 with self._gate:
                     pass
                 self._ksmd.do_scan()
+                self._tell_of_limits()
             except Exception as e:
-                log(f"ksmd: {e!r}")
+                log_once("a mistake of ksmd's own", f"ksmd: {e!r}")
                 self._pause(AFTER_ERROR)
             self._hang_up_on_the_gone()
+
+    def limit_segments(self, most: int) -> None:
+        """Hold no more of them at a time: each takes a descriptor."""
+        self._ksmd.segments_max = OPEN.most = most
+
+    def _tell_of_limits(self) -> None:
+        if self._ksmd.segments_retired or OPEN.lost:
+            message = f"{OPEN.most} descriptors for copies are all in use: old copies are not shared with newcomers"
+            if self._told != (told := (self._ksmd.segments_retired, OPEN.lost)):
+                log_once("descriptors for copies", message)
+                self._told = told
 
     def stop(self) -> None:
         """End `run` after the batch that is going on."""
@@ -127,7 +152,7 @@ class Scanner:
         try:
             self._ksmd.exit(slot)
         except Exception as e:  # whoever accepts connections must not end with it
-            log(f"ksmd: {e!r}")
+            log_once("a mistake of ksmd's own", f"ksmd: {e!r}")
 
     def counters(self, domain: int | None = None) -> dict[str, Any]:
         """ksmd's counters, by name. Of one domain: sums over its processes (`SUMMED`), and how many there are."""

@@ -1,7 +1,8 @@
 """The service: accepts agents and control connections, and gives agents to ksmd as address spaces.
 
-One thread accepts and watches for processes that go; one runs ksmd (`scanner`); every connection has a thread
-of its own while it shakes hands or asks, so that nobody can hold up anybody else.
+One thread accepts, and watches for processes that go and for connections that say something; what these want is done
+by a few others (`workers`), so that nobody can hold up anybody else, and a connection that says nothing has no thread.
+One more runs ksmd (`scanner`).
 """
 
 from __future__ import annotations
@@ -10,31 +11,35 @@ import contextlib
 import ctypes
 import errno
 import os
-import resource
 import select
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from samepage.memory import AddressSpaceGone, wire
-from samepage.memory.agent import ENDED, TIMEOUT, AgentAddressSpace, Terms
-from samepage.memory.identity import identify
+from samepage.memory.agent import ENDED, TIMEOUT, AgentAddressSpace, Terms, greet
+from samepage.memory.identity import Identity, identify, user_of
 from samepage.service import control
-from samepage.service.scanner import Scanner, log
+from samepage.service.descriptors import shares
+from samepage.service.log import log_once, log_the_rest
+from samepage.service.scanner import Scanner
 from samepage.service.sockets import Caller, peer
+from samepage.service.workers import Workers
 
-CONNECTIONS_MAX = 64
-"""Connections of one user that shake hands or ask something at a time: more are turned away, for each has a thread."""
+CONNECTIONS_MAX = 256
+"""Connections of one user that shake hands or ask something at a time: more are turned away."""
 
+ACCEPT_AT_ONCE = 64
+
+DOUBTFUL_MAX = 8
+"""So many descriptors of what is no memfd a user's processes may send before that user is not served any more: each may
+cost a thread and a descriptor for ever."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-
-
-def raise_descriptor_limit() -> None:
-    """Let this process open as many descriptors as it may: one for each process, one for each segment."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def keep_freed_memory() -> None:
@@ -51,6 +56,21 @@ def open_userfaultfd() -> int:
         return os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return -1
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    """Somebody who connected and has not joined. `who` and `comm` once they were greeted as an agent."""
+
+    sock: socket.socket
+    caller: Caller
+    fd: int
+    ends: float
+    """When the patience with them ends, in `time.monotonic`."""
+    heard: bool = False
+    """They say something, and are being served."""
+    who: Identity | None = None
+    comm: str = ""
 
 
 class Server:
@@ -75,12 +95,21 @@ class Server:
         """How many processes have joined so far."""
         self._owner = os.getuid()
         self._userfaultfd = open_userfaultfd()
+        self._shares = shares()
+        scanner.limit_segments(self._shares.segments)
         self._lock = threading.Lock()
-        self._spaces: dict[int, AgentAddressSpace] = {}  # by file descriptor, which stays open as long as it is in here
-        self._connections: Counter[int] = Counter()  # by user
+        # By file descriptor, which stays open as long as it is in here:
+        self._spaces: dict[int, AgentAddressSpace] = {}
+        self._connections: dict[int, _Connection] = {}
+        self._processes: Counter[int] = Counter()  # that joined or were greeted, by user
+        self._connected: Counter[int] = Counter()  # connections, by user
+        self._doubtful: Counter[int] = Counter()  # descriptors, by user
+        self._workers = Workers(lambda e: log_once("a mistake of the service's own", f"a connection ended: {e!r}"))
         self._epoll = select.epoll()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
+        self._looked = 0.0  # for connections that were silent for too long
+        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def run(self) -> None:
         """Accept, and watch for processes that go, until `stop`. Processes run on as they are, merged."""
@@ -88,16 +117,40 @@ class Server:
         self._epoll.register(self._listener, select.EPOLLIN)
         self._epoll.register(self._wake_read, select.EPOLLIN)
         while True:
-            events = self._epoll.poll()
-            ready = {fd for fd, _ in events}
+            ready = [fd for fd, _ in self._epoll.poll(1.0 if self._connections else None)]
             if self._wake_read in ready:
                 break
-            # Those who went first: a process that executed another program is back at once, with the same pid.
-            for fd in ready - {self._listener.fileno()}:
-                self._leave(fd)
-            if self._listener.fileno() in ready:
-                self._accept()
+            try:
+                self._serve(ready)
+            except Exception as e:  # nobody who connects may end this
+                log_once("a mistake of the service's own", f"the service: {e!r}")
         self._close()
+
+    def _serve(self, ready: list[int]) -> None:
+        # Those who went first: a process that executed another program is back at once, with the same pid.
+        for fd in ready:
+            if fd in self._spaces:
+                self._leave(fd)
+        for fd in ready:
+            if connection := self._connections.get(fd):
+                connection.heard = True
+                self._workers.submit(connection.caller.uid, partial(self._attend, connection))
+        if self._listener.fileno() in ready:
+            for _ in range(ACCEPT_AT_ONCE):
+                if not self._accept():
+                    break
+        now = time.monotonic()
+        if now - self._looked >= 0.25:
+            self._looked = now
+            self._end_the_silent(now)
+
+    def _end_the_silent(self, now: float) -> None:
+        with self._lock:
+            silent = [c for c in self._connections.values() if not c.heard and c.ends < now]
+        for connection in silent:
+            connection.heard = True
+            self._epoll.unregister(connection.fd)
+            self._workers.submit(connection.caller.uid, partial(self._end, connection))
 
     @property
     def wake_fd(self) -> int:
@@ -113,81 +166,167 @@ class Server:
         self._listener.close()
         with self._lock:
             spaces, self._spaces = list(self._spaces.values()), {}
+            connections, self._connections = list(self._connections.values()), {}
         for space in spaces:
             space.hang_up("the service ends")
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        self._workers.end()
         self._epoll.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        for fd in (self._wake_read, self._wake_write, self._spare):
+            os.close(fd)
         if self._userfaultfd >= 0:
             os.close(self._userfaultfd)
+        log_the_rest()
 
-    def _accept(self) -> None:
+    # -- connections ------------------------------------------------------------------------------------
+
+    def _accept(self) -> bool:
+        """Whether there was somebody."""
         try:
             sock, _ = self._listener.accept()
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                log(f"cannot accept a connection: {e.strerror}")
-                threading.Event().wait(0.1)  # the connection stays in the queue: without a pause this would spin
-            return
+                log_once("no descriptor for a connection", f"cannot accept a connection: {e.strerror}")
+                self._turn_away()
+            return False
         caller = peer(sock)
+        connection = _Connection(sock, caller, sock.fileno(), time.monotonic() + TIMEOUT)
+        most = min(CONNECTIONS_MAX, self._share_of(caller.uid, self._shares.connections))
         with self._lock:
-            welcome = self._connections[caller.uid] < CONNECTIONS_MAX
-            self._connections[caller.uid] += welcome
-        if not welcome:
-            sock.close()
-            return
-        name = f"connection-{caller.pid}"
-        threading.Thread(target=self._connection, args=(sock, caller), name=name, daemon=True).start()
+            welcome = len(self._connections) < self._shares.connections and self._connected[caller.uid] < most
+            if welcome:
+                self._connected[caller.uid] += 1
+                self._connections[connection.fd] = connection
+        if welcome and self._listen_to(connection):
+            return True
+        self._workers.submit(caller.uid, sock.close)
+        if welcome:
+            self._forget(connection)
+            self._connected_less(caller.uid)
+        log_once("a connection turned away", f"too many connections: one of user {caller.uid} is turned away")
+        return True
 
-    def _connection(self, sock: socket.socket, caller: Caller) -> None:
-        """Who connected speaks first: an agent in binary, a client in JSON."""
+    def _listen_to(self, connection: _Connection) -> bool:
+        """False: this user may watch no more (fs.epoll.max_user_watches), or there is no memory."""
+        try:
+            self._epoll.register(connection.fd, select.EPOLLIN | select.EPOLLONESHOT)
+        except OSError:
+            return False
+        return True
+
+    def _share_of(self, user: int, descriptors: int) -> int:
+        """Where a service has many users, none of them may have more than half."""
+        return descriptors // 2 if self._owner == 0 != user else descriptors
+
+    def _turn_away(self) -> None:
+        """Hang up on who is first in the queue, with the descriptor kept for that: else they wait, and this spins."""
+        os.close(self._spare)
+        with contextlib.suppress(OSError):
+            self._listener.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _attend(self, connection: _Connection) -> None:
+        """In a thread of `workers`: somebody said something. Who connected speaks first: an agent in binary, a client
+        in JSON."""
+        sock, caller = connection.sock, connection.caller
+        stays = False
         try:
             sock.settimeout(TIMEOUT)
-            data, fd = wire.recv_bytes(sock)
-            if fd >= 0:
-                os.close(fd)
+            if connection.who is not None:
+                self._join(connection, connection.who)
+                return  # the socket is not ours any more
+            data = sock.recv(wire.MSG_MAX + 1)  # and whatever descriptor rides on it is dropped
             if data.startswith(b"{"):
-                with sock:
-                    control.handle(sock, data, self._scanner, self._owner)
-            else:
-                self._join(sock, wire.decode(data), caller)
+                control.handle(sock, data, caller, self._scanner, self._owner)
+                stays = True
+            elif data:
+                self._greet(connection, wire.decode(data))
+                stays = True
         except (AddressSpaceGone, wire.WireError) as e:
             if not isinstance(e.__cause__, ConnectionError):  # to end, or to exec, in the middle of it is no news
-                log(e.strerror or str(e) if isinstance(e, OSError) else f"process {caller.pid} did not join: {e}")
-            sock.close()
+                why = e.strerror or str(e) if isinstance(e, OSError) else f"process {caller.pid} did not join: {e}"
+                log_once(f"who may not join (user {caller.uid})", why)
         except OSError:
-            sock.close()  # it went, or was silent for long
-        except Exception as e:
-            log(f"connection of process {caller.pid} ended: {e!r}")
-            sock.close()
+            pass  # it went, or does not take in what it asked for
         finally:
-            with self._lock:
-                self._connections[caller.uid] -= 1
+            if stays:
+                connection.ends, connection.heard = time.monotonic() + TIMEOUT, False
+                self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLONESHOT)
+            elif connection.fd in self._connections:
+                with contextlib.suppress(OSError):
+                    self._epoll.unregister(connection.fd)
+                self._end(connection)
 
-    def _join(self, sock: socket.socket, hello: wire.Packet, caller: Caller) -> None:
+    def _end(self, connection: _Connection) -> None:
+        """In a thread of `workers`, for what is left in the socket may take long to close."""
+        self._forget(connection)
+        connection.sock.close()
+        self._connected_less(connection.caller.uid)
+        if connection.who is not None:
+            self._room_again(connection.caller.uid)
+
+    def _forget(self, connection: _Connection) -> None:
+        with self._lock:
+            self._connections.pop(connection.fd, None)
+
+    def _connected_less(self, user: int) -> None:
+        with self._lock:
+            self._connected[user] -= 1
+            if self._connected[user] <= 0:
+                del self._connected[user]
+
+    # -- agents -----------------------------------------------------------------------------------------
+
+    def _greet(self, connection: _Connection, hello: wire.Packet) -> None:
+        caller = connection.caller
         if self._owner not in (0, caller.uid):
             raise AddressSpaceGone(
                 f"process {caller.pid} of user {caller.uid} may not join: not the user of this service"
             )
         if caller.pid == 0:
             raise AddressSpaceGone("a process of another pid namespace, which has no pid here, may not join")
+        if self._doubtful[caller.uid] >= DOUBTFUL_MAX:
+            raise AddressSpaceGone(f"process {caller.pid} may not join: its user sent what no agent sends")
         try:
             who = identify(caller.pid)
         except OSError as e:
             raise AddressSpaceGone(f"process {caller.pid} may not join: it cannot be seen who it is: {e}") from e
         if set(who.uids) != {caller.uid}:
             raise AddressSpaceGone(f"process {caller.pid} may not join: it is {caller.uid}, but its ids are {who.uids}")
-        space = AgentAddressSpace.welcome(sock, hello, caller.pid, who.domain, self._terms, self._userfaultfd, who)
+        self._take_room(caller)
+        connection.who = who
+        connection.comm = greet(connection.sock, hello, caller.pid, self._terms, self._userfaultfd)
+
+    def _take_room(self, caller: Caller) -> None:
+        """ConnectionRefusedError: there is no descriptor for one process more."""
+        most = self._share_of(caller.uid, self._shares.processes)
+        with self._lock:
+            have = self._processes.total()
+            room = have < self._shares.processes and self._processes[caller.uid] < most
+            self._processes[caller.uid] += room
+        if not room:
+            why = f"{have} have, and this service may open {self._shares.limit} descriptors"
+            log_once(f"no room for a process (user {caller.uid})", f"process {caller.pid} may not join: {why}")
+            raise ConnectionRefusedError(errno.ECONNREFUSED, why)
+
+    def _join(self, connection: _Connection, who: Identity) -> None:
+        pid = connection.caller.pid
+        space = AgentAddressSpace.ready(connection.sock, pid, who.domain, connection.comm, who)
         with self._lock:
             before = [fd for fd, other in self._spaces.items() if other.pid == space.pid]
         for fd in before:  # one mm_slot a process: what it was before an exec is gone
             self._leave(fd)
         self._scanner.introduce(space.pid)
         with self._lock:
-            self.joined += 1
+            self._epoll.modify(connection.fd, select.EPOLLRDHUP)
+            self._spaces[connection.fd] = space
+            del self._connections[connection.fd]
             self._scanner.enter(space)
-            self._spaces[space.fileno()] = space
-            self._epoll.register(space.fileno(), select.EPOLLRDHUP)
+            self.joined += 1
+        self._connected_less(connection.caller.uid)
 
     def _leave(self, fd: int) -> None:
         with self._lock:
@@ -196,8 +335,23 @@ class Server:
             return
         self._epoll.unregister(fd)
         space.hang_up(ENDED)
+        user = user_of(space.domain)
         if space.gone != ENDED:
-            log(f"process {space.pid} ({space.comm}) is not served any more: {space.gone}")
+            line = f"process {space.pid} ({space.comm}) is not served any more: {space.gone}"
+            log_once(f"a process that is not served any more (user {user})", line)
+        with self._lock:
+            self._doubtful[user] += space.doubtful
         self._before_leave()
         self._scanner.exit(space)
+        self._workers.submit(user, partial(self._gone, space, user))
+
+    def _gone(self, space: AgentAddressSpace, user: int) -> None:
+        """In a thread of `workers`, as `_end`."""
         space.close()
+        self._room_again(user)
+
+    def _room_again(self, user: int) -> None:
+        with self._lock:
+            self._processes[user] -= 1
+            if self._processes[user] <= 0:
+                del self._processes[user]

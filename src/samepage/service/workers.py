@@ -1,0 +1,86 @@
+"""Threads for what connections want, shared out fairly among users."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+
+MOST = 64
+"""Threads there are at most."""
+
+OF_ONE_USER = 16
+"""How many of them may be busy for one user. Whoever finds a way to block one blocks no more than that."""
+
+FROM_THE_START = 4
+"""Threads that are there before anybody comes: when no more can be started these do the work."""
+
+Work = Callable[[], None]
+
+
+class Workers:
+    """Does the work of each user in its order, and of several users in turn. RuntimeError: not even the first threads
+    can be started."""
+
+    def __init__(self, failed: Callable[[Exception], None]) -> None:
+        self._failed = failed
+        self._changed = threading.Condition()
+        self._waiting: dict[int, deque[Work]] = {}  # by user; who was served last is last
+        self._busy: Counter[int] = Counter()
+        self._threads = self._idle = self._queued = 0
+        self._ending = False
+        for _ in range(FROM_THE_START):
+            self._start()
+
+    def submit(self, user: int, work: Work) -> None:
+        """Have it done. It may raise what it likes: `failed` is told."""
+        with self._changed:
+            self._waiting.setdefault(user, deque()).append(work)
+            self._queued += 1
+            self._changed.notify()
+            if self._queued > self._idle and self._threads < MOST and self._busy[user] < OF_ONE_USER:
+                # No thread may be left to this user or this cgroup: it waits for one of those there are.
+                with contextlib.suppress(RuntimeError):
+                    self._start()
+
+    def end(self) -> None:
+        """Threads that wait end now, others when their work is done."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+
+    def _start(self) -> None:
+        threading.Thread(target=self._run, name="connections", daemon=True).start()
+        self._threads += 1
+
+    def _run(self) -> None:
+        while taken := self._take():
+            user, work = taken
+            try:
+                work()
+            except Exception as e:
+                self._failed(e)
+            finally:
+                with self._changed:
+                    self._busy[user] -= 1
+                    if not self._busy[user]:
+                        del self._busy[user]
+                    self._changed.notify()
+
+    def _take(self) -> tuple[int, Work] | None:
+        with self._changed:
+            while not self._ending:
+                for user, works in self._waiting.items():
+                    if self._busy[user] < OF_ONE_USER:
+                        self._busy[user] += 1
+                        self._queued -= 1
+                        work = works.popleft()
+                        del self._waiting[user]
+                        if works:
+                            self._waiting[user] = works
+                        return user, work
+                self._idle += 1
+                self._changed.wait()
+                self._idle -= 1
+            return None

@@ -1,0 +1,216 @@
+"""A service at the limits of its descriptors and threads, and among connections by the thousand."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from samepage.service.control import Client
+from tests.service import fake_agent
+from tests.service.fake_agent import FakeAgent
+from tests.service.test_server import folder, in_child, until
+
+__all__ = ["folder"]
+
+NPAGES = 64
+PAGES = fake_agent.some_pages(1, NPAGES)
+NOBODY = 65534
+
+
+class Daemon:
+    """`samepage daemon` in a process of its own, with limits of its own."""
+
+    def __init__(self, folder: Path, limits: dict[int, int], mib: int = 0) -> None:
+        self.path = str(folder / "socket")
+        self.said = folder / "said"
+
+        def limit() -> None:
+            for what, most in limits.items():
+                resource.setrlimit(what, (most, most))
+
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "samepage", "daemon", "--socket", self.path], stderr=said, preexec_fn=limit
+            )
+        until(lambda: Path(self.path).exists())
+
+    def lines(self) -> list[str]:
+        return self.said.read_text().splitlines()
+
+    def memory(self) -> int:
+        """Bytes it has resident, at most so far."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+    def pids(self) -> list[int]:
+        with Client(self.path) as client:
+            return [row["pid"] for row in client.ask("status").get("processes", [])]
+
+
+@contextlib.contextmanager
+def daemon(folder: Path, limits: dict[int, int]) -> Iterator[Daemon]:
+    served = Daemon(folder, limits)
+    try:
+        yield served
+        assert served.process.poll() is None, "it ended"
+        assert not [line for line in served.lines() if "Traceback" in line]
+    finally:
+        served.process.send_signal(signal.SIGTERM)
+        try:
+            served.process.wait(10)
+        except subprocess.TimeoutExpired:
+            served.process.kill()
+            served.process.wait()
+            raise
+
+
+def connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(path)
+    sock.settimeout(10)
+    return sock
+
+
+def joined(path: str) -> int:
+    """A process of its own that joins, or tries to, again and again."""
+
+    def work() -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                agent = FakeAgent(connect(path), PAGES)
+                agent.join()
+                agent.sock.settimeout(None)
+                agent.serve()
+            time.sleep(0.2)
+
+    return in_child(0, work)
+
+
+@contextlib.contextmanager
+def processes(path: str, count: int) -> Iterator[list[int]]:
+    pids: list[int] = []
+    try:
+        for _ in range(count):
+            pids.append(joined(path))
+        yield pids
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+
+def test_more_processes_than_descriptors_are_refused_in_one_line_and_the_others_are_merged(folder: Path) -> None:
+    with daemon(folder, {resource.RLIMIT_NOFILE: 256}) as served, processes(served.path, 150) as pids:
+        until(lambda: len(served.pids()) == 112, 20)  # (256 - 32) / 2
+
+        def all_merged() -> bool:
+            with Client(served.path) as client:
+                rows = client.ask("status")["processes"]
+            return all(row["merged"] == NPAGES for row in rows)
+
+        until(all_merged, 30)
+        assert set(served.pids()) < set(pids)
+        lines = served.lines()
+        refused = [line for line in lines if "may not join: 112 have, and this service may open 256 descr" in line]
+        assert len(refused) == 1
+        assert len(lines) <= 2, lines  # of those who came all at once some were turned away
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a user with few threads")
+def test_a_service_that_can_start_no_thread_serves_on(folder: Path) -> None:
+    def use_up() -> None:
+        """All threads that this user may have."""
+        resource.setrlimit(resource.RLIMIT_NPROC, (60, 60))
+        with contextlib.suppress(RuntimeError):
+            while True:
+                threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        time.sleep(60)
+
+    user = 61234
+    own = folder / "own"
+    own.mkdir()
+    os.chown(own, user, user)
+    path = str(own / "socket")
+    said = folder / "said"
+
+    def serve() -> None:
+        from samepage.commands.daemon import _serve
+        from samepage.service import sockets
+
+        resource.setrlimit(resource.RLIMIT_NPROC, (60, 60))
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.setuid(user)
+        _serve(sockets.listen(path), path, 16 << 20)
+
+    def ask() -> None:
+        idle = [connect(path) for _ in range(30)]
+        agent = FakeAgent(connect(path), PAGES)
+        agent.join()
+        with Client(path) as client:
+            for _ in range(20):
+                client.ask("stats")
+        assert len(idle) == 30
+
+    import samepage.commands.daemon
+    import samepage.service.scanner
+    import samepage.service.server  # noqa: F401  (another user cannot read what they are imported from)
+
+    said.touch()
+    said.chmod(0o666)
+    service = in_child(0, serve)
+    try:
+        until(Path(path).exists)
+        hungry = in_child(user, use_up)
+        try:
+            time.sleep(1)
+            asking = in_child(user, ask)
+            _, outcome = os.waitpid(asking, 0)
+            assert os.waitstatus_to_exitcode(outcome) == 0
+            assert os.waitpid(service, os.WNOHANG) == (0, 0)
+        finally:
+            os.kill(hungry, signal.SIGKILL)
+            os.waitpid(hungry, 0)
+    finally:
+        os.kill(service, signal.SIGKILL)
+        os.waitpid(service, 0)
+    assert "Traceback" not in said.read_text()
+
+
+def test_connections_by_the_thousand_cost_neither_memory_nor_the_service_of_others(folder: Path) -> None:
+    with daemon(folder, {resource.RLIMIT_NOFILE: 8192}) as served, processes(served.path, 2) as pids:
+        until(lambda: set(served.pids()) == set(pids))
+        before = served.memory()
+        held = [connect(served.path) for _ in range(1000)]  # say nothing
+        for _ in range(5000):
+            connect(served.path).close()
+        flooding = [sock for sock in held if not hung_up(sock)][:100]
+        for sock in flooding:
+            with contextlib.suppress(OSError):
+                for _ in range(200):  # never read
+                    sock.send(b'{"op": "stats"}', socket.MSG_DONTWAIT)
+        started = time.monotonic()
+        for sock in held:
+            sock.close()
+        until(lambda: set(served.pids()) == set(pids))
+        assert time.monotonic() - started < 15
+        assert served.memory() - before < 64 << 20
+
+
+def hung_up(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) == b""
+    except OSError:
+        return False
