@@ -1,4 +1,4 @@
-"""A service with no patience: merges whatever looks equal, at once and without end, and breaks it again.
+"""A service with no patience: merges whatever looks equal, at once and without end, breaks it again, and restores it.
 
 ksmd waits until a page stood still for a pass and then leaves it alone. This does the opposite, to meet writers
 in the middle of a swap as often as can be: what it merges is what was written a moment ago.
@@ -23,7 +23,7 @@ from collections import Counter
 import numpy as np
 
 from samepage.memory import AREA, EXTENT, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, wire
-from samepage.memory.agent import DONATE_MAX, AgentAddressSpace, Terms
+from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace, Terms
 
 SECTION_PAGES = 16
 """Pages in a critical section: 64 KiB, where the move conflicts with writers most."""
@@ -128,6 +128,15 @@ def break_some(space: AgentAddressSpace, rng: random.Random, tally: Counter[str]
         break_range(space, int(area["vpn"]) + first, rng.randint(1, int(area["npages"]) - first), tally)
 
 
+def restore_all(space: AgentAddressSpace, tally: Counter[str]) -> None:
+    """What was merged and then written is to be memory like any other again."""
+    areas = space.areas().ranges
+    if len(areas):
+        result = space.restore(areas[:RUNS_MAX])
+        tally["restored"] += result.pages_restored
+        tally["not restored"] += result.pages_left
+
+
 def break_all(space: AgentAddressSpace, tally: Counter[str]) -> None:
     for area in space.areas().ranges:
         break_range(space, int(area["vpn"]), int(area["npages"]), tally)
@@ -170,6 +179,8 @@ def main() -> None:
                 tally["rounds"] += 1
                 if rng.random() < 0.3:
                     break_some(rng.choice(some), rng, tally)
+                if rng.random() < 0.5:
+                    restore_all(rng.choice(some), tally)
                 if rng.random() < 0.1:
                     break_all(rng.choice(some), tally)
         except AddressSpaceGone:

@@ -189,6 +189,9 @@ class Liar(FakeAgent):
         error = rng.choice((0, errno.ENOMEM, errno.EINTR, errno.EFAULT, errno.EFAULT, errno.EIO))
         return wire.pack(wire.BROKEN, *counts, rng.choice(HUGE), rng.choice(HUGE), 0, error, 0), -1
 
+    def lie_restore(self, request: Packet) -> tuple[bytes, int]:
+        return wire.pack(wire.RESTORED, *(self._count() & ((1 << 64) - 1) for _ in range(3))), -1
+
     def lie_map_count(self, request: Packet) -> tuple[bytes, int]:
         return wire.pack(wire.MAP_COUNT, self._rng.choice(HUGE), self._rng.choice((*HUGE, 5, 10))), -1
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
-from samepage.ksmd import UnmergeFailed, age
+from samepage.ksmd import UnmergeFailed, age, islands
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import PAGE_SIZE, AddressSpaceGone, PageStatus
 from samepage.memory.simulated import OutOfMemory, SimulatedAddressSpace, SimulatedMachine
@@ -59,6 +59,7 @@ class KsmdMachine(RuleBasedStateMachine):
     )
     def begin(self, memory: int, bits: int, tracking: bool, rehash: bool, sharing: int, skipping: bool) -> None:
         self.patched = pytest.MonkeyPatch()
+        self.patched.setattr(islands, "RUN_PAGES", 2)
         if skipping:  # what changes at all is skipped soon
             self.patched.setattr(age, "BLOCK_PAGES", 4)
             self.patched.setattr(age, "RESTLESS_PAGES", 1)
@@ -203,7 +204,7 @@ class KsmdMachine(RuleBasedStateMachine):
                 who.write(dice.randrange(BASE, BASE + PAGES), dice.randrange(6))
             elif kind == 1 and what != "scan":
                 who.discard(dice.randrange(BASE, BASE + PAGES), 1)
-            elif what == "break":
+            elif what in ("break", "restore"):
                 return dice.choice([errno.ENOMEM, errno.EINTR, errno.EAGAIN, errno.EFAULT])
             elif what in ("donate", "merge"):
                 return dice.choice([s for s in PageStatus if s not in (PageStatus.DONE, PageStatus.DIFFERENT)])

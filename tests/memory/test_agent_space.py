@@ -22,7 +22,7 @@ import pytest
 
 from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, wire
 from samepage.memory import agent as module
-from samepage.memory.agent import DONATE_MAX, MERGE_MAX, AgentAddressSpace, Terms
+from samepage.memory.agent import DONATE_MAX, MERGE_MAX, RUNS_MAX, AgentAddressSpace, Terms
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op
 from tests.service import fake_agent
@@ -160,6 +160,14 @@ def test_a_break_tells_how_far_it_came(make: Make) -> None:
     assert (broken.bytes_needed, broken.bytes_available) == (8 * PAGE_SIZE, 5)
     agent.headroom = 1 << 40
     assert space.break_ksm(BASE_VPN, 8).pages_unmerged == 8
+
+
+def test_a_restore_tells_how_many_pages_stayed_as_they_were(make: Make) -> None:
+    space, _ = make(npages=8)
+    result = space.restore(np.array([(BASE_VPN, 3), (BASE_VPN + 4, 4)], AREA))
+    assert (result.pages_restored, result.pages_left) == (5, 2)
+    with pytest.raises(ValueError, match="runs"):
+        space.restore(np.zeros(RUNS_MAX + 1, AREA))
 
 
 def test_the_headroom_comes_with_the_name_of_the_memory_cgroup(make: Make) -> None:
@@ -375,6 +383,15 @@ def test_a_scan_that_cannot_be_true_is_refused(
 
     with pytest.raises(AddressSpaceGone, match=why):
         make(scan=lie)[0].scan(0, 8)
+
+
+@pytest.mark.parametrize("restored", [(9, 0, 0), (4, 5, 0), ((1 << 64) - 1, 1, 0)])
+def test_a_restore_that_cannot_be_true_is_refused(make: Make, restored: tuple[int, ...]) -> None:
+    def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        return wire.encode(request.op, request.seq, wire.pack(wire.RESTORED, *restored)), -1
+
+    with pytest.raises(AddressSpaceGone, match="restore"):
+        make(restore=lie)[0].restore(np.array([(BASE_VPN, 3), (BASE_VPN + 4, 5)], AREA))
 
 
 @pytest.mark.parametrize("broken", [(9, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, errno.EPERM, 0)])

@@ -156,6 +156,12 @@ class FakeAgent:
         self.merged[which] = False
         return wire.pack(wire.BROKEN, len(which), 0, 0, self.headroom, 0, 0, 0), -1
 
+    def do_restore(self, request: Packet) -> tuple[bytes, int]:
+        """Of every run it asks for all pages but one are ordinary memory then."""
+        runs = request.reader().rest(AREA)
+        npages = int(runs["npages"].sum())
+        return wire.pack(wire.RESTORED, npages - len(runs), len(runs), 0), -1
+
     def do_map_count(self, request: Packet) -> tuple[bytes, int]:
         return wire.pack(wire.MAP_COUNT, 100, 32000), -1
 

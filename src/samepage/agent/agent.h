@@ -16,9 +16,8 @@
  *   PAGE_SEGMENT  the mapping here is a private mapping of a segment, not anonymous memory. Discarding
  *                 it must give zeros, so whoever discards maps anonymous memory over it first.
  *   PAGE_ISLAND   inside such a mapping, this page has a private copy: its copy-on-write was broken.
- *                 An island may be pinned for DMA, and no system call tells; so it is never swapped
- *                 again by the move path (see docs/architecture.md).
- *   PAGE_KNOWN    the service was told that this page is merged.
+ *                 UFFDIO_MOVE does not take it from there; restore.c makes it anonymous memory again.
+ *   PAGE_KNOWN    the service was told that this page is merged. Of an island: is to be told that it is not.
  *
  * Threads and descriptors. The agent thread is made by clone(2) and unknown to libc (thread.c), of which the agent uses
  * nothing that the application may replace, hold a lock of, or be inside of (system.h). The thread has a file table and
@@ -32,8 +31,9 @@
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c (its large blocks), mmap.c, mremap.c, madvise.c,
  * fork.c (processes and threads), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
  * all that); uffd.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
- * hash), donate.c, merge.c and swap.c (donate and merge), break.c (unmerge), headroom.c and memcg.c (is there memory?);
- * thread.c, call.c, peer.c, wire.c, serve.c and api.c (peer.h: the thread, and who speaks to it), and system.c under all.
+ * hash), donate.c, merge.c and swap.c (donate and merge), break.c (unmerge), restore.c (islands become memory like any
+ * other), headroom.c and memcg.c (is there memory?); thread.c, call.c, peer.c, wire.c, serve.c and api.c (peer.h: the
+ * thread, and who speaks to it), and system.c under all.
  */
 #ifndef SAMEPAGE_AGENT_H
 #define SAMEPAGE_AGENT_H
@@ -150,6 +150,7 @@ enum area_flags {
 	AREA_WIPE = 1 << 12,	 /* MADV_WIPEONFORK: what is a segment's here, the agent wipes in a child */
 	AREA_SEQUENTIAL = 1 << 13,
 	AREA_RANDOM = 1 << 14,
+	AREA_AFRESH = 1 << 15, /* was not mergeable for a while: the service has forgotten what it was told of it */
 };
 
 struct area {
@@ -223,6 +224,7 @@ bool page_test(enum page_plane plane, uint64_t vpn);
 void page_set(enum page_plane plane, uint64_t vpn, uint64_t end, bool value);
 uint64_t page_next(enum page_plane plane, uint64_t vpn, uint64_t end, bool value);
 void page_forget_known(void);				 /* nothing is known to the service any more */
+void page_tell_islands(uint64_t vpn, uint64_t end);	 /* it is to be told of islands here that it may not know of */
 void page_move(uint64_t vpn, uint64_t end, uint64_t to); /* mremap: bits travel, KNOWN does not */
 
 /* ---- mappings inside areas (area.c) ----------------------------------------------------------------- */
@@ -379,6 +381,10 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status);
 void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out);
 /* The same for any thread: on the agent thread, or where there is none, here and now. */
 void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out);
+
+/* Makes islands of [start, end) anonymous memory again, where nobody holds them (for DMA, say): max_pages of them, or some more.
+ * Adds to `out`. Where it stopped. The agent thread only. */
+uintptr_t restore_islands(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_restored *out);
 
 /* Bytes this process could still be given before anybody would have to be killed: the least over its
  * memory cgroup, every ancestor, and MemAvailable. Needs the lock, for its buffers' sake. */

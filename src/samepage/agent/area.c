@@ -16,6 +16,12 @@ static bool mergeable(unsigned flags)
 	       !(flags & (AREA_EXCLUDED | AREA_UNMERGED));
 }
 
+/* `now`, and whether all of it is to be looked at afresh. */
+static unsigned changed_flags(unsigned before, unsigned now)
+{
+	return !mergeable(before) && mergeable(now) ? now | AREA_AFRESH : now;
+}
+
 bool area_mergeable(const struct area *a)
 {
 	return mergeable(a->flags);
@@ -45,8 +51,12 @@ void area_merge_any(bool on)
 {
 	merge_any = on;
 	for (struct area *a = area_next(0); on && a; a = area_next(a->end))
-		if (mergeable(a->flags) && page_reserve(a->start >> PAGE_SHIFT, a->end >> PAGE_SHIFT))
+		if (!mergeable(a->flags))
+			continue;
+		else if (page_reserve(a->start >> PAGE_SHIFT, a->end >> PAGE_SHIFT))
 			a->flags |= AREA_EXCLUDED;
+		else if (!(a->flags & (AREA_ALLOC | AREA_ADVISED)))
+			a->flags |= AREA_AFRESH;
 	areas_seq++;
 }
 
@@ -126,9 +136,13 @@ int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
 		flags |= AREA_EXCLUDED;
 	if (area_reserve(1) || (mergeable(flags) && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT)))
 		return -ENOMEM;
+	if (flags & AREA_ADVISED) /* what the program declares may have been an area before */
+		flags = changed_flags(0, flags);
 	insert((struct area){.start = start, .end = end, .flags = flags, .prot = prot});
 	join_around(start, end);
 	areas_seq += mergeable(flags);
+	if (mergeable(flags))
+		page_tell_islands(start >> PAGE_SHIFT, end >> PAGE_SHIFT);
 	return 0;
 }
 
@@ -154,7 +168,7 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 	split_at(start);
 	split_at(end);
 	for (struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
-		unsigned flags = (a->flags & ~clear) | set;
+		unsigned flags = changed_flags(a->flags, (a->flags & ~clear) | set);
 
 		areas_seq += mergeable(flags) != mergeable(a->flags);
 		a->flags = flags;

@@ -16,7 +16,7 @@
  *
  * Two ways to break a page. *Restore*: write-protect the range, copy the segment's pages into fresh anonymous
  * memory, and mremap that over them: the range is anonymous memory again and can be merged again. Pages that
- * already have a private copy (islands) are left as they are. *In place*: MADV_POPULATE_WRITE; the copies
+ * already have a private copy (islands) are left for restore.c, which comes last. *In place*: MADV_POPULATE_WRITE; the copies
  * are islands then. Used where there is no userfaultfd with synchronous write-protection, or no agent thread.
  */
 #include "swap.h"
@@ -354,6 +354,16 @@ static void unlock_any(const sigset_t *saved)
 		mmap_unlock(saved);
 }
 
+/* Once nothing of a range is merged: what was written before is made memory like any other, too, as far as that is safe. EAGAIN:
+ * so many pages were, and there may be more. */
+static int restore_rest(uintptr_t start, uintptr_t end, uint64_t max_pages)
+{
+	struct sp_restored done = {0};
+
+	restore_islands(start, end, max_pages, &done);
+	return done.pages_restored && done.pages_restored >= max_pages ? EAGAIN : 0;
+}
+
 void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out)
 {
 	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, begin = vpn;
@@ -394,6 +404,8 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 	}
 	if (on_agent_thread())
 		stock_drop();
+	if (!err && on_agent_thread())
+		err = restore_rest(start, end, max_pages - out->pages_unmerged);
 	if (err) {
 		lock_any(&saved);
 		out->pages_remaining = count_merged(begin, last, UINT64_MAX);

@@ -111,8 +111,18 @@ void page_forget_known(void)
 {
 	scan_disturb();
 	for (uint64_t i = first_leaf; i <= last_leaf && i < NR_LEAVES; i++)
-		if (leaves[i])
+		if (leaves[i]) {
 			page_set(PAGE_KNOWN, i << LEAF_SHIFT, (i + 1) << LEAF_SHIFT, false);
+			page_tell_islands(i << LEAF_SHIFT, (i + 1) << LEAF_SHIFT);
+		}
+}
+
+void page_tell_islands(uint64_t vpn, uint64_t end)
+{
+	for (uint64_t stop; (vpn = page_next(PAGE_ISLAND, vpn, end, true)) < end; vpn = stop) {
+		stop = page_next(PAGE_ISLAND, vpn, end, false);
+		page_set(PAGE_KNOWN, vpn, stop, true);
+	}
 }
 
 void page_move(uint64_t vpn, uint64_t end, uint64_t to)
@@ -126,6 +136,7 @@ void page_move(uint64_t vpn, uint64_t end, uint64_t to)
 		for (uint64_t p = first; p < last; p++)
 			if (page_test(PAGE_ISLAND, p))
 				page_set(PAGE_ISLAND, to + (p - vpn), to + (p - vpn) + 1, true);
+		page_tell_islands(to + (first - vpn), to + (last - vpn));
 		at = last;
 	}
 	page_set(PAGE_SEGMENT, vpn, end, false);

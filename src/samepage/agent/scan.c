@@ -234,6 +234,17 @@ static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, 
 	return vpn;
 }
 
+/* Has all of an area counted as written: some of it may be known here to have been looked at, and to nobody else. */
+static const struct area *look_afresh(const struct area *a, uint64_t vpn)
+{
+	uintptr_t start = a->start, end = a->end;
+
+	if (kernel.tracking)
+		untrack(start, end);
+	area_change(start, end, 0, AREA_AFRESH, -1);
+	return area_next(vpn << PAGE_SHIFT);
+}
+
 /* One hold of the lock, before page `last`. Where to go on, or 0 when there is no area behind. */
 static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
 {
@@ -243,6 +254,8 @@ static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
 
 	if (!a)
 		return 0;
+	if (a->flags & AREA_AFRESH && area_mergeable(a))
+		a = look_afresh(a, vpn);
 	end = a->end >> PAGE_SHIFT;
 	if (!area_mergeable(a)) /* not in the service's list of areas; it has forgotten what was there */
 		return end;

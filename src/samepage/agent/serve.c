@@ -12,6 +12,7 @@
 #define MAX_SUMS                                                                                                       \
 	((SP_MSG_MAX - sizeof(struct sp_hdr) - sizeof(struct sp_scanned) - MAX_RUNS * sizeof(struct sp_run)) / 8)
 #define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are looked at in between */
+#define RESTORE_STEP (16 * SECTION_MAX)
 
 uint64_t thread_cpu_ns(void)
 {
@@ -139,6 +140,37 @@ static void do_break(const struct sp_area *range)
 	}
 }
 
+/* Whether n ranges lie in user memory. */
+static bool in_user_memory(const struct sp_area *ranges, size_t n)
+{
+	const uint64_t limit = 1ULL << (48 - PAGE_SHIFT);
+
+	for (size_t i = 0; i < n; i++)
+		if (ranges[i].vpn >= limit || ranges[i].npages > limit - ranges[i].vpn)
+			return false;
+	return true;
+}
+
+static int do_restore(const struct sp_area *ranges, size_t n)
+{
+	struct sp_restored done = {0};
+	uint64_t cpu = thread_cpu_ns();
+
+	if (!in_user_memory(ranges, n))
+		return EPROTO;
+	for (size_t i = 0; i < n && !atomic_load(&thread.stop); i++) {
+		uintptr_t at = ranges[i].vpn << PAGE_SHIFT, end = at + (ranges[i].npages << PAGE_SHIFT);
+
+		while (at < end && !atomic_load(&thread.stop)) {
+			at = restore_islands(at, end, RESTORE_STEP, &done);
+			wait_for(-1, 0, 0);
+		}
+	}
+	done.cpu_ns = thread_cpu_ns() - cpu;
+	*(struct sp_restored *)answer = done;
+	return 0;
+}
+
 /* Answers one request. False: the connection is of no more use. */
 bool serve(void)
 {
@@ -168,6 +200,9 @@ bool serve(void)
 		   ((struct sp_area *)payload)->npages < 1ULL << 36) {
 		do_break(payload);
 		len = sizeof(struct sp_broken);
+	} else if (op == SP_RESTORE && got && got % (ssize_t)sizeof(struct sp_area) == 0) {
+		err = do_restore(payload, (size_t)got / sizeof(struct sp_area));
+		len = sizeof(struct sp_restored);
 	} else if (op == SP_MAP_COUNT && !got) {
 		*(struct sp_map_count *)answer = (struct sp_map_count){vma_count(), map_limit()};
 		len = sizeof(struct sp_map_count);

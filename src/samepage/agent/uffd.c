@@ -117,6 +117,8 @@ static int new_uffd(int dev, uint64_t features, bool *user_mode_only)
 int kernel_open(int dev)
 {
 	const uint64_t sync_wp = UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+	const uint64_t move =
+		sync_wp | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC | FEATURE_MOVE | UFFD_FEATURE_MINOR_SHMEM;
 	bool user_only = false, wp_user_only = false;
 	struct page_region one;
 	uintptr_t walked;
@@ -133,7 +135,7 @@ int kernel_open(int dev)
 	if (pagemap_walk(PAGE_ALIGN_DOWN(&one), PAGE_ALIGN_DOWN(&one) + PAGE_SIZE, &any, &one, 1, &walked) < 0)
 		kernel.scan = false;
 
-	kernel.move = new_uffd(dev, sync_wp | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC | FEATURE_MOVE, &user_only);
+	kernel.move = new_uffd(dev, move, &user_only);
 	kernel.tracking = kernel.move >= 0 && kernel.scan;
 	kernel.wp = new_uffd(dev, sync_wp | FEATURE_WP_HUGETLBFS_SHMEM, &wp_user_only);
 	if (kernel.wp < 0)

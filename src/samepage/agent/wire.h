@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define SP_MAGIC 0x45504d53u /* "SMPE" */
-#define SP_VERSION 3u
+#define SP_VERSION 4u
 #define SP_MSG_MAX (128u << 10)
 
 enum sp_op {
@@ -32,6 +32,7 @@ enum sp_op {
 	SP_BREAK = 8,	  /* -> sp_area (one)        <- sp_broken */
 	SP_MAP_COUNT = 9, /* ->                      <- sp_map_count */
 	SP_HEADROOM = 10, /* ->                      <- sp_headroom */
+	SP_RESTORE = 11,  /* -> sp_area[]            <- sp_restored */
 };
 
 struct sp_hdr {
@@ -148,6 +149,13 @@ struct sp_broken {
 	uint64_t cpu_ns;
 	int32_t error;	 /* 0, ENOMEM, EINTR, EFAULT */
 	uint32_t unseen; /* 1: bytes_available is 0 because what limits the process could not be read */
+};
+
+/* Of pages that were merged and then written, in what was asked for. */
+struct sp_restored {
+	uint64_t pages_restored; /* ordinary anonymous memory again */
+	uint64_t pages_left;	 /* somebody holds them, or there is no memory to spare */
+	uint64_t cpu_ns;
 };
 
 struct sp_map_count {

@@ -18,6 +18,7 @@ from samepage.ksmd import knobs as knob_rules
 from samepage.ksmd.advisor import Advisor
 from samepage.ksmd.counters import Counters, ProcessRow
 from samepage.ksmd.domain import SLICE_PAGES, Domain
+from samepage.ksmd.islands import restore, restore_range
 from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import MmSlot
@@ -375,6 +376,7 @@ class Ksmd:
                     retry_pending(domain, slot, self._work.passes)
                 except AddressSpaceGone as e:
                     slot.lose(e)
+            self._pass_changed |= restore(domain, [s for s in domain.slots if not s.gone], self._work)
             if prune:
                 self._prune(domain)
         self._advisor.pass_over(self._clock(), quiet=not self._pass_changed)
@@ -411,6 +413,8 @@ class Ksmd:
             self._verify(slot.domain)
             if slot.gone:
                 raise AddressSpaceGone(slot.lost)
+            if restore_range(slot.domain, slot, vpn, npages):
+                self._scan_range(slot, vpn, npages)
             before = self._work.statuses.copy()
             domain = slot.domain
             refs = self._refs_in(slot, vpn, npages)

@@ -63,6 +63,8 @@ class MmSlot:
         self.pending_due = 0
         self.verified = -math.inf  # when it was last seen to be who it was
         self.faults = 0  # breaks of an unmerge that ended with EFAULT
+        self.islands_due = 0  # the pass after which broken pages are asked about again
+        self.islands_attempts = 0  # in a row that were in vain
 
     def lose(self, why: Exception) -> None:
         """It went, or cannot be served any more."""
@@ -85,6 +87,15 @@ class MmSlot:
         self.hash_all &= self.ages.skipping
         self.ages.end_pass()
         self._merged = self.merged
+
+    def may_have_islands(self, passes: int) -> bool:
+        """Whether to look for broken pages that can be restored."""
+        return passes >= self.islands_due and bool(self.counts[PageState.BROKEN])
+
+    def islands_in_vain(self, passes: int, longest: int) -> None:
+        """There were none, or they were held: not so soon again, unless more pages break."""
+        self.islands_due = passes + min(1 << min(self.islands_attempts, 16), longest)
+        self.islands_attempts += 1
 
     @property
     def is_still(self) -> bool:

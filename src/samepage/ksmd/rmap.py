@@ -39,7 +39,7 @@ class PageState(IntEnum):
     MERGED = 5  # stable node
     INHERITED = 6  # stable node; came by fork, and the parent still has it at the same address
     ZERO = 7  # checksum of the zero page, which it is merged with
-    BROKEN = 8  # nothing: was merged, was written, and has not been hashed since
+    BROKEN = 8  # the pass in which that was found: was merged, was written, and has not been hashed since
     DEFERRED = 9  # checksum; matched, but busy or no memory: tried again later
     OVER_BUDGET = 10  # checksum; matched, but not worth the mappings it costs: tried again later
     COLLIDED = 11  # checksum; compared different from a page of equal checksum: left alone until it changes

@@ -72,7 +72,7 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
             if kind == RunKind.GONE:
                 domain.forget(slot, refs)
             elif kind == RunKind.BROKEN:
-                _broken(domain, slot, refs)
+                _broken(domain, slot, refs, passes)
             else:
                 _found(domain, slot, by_kind[kind], passes)
     if RunKind.HASHED in located:
@@ -147,11 +147,17 @@ def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) 
     return again
 
 
-def _broken(domain: Domain, slot: MmSlot, refs: Ints) -> None:
+def _broken(domain: Domain, slot: MmSlot, refs: Ints, passes: int) -> None:
     """Copy-on-write was broken. What is known not to be merged (we may have broken it ourselves) stays."""
-    refs = refs[IS_MERGED[domain.state[refs]]]
+    state = domain.state[refs]
+    refs = refs[IS_MERGED[state] | (state == PageState.UNTOUCHED)]
+    if not len(refs):
+        return
     domain.withdraw(slot, refs)
+    domain.rmap.touch(refs)
+    domain.checksum[refs] = passes
     domain.set_state(slot, refs, PageState.BROKEN)
+    slot.islands_due, slot.islands_attempts = 0, 0
 
 
 def _found(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
@@ -169,7 +175,7 @@ def _found(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
             room = domain.stable.has_room(nodes)
             _adopt(domain, slot, refs[room], vpns[room], nodes[room])
             domain.stable.close_unused([segment])
-        _broken(domain, slot, refs[~room])  # more than can be counted: not known to be merged, and left alone
+        _broken(domain, slot, refs[~room], passes)  # more than can be counted: not known to be merged, and left alone
 
 
 def _adopt(domain: Domain, slot: MmSlot, refs: Ints, vpns: Ints, nodes: Ints) -> None:

@@ -119,12 +119,13 @@ def _merged_in(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> int:
 
 
 def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int]]:
-    """Cut a range for breaking: short where pages are known to be merged, long where none is known to be.
+    """Cut a range for breaking: short where pages are known to be merged or were, long where none is known to be.
 
     The latter are not skipped: pages that came by fork, or from before the service, may not have been found yet.
     """
     for start, ref, n in _parts(slot, vpn, npages):
-        merged = IS_MERGED[domain.state[ref : ref + n]]
+        state = domain.state[ref : ref + n]
+        merged = IS_MERGED[state] | (state == PageState.BROKEN)  # which are restored on this occasion
         pending = 0
         for at in range(0, n, BREAK_PAGES):
             if merged[at : at + BREAK_PAGES].any():

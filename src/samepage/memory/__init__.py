@@ -189,6 +189,16 @@ class MergeResult:
     cpu_ns: int = 0
 
 
+@dataclass(slots=True)
+class RestoreResult:
+    """Outcome of `AddressSpace.restore`: so many pages are ordinary memory again, and so many others could be but are
+    held by somebody, or there was no memory to spare for it."""
+
+    pages_restored: int = 0
+    pages_left: int = 0
+    cpu_ns: int = 0
+
+
 class AddressSpaceGone(OSError):
     """The process went, hung past the timeout, or talked nonsense. Its mm_slot is to be dropped."""
 
@@ -240,6 +250,12 @@ class AddressSpace(Protocol):
 
     def break_ksm(self, vpn: int, npages: int) -> BreakResult:
         """Give every merged page of the range a private copy again, batch by batch; stops at the first error."""
+        ...
+
+    def restore(self, runs: npt.NDArray[np.void]) -> RestoreResult:
+        """Make pages in runs (dtype `AREA`) that were merged and then written, which the kernel does not let be merged
+        where they are, memory like any other; the next scan hashes them. Pages that anybody else holds stay as they
+        are (pinned for I/O, shared with a fork), and so do some around them."""
         ...
 
     def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:

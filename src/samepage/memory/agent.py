@@ -37,6 +37,7 @@ from samepage.memory import (
     Donation,
     MergeResult,
     PageStatus,
+    RestoreResult,
     ScanFlag,
     ScanResult,
     Segment,
@@ -59,6 +60,9 @@ DONATE_MAX = 2048
 
 MERGE_MAX = 64 << 10
 """Pages in one MERGE packet at most, so that a status byte a page fits into the answer."""
+
+RUNS_MAX = wire.BODY_MAX // AREA.itemsize
+"""Runs of pages in one packet at most."""
 
 EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
 
@@ -293,6 +297,20 @@ class AgentAddressSpace:
                 bool(broken["unseen"]),
             )
             check.broken(result, npages)
+        return result
+
+    def restore(self, runs: npt.NDArray[np.void]) -> RestoreResult:
+        """As the protocol says, for at most `RUNS_MAX` runs (ValueError)."""
+        if len(runs) > RUNS_MAX:
+            raise ValueError(f"{len(runs)} runs to restore; {RUNS_MAX} at most")
+        npages = int(runs["npages"].sum())
+        body = runs.astype(AREA, copy=False).tobytes()
+        with self._ask(Op.RESTORE, body, patience=npages * PAGE_SIZE / BREAK_RATE) as answer:
+            reader = answer.reader()
+            found = reader.one(wire.RESTORED)
+            reader.end()
+            result = RestoreResult(found["pages_restored"], found["pages_left"], found["cpu_ns"])
+            check.restored(result, npages)
         return result
 
     def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:

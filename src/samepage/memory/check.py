@@ -21,6 +21,7 @@ from samepage.memory import (
     BreakResult,
     Donation,
     PageStatus,
+    RestoreResult,
     RunKind,
     ScanResult,
 )
@@ -99,3 +100,9 @@ def broken(result: BreakResult, npages: int) -> None:
     counts_fit = min(result.pages_unmerged, result.pages_remaining) >= 0
     counts_fit &= result.pages_unmerged + result.pages_remaining <= npages
     _require(counts_fit and result.bytes_needed >= 0 and result.bytes_available >= 0, "counts of a break do not fit")
+
+
+def restored(result: RestoreResult, npages: int) -> None:
+    """Counts must fit what was asked for."""
+    counts_fit = result.pages_restored + result.pages_left <= npages and result.cpu_ns >= 0
+    _require(counts_fit, "counts of a restore do not fit")

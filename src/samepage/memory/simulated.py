@@ -32,6 +32,7 @@ from samepage.memory import (
     Donation,
     MergeResult,
     PageStatus,
+    RestoreResult,
     RunKind,
     ScanFlag,
     ScanResult,
@@ -39,10 +40,11 @@ from samepage.memory import (
 )
 
 Script = Callable[[str, int], int | None]
-"""`(operation, vpn)`, where the operation is "scan", "donate", "merge" or "break"; called before each page.
+"""`(operation, vpn)`, where the operation is "scan", "donate", "merge", "break" or "restore"; called before each page.
 
 It may change the address space, or raise AddressSpaceGone. What it returns is the page's fate: a `PageStatus` for
-"donate" and "merge", an errno for "break" (EAGAIN: the fault backs out, and is taken again); None for no fault.
+"donate" and "merge", an errno for "break" (EAGAIN: the fault backs out, and is taken again), anything for "restore"
+(somebody holds the page); None for no fault.
 """
 
 MASK = (1 << 64) - 1
@@ -190,6 +192,7 @@ class SimulatedAddressSpace:
         self._areas_seq = 0
         self._pages: dict[int, _Page] = {}
         self._seen_merged: set[int] = set()  # pages that were merged when last looked at
+        self.pinned: set[int] = set()  # pages that somebody holds, for I/O
 
     # -- the application --------------------------------------------------------------------------------
 
@@ -210,6 +213,8 @@ class SimulatedAddressSpace:
         self.map_area(to, npages)
         for at, page in moved.items():
             page.written = True
+            if page.by_application and not self.rehash_broken:
+                self._seen_merged.add(at - vpn + to)  # to be told of
             self._pages[at - vpn + to] = page
 
     def _cut_areas(self, vpn: int, npages: int) -> None:
@@ -304,6 +309,8 @@ class SimulatedAddressSpace:
             if page.segment is not None:
                 page.segment.maps += 1
             child._pages[vpn] = _Page(page.shadow, page.frame, page.segment, page.offset, True, page.by_application)
+            if page.by_application and not self.rehash_broken:
+                child._seen_merged.add(vpn)
         return child
 
     def exit(self) -> None:
@@ -489,6 +496,22 @@ class SimulatedAddressSpace:
         self._give_copy(page)
         page.written = True  # to the agent it is new memory
         return 0
+
+    def restore(self, runs: npt.NDArray[np.void]) -> RestoreResult:
+        """See `AddressSpace.restore`."""
+        self._called("restore")
+        result = RestoreResult()
+        for vpn in _pages_of(runs):
+            fate = self._fate("restore", vpn)
+            page = self._pages.get(vpn)
+            if page is None or page.frame is None or not page.by_application or not self._mergeable(vpn):
+                continue
+            if fate is not None or vpn in self.pinned or page.frame.maps > 1 or not self.machine.headroom:
+                result.pages_left += 1
+                continue
+            page.by_application, page.written = False, True
+            result.pages_restored += 1
+        return result
 
     def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
         """See `AddressSpace.present`."""

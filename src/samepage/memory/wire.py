@@ -24,7 +24,7 @@ import numpy.typing as npt
 from samepage.memory import AREA, EXTENT, RUN
 
 MAGIC = 0x45504D53
-VERSION = 3
+VERSION = 4
 MSG_MAX = 128 << 10
 """Bytes of the largest packet, header included."""
 
@@ -42,6 +42,7 @@ class Op(IntEnum):
     BREAK = 8
     MAP_COUNT = 9
     HEADROOM = 10
+    RESTORE = 11
 
 
 class Flags(IntFlag):
@@ -99,6 +100,7 @@ BROKEN = np.dtype(
         ("unseen", "<u4"),
     ],
 )
+RESTORED = np.dtype([("pages_restored", "<u8"), ("pages_left", "<u8"), ("cpu_ns", "<u8")])
 MAP_COUNT = np.dtype([("used", "<u8"), ("limit", "<u8")])
 HEADROOM = np.dtype([("available", "<u8")])
 
@@ -115,6 +117,7 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "sp_extent": EXTENT,
     "sp_done": DONE,
     "sp_broken": BROKEN,
+    "sp_restored": RESTORED,
     "sp_map_count": MAP_COUNT,
     "sp_headroom": HEADROOM,
 }

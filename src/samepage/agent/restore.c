@@ -1,0 +1,292 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Restoring islands: pages that were merged and then written become ordinary anonymous memory again.
+ *
+ * An island is private memory inside a mapping of a segment. UFFDIO_MOVE does not take it from there, so it has to be
+ * copied, and a page that something else holds must not be: a device that it is pinned for (O_DIRECT, a registered
+ * buffer of io_uring) would go on with the page that nobody sees any more. There is a call that tells. To migrate a
+ * page the kernel takes it out of the page tables and counts who still holds it; if anybody does, the page stays.
+ * mbind(2) with MPOL_LOCAL and MPOL_MF_MOVE | MPOL_MF_STRICT migrates every page of a range, also to the node it is on,
+ * and says EIO when one would not go. (With MPOL_DEFAULT it ignores MPOL_MF_STRICT.) It is asked once in each process
+ * whether it really tells, with a page that we hold ourselves.
+ *
+ * One critical section: the pages leave for the window, page tables and all, and their mapping stays behind empty,
+ * registered for minor faults, so that who touches it sleeps (for missing faults it would be given the segment's page).
+ * In the window nobody can take hold of them any more. If mbind says that nobody did before, they are copied to fresh
+ * memory, and that is put over the empty mapping; else they go back.
+ */
+#include "swap.h"
+
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define RESTORE_MAX 128UL /* pages in one critical section: half a millisecond */
+#define RESTORE_MIN 8UL	  /* where one of so few is held, all of them are left */
+#define HOME_TRIES 1000
+#define NEAR_EACH (32UL << 20) /* what others may take meanwhile, for each CPU */
+#define MPOL_LOCAL 4	       /* include/uapi/linux/mempolicy.h */
+#define MPOL_MOVE_STRICT 3
+
+/* Migrates the pages of a range. 0: nobody else holds one of them; EIO: somebody does; or another errno. */
+static int migrate(uintptr_t start, uintptr_t len)
+{
+	return real.syscall(SYS_mbind, start, len, MPOL_LOCAL, NULL, 0, MPOL_MOVE_STRICT) ? errno : 0;
+}
+
+/* Whether migrate() says EIO of a page that a pipe holds, and 0 when it does not hold it any more. */
+static bool try_migrating(uintptr_t page)
+{
+	struct iovec iov = {(void *)page, PAGE_SIZE};
+	int ends[2], held, freed = EIO;
+
+	if (real.syscall(SYS_pipe2, ends, 02000000 /* O_CLOEXEC */))
+		return false;
+	held = real.syscall(SYS_vmsplice, ends[1], &iov, 1, 0) == (long)PAGE_SIZE ? migrate(page, PAGE_SIZE) : ENOSYS;
+	close(ends[0]);
+	close(ends[1]);
+	for (int tries = 0; held == EIO && freed == EIO && tries < 4; tries++)
+		freed = migrate(page, PAGE_SIZE);
+	return held == EIO && !freed;
+}
+
+/* Whether the kernel tells of an island that somebody holds it. Asked once. */
+static bool tells_holders(void)
+{
+	static int known = -1;
+	uintptr_t page = kernel.copy;
+	int fd;
+
+	if (known >= 0)
+		return known;
+	known = 0;
+	fd = (int)real.syscall(SYS_memfd_create, "samepage", 1U /* MFD_CLOEXEC */);
+	if (fd < 0)
+		return false;
+	if (!real.syscall(SYS_ftruncate, fd, PAGE_SIZE) &&
+	    real.mmap((void *)page, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, 0) != MAP_FAILED) {
+		*(volatile char *)page = 1;
+		known = try_migrating(page);
+	}
+	close(fd);
+	window_reset(page, PAGE_SIZE, PROT_NONE, -1, 0);
+	return known;
+}
+
+/* ---- there and back -------------------------------------------------------------------------------------- */
+
+/* The end of the mapping of a segment that `at` lies in, or `at` when there is none. */
+static uintptr_t mapping_end(uintptr_t at)
+{
+	struct vma vma;
+
+	vma_forget(); /* mappings were moved since */
+	if (!vma_find(kernel.maps, at, &vma) || vma.start > at || !vma.ino || vma.shared)
+		return at;
+	return vma.end;
+}
+
+/* Takes the place in the window again that a mapping was moved away from. */
+static void refill(uintptr_t start, uintptr_t len)
+{
+	if (!window_fill(start, len, PROT_NONE, -1, 0))
+		window_lost();
+}
+
+/* Moves the pages of [start, start + len) to the window, mapping by mapping; the mappings stay, empty. How far it came. */
+static uintptr_t leave_home(uintptr_t start, uintptr_t len)
+{
+	uintptr_t done = 0, stop;
+
+	while (done < len && (stop = mapping_end(start + done)) > start + done) {
+		uintptr_t n = min_addr(stop - start, len) - done, to = kernel.view + done;
+
+		if (real.mremap((void *)(start + done), n, n, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
+				(void *)to) == MAP_FAILED) {
+			if (!range_mapped(to, n))
+				refill(to, n);
+			break;
+		}
+		done += n;
+	}
+	return done;
+}
+
+/* Puts the pages in the window back over [start, start + len), mappings and all, of which it takes no more than there
+ * were; but other threads may have taken them meanwhile. */
+static void go_home(uintptr_t start, uintptr_t len)
+{
+	const struct timespec nap = {.tv_nsec = 1000000};
+	const uintptr_t view = kernel.view;
+	uintptr_t done = 0, stop;
+
+	for (int tries = 0; done < len; tries++) {
+		while (done < len && (stop = mapping_end(view + done)) > view + done) {
+			uintptr_t n = min_addr(stop - view, len) - done;
+
+			if (window_give(view + done, n, start + done))
+				break;
+			refill(view + done, n);
+			done += n;
+		}
+		if (done < len && tries == HOME_TRIES)
+			strand();
+		if (done < len && tries)
+			real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
+	}
+}
+
+/* ---- fresh memory ---------------------------------------------------------------------------------------- */
+
+/* What of the copy window is mapped for fresh pages, and not given to anybody. Neighbours in the window become neighbours in an
+ * area, so that the kernel makes one mapping of them. */
+static struct {
+	uintptr_t at, end;
+} fresh;
+
+/* `len` bytes of new memory, faulted in. 0: there is none to be had. */
+static uintptr_t fresh_pages(uintptr_t len)
+{
+	/* What is migrated is there twice for a moment, and the kernel may make the new memory a huge page. */
+	if (!kernel.copy || !room_for(len + WINDOW, settings.reserve + NEAR_EACH * online_cpus()))
+		return 0;
+	if (fresh.end - fresh.at < len) {
+		fresh.at = fresh.end = 0;
+		if (mappings_limited() && !limits_leave(2 * COPY_WINDOW))
+			return 0;
+		if (real.mmap((void *)kernel.copy, COPY_WINDOW, PROT_READ | PROT_WRITE,
+			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
+			return 0;
+		real.madvise((void *)kernel.copy, COPY_WINDOW, MADV_DONTFORK);
+		fresh.at = kernel.copy;
+		fresh.end = fresh.at + COPY_WINDOW;
+	}
+	return real.madvise((void *)fresh.at, len, MADV_POPULATE_WRITE) ? 0 : fresh.at;
+}
+
+/* ---- the critical section -------------------------------------------------------------------------------- */
+
+static bool all_own(uintptr_t start, uintptr_t len)
+{
+	uint8_t kind[RESTORE_MAX];
+	size_t n = len >> PAGE_SHIFT;
+
+	if (page_kinds(start, n, kind))
+		return false;
+	for (size_t i = 0; i < n; i++)
+		if (kind[i] != PAGE_OWN)
+			return false;
+	return true;
+}
+
+/* Replaces [start, start + len), whose pages are in the window, by a copy of them. 0 or an errno: they still are. */
+static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr_t copy)
+{
+	int err;
+
+	if (!all_own(kernel.view, len))
+		return EBUSY;
+	err = migrate(kernel.view, len);
+	if (err)
+		return err;
+	memcpy((void *)copy, (void *)kernel.view, len);
+	/* ENOMEM: the mapping would have to be cut for it. A child would not have the memory. */
+	if (real.madvise((void *)copy, len, MADV_DOFORK))
+		return ENOMEM;
+	area_readvise(a, copy, copy + len);
+	if (window_give(copy, len, start))
+		return ENOMEM;
+	refill(copy, len);
+	fresh.at += len;
+	return 0;
+}
+
+/* Restores [start, start + len) of an area, which are islands. 0; an errno; EIO: somebody holds one of them. */
+static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
+{
+	uintptr_t copy, came;
+	int err = EBUSY;
+
+	if (!all_own(start, len)) /* shared with a fork, or swapped out */
+		return EBUSY;
+	copy = fresh_pages(len);
+	if (!copy)
+		return ENOMEM;
+	if (uffd_register(kernel.move, start, len, UFFDIO_REGISTER_MODE_MINOR))
+		return EINVAL;
+	came = leave_home(start, len);
+	if (came == len)
+		err = replace(a, start, len, copy);
+	if (err)
+		go_home(start, came);
+	else
+		page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT, false);
+	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT, err);
+	uffd_release(&kernel.move, start, len);
+	if (kernel.view)
+		window_reset(kernel.view, len, PROT_NONE, -1, 0);
+	if (!err)
+		track(start, start + len);
+	return err;
+}
+
+/* ---- the walk -------------------------------------------------------------------------------------------- */
+
+static bool may_restore(const struct area *a)
+{
+	/* Under mlockall(MCL_FUTURE) whatever is mapped is filled at once. */
+	if ((a->flags | area_new_flags()) & (AREA_LOCKED | AREA_EXCLUDED) || a->prot != (PROT_READ | PROT_WRITE))
+		return false;
+	return kernel.swap == SP_SWAP_MOVE || (kernel.swap == SP_SWAP_QUIET && (a->flags & AREA_QUIET));
+}
+
+/* One step under the lock, from the first island of [*vpn, end) on: *most pages at most, which are less after a failure and
+ * more after a success. */
+static void restore_step(uint64_t *vpn, uint64_t end, uint64_t *most, struct sp_restored *out)
+{
+	uint64_t first = page_next(PAGE_ISLAND, *vpn, end, true), stop;
+	const struct area *a = area_next(first << PAGE_SHIFT);
+	int err = EINVAL;
+
+	*vpn = end;
+	if (first == end || !a)
+		return;
+	if (a->start > first << PAGE_SHIFT) {
+		*vpn = a->start >> PAGE_SHIFT;
+		return;
+	}
+	stop = page_next(PAGE_ISLAND, first, min_addr(end, min_addr(first + *most, a->end >> PAGE_SHIFT)), false);
+	if (kernel.view && kernel.move >= 0 && may_restore(a))
+		err = restore_section(a, first << PAGE_SHIFT, (stop - first) << PAGE_SHIFT);
+	if (!err) {
+		out->pages_restored += stop - first;
+		*most = min_addr(2 * *most, RESTORE_MAX);
+	} else if (err != ENOMEM && err != EINVAL && stop - first > RESTORE_MIN) {
+		*most = (stop - first) / 4 > RESTORE_MIN ? (stop - first) / 4 : RESTORE_MIN;
+		stop = first;
+	} else {
+		out->pages_left += stop - first;
+	}
+	*vpn = err == ENOMEM ? end : stop;
+}
+
+uintptr_t restore_islands(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_restored *out)
+{
+	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, most = RESTORE_MAX, before = out->pages_restored;
+
+	if (kernel.move < 0 || !kernel.views_stay || !kernel.view || !kernel.copy || !tells_holders())
+		return end;
+	fresh.at = fresh.end = 0;
+	while (vpn < last && out->pages_restored - before < max_pages) {
+		agent_mmap_lock();
+		scan_disturb();
+		restore_step(&vpn, last, &most, out);
+		agent_mmap_unlock();
+	}
+	if (kernel.copy)
+		window_reset(kernel.copy, COPY_WINDOW, PROT_NONE, -1, 0);
+	return vpn << PAGE_SHIFT;
+}

@@ -1,0 +1,116 @@
+"""Pages that were merged and then written: to be merged again they must be made memory like any other first.
+
+The kernel has nothing like it, for a page that leaves a stable node there is an ordinary page at once. Here it takes
+its process some microseconds a page, which is worth it where the writing has come to an end: weights that were loaded
+over initialised memory, say. So it is done for pages that were found broken two passes ago or earlier, and for long
+runs of them, since each takes a mapping.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from samepage.ksmd.domain import SLICE_PAGES, Domain
+from samepage.ksmd.merge import MergeWork
+from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.rmap import Ints, PageState, run_starts
+from samepage.memory import AREA
+
+QUIET_PASSES = 2
+"""Passes that a page must have been known to be broken for."""
+
+RUN_PAGES = 16
+"""Pages of the shortest run that is restored (64 KiB)."""
+
+BATCH_PAGES, BATCH_RUNS = 1 << 14, 256
+"""Pages and runs at most of one process in one pass: 64 MiB, which take it some 60 ms."""
+
+PATIENCE_MAX = 64
+"""Passes at most from one attempt that was in vain to the next."""
+
+
+def restore(domain: Domain, slots: Iterable[MmSlot], work: MergeWork) -> bool:
+    """Have processes restore what has been broken for long enough. Whether any page was restored."""
+    runs = {slot: _due(domain, slot, work.passes) for slot in slots if slot.may_have_islands(work.passes)}
+    for slot, found in runs.items():
+        if not len(found):
+            slot.islands_in_vain(work.passes, PATIENCE_MAX)
+    asked = {slot: found for slot, found in runs.items() if len(found)}
+    restored = False
+    for slot, n in work.each(asked, lambda slot: _ask(slot, asked[slot])).items():
+        if n:
+            slot.islands_due, slot.islands_attempts = work.passes, 0
+            restored = True
+        else:
+            slot.islands_in_vain(work.passes, PATIENCE_MAX)
+        _asked(domain, slot, asked[slot], work.passes)
+    return restored
+
+
+def restore_range(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> bool:
+    """The same for one process and all that is broken in a range, now."""
+    found = [run for part in _parts(slot, vpn, npages) for run in _broken_runs(domain, part, None)]
+    return bool(found) and bool(_ask(slot, np.array(found, AREA)))
+
+
+def _ask(slot: MmSlot, runs: Structured) -> int:
+    started, restored = time.perf_counter_ns(), 0
+    for at in range(0, len(runs), BATCH_RUNS):
+        part = runs[at : at + BATCH_RUNS]
+        result = slot.space.restore(part)
+        restored += result.pages_restored
+        slot.cpu_ns += min(result.cpu_ns, time.perf_counter_ns() - started)
+        started = time.perf_counter_ns()
+    return restored
+
+
+def _due(domain: Domain, slot: MmSlot, passes: int) -> Structured:
+    """Long runs of pages that were broken long enough ago, as many as one batch takes."""
+    runs: list[tuple[int, int]] = []
+    pages = 0
+    for vpn, npages, _ in slot.pieces.tolist():
+        for part in _parts(slot, vpn, npages):
+            for first, n in _broken_runs(domain, part, passes - QUIET_PASSES):
+                if n < RUN_PAGES:
+                    continue
+                runs.append((first, min(n, BATCH_PAGES - pages)))
+                pages += runs[-1][1]
+                if pages == BATCH_PAGES or len(runs) == BATCH_RUNS:
+                    return np.array(runs, AREA)
+    return np.array(runs, AREA)
+
+
+def _parts(slot: MmSlot, vpn: int, npages: int) -> list[tuple[int, int, int]]:
+    """The slices of a range that lie in areas: (vpn, ref, pages)."""
+    whole = np.array([(vpn, npages)], AREA)
+    _, low, ref, length = slot.locate(whole["vpn"], whole["npages"])
+    return [
+        (first + at, base + at, min(SLICE_PAGES, n - at))
+        for first, base, n in zip(low.tolist(), ref.tolist(), length.tolist(), strict=True)
+        for at in range(0, n, SLICE_PAGES)
+    ]
+
+
+def _broken_runs(domain: Domain, part: tuple[int, int, int], before: int | None) -> list[tuple[int, int]]:
+    """Runs (vpn, pages) of broken pages, of those that broke in pass `before` or earlier unless that is None."""
+    vpn, ref, n = part
+    broken = domain.state[ref : ref + n] == PageState.BROKEN
+    if before is not None:
+        broken &= domain.checksum[ref : ref + n] <= max(0, before)
+    at = np.flatnonzero(broken)
+    if not len(at):
+        return []
+    first = run_starts(at)
+    lengths = np.diff(np.append(first, len(at)))
+    return list(zip((at[first] + vpn).tolist(), lengths.tolist(), strict=True))
+
+
+def _asked(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
+    """The next scan tells which of them were restored. Those that were not have their turn after all others."""
+    _, _, ref, length = slot.locate(runs["vpn"], runs["npages"])
+    for base, n in zip(ref.tolist(), length.tolist(), strict=True):
+        refs: Ints = np.flatnonzero(domain.state[base : base + n] == PageState.BROKEN) + base
+        domain.checksum[refs] = passes
