@@ -109,8 +109,8 @@ class Plan:
 class Stage:
     """A process in which calls fail, and another one when its agent has given up."""
 
-    def __init__(self, preload: Preload, folder: Path, program: Path, flags: int) -> None:
-        self.preload, self.folder, self.program, self.flags = preload, folder, program, flags
+    def __init__(self, preload: Preload, folder: Path, command: list[str], flags: int) -> None:
+        self.preload, self.folder, self.command, self.flags = preload, folder, command, flags
         self.plan = Plan(folder / "plan")
         self.processes = 0
         self.begin()
@@ -122,7 +122,7 @@ class Stage:
         self.process = Process(
             self.preload,
             folder,
-            command=[str(self.program)],
+            command=self.command,
             flags=self.flags,
             SAMEPAGE_FAULTS=str(self.folder / "plan"),
         )
@@ -213,9 +213,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_c(ROOT / "tests" / "agent" / "homes.c", tmp_path_factory.mktemp("homes") / "homes", "-pthread")
 
 
-@pytest.fixture(params=[0, Flags.NO_MOVE], ids=["move", "write-protect"])
+@pytest.fixture(params=["move", "write-protect"])
 def stage(request: pytest.FixtureRequest, faulty: Preload, program: Path, tmp_path: Path) -> Iterator[Stage]:
-    made = Stage(faulty, tmp_path, program, int(request.param))
+    command = [str(program)]
+    if request.param == "limited":  # so that mappings are moved without growing
+        command = ["sh", "-c", 'ulimit -d 16777216; exec "$0"', *command]
+    made = Stage(faulty, tmp_path, command, Flags.NO_MOVE if request.param == "write-protect" else 0)
     yield made
     made.end()
 
@@ -251,6 +254,13 @@ def test_no_call_that_fails_costs_a_byte(stage: Stage, step: str, kind: str) -> 
     run_matrix(stage, step, kind, sites=14, ways_each=1)
 
 
+@pytest.mark.parametrize("stage", ["limited"], indirect=True)
+@pytest.mark.parametrize("step", ["merge", "break"])
+@pytest.mark.parametrize("kind", ["MOVE", "MREMAP", "MMAP", "MSYNC", "PRLIMIT", "PREAD"])
+def test_nor_does_one_where_there_is_a_limit(stage: Stage, step: str, kind: str) -> None:
+    run_matrix(stage, step, kind, sites=14, ways_each=2)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("step", ["merge", "break"])
@@ -259,7 +269,7 @@ def test_nor_does_any_call_in_any_way(stage: Stage, step: str, kind: str) -> Non
     run_matrix(stage, step, kind, sites=1 << 20, ways_each=9)
 
 
-@pytest.mark.parametrize("stage", [0], indirect=True)
+@pytest.mark.parametrize("stage", ["move"], indirect=True)
 def test_pages_get_home_by_any_way_that_is_left(stage: Stage) -> None:
     """All ways but one fail for good from the moment on that some pages are away."""
     for at, error in enumerate(EVERY.split()):
@@ -275,7 +285,7 @@ def test_pages_get_home_by_any_way_that_is_left(stage: Stage) -> None:
                 stage.begin()
 
 
-@pytest.mark.parametrize("stage", [0], indirect=True)
+@pytest.mark.parametrize("stage", ["move"], indirect=True)
 def test_where_no_way_is_left_the_process_is_ended_and_says_so(stage: Stage) -> None:
     stage.renew()
     stage.plan.arm(

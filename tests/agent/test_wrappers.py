@@ -168,6 +168,7 @@ def test_only_what_libc_has_and_the_c_api_is_exported(preload: Preload) -> None:
         *("memalign", "valloc", "pvalloc", "malloc_usable_size", "malloc_trim", "mallopt"),
         *("mmap", "mmap64", "munmap", "mremap", "mprotect", "pkey_mprotect", "madvise"),
         *("mlock", "mlock2", "munlock", "mlockall", "munlockall"),
+        *("setrlimit", "setrlimit64", "prlimit", "prlimit64"),
         *("setuid", "seteuid", "setreuid", "setresuid", "setgid", "setegid", "setregid", "setresgid", "setgroups"),
         *("initgroups", "setfsuid", "setfsgid", "capset", "chroot"),
         "dl_iterate_phdr",
