@@ -135,6 +135,7 @@ def test_unmerge_tells_how_far_it_came(samepage: Samepage, two_merged: list[int]
         "bytes_needed": 0,
         "bytes_available": 1 << 40,
         "limits_unseen": False,
+        "failed": [],
     }
     assert merged(samepage) == {two_merged[0]: 0, two_merged[1]: NPAGES}
     assert samepage("unmerge").stdout == f"{NPAGES} pages unmerged\n"
@@ -144,7 +145,11 @@ def test_unmerge_tells_how_far_it_came(samepage: Samepage, two_merged: list[int]
 def test_an_unmerge_without_the_memory_for_it_says_what_is_missing(samepage: Samepage, two_merged: list[int]) -> None:
     samepage("set", "run", "0")
     done = samepage("unmerge", "--json")
-    assert json.loads(done.stdout) == {
+    answer = json.loads(done.stdout)
+    (failed,) = answer.pop("failed")
+    assert failed["pid"] in two_merged
+    assert (failed["errno"], failed["pages_remaining"]) == ("ENOMEM", NPAGES)
+    assert answer == {
         "errno": "ENOMEM",
         "pages_unmerged": 0,
         "pages_remaining": 2 * NPAGES,

@@ -67,14 +67,14 @@ def test_s1_a_break_ends_on_out_of_memory_and_says_so() -> None:
     assert a.calls.count("break") == 1
 
 
-def test_s1_a_page_that_cannot_be_mapped_any_more_does_not_stop_the_others() -> None:
-    """EFAULT is the kernel's SIGBUS: whatever took the page away has unmapped it for us."""
+def test_s1_a_page_that_cannot_be_mapped_any_more_does_not_stop_the_others_and_is_not_said_to_be_unmerged() -> None:
+    """EFAULT is the kernel's SIGBUS."""
     machine, ksmd = SimulatedMachine(), new_ksmd()
     (a, _), (slot, _) = processes(machine, ksmd, SAME, SAME)
     passes(ksmd, 2)
     fail_break(a, BASE + 7, errno.EFAULT)
     result = ksmd.unmerge(slot)
-    assert (result.errno, result.pages_unmerged) == (0, 49)
+    assert (result.errno, result.pages_unmerged, result.pages_remaining) == (errno.EFAULT, 49, 1)
     assert a.merged_pages() == {BASE + 7}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -583,7 +584,8 @@ def test_a_break_that_talks_nonsense_is_as_good_as_none(
     slot = ksmd.enter(Liar(machine, "break", lambda _: answer))
     processes(machine, ksmd, SAME)
     passes(ksmd, 3)
-    assert ksmd.unmerge(slot).errno == 0
+    result = ksmd.unmerge(slot)  # it may still have merged pages, and nothing is known of them
+    assert (result.errno, result.pages_unmerged) == (errno.ETIMEDOUT if result.pages_remaining else 0, 0)
     assert slot.gone
     assert ksmd.slots(666) == []
 

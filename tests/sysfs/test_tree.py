@@ -77,6 +77,18 @@ def test_without_the_memory_for_it_writing_2_to_run_is_refused_and_run_is_0(tree
     assert [tree.read("run"), tree.read("pages_sharing")] == ["0\n", f"{NPAGES}\n"]
 
 
+def test_a_process_that_does_not_answer_makes_writing_2_to_run_fail_and_run_is_0(tree: Tree) -> None:
+    pids = tree.merge(NPAGES)
+    os.kill(pids[0], signal.SIGSTOP)
+    for _ in range(2):
+        done = subprocess.run(["bash", "-c", "echo 2 > run"], cwd=tree.path, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.endswith("write error: Connection timed out\n")
+        assert tree.read("run") == "0\n"
+    os.kill(pids[0], signal.SIGKILL)
+    subprocess.run(["bash", "-c", "echo 2 > run"], cwd=tree.path, check=True)
+
+
 def test_max_page_sharing_and_merge_across_nodes_are_busy_while_pages_are_merged(tree: Tree) -> None:
     tree.merge(NPAGES)
     for name, value in (("max_page_sharing", "300"), ("merge_across_nodes", "0")):

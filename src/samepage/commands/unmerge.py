@@ -22,7 +22,7 @@ class Unmerge:
     """Give merged pages private copies again, as long as there is memory for them.
 
     Stops with ENOMEM before the memory runs out; what was done stays done, the rest stays merged, and calling
-    again goes on. So does Ctrl-C.
+    again goes on. So does Ctrl-C. A process that does not answer is passed over, and named at the end, with an error.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,10 @@ def _last(client: Client, pids: list[int]) -> dict[str, Any]:
 
 
 def _explain(outcome: dict[str, Any]) -> str:
+    from samepage.service.control import blamed
+
     done, left = outcome["pages_unmerged"], outcome["pages_remaining"]
+    why = ""
     if outcome["limits_unseen"]:
         why = f"nothing is risked, for {agent.UNSEEN}"
     elif outcome["errno"] == "ENOMEM":
@@ -69,6 +72,5 @@ def _explain(outcome: dict[str, Any]) -> str:
         why = f"the next step needs {needed:.1f} MiB and there are {there:.1f}: free some memory and call again"
     elif outcome["errno"] == "EINTR":
         why = "interrupted; calling again goes on"
-    else:
-        why = outcome.get("error") or outcome["errno"]
-    return f"{done} pages unmerged, {left} remain merged: {why}"
+    said = "; ".join(filter(None, [why, blamed(outcome["failed"])])) or outcome["errno"]
+    return f"{done} pages unmerged, {left} remain merged: {said}"

@@ -7,7 +7,7 @@ import errno
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,13 @@ from samepage.ksmd.counters import Counters, ProcessRow
 from samepage.ksmd.domain import SLICE_PAGES, Domain
 from samepage.ksmd.islands import restore, restore_range
 from samepage.ksmd.knobs import Knobs, Run
+from samepage.ksmd.lost import Lost
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
 from samepage.ksmd.scan import Look, Seen, ingest, look, recount_zeros
 from samepage.ksmd.stable import SEGMENT_PAGES
-from samepage.ksmd.unmerge import Cancelled, UnmergeResult, move_out, retry_pending, unmerge_pages
+from samepage.ksmd.unmerge import Cancelled, ProcessBreak, UnmergeResult, move_out, retry_pending, unmerge_pages
 from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
 
 ROUNDS, LOOKS = 16, 4
@@ -97,6 +98,7 @@ class Ksmd:
         self._next_number = 1
         self._cursor: dict[MmSlot, int] = {}  # slots of this pass not yet looked at to the end, and where to go on
         self._in_pass = False
+        self._lost = Lost()
         self._joins_until = -math.inf  # till then the pass going on waits for forked children
         self._seqnr = 0
         self._pages_scanned = self._pages_skipped = 0
@@ -122,6 +124,7 @@ class Ksmd:
             slot = MmSlot(space, domain, self._next_number, comm, swap)
             self._next_number += 1
             self._slots[slot.number] = slot
+            self._lost.forget(slot.pid)
             self._joining.append(slot)
             self._advisor.joined()
         return slot
@@ -143,9 +146,10 @@ class Ksmd:
     # -- one at a time ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
-        """Hold the mutex. Whatever is raised meanwhile, the books of all domains agree afterwards."""
-        with self.mutex:
+    def _working(self, cancelled: Cancelled = lambda: False) -> Iterator[None]:
+        """Hold the mutex. Whatever is raised meanwhile, the books of all domains agree afterwards. OSError EINTR when
+        `cancelled()` before it could be had."""
+        with hold(self.mutex, cancelled):
             started = self._cpu_clock()
             try:
                 self._reap()
@@ -187,6 +191,7 @@ class Ksmd:
             if self._in_pass:
                 self._cursor[slot] = 0
         for slot in gone:
+            self._lost.note(slot)
             self._cursor.pop(slot, None)
             self._departed_cpu_ns += slot.cpu_ns
             slot.domain.drop(slot)
@@ -471,9 +476,11 @@ class Ksmd:
 
         Stops at the first error, which is in the outcome: ENOMEM, or EINTR when `cancelled()` said so between
         two steps. What was unmerged is left alone until it changes. What was not, for want of memory, stays
-        merged and is tried again by later passes. The process gone is no error: nothing of it is left to unmerge.
+        merged and is tried again by later passes. Two errors stop nothing, and are told at the end: EFAULT of pages
+        that cannot be mapped any more, and ETIMEDOUT of a process that does not answer, or is lost for another reason.
+        That a process ended is no error: nothing of it is left to unmerge.
         """
-        with self._working():
+        with self._working(cancelled):
             return self._unmerge([slot] if slot else None, (vpn, npages), cancelled, leave_alone=True)
 
     def _unmerge(
@@ -484,9 +491,12 @@ class Ksmd:
         while slot is not None:
             if not slot.gone:
                 self._unmerge_slot(slot, extent, cancelled, leave_alone, result)
-            if result.errno:
+            if result.stops:
                 break
             slot = None if only else self._next_slot(slot.number)
+        self._reap()
+        for row in self._lost.rows([slot.pid for slot in only or ()]):
+            result.add_lost(row)
         return result
 
     def _unmerge_slot(
@@ -494,10 +504,15 @@ class Ksmd:
     ) -> None:
         if slot not in slot.domain.slots:  # joined this moment
             self._reap()
+        merged = slot.merged
         try:
-            row, last = unmerge_pages(slot.domain, slot, *extent, cancelled, leave_alone, self._work.concurrently)
+            with slot.space.interruptible(cancelled):
+                row, last = unmerge_pages(slot.domain, slot, *extent, cancelled, leave_alone, self._work.concurrently)
         except AddressSpaceGone as e:
             slot.lose(e)
+            result.pages_unmerged += max(0, merged - slot.merged)
+            if cancelled():
+                result.errno = errno.EINTR
             return
         result.add(row, last)
         slot.pending_breaks = [run for run in slot.pending_breaks if not _within(run, extent)]
@@ -536,10 +551,10 @@ class Ksmd:
     def set(self, name: str, value: str | int, cancelled: Cancelled = lambda: False) -> None:
         """Set a knob. KeyError: no such knob. OSError: EINVAL or EBUSY as the kernel has it.
 
-        Setting `run` to 2 unmerges everything, and raises ENOMEM or EINTR if that fails; `run` is 0 then.
+        Setting `run` to 2 unmerges everything, and raises `UnmergeFailed` if that fails; `run` is 0 then.
         """
         new = knob_rules.parse(name, value)
-        with self._working():
+        with self._working(cancelled):
             merged = any(slot.merged for slot in self.slots())
             knob_rules.check_change(self._knobs, name, new, merged)
             if name == "run":
@@ -583,6 +598,10 @@ class Ksmd:
         """How things stood after the last batch."""
         return self._counters
 
+    def lost(self, pids: Collection[int] = ()) -> list[ProcessBreak]:
+        """A row for each process, of `pids` or all, with merged pages that nothing can be asked of."""
+        return self._lost.rows(pids)
+
     def rows(self) -> tuple[ProcessRow, ...]:
         """A row for every process, of the same moment."""
         return self._rows
@@ -622,6 +641,19 @@ class UnmergeFailed(OSError):
 def headroom(slot: MmSlot) -> tuple[str, int]:
     """The memory cgroup of a process and the bytes available there, as it says now. AddressSpaceGone."""
     return slot.space.headroom()
+
+
+@contextlib.contextmanager
+def hold(lock: threading.Lock, cancelled: Cancelled) -> Iterator[None]:
+    """Hold a lock that somebody may keep for as long as a process does not answer. OSError EINTR when `cancelled()` is
+    first."""
+    while not lock.acquire(timeout=0.05):
+        if cancelled():
+            raise knob_rules.error(errno.EINTR, "another request is going on")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _within(run: tuple[int, int], extent: tuple[int, int]) -> bool:

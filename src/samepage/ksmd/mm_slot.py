@@ -44,6 +44,7 @@ class MmSlot:
         self.swap = swap
         self.gone = False  # asked to leave, or its process is gone: forgotten at the next safe moment
         self.lost = ""  # why, if it was not asked for
+        self.astray = False  # it was lost, and its process may still be there
         self.areas_seq: int | None = None
         self.merge_any = False  # PR_SET_MEMORY_MERGE
         self.hash_all = False  # its checksums were made by other rules: until it was looked at to the end, all are
@@ -70,6 +71,7 @@ class MmSlot:
         """It went, or cannot be served any more."""
         if not self.gone:
             self.gone, self.lost = True, _in_words(why)
+            self.astray = not (isinstance(why, AddressSpaceGone) and why.ended)
 
     def looked_at(self) -> None:
         """All its areas were looked at once more. While nothing happens, broken pages are looked for ever more rarely,

@@ -39,6 +39,7 @@ class ProcessBreak:
     errno: int = 0
     pages_unmerged: int = 0
     pages_remaining: int = 0
+    comm: str = ""
 
 
 @dataclass(slots=True)
@@ -50,11 +51,22 @@ class UnmergeResult(BreakResult):
     def add(self, row: ProcessBreak, last: BreakResult) -> None:
         """Take in what became of one process; `last` is the answer that ended it."""
         self.processes.append(row)
-        self.errno = row.errno
+        self.errno = row.errno or self.errno
         self.pages_unmerged += row.pages_unmerged
         self.pages_remaining += row.pages_remaining
         self.bytes_needed, self.bytes_available = last.bytes_needed, last.bytes_available
         self.unseen = last.unseen
+
+    def add_lost(self, row: ProcessBreak) -> None:
+        """Take in one that could not be asked, or not to its end."""
+        self.processes.append(row)
+        self.errno = self.errno or row.errno
+        self.pages_remaining += row.pages_remaining
+
+    @property
+    def stops(self) -> bool:
+        """Whether there is no sense in going on with others."""
+        return self.errno in (errno.ENOMEM, errno.EINTR)
 
 
 def unmerge_pages(
@@ -73,7 +85,7 @@ def unmerge_pages(
     """
     refresh_areas(domain, slot)
     slot.faults = 0
-    row, last = ProcessBreak(slot.pid), BreakResult()
+    row, last, damaged = ProcessBreak(slot.pid, comm=slot.comm), BreakResult(), 0
     known: Callable[[], BreakResult] | None = None
     for run in [*_ranges(domain, slot, vpn, npages), None]:
         # What became of one range is taken in while the process has the next in hand.
@@ -89,13 +101,14 @@ def unmerge_pages(
         if known:
             done, known = results.pop(0), None
             row.pages_unmerged += done.pages_unmerged
+            damaged += 0 if done.errno else done.pages_remaining
             last = last if last.errno else done
         if run and results:
             known = partial(_take_in, domain, slot, *run, results[0], leave_alone)
             if results[0].errno not in (0, errno.EFAULT) and not last.errno:
                 last = results[0]
-    row.errno = last.errno
-    row.pages_remaining = max(_merged_in(domain, slot, vpn, npages), last.pages_remaining)
+    row.errno = last.errno or (errno.EFAULT if damaged else 0)
+    row.pages_remaining = max(_merged_in(domain, slot, vpn, npages) + damaged, last.pages_remaining)
     return row, last
 
 
@@ -155,7 +168,7 @@ def _take_in(
 ) -> BreakResult:
     """What became of a range that was to be broken. Like in break_ksm, EFAULT ends nothing: the page it is about cannot
     be mapped any more. So the areas are looked at again, and what is left of the range is halved until the bad page
-    stands alone.
+    stands alone. It is not unmerged: without an error `pages_remaining` are such pages, which ksmd forgets.
     """
     if not result.errno:
         _unmerged(domain, slot, _merged_refs(domain, slot, vpn, npages), leave_alone)
@@ -168,16 +181,17 @@ def _take_in(
     refresh_areas(domain, slot)
     if npages == 1:
         domain.forget(slot, _merged_refs(domain, slot, vpn, 1))
-        return BreakResult(0, result.pages_unmerged)
-    done = result.pages_unmerged
+        return BreakResult(0, result.pages_unmerged, int(any(True for _ in _parts(slot, vpn, 1))))
+    done, left = result.pages_unmerged, 0
     for start, n in ((vpn, npages // 2), (vpn + npages // 2, npages - npages // 2)):
         if not any(True for _ in _parts(slot, start, n)):
             continue
         half = _break_range(domain, slot, start, n, leave_alone)
         done += half.pages_unmerged
+        left += half.pages_remaining
         if half.errno:
-            return replace(half, pages_unmerged=done)
-    return BreakResult(0, done)
+            return replace(half, pages_unmerged=done, pages_remaining=left)
+    return BreakResult(0, done, left)
 
 
 def _unmerged(domain: Domain, slot: MmSlot, refs: Ints, leave_alone: bool) -> None:
@@ -204,7 +218,7 @@ def retry_pending(domain: Domain, slot: MmSlot, passes: int) -> None:
     pending, slot.pending_breaks = slot.pending_breaks, []
     for vpn, npages in pending:
         row, _ = unmerge_pages(domain, slot, vpn, npages, lambda: False, leave_alone=True)
-        if row.errno:
+        if row.errno not in (0, errno.EFAULT):
             slot.pending_breaks.append((vpn, npages))
     if slot.pending_breaks:
         slot.pending_due = passes + (1 << min(slot.pending_attempts, 6))

@@ -12,6 +12,8 @@ from __future__ import annotations
 import errno
 import math
 import mmap
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Protocol
@@ -200,10 +202,11 @@ class RestoreResult:
 
 
 class AddressSpaceGone(OSError):
-    """The process went, hung past the timeout, or talked nonsense. Its mm_slot is to be dropped."""
+    """The process went (`ended`), hung past the timeout, or talked nonsense. Its mm_slot is to be dropped."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, ended: bool = False) -> None:
         super().__init__(errno.ESRCH, why)
+        self.ended = ended
 
 
 class AddressSpace(Protocol):
@@ -221,6 +224,15 @@ class AddressSpace(Protocol):
     @property
     def zero_checksum(self) -> int:
         """What this process calls a page of zeros."""
+        ...
+
+    def is_there(self) -> bool:
+        """Whether the process has not ended or executed another program, though it may not answer. It is not asked."""
+        ...
+
+    def interruptible(self, cancelled: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Meanwhile no request waits for long once `cancelled()` says so. The process that leaves one without an answer
+        is gone then."""
         ...
 
     def verify(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import threading
 import time
@@ -44,13 +45,19 @@ from samepage.memory import (
     check,
     wire,
 )
-from samepage.memory.identity import Identity, identify
+from samepage.memory.identity import Identity, has_ended, identify, is_stopped
 from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
 from samepage.memory.segments import OPEN, MemfdSegment, SegmentError
 from samepage.memory.wire import Op, Packet, Swap, WireError
 
 TIMEOUT = 10.0
 """Seconds an agent has for one answer."""
+
+CANCEL_EVERY = 0.05
+"""Seconds between two questions whether to go on waiting for an answer."""
+
+CANCEL_PATIENCE = 1.0
+"""Seconds that a process which is not stopped has to answer after a cancellation."""
 
 BREAK_RATE = 64 << 20
 """Bytes a second, at worst, that `break_ksm` copies: a long range has that much more time, for memory is reclaimed."""
@@ -119,6 +126,7 @@ class AgentAddressSpace:
         self._identity = identity
         self.doubtful = False
         """It sent a descriptor of something that no agent sends."""
+        self._cancelled: Callable[[], bool] | None = None
 
     @classmethod
     def welcome(
@@ -186,9 +194,23 @@ class AgentAddressSpace:
             self._asking.wait_for(lambda: not self._unanswered)
             self._sock.close()
 
+    def is_there(self) -> bool:
+        try:
+            return self._identity is None or (self._identity.is_of(identify(self._pid)) and not has_ended(self._pid))
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def interruptible(self, cancelled: Callable[[], bool]) -> Iterator[None]:
+        self._cancelled = cancelled
+        try:
+            yield
+        finally:
+            self._cancelled = None
+
     def verify(self) -> None:
         if self._gone is not None:
-            raise AddressSpaceGone(f"process {self._pid}: {self._gone}")
+            raise self._lost(self._gone)
         if self._identity is not None:
             try:
                 changed = self._identity.differs(identify(self._pid))
@@ -367,7 +389,7 @@ class AgentAddressSpace:
         """Returns the number of the request, whose answer must be taken in."""
         with self._asking:
             if self._gone is not None:
-                raise AddressSpaceGone(f"process {self._pid}: {self._gone}")
+                raise self._lost(self._gone)
             self._seq = (self._seq + 1) & 0xFFFFFFFF
             self._sock.settimeout(TIMEOUT)
             wire.send(self._sock, op, self._seq, body, fd=fd)
@@ -377,8 +399,13 @@ class AgentAddressSpace:
     def _recv(self, seq: int, patience: float, recv: Callable[[socket.socket], Packet]) -> Packet:
         try:
             with self._asking:
-                self._asking.wait_for(lambda: self._unanswered[0] == seq)
+                every = None if self._cancelled is None else CANCEL_EVERY
+                while not self._asking.wait_for(lambda: self._unanswered[0] == seq, every):
+                    if self._cancelled is not None and self._cancelled():
+                        raise TimeoutError
             ends = time.monotonic() + TIMEOUT + patience
+            if self._cancelled is not None:
+                self._await_answer(self._cancelled, ends)
             while True:
                 try:
                     return recv(self._sock)
@@ -390,9 +417,23 @@ class AgentAddressSpace:
                 self._unanswered.remove(seq)
                 self._asking.notify_all()
 
+    def _await_answer(self, cancelled: Callable[[], bool], ends: float) -> None:
+        """Wait until there is something to receive. TimeoutError at `ends`, or when cancelled: at once if the process
+        is stopped, else after a while, for without the answer all has to be asked anew."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        called_off = False
+        while not poll.poll(1000 * CANCEL_EVERY):
+            now = time.monotonic()
+            if cancelled() and not called_off:
+                called_off = True
+                ends = min(ends, now if is_stopped(self._pid) else now + CANCEL_PATIENCE)
+            if now >= ends:
+                raise TimeoutError
+
     def _lost(self, why: str) -> AddressSpaceGone:
         self.hang_up(why)
-        return AddressSpaceGone(f"process {self._pid}: {self._gone}")
+        return AddressSpaceGone(f"process {self._pid}: {self._gone}", ended=self._gone == ENDED)
 
     def __repr__(self) -> str:
         return f"<AgentAddressSpace pid={self._pid} comm={self.comm!r} swap={self.swap.name.lower()}>"

@@ -38,6 +38,10 @@ class Identity:
             return "it entered another user namespace, or hides it"
         return ""
 
+    def is_of(self, other: Identity) -> bool:
+        """Whether it is the same process in the same program, whatever its user ids are by now."""
+        return self.started == other.started and not (self.stack and other.stack and self.stack != other.stack)
+
 
 def domain_of(uid: int, who: Identity) -> int:
     """The merge domain: a user id in one user namespace. It is the user id alone in the service's own. A process that
@@ -63,6 +67,27 @@ def identify(pid: int) -> Identity:
         return Identity(uids, int(stat[22 - 3]), int(stat[28 - 3]), _userns(folder))
     finally:
         os.close(folder)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether there is nothing left of a process but its exit status. OSError: not even that."""
+    state, threads = _state(pid)
+    return state in (b"Z", b"X") and threads <= 1  # where only its first thread has, others may run on
+
+
+def is_stopped(pid: int) -> bool:
+    """By a signal or a debugger."""
+    try:
+        return _state(pid)[0] in (b"T", b"t")
+    except OSError:
+        return False
+
+
+def _state(pid: int) -> tuple[bytes, int]:
+    """That of its first thread, and how many threads there are."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        stat = file.read().rpartition(b")")[2].split()
+    return stat[0], int(stat[20 - 3])
 
 
 def _read(name: str, folder: int) -> bytes:

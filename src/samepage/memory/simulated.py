@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -340,13 +341,19 @@ class SimulatedAddressSpace:
     def _called(self, what: str) -> None:
         self.calls.append(what)
         if not self.alive:
-            raise AddressSpaceGone("exited")
+            raise AddressSpaceGone("exited", ended=True)
 
     def _fate(self, what: str, vpn: int) -> int | None:
         return self.script(what, vpn) if self.script else None
 
     def verify(self) -> None:
         self._called("verify")
+
+    def is_there(self) -> bool:
+        return self.alive
+
+    def interruptible(self, cancelled: Callable[[], bool]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @property
     def zero_checksum(self) -> int:

@@ -16,6 +16,7 @@ import queue
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, Protocol
@@ -33,6 +34,12 @@ ROWS_MAX = 100
 
 PIDS_MAX = 10000
 """Processes in the one packet of a `processes` answer."""
+
+BLAMED_MAX = 5
+"""Processes that an error names at most."""
+
+CANCEL_PATIENCE = 2.0
+"""Seconds that a service has for its last packet after a cancellation."""
 
 Answer = dict[str, Any]
 
@@ -242,6 +249,7 @@ class Client:
     def __init__(self, path: str, timeout: float | None = 10.0) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.settimeout(timeout)
+        self._cancelled = 0.0  # when
         try:
             self._sock.connect(path)
             if peer(self._sock).uid not in (0, os.getuid()):
@@ -264,7 +272,7 @@ class Client:
         try:
             self._sock.send(_encode.encode({"op": op} | arguments), socket.MSG_NOSIGNAL)
             while True:
-                data = self._sock.recv(PACKET_MAX)
+                data = self._receive()
                 if not data:
                     raise ControlError(errno.EPIPE, "the service ended before it answered")
                 answer = msgspec.json.decode(data, type=dict[str, Any])
@@ -277,6 +285,13 @@ class Client:
             raise ControlError(errno.EPIPE, "the service ended before it answered") from e
         except msgspec.DecodeError as e:
             raise ControlError(errno.EPROTO, f"the service talks nonsense: {e}") from e
+
+    def _receive(self) -> bytes:
+        """One packet. After a cancellation it is not waited for as long as it takes, for the service may be stopped."""
+        while self._sock.gettimeout() is None and not select.select([self._sock], [], [], 0.1)[0]:
+            if self._cancelled and time.monotonic() > self._cancelled + CANCEL_PATIENCE:
+                raise TimeoutError
+        return self._sock.recv(PACKET_MAX)
 
     def ask(self, op: str, **arguments: Any) -> Answer:
         """The last packet of the answer, with the lists of the earlier ones in it. Raises what the service refuses."""
@@ -296,8 +311,19 @@ class Client:
 
     def cancel(self) -> None:
         """Ask for an end of a running `unmerge`; its last packet still comes. No request can follow."""
+        self._cancelled = time.monotonic()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
+
+
+def blamed(failed: list[Answer]) -> str:
+    """Which processes could not be unmerged for reasons of their own, in words; "" if there are none."""
+    why = {"ETIMEDOUT": "does not answer", "EFAULT": "has pages that cannot be mapped any more"}
+    rows = [row for row in failed if row["errno"] in why]
+    names = [f"process {row['pid']} ({row['comm']}) {why[row['errno']]}" for row in rows[:BLAMED_MAX]]
+    if len(rows) > BLAMED_MAX:
+        names.append(f"and {len(rows) - BLAMED_MAX} more")
+    return "; ".join(names)
 
 
 def _unreachable(path: str, e: OSError) -> str:

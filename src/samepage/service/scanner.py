@@ -7,21 +7,22 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Any
 
 from samepage import agent
 from samepage.ksmd import Ksmd, ProcessRow, UnmergeFailed
-from samepage.ksmd.ksmd import headroom
+from samepage.ksmd.ksmd import headroom, hold
 from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 from samepage.memory import AddressSpaceGone
-from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.agent import ENDED, AgentAddressSpace
 from samepage.memory.identity import user_of
 from samepage.memory.segments import OPEN
-from samepage.service.control import Arrivals
+from samepage.service.control import Arrivals, blamed
 from samepage.service.log import log_once
 from samepage.sysfs import files
 
@@ -39,8 +40,17 @@ INTRODUCE_TIMEOUT = 1.0
 RECOUNT_TIMEOUT = 0.2
 """Seconds that who asks for the row of a process waits for what is new in it. Then it is what was known before."""
 
+STATUS_TIMEOUT = 1.0
+"""Seconds that processes have to say what is available to them, when somebody asks for all rows. Of those that do not
+answer in time it is not known, and shown as nothing."""
+
 SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pages_inherited", "ksm_process_profit")
 """What the counters of one domain are made of: the rows of its processes, added up."""
+
+
+def _rows(processes: Iterable[ProcessBreak]) -> list[Answer]:
+    """Those of which not everything could be unmerged, and why."""
+    return [asdict(row) | {"errno": errno.errorcode[row.errno]} for row in processes if row.errno]
 
 
 def _headroom(slot: MmSlot) -> tuple[str, int] | None:
@@ -77,7 +87,7 @@ class Scanner:
     def __init__(self, concurrently: Concurrently | None = None) -> None:
         if concurrently is None:
             concurrently = _threads()
-        self._concurrently = concurrently
+        self._status = ThreadPoolExecutor(WORKERS, "status")
         self._ksmd = Ksmd(concurrently=concurrently)
         self._slots: dict[AgentAddressSpace, MmSlot] = {}
         self._slots_lock = threading.Lock()
@@ -149,6 +159,8 @@ class Scanner:
         """A process left."""
         with self._slots_lock:
             slot = self._slots.pop(space)
+        if space.gone not in (None, ENDED):
+            slot.lose(AddressSpaceGone(space.gone or ""))
         try:
             self._ksmd.exit(slot)
         except Exception as e:  # whoever accepts connections must not end with it
@@ -200,8 +212,7 @@ class Scanner:
     def commitments(self) -> tuple[list[Answer], list[Answer]]:
         """The rows of all processes with their memory cgroup and the bytes available there, as they say now; and a row
         for each cgroup: the bytes needed if all merged pages in it were written at once, and those available."""
-        slots = self._ksmd.slots()
-        found = dict(zip((slot.pid for slot in slots), self._concurrently(_headroom, slots), strict=True))
+        found = self._available(self._ksmd.slots())
         rows = self.rows()
         groups: dict[str, Answer] = {}
         for row in rows:
@@ -215,6 +226,17 @@ class Scanner:
             sums["bytes_available"] = min(sums["bytes_available"], available)
         return rows, list(groups.values())
 
+    def _available(self, slots: list[MmSlot]) -> dict[int, tuple[str, int] | None]:
+        """The memory cgroup and the bytes available there, by pid, of those who answer in time."""
+        try:
+            asked = {slot.pid: self._status.submit(_headroom, slot) for slot in slots}
+        except RuntimeError:  # no thread to be had
+            return {slot.pid: _headroom(slot) for slot in slots}
+        wait(asked.values(), STATUS_TIMEOUT)
+        for answer in asked.values():
+            answer.cancel()  # if its turn has not come
+        return {pid: answer.result() for pid, answer in asked.items() if answer.done() and not answer.cancelled()}
+
     def knobs(self) -> dict[str, str]:
         """All of them."""
         return self._ksmd.knobs()
@@ -225,42 +247,63 @@ class Scanner:
             return self._ksmd.get(knob)
 
     def set(self, knob: str, value: str, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """OSError: EINVAL, EBUSY; for `run` = 2 also ENOMEM, or EINTR when `cancelled()` said so, with the numbers in
-        its text; `run` is 0 then."""
+        """OSError: EINVAL, EBUSY, EINTR when `cancelled()` said so; for `run` = 2 also ENOMEM, EFAULT or ETIMEDOUT (see
+        `Ksmd.unmerge`), with the numbers in its text; `run` is 0 then."""
         try:
-            with self._gate, self._known(knob):
+            with hold(self._gate, cancelled), self._known(knob):
                 self._ksmd.set(knob, value, cancelled)
         except UnmergeFailed as e:
+            result = e.result
             left = sum(slot.merged for slot in self._ksmd.slots())
-            text = f"{os.strerror(e.result.errno)}: {e.result.pages_unmerged} pages unmerged, {left} remain merged"
-            if e.result.unseen:
+            left += sum(row.pages_remaining for row in result.processes if row.errno in (errno.ETIMEDOUT, errno.EFAULT))
+            text = f"{os.strerror(result.errno)}: {result.pages_unmerged} pages unmerged, {left} remain merged"
+            if result.unseen:
                 text += f"; {agent.UNSEEN}"
-            elif e.result.errno == errno.ENOMEM:
-                text += f"; {e.result.bytes_needed} bytes needed, {e.result.bytes_available} available"
-            raise OSError(e.result.errno, f"{text}; run is 0") from e
+            elif result.errno == errno.ENOMEM:
+                text += f"; {result.bytes_needed} bytes needed, {result.bytes_available} available"
+            said = filter(None, [text, blamed(_rows(result.processes)), "run is 0"])
+            raise OSError(result.errno, "; ".join(said)) from e
         finally:
+            self._hang_up_on_the_gone()
             self._wake.set()
 
     def unmerge(self, pids: list[int], progress: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer:
-        """Unmerge the processes `pids`, or all. `progress` is called after each; the first error ends it.
+        """Unmerge the processes `pids`, or all. `progress` is called after each; the first error ends it, but for those
+        that are of one process: they are told at the end, with a row in `failed` for each such process.
 
         OSError ESRCH when one of `pids` has not joined.
         """
         total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "bytes_needed": 0}
         total |= {"bytes_available": 0, "limits_unseen": False}
+        failed: dict[int, ProcessBreak] = {}
         for slot in self._each(pids):
-            with self._gate:
-                result = self._ksmd.unmerge(slot, cancelled=cancelled)
+            result = self._unmerge(slot, cancelled)
+            failed |= {row.pid: row for row in result.processes if row.errno}
             total["pages_unmerged"] += result.pages_unmerged
             total["pages_remaining"] += result.pages_remaining
             total |= {"bytes_needed": result.bytes_needed, "bytes_available": result.bytes_available}
             total["limits_unseen"] = result.unseen
             progress({"pid": slot.pid} | total)
-            if result.errno:
+            if result.stops:
                 total["errno"] = errno.errorcode[result.errno]
                 total["pages_remaining"] += self._merged_after(slot, pids)
                 break
-        return total | {"ok": total["errno"] is None}
+        for row in self._ksmd.lost(pids):
+            if row.pid not in failed:
+                failed[row.pid] = row
+                total["pages_remaining"] += row.pages_remaining
+        if failed and total["errno"] is None:
+            total["errno"] = errno.errorcode[next(iter(failed.values())).errno]
+        return total | {"failed": _rows(failed.values()), "ok": total["errno"] is None}
+
+    def _unmerge(self, slot: MmSlot, cancelled: Callable[[], bool]) -> UnmergeResult:
+        try:
+            with hold(self._gate, cancelled):
+                return self._ksmd.unmerge(slot, cancelled=cancelled)
+        except InterruptedError:  # before its turn came
+            return UnmergeResult(errno.EINTR, pages_remaining=slot.merged)
+        finally:
+            self._hang_up_on_the_gone()
 
     def merge(self, pid: int, vpn: int, npages: int, user: int | None = None) -> Answer:
         """Merge pages of one process now. OSError ESRCH when it has not joined, is not of `user`, or goes meanwhile."""
@@ -281,7 +324,8 @@ class Scanner:
     def _each(self, pids: list[int]) -> Iterator[MmSlot]:
         """The processes asked for, or all, those included that join meanwhile."""
         if pids:
-            yield from [slot for pid in pids for slot in self._of_pid(pid)]
+            lost = {row.pid for row in self._ksmd.lost(pids)}
+            yield from [slot for pid in pids if pid not in lost for slot in self._of_pid(pid)]
             return
         last = 0
         while slot := next((s for s in self._ksmd.slots() if s.number > last), None):

@@ -1,0 +1,49 @@
+"""Processes that were lost: they have merged pages, run or are stopped, and nothing can be asked of them.
+
+An unmerge that does not reach one of them has not unmerged everything, and must not say so. What is known of them stays
+here until they join again, as an agent does by itself when its process goes on, or are no more.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.unmerge import ProcessBreak
+from samepage.memory import AddressSpace
+
+
+@dataclass(slots=True)
+class _Process:
+    space: AddressSpace
+    comm: str
+    merged: int
+
+
+class Lost:
+    """By pid. Any thread may call `forget`."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, _Process] = {}
+
+    def note(self, slot: MmSlot) -> None:
+        """A process whose slot is about to be dropped, with its pages still counted."""
+        if slot.astray and slot.merged:
+            self._processes[slot.pid] = _Process(slot.space, slot.comm, slot.merged)
+
+    def forget(self, pid: int) -> None:
+        """It is back."""
+        self._processes.pop(pid, None)
+
+    def rows(self, pids: Collection[int] = ()) -> list[ProcessBreak]:
+        """One for each that is still there, of `pids` or all: what it has merged was not unmerged."""
+        for pid, process in list(self._processes.items()):
+            if not process.space.is_there():
+                self.forget(pid)
+        return [
+            ProcessBreak(pid, errno.ETIMEDOUT, 0, process.merged, process.comm)
+            for pid, process in list(self._processes.items())
+            if not pids or pid in pids
+        ]
