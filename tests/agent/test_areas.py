@@ -26,6 +26,13 @@ def test_many_areas_come_and_go_and_no_byte_of_the_programs_changes(
     preload.run([str(many_areas), what, "6000"], merged=merged, socket=socket, SAMEPAGE_MIN_ALLOC=str(64 << 10))
 
 
+def test_a_mapping_costs_no_more_when_there_are_thirty_thousand(preload: Preload, many_areas: Path) -> None:
+    def microseconds(count: int) -> float:
+        return min(float(preload.run([str(many_areas), "stacks", str(count)], socket="/nowhere")) for _ in range(3))
+
+    assert microseconds(30_000) < 2.5 * microseconds(5_000)
+
+
 @pytest.fixture(scope="module")
 def areas_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     books = [str(SOURCES / f"{name}.c") for name in ("area", "area_set", "planes", "check")]

@@ -181,6 +181,7 @@ static struct block *insert(uintptr_t start, uintptr_t end, bool alone)
 	static unsigned random = 1;
 	struct block *b = pool;
 
+	VM_BUG_ON(!b); /* nobody reserved it */
 	pool = b->older;
 	pooled--;
 	random = random * 1664525 + 1013904223;

@@ -30,10 +30,12 @@ static void emit(struct out *o, uint64_t vpn, uint64_t end, uint32_t kind, uint6
 	struct sp_run *last = o->nruns ? &o->runs[o->nruns - 1] : NULL;
 
 	if (last && last->kind == kind && last->vpn + last->npages == vpn && last->ino == ino &&
-	    (!ino || last->offset + last->npages == offset))
+	    (!ino || last->offset + last->npages == offset)) {
 		last->npages += (uint32_t)(end - vpn);
-	else
-		o->runs[o->nruns++] = (struct sp_run){vpn, (uint32_t)(end - vpn), kind, ino, offset};
+		return;
+	}
+	VM_BUG_ON(o->nruns == o->max_runs);
+	o->runs[o->nruns++] = (struct sp_run){vpn, (uint32_t)(end - vpn), kind, ino, offset};
 }
 
 enum { RUN_HASHED, RUN_BROKEN, RUN_GONE, RUN_FOUND }; /* RunKind in samepage/memory */
@@ -58,6 +60,7 @@ static uint64_t hash_region(struct out *o, const struct page_region *r)
 	uint64_t vpn = r->start >> PAGE_SHIFT, end = r->end >> PAGE_SHIFT;
 	uint64_t *sums = o->sums + o->nsums;
 
+	VM_BUG_ON(end - vpn > SECTION_MAX);
 	if (end - vpn > o->max_sums - o->nsums)
 		end = vpn + (o->max_sums - o->nsums);
 	if (vpn == end)
