@@ -52,7 +52,7 @@ int main(int argc, char **argv)
 	if (!strcmp(how, "hidden") || !strcmp(how, "shown"))
 		madvise(p, LENGTH, MADV_DONTDUMP);
 	madvise(p, LENGTH, MADV_MERGEABLE);
-	for (int i = 0; i < 1000 && merged(p) < LENGTH / 10 * 9; i++)
+	for (int i = 0; i < 6000 && merged(p) < LENGTH / 10 * 9; i++)
 		nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
 	if (merged(p) < LENGTH / 10 * 9) {
 		puts("not merged");

@@ -29,7 +29,7 @@
  *
  * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c (its large blocks), mmap.c, mremap.c, madvise.c,
- * fork.c (processes and threads), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
+ * attach.c, fork.c (processes and threads), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
  * all that); uffd.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
  * hash), donate.c, merge.c and swap.c (donate and merge), break.c (unmerge), restore.c (islands become memory like any
  * other), headroom.c and memcg.c (is there memory?); thread.c, call.c, peer.c, wire.c, serve.c and api.c (peer.h: the
@@ -151,6 +151,7 @@ enum area_flags {
 	AREA_SEQUENTIAL = 1 << 13,
 	AREA_RANDOM = 1 << 14,
 	AREA_AFRESH = 1 << 15, /* was not mergeable for a while: the service has forgotten what it was told of it */
+	AREA_SEALED = 1 << 16, /* mseal(2): what the kernel would refuse there is refused */
 };
 
 struct area {
@@ -348,8 +349,18 @@ bool range_mapped(uintptr_t start, size_t len); /* all of the range is mapped */
 struct vma {
 	uintptr_t start, end;
 	uint64_t offset, ino; /* offset in bytes */
+	uint64_t dev;	      /* as /proc/self/maps has it: of 32 bits each */
 	bool read, write, exec, shared;
 };
+/* The device of segments, as soon as one was merged with. */
+extern uint64_t segment_dev;
+static inline bool vma_is_segment(const struct vma *v)
+{
+	return v->ino && v->dev == segment_dev && !v->shared;
+}
+/* Leaves alone for good what the books have for merged in [start, end), but the kernel has not: somebody mapped something else
+ * there by a system call that passed no wrapper. Needs the lock. Whether there was any. */
+bool area_disown(uintptr_t start, uintptr_t end);
 /* The first mapping that ends after `addr`; false when there is none. `file` is an open /proc/self/maps. Needs the lock. */
 bool vma_find(int file, uintptr_t addr, struct vma *out);
 void vma_forget(void); /* an open file is another from now on */

@@ -325,6 +325,8 @@ static int break_step(uint64_t *vpn, uint64_t end, uint64_t max, bool restores, 
 		stop = *vpn + max;
 	from = *vpn << PAGE_SHIFT;
 	to = min_addr(stop << PAGE_SHIFT, a->end);
+	if (area_disown(from, to))
+		return 0;
 	if (restores)
 		err = restore(a, from, to, &out->pages_unmerged);
 	if (err < 0) {

@@ -57,7 +57,7 @@ static int discard_merged(uintptr_t start, uintptr_t end, int advice)
 		return 0;
 	}
 	if (zero_segments(start, end))
-		return EAGAIN;
+		return a && a->flags & AREA_SEALED ? EPERM : EAGAIN;
 	/* A guard belongs on the new mapping; for all other advice that is as good as discarded. */
 	return advice == MADV_GUARD_INSTALL && real.madvise((void *)start, end - start, advice) ? errno : 0;
 }
@@ -68,6 +68,7 @@ static int discard(uintptr_t start, uintptr_t end, int advice)
 {
 	int err = 0, hole = 0;
 
+	area_disown(start, end);
 	if (advice == MADV_GUARD_INSTALL) /* a guard's SIGSEGV would be the agent's, too */
 		area_change(start, end, AREA_EXCLUDED, 0, -1);
 	for (uintptr_t at = start, stop; at < end && !err; at = stop) {

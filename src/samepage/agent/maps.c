@@ -50,7 +50,7 @@ static bool hex(const char **p, const char *end, uint64_t *out)
 /* "start-end perms offset maj:min inode ..." */
 static bool parse_vma(const char *s, const char *end, struct vma *v)
 {
-	uint64_t a, b, skip;
+	uint64_t a, b, major, minor;
 
 	if (!hex(&s, end, &a) || *s++ != '-' || !hex(&s, end, &b) || end - s < 6)
 		return false;
@@ -61,8 +61,9 @@ static bool parse_vma(const char *s, const char *end, struct vma *v)
 	v->exec = s[3] == 'x';
 	v->shared = s[4] == 's';
 	s += 6;
-	if (!hex(&s, end, &v->offset) || !hex((s++, &s), end, &skip) || !hex((s++, &s), end, &skip))
+	if (!hex(&s, end, &v->offset) || !hex((s++, &s), end, &major) || !hex((s++, &s), end, &minor))
 		return false;
+	v->dev = major << 32 | minor;
 	for (s++, v->ino = 0; s < end && *s >= '0' && *s <= '9'; s++)
 		v->ino = v->ino * 10 + (uint64_t)(*s - '0');
 	return true;
@@ -171,6 +172,7 @@ static bool vma_query(int file, uintptr_t addr, struct vma *out, bool *known)
 			    .end = q.end,
 			    .offset = q.offset,
 			    .ino = q.inode,
+			    .dev = (uint64_t)q.dev_major << 32 | q.dev_minor,
 			    .read = q.vma_flags & 1,
 			    .write = q.vma_flags & 2,
 			    .exec = q.vma_flags & 4,

@@ -141,8 +141,17 @@ static void clip(struct chunk *c, uintptr_t end)
 		c->n--;
 }
 
-/* Leaves out what begins with a page that is in no private mapping, or one that its row shares with another mapping: a
- * move must stay within one. */
+/* Whether a mapping is what the books say of the page, which is readable and writable: anonymous, or a segment's. */
+static bool is_as_known(const struct vma *v, uintptr_t addr)
+{
+	if (v->shared || !v->read || !v->write)
+		return false;
+	return page_test(PAGE_SEGMENT, addr >> PAGE_SHIFT) ? vma_is_segment(v) : !v->ino;
+}
+
+/* Leaves out what begins with a page whose mapping is not what the books say, or with one that its row shares with another
+ * mapping: a move must stay within one. What was changed by a system call that passed no wrapper (an inline one) would be
+ * again, and not be noticed the next time: it is left alone for good. */
 static void clip_to_mappings(struct chunk *c)
 {
 	struct vma vma = {0};
@@ -152,8 +161,16 @@ static void clip_to_mappings(struct chunk *c)
 
 		if (at < vma.end)
 			continue;
-		if ((i && same_row(c, i)) || !vma_find(kernel.maps, at, &vma) || vma.start > at || vma.shared)
+		if (i && same_row(c, i))
 			c->n = i;
+		else if (!vma_find(kernel.maps, at, &vma) || vma.start > at || !is_as_known(&vma, at))
+			c->n = i;
+		if (!c->n)
+			area_change(at,
+				    vma.start > at ? vma.start
+				    : vma.end > at ? vma.end
+						   : at + PAGE_SIZE,
+				    AREA_EXCLUDED, 0, -1);
 	}
 }
 
@@ -191,6 +208,8 @@ static size_t merge_some(struct segment *segment, const struct cursor *at, uint8
 	return c.n;
 }
 
+uint64_t segment_dev;
+
 /* The number of pages of a segment, or -errno when it is none: sealed content is what makes a comparison
  * worth anything, and a sealed size is what makes a mapping safe from SIGBUS. */
 static int64_t segment_pages(int fd)
@@ -202,6 +221,8 @@ static int64_t segment_pages(int fd)
 		return -EPERM;
 	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
 		return -EBADF;
+	segment_dev =
+		(st.st_dev >> 8 & 0xfff) << 32 | (st.st_dev & 0xff) | (st.st_dev >> 12 & 0xfff00); /* makedev(3) */
 	return st.st_size >> PAGE_SHIFT;
 }
 

@@ -71,6 +71,38 @@ void area_reconcile(uintptr_t start, uintptr_t end)
 	errno = err;
 }
 
+bool area_disown(uintptr_t start, uintptr_t end)
+{
+	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, stop;
+	int maps = !has_segments(start, end) ? -1 : on_agent_thread() ? kernel.maps : maps_open();
+	bool any = false;
+	struct vma v;
+
+	for (; maps >= 0 && (vpn = page_next(PAGE_SEGMENT, vpn, last, true)) < last; vpn = stop) {
+		uintptr_t at = vpn << PAGE_SHIFT;
+
+		stop = page_next(PAGE_SEGMENT, vpn, last, false);
+		if (!vma_find(maps, at, &v))
+			break;
+		if (v.start > at) { /* unmapped */
+			stop = min_addr(stop, v.start >> PAGE_SHIFT);
+			area_remove(at, stop << PAGE_SHIFT);
+			any = true;
+			continue;
+		}
+		stop = min_addr(stop, v.end >> PAGE_SHIFT);
+		if (vma_is_segment(&v))
+			continue;
+		page_set(PAGE_SEGMENT, vpn, stop, false);
+		page_set(PAGE_ISLAND, vpn, stop, false);
+		area_change(at, stop << PAGE_SHIFT, AREA_EXCLUDED, 0, -1);
+		any = true;
+	}
+	if (maps >= 0 && !on_agent_thread())
+		maps_close(maps);
+	return any;
+}
+
 /* ---- mapping --------------------------------------------------------------------------------------- */
 
 /*

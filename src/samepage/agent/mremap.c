@@ -243,6 +243,18 @@ static bool is_refused(uintptr_t start, size_t old_len, size_t new_len, int flag
 	return target % PAGE_SIZE || (target < start + old_len && start < target + new_len);
 }
 
+static bool is_sealed(uintptr_t start, uintptr_t end)
+{
+	const struct area *a;
+
+	while (start < end && (a = area_next(start)) && a->start < end) {
+		if (a->flags & AREA_SEALED)
+			return true;
+		start = a->end;
+	}
+	return false;
+}
+
 void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_t target)
 {
 	struct resize r = {.start = start, .end = PAGE_ALIGN_UP(start + old_len), .leave = flags & MREMAP_DONTUNMAP};
@@ -251,11 +263,15 @@ void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_
 	/* For settle(): to move them all, and to cut what is at the target and behind. */
 	if (area_reserve(area_count(r.start, r.end) + 4))
 		return fail(ENOMEM);
+	area_disown(r.start, r.end);
 	last = r.end > start ? area_of(r.end - 1) : NULL;
 	if (last) {
 		r.known = true;
 		r.last = *last;
 	}
+	if (!is_refused(start, old_len, new_len, flags, target) &&
+	    (is_sealed(r.start, r.end) || (flags & MREMAP_FIXED && is_sealed(target, PAGE_ALIGN_UP(target + new_len)))))
+		return fail(EPERM);
 	/* One mapping may be a segment's: the kernel would grow it beyond the end of the file, into SIGBUS. */
 	if (is_refused(start, old_len, new_len, flags, target) || !area_overlaps(r.start, r.end) ||
 	    (!has_segments(r.start, r.end) && is_one_mapping(r.start, r.end)))

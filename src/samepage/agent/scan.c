@@ -155,8 +155,10 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	if (vma.start > start)
 		return vma.start >> PAGE_SHIFT;
 	stop = min_addr(stop, vma.end);
-	if (!vma.read || vma.shared || vma.ino)
+	if (!vma.read || vma.shared || vma.ino) { /* it did, and will again */
+		area_change(start, stop, AREA_EXCLUDED, 0, -1);
 		return stop >> PAGE_SHIFT;
+	}
 	track(start, stop);
 	/* First the quick look at what was written, which is nothing at all as a rule. */
 	v[0] = (struct page_region){start, walked = stop, 0};

@@ -126,6 +126,8 @@ static void look_up(void)
 		{&real.unshare, "unshare"},
 		{&real.setns, "setns"},
 		{&real_register_atfork, "__register_atfork"},
+		{&real_brk, "brk"},
+		{&real_sbrk, "sbrk"},
 		{&next.syscall, "syscall"},
 		{&next.chroot, "chroot"},
 		{&next.setuid, "setuid"},
@@ -300,6 +302,14 @@ SP_EXPORT long syscall(long number, ...)
 		return sp_mprotect((void *)a[0], (size_t)a[1], (int)a[2], (int)a[3]);
 	case SYS_madvise:
 		return sp_madvise((void *)a[0], (size_t)a[1], (int)a[2]);
+	case SYS_process_madvise:
+		return sp_process_madvise((int)a[0], (const void *)a[1], (size_t)a[2], (int)a[3], (unsigned)a[4]);
+	case SYS_mseal:
+		return sp_mseal((void *)a[0], (size_t)a[1], (unsigned long)a[2]);
+	case SYS_shmat:
+		return (long)sp_shmat((int)a[0], (const void *)a[1], (int)a[2]);
+	case SYS_brk:
+		return (long)sp_brk((uintptr_t)a[0]);
 	case SYS_mlock:
 		return sp_mlock((void *)a[0], (size_t)a[1], 0, false);
 	case SYS_mlock2:

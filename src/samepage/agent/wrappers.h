@@ -17,6 +17,9 @@
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102 /* 6.13 */
 #endif
+#ifndef SYS_mseal
+#define SYS_mseal 462 /* 6.10 */
+#endif
 #ifndef PR_SET_VMA
 #define PR_SET_VMA 0x53564d41 /* 5.17 */
 #define PR_SET_VMA_ANON_NAME 0
@@ -24,6 +27,7 @@
 #ifndef SYS_set_mempolicy_home_node
 #define SYS_set_mempolicy_home_node 450 /* 5.17 */
 #endif
+
 #ifndef PR_SET_MEMORY_MERGE
 #define PR_SET_MEMORY_MERGE 67 /* 6.4 */
 #define PR_GET_MEMORY_MERGE 68
@@ -118,6 +122,16 @@ void all_unlocked(void); /* by munlockall(), or in a forked child */
 int maps_open(void); /* /proc/self/maps, or -1; no cancellation point, unlike open(2). Needs the lock. */
 void maps_close(int file);
 int vma_prot(const struct vma *v);
+
+/* ---- attach.c ---- */
+
+long sp_process_madvise(int fd, const void *vec, size_t n, int advice, unsigned flags);
+int sp_mseal(void *addr, size_t len, unsigned long flags);
+void *sp_shmat(int id, const void *addr, int flags);
+/* The kernel's brk(2), which answers where the break is; and libc's functions. */
+uintptr_t sp_brk(uintptr_t addr);
+extern int (*real_brk)(void *);
+extern void *(*real_sbrk)(intptr_t);
 
 /* ---- mremap.c ---- */
 
