@@ -118,6 +118,7 @@ static void silent_service(void)
 	syscall(SYS_exit, 0);
 }
 
+#ifdef OWN_MALLOC
 /* Memory for a heap, by the calls that a malloc of the program's own makes with its lock held. */
 static atomic_flag heap_lock = ATOMIC_FLAG_INIT;
 static char *heap, *heap_end;
@@ -141,7 +142,6 @@ static void *own_alloc(size_t size)
 	return p;
 }
 
-#ifdef OWN_MALLOC
 void *malloc(size_t size)
 {
 	return own_alloc(size);
@@ -167,18 +167,44 @@ void free(void *p)
 }
 #endif
 
-/* The first memory is mapped under the allocator's lock, before main. */
-static void inside_malloc(char *self)
+/* All memory is mapped under the allocator's lock, the first before main. */
+static void all_memory(char *self, char *then)
 {
-	if (prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0) || execl(self, self, "inside-malloc-again", NULL))
-		perror("inside malloc");
+	if (prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0) || execl(self, self, then, NULL))
+		perror("all memory");
 }
 
-static void inside_malloc_again(void)
+static void inside_malloc(void)
 {
 	alarm(10);
-	memset(own_alloc(SIZE), 1, SIZE);
+	for (int i = 0; i < 64; i++) /* each too small for the agent to serve it; together worth a thread */
+		memset(malloc(SIZE / 8), 1, SIZE / 8);
+	/* tcmalloc takes its memory from the break, which nobody sees. */
+	mmap(NULL, 4 * SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	printf("agent %d\n", await_agent() > 0);
+}
+
+/* Told to merge all of its memory by whoever started it. */
+static void small(void)
+{
+	pid_t pid;
+	int status;
+
+	mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	pid = fork();
+	if (!pid) {
+		nap(200);
+		_exit(agent_thread() > 0);
+	}
+	waitpid(pid, &status, 0);
+	printf("4 MiB: %d %d\n", agent_thread() > 0, status);
+	mmap(NULL, 4 * SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	printf("20 MiB: %d\n", await_agent() > 0);
+	pid = fork();
+	if (!pid)
+		_exit(await_agent() > 0);
+	waitpid(pid, &status, 0);
+	printf("a child: %d\n", WEXITSTATUS(status));
 }
 
 /* The thread is as the process was started, whatever the one is that allocates first. */
@@ -324,9 +350,13 @@ int main(int argc, char **argv)
 	if (!strcmp(how, "silent-service"))
 		silent_service();
 	if (!strcmp(how, "inside-malloc"))
-		inside_malloc(argv[0]);
+		all_memory(argv[0], "inside-malloc-again");
 	if (!strcmp(how, "inside-malloc-again"))
-		inside_malloc_again();
+		inside_malloc();
+	if (!strcmp(how, "small"))
+		all_memory(argv[0], "small-again");
+	if (!strcmp(how, "small-again"))
+		small();
 	if (!strcmp(how, "leaderless"))
 		leaderless();
 	if (!strcmp(how, "settings"))

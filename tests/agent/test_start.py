@@ -29,11 +29,8 @@ def test_the_library_imports_nothing_that_a_program_may_replace_or_be_inside_of(
     assert names <= {"__errno_location", "dlsym", "secure_getenv"}
 
 
-@pytest.mark.parametrize("flag", ["-DOWN_MALLOC", "-DSAME_MALLOC"])
-def test_a_program_may_map_its_first_memory_under_its_allocators_lock(
-    preload: Preload, tmp_path: Path, flag: str
-) -> None:
-    program = compile_c(HERE / "start.c", tmp_path / "start", "-pthread", flag, "-fno-builtin", "-Wno-unused-function")
+def test_a_program_may_map_all_its_memory_under_its_allocators_lock(preload: Preload, tmp_path: Path) -> None:
+    program = compile_c(HERE / "start.c", tmp_path / "start", "-pthread", "-DOWN_MALLOC", "-fno-builtin")
     assert preload.run([str(program), "inside-malloc"], socket="/nowhere") == "agent 1\n"
 
 
@@ -100,3 +97,10 @@ def test_calls_survive_the_end_of_the_thread_they_were_for(preload: Preload, sta
 def test_a_process_whose_main_thread_ended_is_served_as_before(preload: Preload, start: str) -> None:
     lines = ["mprotect -1", "discard 0 leaves 0", "unmerge 0", "whole 1"]
     assert preload.run([start, "leaderless"], merged=True).splitlines() == lines
+
+
+def test_a_process_that_inherits_to_merge_all_has_no_thread_before_it_is_worth_one(
+    preload: Preload, start: str
+) -> None:
+    """Some look whether they are alone: Chromium's zygote. Nor have its children."""
+    assert preload.run([start, "small"], socket="/nowhere") == "4 MiB: 0 0\n20 MiB: 1\na child: 1\n"

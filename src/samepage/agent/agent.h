@@ -413,6 +413,10 @@ unsigned long online_cpus(void);
 int agent_call(void (*fn)(void *arg), void *arg);
 /* There is something to merge: start the agent thread if there is a service to join and none yet. */
 void agent_start(void);
+/* The same for memory of a process that was told to merge all of it by whoever started it, and names none: so many bytes were
+ * mapped or made writable. Small processes are not worth a thread, and some look whether they have only one: Chromium's
+ * zygote, which maps 5 MiB. */
+void agent_start_unnamed(size_t bytes);
 void agent_stop(void);	 /* ends the thread; merged memory stays merged */
 void agent_retire(void); /* the same, for good */
 /* Around a call that the thread must not be there for, or would be left behind by: what agent_leave says agent_return is

@@ -193,7 +193,7 @@ int sp_set_memory_merge(bool on)
 		if (on)
 			area_change(0, ADDRESS_END, 0, AREA_UNMERGED, -1);
 		area_merge_any(on);
-		start = on && any_mergeable();
+		start = on;
 	}
 	mmap_unlock(&saved);
 	/* The kernel keeps it for us over an exec (see initialise() in wrappers.c). Where its own ksmd runs, that merges, too. */

@@ -150,8 +150,8 @@ void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 			area_add(start, end, own | area_new_flags(), prot);
 	}
 	mmap_unlock(&saved);
-	if (own & AREA_MAPPED && merge_any)
-		agent_start();
+	if (own & AREA_MAPPED && merge_any && prot & PROT_WRITE)
+		agent_start_unnamed(len);
 	return p;
 }
 
@@ -217,6 +217,8 @@ int sp_mprotect(void *addr, size_t len, int prot, int pkey)
 	else
 		area_change(start, end, pkey > 0 ? AREA_EXCLUDED : 0, 0, prot & (PROT_READ | PROT_WRITE | PROT_EXEC));
 	mmap_unlock(&saved);
+	if (!ret && merge_any && prot & PROT_WRITE)
+		agent_start_unnamed(len);
 	return ret;
 }
 

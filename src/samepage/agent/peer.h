@@ -19,8 +19,9 @@ extern struct thread {
 	_Atomic uint32_t tid; /* of a thread that lives; the kernel makes it 0 when that has ended */
 	pid_t owner;	   /* the process this memory is of; in a child by vfork, or one that forked past us, another */
 	_Atomic bool stop; /* it is to end */
-	_Atomic int away;  /* not 0: none may begin (agent_leave) */
-	bool delay;	   /* it is to wait before it joins */
+	_Atomic bool wanted; /* something was to be merged once */
+	_Atomic int away;    /* not 0: none may begin (agent_leave) */
+	bool delay;	     /* it is to wait before it joins */
 } thread;
 
 /* Serialises what starts and stops the thread. Signals are blocked while it is held. */

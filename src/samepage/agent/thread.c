@@ -19,7 +19,8 @@
 
 #define STACK_SIZE (256UL << 10)
 #define TLS_MAX (64UL << 10)
-#define END_TRIES 100 /* of 100 ms: how long is waited for the thread's end */
+#define WORTH_A_THREAD (16UL << 20) /* bytes that nobody named, mapped or made writable so far */
+#define END_TRIES 100		    /* of 100 ms: how long is waited for the thread's end */
 #define MASK_WORDS (8192 / 64)
 #define NODES_MAX 1024
 #define TIMER_SLACK_NS 50000L
@@ -205,6 +206,7 @@ void agent_start(void)
 	int saved_errno = errno;
 	sigset_t saved;
 
+	thread.wanted = true;
 	if (atomic_load(&thread.state) != IDLE || !nr_areas || !peer.path[0])
 		return;
 	block_signals(&saved);
@@ -214,6 +216,14 @@ void agent_start(void)
 	}
 	pthread_sigmask(SIG_SETMASK, &saved, NULL);
 	errno = saved_errno;
+}
+
+void agent_start_unnamed(size_t bytes)
+{
+	static _Atomic size_t sum;
+
+	if (thread.wanted || atomic_fetch_add(&sum, bytes) + bytes >= WORTH_A_THREAD)
+		agent_start();
 }
 
 /* ---- end ------------------------------------------------------------------------------------------------ */
@@ -293,7 +303,7 @@ void agent_return(bool left)
 	any = any_mergeable();
 	mmap_unlock(&saved);
 	thread.delay = true; /* more such calls may follow, or an exec */
-	if (any)
+	if (any && thread.wanted)
 		agent_start();
 	errno = saved_errno;
 }
@@ -314,6 +324,6 @@ void agent_fork_child(bool may_start_thread)
 	kernel = KERNEL_CLOSED;
 	page_forget_known();
 	thread.delay = true;
-	if (may_start_thread && any_mergeable())
+	if (may_start_thread && thread.wanted && any_mergeable())
 		agent_start();
 }
