@@ -34,6 +34,7 @@ enum kind {
 	K_MUNLOCK,
 	K_MSYNC,
 	K_PRLIMIT,
+	K_MBIND,
 	NR_KINDS
 };
 
@@ -215,6 +216,10 @@ static long faulty_syscall(long number, ...)
 		r = fails(K_MSYNC);
 	else if (number == SYS_prlimit64)
 		r = fails(K_PRLIMIT);
+	else if (number == SYS_mbind)
+		r = fails(K_MBIND);
+	if (r && number == SYS_mbind && r->done != NOTHING)
+		kernel_calls.syscall(number, a[0], r->done == HALF ? (long)half((size_t)a[1]) : a[1], a[2], a[3], a[4], a[5]);
 	return r ? fail(r) : kernel_calls.syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 

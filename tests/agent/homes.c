@@ -5,6 +5,7 @@
  *
  *   renew      maps it all afresh, whole, as it was at the beginning; says where it is
  *   change     gives every ninth page, and others, another content
+ *   overwrite  gives every page another content
  *   pause      keeps the readers from it until it is renewed
  *   check      says how many pages hold a wrong word, and how often the readers came round since the last time
  */
@@ -124,6 +125,12 @@ int main(void)
 					write_page(page, ~((page + 1) << 32));
 			pause_readers(false);
 			puts("changed");
+		} else if (!strcmp(line, "overwrite\n")) {
+			pause_readers(true);
+			for (size_t page = 0; page < PAGES; page++)
+				write_page(page, (page + 1) << 32 | 1UL << 31);
+			pause_readers(false);
+			puts("overwritten");
 		} else if (!strcmp(line, "pause\n")) {
 			pause_readers(true);
 			puts("paused");

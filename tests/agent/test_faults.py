@@ -42,6 +42,7 @@ KINDS = [
     "MUNLOCK",
     "MSYNC",
     "PRLIMIT",
+    "MBIND",
 ]
 NOTHING, ALL, HALF, GAP = range(4)
 """What is done all the same by a call that fails."""
@@ -66,6 +67,7 @@ WAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "MUNLOCK": ("ENOMEM EAGAIN", (NOTHING,)),
     "MSYNC": ("ENOMEM EBUSY", (NOTHING,)),
     "PRLIMIT": ("EPERM", (NOTHING,)),
+    "MBIND": ("EIO ENOMEM EFAULT EINVAL EPERM", (NOTHING, ALL, HALF)),
 }
 """The errors that each can return, from Linux 6.8 to 6.18 and some more, and what can have been done then."""
 
@@ -200,6 +202,23 @@ class Stage:
         self.break_all()
         self.check()
 
+    def restore_with(self, *faults: Fault) -> None:
+        """All of it was merged, and then written."""
+        self.renew()
+        self.merge()
+        assert self.process.tell("overwrite") == "overwritten\n"
+        vpn = 0
+        while vpn := self.process.space.scan(vpn, 1 << 20).next_vpn:
+            pass
+        self.arm(*faults)
+        began = time.monotonic()
+        self.process.space.restore(np.array([(self.first, PAGES)], AREA))
+        self.in_time(5, began)
+        self.plan.disarm()
+        self.check()
+        self.break_all()
+        self.check()
+
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory, preload: Preload) -> Preload:
@@ -236,7 +255,7 @@ def each(kind: str, calls: int, sites: int, ways_each: int) -> Iterable[Fault]:
 
 
 def run_matrix(stage: Stage, step: str, kind: str, sites: int, ways_each: int) -> None:
-    with_faults = {"merge": stage.merge_with, "break": stage.break_with}[step]
+    with_faults = {"merge": stage.merge_with, "break": stage.break_with, "restore": stage.restore_with}[step]
     with_faults()
     for fault in each(kind, stage.plan.calls[kind], sites, ways_each):
         try:
@@ -248,14 +267,14 @@ def run_matrix(stage: Stage, step: str, kind: str, sites: int, ways_each: int) -
             raise AssertionError(f"{step}: {fault}: {error}") from error
 
 
-@pytest.mark.parametrize("step", ["merge", "break"])
+@pytest.mark.parametrize("step", ["merge", "break", "restore"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_call_that_fails_costs_a_byte(stage: Stage, step: str, kind: str) -> None:
     run_matrix(stage, step, kind, sites=14, ways_each=1)
 
 
 @pytest.mark.parametrize("stage", ["limited"], indirect=True)
-@pytest.mark.parametrize("step", ["merge", "break"])
+@pytest.mark.parametrize("step", ["merge", "break", "restore"])
 @pytest.mark.parametrize("kind", ["MOVE", "MREMAP", "MMAP", "MSYNC", "PRLIMIT", "PREAD"])
 def test_nor_does_one_where_there_is_a_limit(stage: Stage, step: str, kind: str) -> None:
     run_matrix(stage, step, kind, sites=14, ways_each=2)
@@ -263,7 +282,7 @@ def test_nor_does_one_where_there_is_a_limit(stage: Stage, step: str, kind: str)
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("step", ["merge", "break"])
+@pytest.mark.parametrize("step", ["merge", "break", "restore"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nor_does_any_call_in_any_way(stage: Stage, step: str, kind: str) -> None:
     run_matrix(stage, step, kind, sites=1 << 20, ways_each=9)

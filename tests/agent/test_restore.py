@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -20,6 +22,7 @@ from tests.agent.asked import HUGE, Process
 from tests.agent.preload import Preload, compile_c
 
 HERE = Path(__file__).parent
+PTRACE_SEIZE, PTRACE_DETACH = 0x4206, 17
 PAGES, PINNED, LENGTH = 512, 200, 16
 """As in pinned.c."""
 
@@ -152,6 +155,24 @@ def test_an_unmerge_leaves_them_too(pinned: Pinned) -> None:
     pinned.tell("unpin")
     assert pinned.space.break_ksm(pinned.first, PAGES).errno == 0
     assert pinned.restore() == (0, 0)
+    assert pinned.tell("check") == 0
+
+
+def test_a_process_that_is_traced_is_left_as_it_is(pinned: Pinned) -> None:
+    pinned.tell("write")
+    pinned.make_islands()
+    libc = ctypes.CDLL(None)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    if libc.ptrace(PTRACE_SEIZE, pinned.process.pid, None, None):
+        pytest.skip("may not trace here")
+    time.sleep(0.05)
+    assert pinned.restore() == (0, 0)
+    os.kill(pinned.process.pid, signal.SIGSTOP)
+    os.waitpid(pinned.process.pid, 0)
+    assert libc.ptrace(PTRACE_DETACH, pinned.process.pid, None, None) == 0
+    os.kill(pinned.process.pid, signal.SIGCONT)
+    time.sleep(0.05)
+    assert pinned.restore() == (PAGES, 0)
     assert pinned.tell("check") == 0
 
 

@@ -243,7 +243,7 @@ static bool room_to_merge(void)
  * cannot let them wait there (get_user_pages_remote() without FOLL_UNLOCKABLE). A process that is being traced is left as it is
  * until it is not. Looking takes 20 us, so it is done a hundred times a second at most.
  */
-static bool traced(void)
+bool traced(void)
 {
 	static int64_t looked;
 	static bool was;

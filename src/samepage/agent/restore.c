@@ -27,6 +27,7 @@
 #define RESTORE_MAX 128UL /* pages in one critical section: half a millisecond */
 #define RESTORE_MIN 8UL	  /* where one of so few is held, all of them are left */
 #define HOME_TRIES 1000
+#define COPY_TRIES 4
 #define NEAR_EACH (32UL << 20) /* what others may take meanwhile, for each CPU */
 #define MPOL_LOCAL 4	       /* include/uapi/linux/mempolicy.h */
 #define MPOL_MOVE_STRICT 3
@@ -115,9 +116,17 @@ static uintptr_t leave_home(uintptr_t start, uintptr_t len)
 	return done;
 }
 
+/* Fills the empty mapping at [start + done, start + len) with copies of what is in the window, page by page. How far it came. */
+static uintptr_t copy_home(uintptr_t start, uintptr_t done, uintptr_t len)
+{
+	while (done < len && !uffd_copy(start + done, kernel.view + done, PAGE_SIZE))
+		done += PAGE_SIZE;
+	return done;
+}
+
 /* Puts the pages in the window back over [start, start + len), mappings and all, of which it takes no more than there
- * were; but other threads may have taken them meanwhile. */
-static void go_home(uintptr_t start, uintptr_t len)
+ * were; but other threads may have taken them meanwhile. If need be, and `unheld`, copies are as good. */
+static void go_home(uintptr_t start, uintptr_t len, bool unheld)
 {
 	const struct timespec nap = {.tv_nsec = 1000000};
 	const uintptr_t view = kernel.view;
@@ -132,6 +141,8 @@ static void go_home(uintptr_t start, uintptr_t len)
 			refill(view + done, n);
 			done += n;
 		}
+		if (unheld && tries >= COPY_TRIES)
+			done = copy_home(start, done, len);
 		if (done < len && tries == HOME_TRIES)
 			strand();
 		if (done < len && tries)
@@ -182,8 +193,9 @@ static bool all_own(uintptr_t start, uintptr_t len)
 	return true;
 }
 
-/* Replaces [start, start + len), whose pages are in the window, by a copy of them. 0 or an errno: they still are. */
-static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr_t copy)
+/* Replaces [start, start + len), whose pages are in the window, by a copy of them. 0 or an errno: they still are; *unheld: and
+ * nobody else holds one of them. */
+static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr_t copy, bool *unheld)
 {
 	int err;
 
@@ -192,6 +204,7 @@ static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr
 	err = migrate(kernel.view, len);
 	if (err)
 		return err;
+	*unheld = true;
 	memcpy((void *)copy, (void *)kernel.view, len);
 	/* ENOMEM: the mapping would have to be cut for it. A child would not have the memory. */
 	if (real.madvise((void *)copy, len, MADV_DOFORK))
@@ -208,6 +221,7 @@ static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr
 static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 {
 	uintptr_t copy, came;
+	bool unheld = false;
 	int err = EBUSY;
 
 	if (!all_own(start, len)) /* shared with a fork, or swapped out */
@@ -215,13 +229,15 @@ static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 	copy = fresh_pages(len);
 	if (!copy)
 		return ENOMEM;
-	if (uffd_register(kernel.move, start, len, UFFDIO_REGISTER_MODE_MINOR))
+	if (uffd_register(kernel.move, start, len, UFFDIO_REGISTER_MODE_MINOR)) {
+		uffd_unregister(kernel.move, start, len);
 		return EINVAL;
+	}
 	came = leave_home(start, len);
 	if (came == len)
-		err = replace(a, start, len, copy);
+		err = replace(a, start, len, copy, &unheld);
 	if (err)
-		go_home(start, came);
+		go_home(start, came, unheld);
 	else
 		page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT, false);
 	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT, err);
@@ -277,7 +293,7 @@ uintptr_t restore_islands(uintptr_t start, uintptr_t end, uint64_t max_pages, st
 {
 	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, most = RESTORE_MAX, before = out->pages_restored;
 
-	if (kernel.move < 0 || !kernel.views_stay || !kernel.view || !kernel.copy || !tells_holders())
+	if (traced() || kernel.move < 0 || !kernel.views_stay || !kernel.view || !kernel.copy || !tells_holders())
 		return end;
 	fresh.at = fresh.end = 0;
 	while (vpn < last && out->pages_restored - before < max_pages) {

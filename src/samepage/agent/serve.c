@@ -12,7 +12,7 @@
 #define MAX_SUMS                                                                                                       \
 	((SP_MSG_MAX - sizeof(struct sp_hdr) - sizeof(struct sp_scanned) - MAX_RUNS * sizeof(struct sp_run)) / 8)
 #define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are looked at in between */
-#define RESTORE_STEP (16 * SECTION_MAX)
+#define RESTORE_STEP (2 * SECTION_MAX)
 
 uint64_t thread_cpu_ns(void)
 {

@@ -76,7 +76,9 @@ bool bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n);
 /* Ends the process: a page of it is nowhere that it could be read. */
 void __attribute__((noreturn)) strand(void);
 
-/* merge.c. Puts [view, view + len) of the view of a segment over what stands at `to`. 0; or -errno, and it still stands there,
+/* merge.c. Whether somebody traces the process, who must not meet a page that is away. */
+bool traced(void);
+/* Puts [view, view + len) of the view of a segment over what stands at `to`. 0; or -errno, and it still stands there,
  * or (window_give()) nothing does. */
 int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to);
 
