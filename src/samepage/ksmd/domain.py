@@ -7,6 +7,7 @@ compared: not by a check that could be forgotten, but because there is nothing t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Iterator
 
@@ -15,7 +16,8 @@ import numpy as np
 from samepage.ksmd.age import Ages
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.index import ChecksumIndex
-from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.mm_slot import PIECE, MmSlot, Structured
+from samepage.ksmd.patience import Patience
 from samepage.ksmd.rmap import (
     HAS_CHECKSUM,
     HAS_NODE,
@@ -33,6 +35,13 @@ from samepage.memory import U8, U32, U64
 SLICE_PAGES = 1 << 17
 """Pages worked on at once (512 MiB of memory), so that temporaries stay small whatever the number of pages."""
 
+AREAS_MAX = 1 << 20
+"""Areas of all processes of one domain."""
+
+RESIDENT_MAX = 4 * 9 * os.sysconf("SC_PHYS_PAGES")
+"""Bytes that the pages known in one domain may take, or no new ones are: 9 for each, were every page of the machine in
+four processes. Whoever makes processes up must not fill the service's memory."""
+
 CANDIDATE = HAS_CHECKSUM.copy()
 """States a page that was put aside as a candidate may still be in when its turn comes."""
 CANDIDATE[[PageState.UNSHARED, PageState.COLLIDED, PageState.ALONE]] = False
@@ -44,6 +53,7 @@ class Domain:
     def __init__(self, number: int) -> None:
         self.number = number
         self.slots: list[MmSlot] = []
+        self.patience = Patience(most=30.0, regain=0.05)
         self._begin()
 
     def _begin(self) -> None:
@@ -78,6 +88,11 @@ class Domain:
         slots = sum(slot.pieces.nbytes + slot.counts.nbytes + slot.ages.nbytes() for slot in self.slots)
         return self.rmap.resident() + indexes + slots + sum(part.nbytes for part in lists)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no page is to be known that was not yet."""
+        return self.rmap.resident() > RESIDENT_MAX
+
     def release(self) -> None:
         """The last of its processes has gone."""
         self.stable.release()
@@ -95,7 +110,9 @@ class Domain:
     # -- areas and refs ---------------------------------------------------------------------------------
 
     def set_areas(self, slot: MmSlot, areas: Structured) -> None:
-        """Fit the refs of a slot to its areas. MemoryError when there are too many pages."""
+        """Fit the refs of a slot to its areas. MemoryError when there are too many of either."""
+        if len(areas) + sum(len(s.pieces) for s in self.slots if s is not slot) > AREAS_MAX:
+            raise MemoryError(f"more than {AREAS_MAX} areas in one merge domain")
         kept, fell_out, no_refs = slot.recut(areas)
         new = self._allocate(no_refs)
         for base, npages in fell_out.tolist():
@@ -139,10 +156,11 @@ class Domain:
     def table(self) -> tuple[Ints, Ints, Ints, list[MmSlot]]:
         """Every piece of the domain in the order of refs: first ref, ref past the last, first vpn, slot."""
         if self._table is None:
-            rows = [(b, b + n, v, slot) for slot in self.slots for v, n, b in slot.pieces.tolist()]
-            rows.sort(key=lambda row: row[0])
-            columns = [np.array([row[i] for row in rows], np.int64) for i in range(3)]
-            self._table = (columns[0], columns[1], columns[2], [row[3] for row in rows])
+            pieces = np.concatenate([slot.pieces for slot in self.slots] or [np.empty(0, PIECE)])
+            whose = np.repeat(np.arange(len(self.slots)), [len(slot.pieces) for slot in self.slots])
+            order = np.argsort(pieces["base"], kind="stable")
+            vpn, npages, base = (pieces[name][order].astype(np.int64) for name in ("vpn", "npages", "base"))
+            self._table = (base, base + npages, vpn, [self.slots[i] for i in whose[order].tolist()])
         return self._table
 
     def cut(self, refs: U32 | Ints) -> Iterator[tuple[MmSlot, int, slice]]:

@@ -31,6 +31,9 @@ need not wait until here it is understood what it said to the last."""
 AHEAD = 2
 """Copies that a process makes (8 MiB each) before others have tried the ones before."""
 
+MUCH_WORK = 1.0
+"""Seconds that a process may take for a copy, or for merging with one, before it counts as waiting."""
+
 UNASKED = 255
 """Status of a page that was not to be merged: there is no copy of it."""
 
@@ -298,7 +301,8 @@ class Exchange:
         starts = run_starts(copy.vpns)
         runs = np.empty(len(starts), AREA)
         runs["vpn"], runs["npages"] = copy.vpns[starts], np.diff(np.append(starts, len(copy.vpns)))
-        donation = copy.slot.space.donate(runs)
+        with copy.slot.waited_for(MUCH_WORK):
+            donation = copy.slot.space.donate(runs)
         with self._lock:
             copy.slot.cpu_ns += donation.cpu_ns
         done = donation.status == DONE
@@ -320,7 +324,8 @@ class Exchange:
 def merge(slot: MmSlot, segment: Segment | None, extents: Structured, pages: Ints, status: U8) -> int:
     """Have a process merge; what became of each page goes to its position in `status`. Returns the CPU time it took, in
     ns. AddressSpaceGone."""
-    result = slot.space.merge(segment, extents)
+    with slot.waited_for(MUCH_WORK):
+        result = slot.space.merge(segment, extents)
     status[pages] = result.status
     return result.cpu_ns
 

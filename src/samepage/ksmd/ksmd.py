@@ -23,6 +23,7 @@ from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.lost import Lost
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
 from samepage.ksmd.scan import Look, Seen, ingest, look, recount_zeros
 from samepage.ksmd.stable import SEGMENT_PAGES
@@ -33,6 +34,9 @@ ROUNDS, LOOKS = 16, 4
 """Steps of a scan in one batch at most, and looks at a process in a step: one that never gets on must not keep ksmd
 from the others."""
 
+BATCH_SECONDS = 0.5
+"""A batch ends after so long, if it did not before: others want the mutex."""
+
 STEP_PAGES = 256
 """A process is not asked for fewer pages than these if the budget is larger: a message has its price."""
 
@@ -40,6 +44,10 @@ SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
 """When less than this share of a segment's pages is in use after so many passes, and at least so many pages
 (1 MiB) are held for nothing in such segments, their last users are moved out. Looked for every
 `stable_node_chains_prune_millisecs`."""
+
+PAGES_MORE = 4096
+"""So many pages more, and twice as many, a process may have checksums of as it ever had: what it gave up since, it may
+not have told yet."""
 
 JOIN_SECONDS = 0.15
 """A child may take so long after the fork to join (its agent waits a third of that, for most children exec at once); a
@@ -219,7 +227,7 @@ class Ksmd:
 
     def _merge_slice(self) -> int | None:
         for domain in list(self._domains.values()):
-            if domain.candidates:
+            if domain.candidates and not domain.patience.is_spent:
                 self._keep_room_for_segments()
                 self._verify(domain)
                 refs = domain.next_candidates()
@@ -290,8 +298,10 @@ class Ksmd:
         spent_before = sum(slot.cpu_ns for slot in self._cursor)
         scanned = list(self._cursor)
         total = Seen()
+        began = self._clock()
+        self._put_off()
         for _ in range(ROUNDS):
-            if not self._cursor or total.hashed >= budget:
+            if not self._cursor or total.hashed >= budget or self._clock() - began > BATCH_SECONDS:
                 break
             self._scan_step(budget - total.hashed, total)
         self._pages_scanned += total.hashed
@@ -327,7 +337,7 @@ class Ksmd:
                 first, end = slot.ages.ahead(vpn)
                 looks.append(look(slot, first, left, self._flags(slot), end))
                 vpn, left = looks[-1].reply.next_vpn, left - len(looks[-1].reply.checksums)
-                if not vpn or looks[-1].areas is not None:
+                if not vpn or looks[-1].areas is not None or looks[-1].wall_ns > A_MOMENT * 1e9:
                     break
             return looks
 
@@ -336,6 +346,7 @@ class Ksmd:
             try:
                 for seen in looks.get(slot, []):
                     self._take_in(slot, seen, total)
+                    self._cursor[slot] = seen.reply.next_vpn
             except AddressSpaceGone as e:
                 slot.lose(e)
             except Exception as e:  # whatever it said that ksmd cannot cope with, the others are looked at all the same
@@ -347,15 +358,24 @@ class Ksmd:
                 del self._cursor[slot]
                 slot.looked_at()
 
+    def _put_off(self) -> None:
+        """Who kept ksmd waiting for too long is not asked in this pass."""
+        for slot in [s for s in self._cursor if s.is_put_off]:
+            del self._cursor[slot]
+
     def _take_in(self, slot: MmSlot, seen: Look, total: Seen) -> None:
-        outcome = ingest(slot.domain, slot, seen, self._work.passes)
+        with slot.waited_for():
+            outcome = ingest(slot.domain, slot, seen, self._work.passes)
+        if outcome.first_looks and slot.with_checksum > slot.pages_max:
+            slot.pages_max = 2 * slot.space.pages_max() + PAGES_MORE
+            if slot.with_checksum > slot.pages_max:
+                raise AddressSpaceGone("it says of more pages than it has what is in them")
         if seen.reply.forked < JOIN_SECONDS:
             self._joins_until = max(self._joins_until, self._clock() + JOIN_SECONDS - seen.reply.forked)
         total.hashed += outcome.hashed
         total.first_looks += outcome.first_looks
         total.changed += outcome.changed
         slot.stirred |= bool(outcome.changed or outcome.turned)
-        self._cursor[slot] = seen.reply.next_vpn
 
     def _flags(self, slot: MmSlot) -> ScanFlag:
         """How to look at a process now."""
@@ -446,19 +466,21 @@ class Ksmd:
                 slot.lose(e)
 
     def _scan_range(self, slot: MmSlot, vpn: int, npages: int) -> None:
-        at = vpn
+        at, total = vpn, Seen()
         try:
             while at < vpn + npages:
                 if slot.gone:
                     raise AddressSpaceGone("has left")
                 seen = look(slot, at, vpn + npages - at, self._flags(slot))
-                self._pages_scanned += ingest(slot.domain, slot, seen, self._work.passes).hashed
+                self._take_in(slot, seen, total)
                 if not seen.reply.next_vpn:
                     break
                 at = seen.reply.next_vpn
         except AddressSpaceGone as e:
             slot.lose(e)
             raise
+        finally:
+            self._pages_scanned += total.hashed
 
     def _refs_in(self, slot: MmSlot, vpn: int, npages: int) -> Ints:
         whole = np.array([(vpn, npages)], AREA)
@@ -615,7 +637,8 @@ class Ksmd:
         with self._mmlist_lock:
             domains = list(self._domains.values())
             slots = list(self._slots.values())
-        self._urgent = any(domain.candidates for domain in domains) or any(not slot.passes for slot in slots)
+        self._urgent = any(domain.candidates and not domain.patience.is_spent for domain in domains)
+        self._urgent |= any(not slot.passes and not slot.is_put_off for slot in slots)
         self._rows = tuple(show.process_row(slot) for slot in slots)
         self._counters = Counters(
             run=self._knobs.run,
@@ -640,7 +663,8 @@ class UnmergeFailed(OSError):
 
 def headroom(slot: MmSlot) -> tuple[str, int]:
     """The memory cgroup of a process and the bytes available there, as it says now. AddressSpaceGone."""
-    return slot.space.headroom()
+    with slot.waited_for():
+        return slot.space.headroom()
 
 
 @contextlib.contextmanager

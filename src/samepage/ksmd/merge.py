@@ -390,5 +390,6 @@ class _Round:
 
 def _map_count(slot: MmSlot) -> int:
     """How many mappings more the process may have."""
-    count = slot.space.map_count()
+    with slot.waited_for():
+        count = slot.space.map_count()
     return max(0, count[1] - count[0])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samepage.ksmd.age import Ages
+from samepage.ksmd.patience import A_MOMENT, Patience
 from samepage.ksmd.rmap import HAS_CHECKSUM, Ints, PageState
 from samepage.memory import AREA, AddressSpace, AddressSpaceGone
 
@@ -62,6 +66,9 @@ class MmSlot:
         self.pending_breaks: list[tuple[int, int]] = []  # (vpn, npages) whose unmerge was asked for and failed
         self.pending_attempts = 0
         self.pending_due = 0
+        self.patience = Patience(most=10.0, regain=0.02)
+        self.idle_looks = 0  # looks of this pass that hardly got on
+        self.pages_max = 0  # pages with checksums that it can have, as far as was asked
         self.verified = -math.inf  # when it was last seen to be who it was
         self.faults = 0  # breaks of an unmerge that ended with EFAULT
         self.islands_due = 0  # the pass after which broken pages are asked about again
@@ -72,6 +79,26 @@ class MmSlot:
         if not self.gone:
             self.gone, self.lost = True, _in_words(why)
             self.astray = not (isinstance(why, AddressSpaceGone) and why.ended)
+
+    @property
+    def is_put_off(self) -> bool:
+        """Whether it, or its like, kept ksmd waiting for too long."""
+        return self.patience.is_spent or self.domain.patience.is_spent
+
+    @contextlib.contextmanager
+    def waited_for(self, free: float = A_MOMENT) -> Iterator[None]:
+        """Meanwhile ksmd waits for an answer of this process, or takes it in: more than `free` seconds of it count.
+        AddressSpaceGone, and nothing is asked: that was so too often."""
+        if self.patience.is_at_an_end:
+            raise AddressSpaceGone("it keeps everybody waiting")
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            over = time.monotonic() - began - free
+            if over > 0:
+                self.patience.spend(over)
+                self.domain.patience.spend(over)
 
     def looked_at(self) -> None:
         """All its areas were looked at once more. While nothing happens, broken pages are looked for ever more rarely,
@@ -85,6 +112,7 @@ class MmSlot:
             self._still = min(1 << self._quiet, STILL_MAX)
             self._quiet += 1
         self.passes += 1
+        self.idle_looks = 0
         self.stirred = False
         self.hash_all &= self.ages.skipping
         self.ages.end_pass()

@@ -35,13 +35,23 @@ class Seen:
     turned: int = 0
 
 
+STEP_MIN = 64
+IDLE_LOOKS = 256
+"""So often in a pass, and twice for each of its areas, a process may get on by less than `STEP_MIN` pages in a look."""
+
+
 def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_END) -> Look:
     """Ask a process for one step of its scan, before page `end`. Runs in any thread: nothing of ksmd's is touched."""
     started = time.perf_counter_ns()
-    reply = slot.space.scan(vpn, budget, flags, end)
+    with slot.waited_for():
+        reply = slot.space.scan(vpn, budget, flags, end)
+    slot.idle_looks += 0 < reply.next_vpn < vpn + min(budget, STEP_MIN)
+    if slot.idle_looks > IDLE_LOOKS + 2 * len(slot.pieces):
+        raise AddressSpaceGone("its scan hardly gets on")
     areas = None
     if reply.areas_seq != slot.areas_seq:
-        areas = slot.space.areas()
+        with slot.waited_for():
+            areas = slot.space.areas()
     return Look(reply, areas, time.perf_counter_ns() - started)
 
 
@@ -100,7 +110,8 @@ def _take_areas(domain: Domain, slot: MmSlot, areas: Areas) -> None:
 
 def refresh_areas(domain: Domain, slot: MmSlot) -> None:
     """Ask for the areas now."""
-    areas = slot.space.areas()
+    with slot.waited_for():
+        areas = slot.space.areas()
     _take_areas(domain, slot, areas)
 
 
@@ -135,9 +146,12 @@ def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) 
     old = domain.state[refs]
     again = None
     outcome.first_looks = len(old) - int(np.count_nonzero(old))
-    if outcome.first_looks < len(old):
+    full = outcome.first_looks > 0 and domain.is_full
+    if outcome.first_looks < len(old) or full:
         new = domain.checksum[refs] != sums
         new |= ~HAS_CHECKSUM[old]
+        if full:
+            new &= old != PageState.UNTOUCHED
         refs, sums = refs[new], sums[new]
         domain.withdraw(slot, refs)
         again = new & (old != PageState.UNTOUCHED)
@@ -173,6 +187,8 @@ def _found(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
             new = ~(HAS_NODE[domain.state[refs]] & (domain.checksum[refs].astype(np.int64) == nodes))
             refs, vpns, nodes = refs[new], vpns[new], nodes[new]
             room = domain.stable.has_room(nodes)
+            if domain.is_full:
+                room &= domain.state[refs] != PageState.UNTOUCHED
             _adopt(domain, slot, refs[room], vpns[room], nodes[room])
             domain.stable.close_unused([segment])
         _broken(domain, slot, refs[~room], passes)  # more than can be counted: not known to be merged, and left alone

@@ -19,10 +19,13 @@ from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, Ints, PageState
 from samepage.ksmd.scan import refresh_areas
-from samepage.memory import AREA, AddressSpaceGone, BreakResult
+from samepage.memory import AREA, PAGE_SIZE, AddressSpaceGone, BreakResult
 
 BREAK_PAGES = 2048
 """Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
+
+BREAK_RATE = 64 << 20
+"""Bytes a second that a process copies at worst, when memory has to be reclaimed for it, without being called slow."""
 
 FAULTS_MAX = 1024
 """So often in one unmerge a process may say that there is a page which cannot be mapped: each time what is left is
@@ -151,7 +154,8 @@ def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tup
 
 
 def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:
-    result = slot.space.break_ksm(vpn, npages)
+    with slot.waited_for(1.0 + npages * PAGE_SIZE / BREAK_RATE):
+        result = slot.space.break_ksm(vpn, npages)
     slot.faults += result.errno == errno.EFAULT
     if slot.faults > FAULTS_MAX:
         raise AddressSpaceGone(f"{FAULTS_MAX} pages of it cannot be broken")

@@ -240,6 +240,10 @@ class AddressSpace(Protocol):
         not asked."""
         ...
 
+    def pages_max(self) -> int:
+        """How many pages with something in them it had, at most. The process itself is not asked."""
+        ...
+
     def areas(self) -> Areas:
         """What of it is mergeable now."""
         ...

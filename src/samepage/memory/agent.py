@@ -45,7 +45,7 @@ from samepage.memory import (
     check,
     wire,
 )
-from samepage.memory.identity import Identity, has_ended, identify, is_stopped
+from samepage.memory.identity import Identity, has_ended, identify, is_stopped, memory_of
 from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
 from samepage.memory.segments import OPEN, MemfdSegment, SegmentError
 from samepage.memory.wire import Op, Packet, Swap, WireError
@@ -218,6 +218,16 @@ class AgentAddressSpace:
                 changed = ENDED
             if changed:
                 raise self._lost(changed)
+
+    def pages_max(self) -> int:
+        if self._identity is None:
+            return VPN_END
+        try:
+            kib = memory_of(self._pid)
+        except OSError as e:
+            raise self._lost(ENDED) from e
+        self.verify()
+        return kib * 1024 // PAGE_SIZE
 
     def areas(self) -> Areas:
         """As the protocol says. A process with many areas may change them all the time: when the list changed between

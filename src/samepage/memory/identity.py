@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,12 @@ def _state(pid: int) -> tuple[bytes, int]:
     with open(f"/proc/{pid}/stat", "rb") as file:
         stat = file.read().rpartition(b")")[2].split()
     return stat[0], int(stat[20 - 3])
+
+
+def memory_of(pid: int) -> int:
+    """KiB that a process had resident at most, and those that are swapped out now."""
+    lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith((b"VmHWM:", b"VmSwap:")))
 
 
 def _read(name: str, folder: int) -> bytes:

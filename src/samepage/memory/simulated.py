@@ -346,6 +346,9 @@ class SimulatedAddressSpace:
     def _fate(self, what: str, vpn: int) -> int | None:
         return self.script(what, vpn) if self.script else None
 
+    def pages_max(self) -> int:
+        return VPN_END
+
     def verify(self) -> None:
         self._called("verify")
 

@@ -1,0 +1,160 @@
+"""Nobody keeps ksmd from the others: neither by being slow, nor by answers that hardly get on, nor by claims."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from samepage.ksmd import Ksmd, books, domain
+from samepage.ksmd import mm_slot as slots
+from samepage.ksmd.patience import Patience
+from samepage.memory import RUN, VPN_END, AddressSpaceGone, RunKind, ScanFlag, ScanResult
+from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
+
+SAME = range(1, 51)
+
+
+class Slow(SimulatedAddressSpace):
+    """Takes its time for every look, and gets on by one page."""
+
+    takes = 0.0
+
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
+        time.sleep(self.takes)
+        at = max(vpn, BASE)
+        return ScanResult(
+            np.empty(0, RUN), np.empty(0, np.uint64), at + 1 if at < BASE + 9999 else 0, self._areas_seq, 0
+        )
+
+
+def slow(machine: SimulatedMachine, pid: int, takes: float) -> Slow:
+    space = Slow(machine, pid)
+    space.takes = takes
+    space.map_area(BASE, 10_000)
+    return space
+
+
+def test_an_account_fills_up_again_but_not_beyond_what_it_held() -> None:
+    clock = Clock()
+    patience = Patience(10.0, 0.1, clock)
+    patience.spend(11.0)
+    assert patience.is_spent
+    assert not patience.is_at_an_end
+    clock.now += 20
+    assert not patience.is_spent
+    clock.now += 1000
+    patience.spend(20.5)
+    assert patience.is_at_an_end
+
+
+def test_a_scan_that_advances_a_page_at_a_time_is_given_up() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    crawling = ksmd.enter(slow(machine, 666, 0.0))
+    (a, b), _ = processes(machine, ksmd, SAME, SAME)
+    passes(ksmd, 3)
+    assert crawling.gone
+    assert "hardly gets on" in crawling.lost
+    assert len(a.merged_pages()) == len(b.merged_pages()) == 50
+
+
+def test_merging_on_request_is_not_kept_by_it_either() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    crawling = slow(machine, 666, 0.0)
+    slot = ksmd.enter(crawling)
+    with pytest.raises(AddressSpaceGone, match="hardly gets on"):
+        ksmd.merge_range(slot, 0, 1 << 40)
+
+
+def test_a_process_that_is_slow_is_put_off_and_one_that_stays_so_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "A_MOMENT", 0.001)
+    machine, ksmd = SimulatedMachine(), Ksmd()
+    dawdling = ksmd.enter(slow(machine, 666, 0.15))
+    dawdling.patience = Patience(0.2, 0.0)
+    dawdling.domain.patience = Patience(1000.0, 0.0)
+    (a, b), _ = processes(machine, ksmd, SAME, SAME, domain=1)
+    began = time.monotonic()
+    while len(a.merged_pages()) < 50 and time.monotonic() - began < 10:
+        ksmd.do_scan()
+    assert len(a.merged_pages()) == len(b.merged_pages()) == 50
+    assert dawdling.patience.is_spent
+    held = time.monotonic()
+    for _ in range(10):
+        ksmd.do_scan()  # and does not ask it
+    assert time.monotonic() - held < 0.15
+    dawdling.patience.spend(1.0)
+    with pytest.raises(AddressSpaceGone, match="keeps everybody waiting"):
+        ksmd.merge_range(dawdling, BASE, 100)
+    assert ksmd.slots(666) == []
+
+
+def test_processes_that_join_again_and_again_share_one_account() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    first = ksmd.enter(process(machine, 1))
+    first.domain.patience.spend(1000.0)
+    (a, _), _ = processes(machine, ksmd, SAME, SAME)
+    (c, _), _ = processes(machine, ksmd, SAME, SAME, domain=1)
+    for _ in range(20):
+        ksmd.do_scan()
+    assert not a.merged_pages()
+    assert len(c.merged_pages()) == 50
+
+
+class Claiming(SimulatedAddressSpace):
+    """Claims pages, each in another row block than the last."""
+
+    kind = RunKind.HASHED
+
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
+        at = max(vpn, BASE)
+        n = min(budget, 4000)
+        runs = np.zeros(n, RUN)
+        runs["vpn"], runs["npages"], runs["kind"] = at + 512 * np.arange(n), 1, self.kind
+        runs["ino"], runs["offset"] = 7, 5
+        sums = np.arange(1, n + 1, dtype=np.uint64) if self.kind == RunKind.HASHED else np.empty(0, np.uint64)
+        after = at + 512 * n
+        return ScanResult(runs, sums, after if after < BASE + (1 << 27) else 0, self._areas_seq, 0)
+
+
+@pytest.mark.parametrize("kind", [RunKind.HASHED, RunKind.FOUND])
+def test_claims_of_pages_all_over_the_place_take_bounded_memory(monkeypatch: pytest.MonkeyPatch, kind: RunKind) -> None:
+    monkeypatch.setattr(domain, "RESIDENT_MAX", 8 << 20)
+    machine, ksmd = SimulatedMachine(), Ksmd()
+    claiming = Claiming(machine, 666)
+    claiming.kind = kind
+    claiming.map_area(BASE, (1 << 27) + (1 << 22))
+    slot = ksmd.enter(claiming)
+    ksmd.do_scan(20_000)
+    assert not slot.gone
+    assert ksmd.metadata_bytes() < 32 << 20
+    (a, b), _ = processes(machine, ksmd, SAME, SAME, domain=1)
+    passes(ksmd, 3)
+    assert len(a.merged_pages()) == len(b.merged_pages()) == 50
+    assert [books.problems(d) for d in ksmd._domains.values()] == [[], []]
+
+
+def test_a_process_that_claims_more_pages_than_the_kernel_knows_of_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    claiming = Claiming(machine, 666)
+    claiming.map_area(BASE, (1 << 27) + (1 << 22))
+    monkeypatch.setattr(claiming, "pages_max", lambda: 50)
+    slot = ksmd.enter(claiming)
+    (a, b), _ = processes(machine, ksmd, SAME, SAME)
+    for _ in range(4):
+        ksmd.do_scan(20_000)
+    assert "of more pages than it has" in slot.lost
+    passes(ksmd, 3)
+    assert len(a.merged_pages()) == len(b.merged_pages()) == 50
+
+
+def test_areas_of_one_domain_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domain, "AREAS_MAX", 50)
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    honest, many = process(machine, 1), SimulatedAddressSpace(machine, 2)
+    for i in range(60):
+        many.map_area(BASE + 3 * i, 1)
+    slots = [ksmd.enter(honest), ksmd.enter(many)]
+    passes(ksmd, 2)
+    assert [slot.gone for slot in slots] == [False, True]
