@@ -233,6 +233,38 @@ static void changed_inline(void)
 	show(q);
 }
 
+/* Children that libc knows nothing of, while the agent is at work: each allocates, and finds what was merged. */
+static void forked_inline(void)
+{
+	char *p = map(), *busy = mmap(NULL, 16 * LENGTH, RW, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	int failed = 0;
+
+	madvise(busy, 16 * LENGTH, MADV_MERGEABLE);
+	for (int i = 0; i < 300; i++) {
+		int status;
+		pid_t pid;
+
+		memset(busy, i + 1, 16 * LENGTH);
+		pid = (pid_t)inline_call(SYS_clone, SIGCHLD, 0, 0, 0, 0, 0);
+		if (!pid) {
+			char *mine = malloc(3UL << 20);
+
+			alarm(20);
+			memset(mine, 1, 3UL << 20);
+			free(mine);
+			for (size_t k = 0; k < LENGTH; k++)
+				if (p[k] != (char)(k / PAGE % 100 + 1))
+					_exit(1);
+			if (madvise(p, LENGTH, MADV_DONTNEED) || p[0] || p[LENGTH - 1])
+				_exit(2);
+			_exit(0);
+		}
+		failed += waitpid(pid, &status, 0) != pid || status;
+	}
+	printf("%d failed\n", failed);
+	show(p);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -245,6 +277,7 @@ int main(int argc, char **argv)
 		{"brk", the_break},
 		{"mapped inline", mapped_inline},
 		{"changed inline", changed_inline},
+		{"forked inline", forked_inline},
 	};
 
 	for (int i = 2; i < argc; i++) {

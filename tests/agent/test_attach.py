@@ -27,7 +27,7 @@ def test_a_call_that_is_seldom_made_finds_merged_memory_as_the_kernel_would(
     assert preload.run([attach, what, "merged", *how], merged=True) == kernel
 
 
-@pytest.mark.parametrize("what", ["mapped inline", "changed inline"])
+@pytest.mark.parametrize("what", ["mapped inline", "changed inline", "forked inline"])
 def test_what_is_mapped_behind_libcs_back_is_not_touched(preload: Preload, attach: str, what: str) -> None:
     kernel = preload.run([attach, what], bare=True)
     assert kernel

@@ -168,6 +168,7 @@ void agent_mmap_lock(void);
 void agent_mmap_unlock(void);
 bool mmap_lock_contended(void);
 void mmap_lock_reinit(void);	/* in a forked child */
+void mmap_lock_watch(void);	/* from now on forks that pass no wrapper are noticed: there is an agent thread */
 extern uint64_t mmap_lock_held; /* how often it was taken */
 
 /* An ordered set of disjoint areas (area_set.c); all zeros is an empty one. A pointer to an area of it is valid until the

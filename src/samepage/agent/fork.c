@@ -72,14 +72,24 @@ static void inherit_areas(void)
 }
 
 /* `plain`: by a system call rather than fork(3), so nothing may be called that is not async-signal-safe. */
-static void after_fork_child(const sigset_t *saved, bool plain)
+static void begin_anew(bool plain)
 {
 	mmap_lock_reinit();
 	atomic_store(&fork_ms, 0);
 	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* whoever was about it stayed behind */
 	inherit_areas();
 	agent_fork_child(!plain);
+}
+
+static void after_fork_child(const sigset_t *saved, bool plain)
+{
+	begin_anew(plain);
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
+}
+
+void forked_unseen(void)
+{
+	begin_anew(true);
 }
 
 static void after_fork_child_handler(void)

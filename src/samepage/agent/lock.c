@@ -1,11 +1,34 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The lock that keeps areas still. */
-#include "agent.h"
 #include "system.h"
+#include "wrappers.h"
+
+#include <sys/mman.h>
 
 static struct mutex lock;
 static _Atomic int waiters; /* application threads that want the lock */
 uint64_t mmap_lock_held;
+
+/*
+ * In a page that the kernel clears in a forked child: 0 says that this process is one, by a fork that passed no wrapper (an
+ * inline system call). The lock may have been the agent thread's then, which is not here.
+ */
+static _Atomic uint32_t *here;
+
+void mmap_lock_watch(void)
+{
+	void *page = here ? MAP_FAILED
+			  : real.mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (page == MAP_FAILED)
+		return;
+	if (real.madvise(page, PAGE_SIZE, MADV_WIPEONFORK)) { /* 4.14 */
+		real.munmap(page, PAGE_SIZE);
+		return;
+	}
+	atomic_store((_Atomic uint32_t *)page, 1);
+	here = page;
+}
 
 void mmap_lock(sigset_t *saved)
 {
@@ -13,6 +36,8 @@ void mmap_lock(sigset_t *saved)
 
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, saved);
+	if (here && __builtin_expect(!atomic_load_explicit(here, memory_order_relaxed), 0))
+		forked_unseen();
 	if (!mutex_trylock(&lock)) {
 		atomic_fetch_add(&waiters, 1);
 		mutex_lock(&lock);
@@ -53,4 +78,6 @@ void mmap_lock_reinit(void)
 {
 	lock = (struct mutex){0};
 	atomic_store(&waiters, 0);
+	if (here)
+		atomic_store(here, 1);
 }

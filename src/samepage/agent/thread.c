@@ -186,6 +186,7 @@ int thread_start(void)
 				 .pointer_guard = mine->pointer_guard};
 	atomic_store(&thread.stop, false);
 	atomic_store(&thread.state, RUNNING);
+	mmap_lock_watch();
 	tid = clone_thread();
 	if (tid > 0)
 		return 0;

@@ -157,6 +157,8 @@ bool has_segments(uintptr_t start, uintptr_t end);
 extern int (*real_register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
 
 void fork_init(void);
+/* In a child of a fork that passed no wrapper, as soon as it wants the lock. */
+void forked_unseen(void);
 /* A system call by which the process forks and the child goes on where its parent is. */
 bool is_plain_fork(long number, const long *arg);
 long plain_fork(long number, const long *arg); /* number -1: _Fork() */
