@@ -7,8 +7,8 @@
 #include "agent.h"
 
 #include <dirent.h>
-#include <emmintrin.h>
 #include <fcntl.h>
+#include <immintrin.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
@@ -260,22 +260,49 @@ void *memset(void *to, int byte, size_t n)
 	return to;
 }
 
+/* How many bytes at the start are surely equal. Pages are compared by these, one after the other: as fast as by libc's
+ * memcmp, from memory only if the next are asked for meanwhile. */
+__attribute__((target("avx2"))) static size_t equal_avx2(const char *a, const char *b, size_t n)
+{
+	size_t at = 0;
+
+	for (; n - at >= 128; at += 128) {
+		const __m256i *p = (const __m256i *)(a + at), *q = (const __m256i *)(b + at);
+		__m256i differs = _mm256_setzero_si256();
+
+		for (size_t line = at + 1024; line < at + 1152; line += 64) {
+			__builtin_prefetch(a + line);
+			__builtin_prefetch(b + line);
+		}
+#pragma GCC unroll 4
+		for (int i = 0; i < 4; i++)
+			differs = _mm256_or_si256(
+				differs, _mm256_xor_si256(_mm256_loadu_si256(p + i), _mm256_loadu_si256(q + i)));
+		if (!_mm256_testz_si256(differs, differs))
+			break;
+	}
+	return at;
+}
+
+static size_t equal_sse2(const char *a, const char *b, size_t n)
+{
+	size_t at = 0;
+
+	for (; n - at >= 16; at += 16)
+		if (_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(a + at)),
+						     _mm_loadu_si128((const __m128i *)(b + at)))) != 0xffff)
+			break;
+	return at;
+}
+
 int memcmp(const void *p, const void *q, size_t n)
 {
 	const unsigned char *a = p, *b = q;
+	size_t at = __builtin_cpu_supports("avx2") ? equal_avx2(p, q, n) : equal_sse2(p, q, n);
 
-	for (; n >= 64; n -= 64, a += 64, b += 64) {
-		__m128i same = _mm_set1_epi8(-1);
-
-		for (int i = 0; i < 4; i++)
-			same = _mm_and_si128(same, _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)a + i),
-								  _mm_loadu_si128((const __m128i *)b + i)));
-		if (_mm_movemask_epi8(same) != 0xffff)
-			break;
-	}
-	for (; n; n--, a++, b++)
-		if (*a != *b)
-			return *a - *b;
+	for (; at < n; at++)
+		if (a[at] != b[at])
+			return a[at] - b[at];
 	return 0;
 }
 
@@ -351,19 +378,24 @@ char *strrchr(const char *s, int c)
 {
 	const char *last = NULL;
 
-	for (; (s = strchr(s, c)) && *s; s++)
-		last = s;
-	return (char *)last;
+	for (;; s++) {
+		if (*s == (char)c)
+			last = s;
+		if (!*s)
+			return (char *)last;
+	}
 }
 
 char *strstr(const char *s, const char *what)
 {
 	size_t n = strlen(what);
 
-	for (; *s; s++)
+	for (;; s++) {
 		if (!compare_text(s, what, n))
 			return (char *)s;
-	return NULL;
+		if (!*s)
+			return NULL;
+	}
 }
 
 char *strsep(char **rest, const char *stops)
