@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from samepage.memory import wire
 from samepage.service.control import Client
 from tests.service import fake_agent
 from tests.service.fake_agent import FakeAgent
@@ -214,3 +216,53 @@ def hung_up(sock: socket.socket) -> bool:
         return sock.recv(1) == b""
     except OSError:
         return False
+
+
+def lingering() -> int:
+    """A socket that makes whoever is the last to close it wait."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        taken, _ = server.accept()
+    taken.detach()  # stays open, and is never read
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 20))
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(b"x" * (1 << 20))
+    return sock.detach()
+
+
+def test_descriptors_that_block_whoever_closes_them_hold_up_nobody_else(folder: Path) -> None:
+    def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        return agent.honest(request)[0], lingering()
+
+    def be_hostile() -> None:
+        for op in (wire.Op.SCAN, wire.Op.AREAS, wire.Op.DONATE) * 4:
+            with contextlib.suppress(OSError):
+                agent = FakeAgent(connect(path), PAGES, {op: lie})
+                agent.join()
+                agent.sock.settimeout(1)
+                agent.serve()
+        for _ in range(4):  # and in what is said first
+            fd = lingering()
+            socket.send_fds(connect(path), [b'{"op": "stats"}'], [fd])
+            os.close(fd)
+        time.sleep(60)
+
+    limits = {resource.RLIMIT_NOFILE: 1024}
+    with daemon(folder, limits) as served:
+        path = served.path
+        hostile = in_child(NOBODY if os.getuid() == 0 else os.getuid(), be_hostile)
+        try:
+            time.sleep(1)
+            with processes(path, 2) as pids:
+
+                def all_merged() -> bool:
+                    with Client(path) as client:
+                        rows = {row["pid"]: row["merged"] for row in client.ask("status").get("processes", [])}
+                    return [rows.get(pid) for pid in pids] == [NPAGES, NPAGES]
+
+                until(all_merged, 15)
+        finally:
+            os.kill(hostile, signal.SIGKILL)
+            os.waitpid(hostile, 0)
