@@ -3,13 +3,15 @@
  * Many areas, and what makes and unmakes neighbours of them: every other block freed and allocated again, holes cut into
  * one area, gaps filled between many. Every byte that must still be there is checked.
  *
- * Usage: many_areas blocks|neighbours|holes|stacks COUNT. `stacks` prints how many microseconds of CPU time each took. Exit status 0, or 1 after saying what was wrong.
+ * Usage: many_areas blocks|neighbours|holes|stacks|limit COUNT. `stacks` prints how many microseconds of CPU time each took. Exit status 0, or 1 after saying what was wrong.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -103,6 +105,67 @@ static void holes_and_gaps(void)
 	CHECK(!munmap(p, 2 * count * PAGE));
 }
 
+static size_t merged_pages(void)
+{
+	unsigned long start, end;
+	char line[512];
+	size_t n = 0;
+	FILE *f = fopen("/proc/self/maps", "r");
+
+	while (f && fgets(line, sizeof(line), f))
+		if (strstr(line, "samepage") && sscanf(line, "%lx-%lx", &start, &end) == 2)
+			n += (end - start) / PAGE;
+	if (f)
+		fclose(f);
+	return n;
+}
+
+/* From now on no mapping is to be had that is not in place of another. */
+static void no_more_memory(void)
+{
+	static int file = -1;
+	char text[64] = "";
+	struct rlimit limit;
+
+	if (file < 0)
+		file = open("/proc/self/statm", O_RDONLY);
+	CHECK(pread(file, text, sizeof(text) - 1, 0) > 0 && !getrlimit(RLIMIT_AS, &limit));
+	limit.rlim_cur = strtoul(text, NULL, 10) * PAGE;
+	CHECK(!setrlimit(RLIMIT_AS, &limit));
+}
+
+/* Holes in merged memory, until there is no room for them in the agent's books, and none to be had. What is left is what it
+ * was, reads as zeros once it is discarded, and is protected as the program said. */
+static void holes_without_memory(void)
+{
+	const size_t pages = 2 * count, first = pages / 100 * 85, last = first + 400; /* where no hole could be noted */
+	unsigned char *p = mmap(NULL, pages * PAGE, RW, ANONYMOUS, -1, 0);
+	int zeros = open("/dev/zero", O_RDONLY);
+
+	CHECK(p != MAP_FAILED && zeros >= 0);
+	for (size_t i = 0; i < pages; i++)
+		memset(p + i * PAGE, (int)(i % 250) + 1, PAGE);
+	CHECK(!madvise(p, pages * PAGE, MADV_MERGEABLE));
+	for (int i = 0; i < 300 && merged_pages() < pages * 9 / 10; i++)
+		usleep(100000);
+	CHECK(merged_pages() >= pages * 9 / 10);
+	for (size_t i = 1; i < pages; i += 2) {
+		CHECK(!munmap(p + i * PAGE, PAGE));
+		no_more_memory();
+	}
+	for (size_t i = 0; i < pages; i += 2)
+		CHECK(p[i * PAGE] == i % 250 + 1 && p[i * PAGE + PAGE - 1] == i % 250 + 1);
+	for (size_t i = first; i < last; i += 2) {
+		if (i % 4)
+			CHECK(!mprotect(p + i * PAGE, PAGE, PROT_READ));
+		CHECK(!madvise(p + i * PAGE, PAGE, MADV_DONTNEED));
+	}
+	for (size_t i = first; i < last; i += 2) {
+		CHECK(!p[i * PAGE] && !p[i * PAGE + PAGE - 1]);
+		CHECK(read(zeros, p + i * PAGE, 1) == (i % 4 ? -1 : 1));
+	}
+}
+
 /* As coroutines have them: a mapping whose first page is a guard. */
 static void stacks(void)
 {
@@ -131,6 +194,8 @@ int main(int argc, char **argv)
 		blocks_and_neighbours();
 	else if (!strcmp(argv[1], "stacks"))
 		stacks();
+	else if (!strcmp(argv[1], "limit"))
+		holes_without_memory();
 	else
 		holes_and_gaps();
 	return 0;

@@ -26,6 +26,10 @@ def test_many_areas_come_and_go_and_no_byte_of_the_programs_changes(
     preload.run([str(many_areas), what, "6000"], merged=merged, socket=socket, SAMEPAGE_MIN_ALLOC=str(64 << 10))
 
 
+def test_merged_memory_is_known_when_there_is_no_memory_to_write_it_down(preload: Preload, many_areas: Path) -> None:
+    preload.run([str(many_areas), "limit", "20000"], merged=True)
+
+
 def test_a_mapping_costs_no_more_when_there_are_thirty_thousand(preload: Preload, many_areas: Path) -> None:
     def microseconds(count: int) -> float:
         return min(float(preload.run([str(many_areas), "stacks", str(count)], socket="/nowhere")) for _ in range(3))

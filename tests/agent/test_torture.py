@@ -93,6 +93,16 @@ def test_no_byte_is_wrong_in_a_crowd_of_tens_of_thousands_of_areas(preload: Prel
     assert not [k for k in tally if k.startswith("left") and ("nonsense" in k or "time" in k)], tally
 
 
+def test_a_crowd_is_served_to_its_end(tmp_path: Path) -> None:
+    program = compile_c(ROOT / "tests" / "agent" / "crowd.c", tmp_path / "crowd", "-pthread")
+    options = ["--set", "sleep_millisecs=0", "--min-alloc", "64K", "--json", str(tmp_path / "saved.json")]
+    command = ["samepage", "run", *options, "--", str(program), "6", "16000", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "not served" not in done.stderr
+    assert json.loads((tmp_path / "saved.json").read_text())["bytes_saved_peak"] > 0
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", ["move", "move-untracked"])
