@@ -82,6 +82,11 @@ class Pinned:
         assert self.tell("write") == 0
         look(self.space)
 
+    def policies(self) -> set[str]:
+        """Memory policies in the area."""
+        lines = [line.split() for line in Path(f"/proc/{self.process.pid}/numa_maps").read_text().splitlines()]
+        return {policy for at, policy, *_ in lines if 0 <= int(at, 16) // 4096 - self.first < PAGES}
+
     def restore(self) -> tuple[int, int]:
         result = self.space.restore(np.array([(self.first, PAGES)], AREA))
         return result.pages_restored, result.pages_left
@@ -130,6 +135,7 @@ def test_registered_buffers_are_left_until_they_are_unregistered(pinned: Pinned)
     assert LENGTH <= left <= LENGTH + 16  # pages around it may be left, too
     assert restored == PAGES - left
     assert pinned.tell("check") == 0
+    assert pinned.policies() == {"default"}
     for _ in range(3):
         pinned.tell("device")
         assert pinned.tell("check") == 0, "what the device wrote went to a page that nobody sees"

@@ -29,7 +29,8 @@
 #define HOME_TRIES 1000
 #define COPY_TRIES 4
 #define NEAR_EACH (32UL << 20) /* what others may take meanwhile, for each CPU */
-#define MPOL_LOCAL 4	       /* include/uapi/linux/mempolicy.h */
+#define MPOL_DEFAULT 0	       /* include/uapi/linux/mempolicy.h */
+#define MPOL_LOCAL 4
 #define MPOL_MOVE_STRICT 3
 
 /* Migrates the pages of a range. 0: nobody else holds one of them; EIO: somebody does; or another errno. */
@@ -79,13 +80,13 @@ static bool tells_holders(void)
 
 /* ---- there and back -------------------------------------------------------------------------------------- */
 
-/* The end of the mapping of a segment that `at` lies in, or `at` when there is none. */
+/* The end of the mapping of a segment that `at` lies in, or `at` when there is none that may be written. */
 static uintptr_t mapping_end(uintptr_t at)
 {
 	struct vma vma;
 
 	vma_forget(); /* mappings were moved since */
-	if (!vma_find(kernel.maps, at, &vma) || vma.start > at || !vma.ino || vma.shared)
+	if (!vma_find(kernel.maps, at, &vma) || vma.start > at || !vma.ino || vma.shared || !vma.read || !vma.write)
 		return at;
 	return vma.end;
 }
@@ -132,6 +133,8 @@ static void go_home(uintptr_t start, uintptr_t len, bool unheld)
 	const uintptr_t view = kernel.view;
 	uintptr_t done = 0, stop;
 
+	/* Memory that has a policy is in no area. */
+	real.syscall(SYS_mbind, view, len, MPOL_DEFAULT, NULL, 0, 0);
 	for (int tries = 0; done < len; tries++) {
 		while (done < len && (stop = mapping_end(view + done)) > view + done) {
 			uintptr_t n = min_addr(stop - view, len) - done;
@@ -158,9 +161,11 @@ static struct {
 	uintptr_t at, end;
 } fresh;
 
-/* `len` bytes of new memory, faulted in. 0: there is none to be had. */
-static uintptr_t fresh_pages(uintptr_t len)
+/* `len` bytes of new memory, faulted in on the NUMA node of the page `near`. 0: there is none to be had. */
+static uintptr_t fresh_pages(uintptr_t len, uintptr_t near)
 {
+	int node, err;
+
 	/* What is migrated is there twice for a moment, and the kernel may make the new memory a huge page. */
 	if (!kernel.copy || !room_for(len + WINDOW, settings.reserve + NEAR_EACH * online_cpus()))
 		return 0;
@@ -175,7 +180,11 @@ static uintptr_t fresh_pages(uintptr_t len)
 		fresh.at = kernel.copy;
 		fresh.end = fresh.at + COPY_WINDOW;
 	}
-	return real.madvise((void *)fresh.at, len, MADV_POPULATE_WRITE) ? 0 : fresh.at;
+	if (kernel.numa && !page_nodes(near, 1, &node))
+		prefer_node(node);
+	err = real.madvise((void *)fresh.at, len, MADV_POPULATE_WRITE);
+	prefer_node(-1);
+	return err ? 0 : fresh.at;
 }
 
 /* ---- the critical section -------------------------------------------------------------------------------- */
@@ -226,7 +235,7 @@ static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 
 	if (!all_own(start, len)) /* shared with a fork, or swapped out */
 		return EBUSY;
-	copy = fresh_pages(len);
+	copy = fresh_pages(len, start);
 	if (!copy)
 		return ENOMEM;
 	if (uffd_register(kernel.move, start, len, UFFDIO_REGISTER_MODE_MINOR)) {

@@ -136,6 +136,8 @@ int kernel_open(int dev)
 		kernel.scan = false;
 
 	kernel.move = new_uffd(dev, move, &user_only);
+	if (kernel.move < 0) /* no minor faults on this architecture: islands stay */
+		kernel.move = new_uffd(dev, move & ~(uint64_t)UFFD_FEATURE_MINOR_SHMEM, &user_only);
 	kernel.tracking = kernel.move >= 0 && kernel.scan;
 	kernel.wp = new_uffd(dev, sync_wp | FEATURE_WP_HUGETLBFS_SHMEM, &wp_user_only);
 	if (kernel.wp < 0)
