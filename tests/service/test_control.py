@@ -39,7 +39,7 @@ class FakeScanner:
         return self.rows(), [{"cgroup": "/", "processes": len(self.rows())}]
 
     def rows(self) -> list[dict[str, Any]]:
-        return [{"pid": pid, "comm": "x" * 16} for pid in range(2500)]
+        return [{"pid": pid, "comm": "x" * 16, "domain": OTHER if pid % 2 else OWNER} for pid in range(2500)]
 
     def files(self) -> dict[str, str]:
         return {"run": "1\n"}
@@ -146,7 +146,7 @@ def test_the_owner_and_root_may_do_everything(uid: int, scanner: FakeScanner) ->
 
 
 def test_another_user_may_only_see_the_counters_of_their_own_domain(scanner: FakeScanner) -> None:
-    requests = [b'{"op": "status"}', b'{"op": "get"}', b'{"op": "set", "knob": "run", "value": "2"}']
+    requests = [b'{"op": "get"}', b'{"op": "set", "knob": "run", "value": "2"}']
     requests += [b'{"op": "unmerge"}', b'{"op": "merge", "vpn": 1, "npages": 1, "pid": 8}', b'{"op": "files"}']
     requests += [
         b'{"op": "processes"}',
@@ -158,6 +158,15 @@ def test_another_user_may_only_see_the_counters_of_their_own_domain(scanner: Fak
         assert ask(request, scanner, OTHER)[-1]["errno"] == "EACCES"
     assert not scanner.asked
     assert ask(b'{"op": "stats"}', scanner, OTHER, pid=os.getpid())[-1]["ok"]
+    assert scanner.asked == [("counters", OTHER)]
+
+
+def test_another_user_may_see_the_rows_of_their_own_processes(scanner: FakeScanner) -> None:
+    answers = ask(b'{"op": "status"}', scanner, OTHER, pid=os.getpid())
+    rows = [row for answer in answers for row in answer.get("processes", [])]
+    assert {row["domain"] for row in rows} == {OTHER}
+    assert len(rows) == 1250
+    assert not any("cgroups" in answer for answer in answers)
     assert scanner.asked == [("counters", OTHER)]
 
 

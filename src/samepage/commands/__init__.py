@@ -12,6 +12,9 @@ from typing import Protocol
 
 from samepage.commands import streams
 
+RESERVE = 16 << 20
+"""Bytes that unmerging and merging leave to others unless told otherwise."""
+
 
 class CommandError(Exception):
     """Something the user can put right; printed as one line."""
@@ -101,7 +104,9 @@ class _Version(argparse.Action):
 def add_socket(parser: argparse.ArgumentParser) -> None:
     """The option by which commands find the service."""
     parser.add_argument(
-        "--socket", metavar="PATH", help="the service to talk to (default: $SAMEPAGE_SOCKET, else this user's daemon)"
+        "--socket",
+        metavar="PATH",
+        help="the service to talk to (default: $SAMEPAGE_SOCKET, else this user's daemon, else root's)",
     )
 
 
@@ -111,7 +116,7 @@ def add_reserve(parser: argparse.ArgumentParser) -> None:
         "--reserve",
         metavar="SIZE",
         type=size,
-        default=16 << 20,
+        default=RESERVE,
         help="memory that unmerging and merging leave to others: what must still be available, in the machine and in "
         "every memory cgroup of a process, when they have taken theirs (default: 16M)",
     )

@@ -93,14 +93,20 @@ def _become(
         os._exit(1)
 
 
-def wait(pid: int) -> int:
+def wait(pid: int, meanwhile: Callable[[], None] | None = None, every: float = 1.0) -> int:
     """Wait for `pid`, passing signals on; returns the exit status a shell would give: 128 + n for signal n.
+    `meanwhile` is called `every` so many seconds.
 
     A signal that the terminal sends goes to the whole foreground process group, so the command has had it. Ctrl-Z
     stops this process together with the command, for it keeps SIGTSTP's default.
     """
     while True:
-        info = signal.sigwaitinfo({*FORWARDED, signal.SIGCHLD})
+        expected = {*FORWARDED, signal.SIGCHLD}
+        info = signal.sigtimedwait(expected, every) if meanwhile else signal.sigwaitinfo(expected)
+        if info is None:
+            if meanwhile:
+                meanwhile()
+            continue
         if info.si_signo != signal.SIGCHLD:
             if info.si_code != SI_KERNEL:
                 with contextlib.suppress(ProcessLookupError):

@@ -11,15 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from samepage import agent
-from samepage.commands import CommandError, add_mount, add_reserve, child, size
+from samepage.commands import RESERVE, CommandError, add_mount, add_reserve, child, size
 from samepage.commands.streams import say
+from samepage.service import sockets
+from samepage.service.machine import LOOK_EVERY, MachineDaemon
 from samepage.service.private import PrivateService
 
 MIB = 1 << 20
 
+SYS_USERFAULTFD = 323  # on x86-64
+
+NOBODY_JOINED = (
+    "nothing was saved: no process joined, for none had memory to merge, or the command ended at once, "
+    "is statically linked, or is setuid"
+)
+
+NOT_HELD_UP = (
+    "only regions that programs merge themselves (samepage.register) will be merged, for this user's userfaultfd "
+    "cannot hold up system calls: let root run `samepage daemon`, which this command then joins, or set "
+    "vm.unprivileged_userfaultfd=1"
+)
+
 
 class Run:
     """Run a command, and merge the pages of it and all its children.
+
+    Where this user or root runs a daemon it is joined, else the command has a ksmd of its own; so it has with --set,
+    --reserve, --mount and --sysfs, for the settings of a daemon are not the command's to change.
 
     The exit status is the command's; 128 and the signal's number when a signal ended it. One line on stderr says at
     the end what was saved.
@@ -47,6 +65,7 @@ class Run:
             help="allocations of at least this size are merged: bytes, or with K, M or G (default: 1M)",
         )
         add_reserve(parser)
+        parser.set_defaults(reserve=None)
         add_mount(parser)
         parser.add_argument(
             "--sysfs",
@@ -65,7 +84,26 @@ class Run:
         report = _writable(args.json) if args.json else None
         library = _preloadable(agent.library_path())
         program = child.locate(command[0])
-        service = PrivateService(args.set, report, args.reserve)
+        path = sockets.running()
+        own = [option for option in ("set", "reserve", "mount", "sysfs") if getattr(args, option)]
+        if path and not own:
+            say(f"joined the daemon at {path}")
+            daemon = MachineDaemon(path, report)
+            environment = _environment(library, path, args.min_alloc) | dict([daemon.variable])
+            status = child.wait(child.start(program, command, environment), daemon.look, LOOK_EVERY)
+            say(_shared(daemon.finish()))
+            return status
+        if path:
+            say(f"the daemon at {path} is not joined: --{own[0]} is for a ksmd of the command's own")
+        if not _may_hold_up_system_calls():
+            say(NOT_HELD_UP)
+        return self._privately(args, report, library, program, command)
+
+    def _privately(
+        self, args: argparse.Namespace, report: Path | None, library: Path, program: str, command: list[str]
+    ) -> int:
+        """Run the command under a ksmd of its own."""
+        service = PrivateService(args.set, report, args.reserve or RESERVE)
         environment = _environment(library, service.path, args.min_alloc)
         status = None
         try:
@@ -140,21 +178,56 @@ def _environment(library: Path, socket: str, min_alloc: int | None) -> dict[str,
     return environment
 
 
+def _may_hold_up_system_calls() -> bool:
+    """Whether userfaultfd is to be had as agents need it, by any of the ways in which they try (agent/uffd.c)."""
+    if os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
+        return True
+    try:
+        if int(Path("/proc/sys/vm/unprivileged_userfaultfd").read_text()):
+            return True
+    except OSError:
+        return True  # a kernel without userfaultfd, of which agents tell, or one that asks nobody
+    import ctypes
+
+    fd = ctypes.CDLL(None).syscall(SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd >= 0:
+        os.close(fd)
+    return bool(fd >= 0)
+
+
+def _shared(summary: dict[str, Any]) -> str:
+    """What processes of the command shared under a daemon, in plain words."""
+    joined = summary["processes_joined"]
+    if not joined:
+        return NOBODY_JOINED
+    if not summary["bytes_shared_peak"] and (why := _not_swapped(summary["swap"])):
+        return f"nothing was shared: {why}"
+    last, peak = summary["bytes_shared"] / MIB, summary["bytes_shared_peak"] / MIB
+    processes = f"{joined} process{'' if joined == 1 else 'es'}"
+    return f"shared {peak:.1f} MiB at most and {last:.1f} MiB last, with each other or with others, in {processes}"
+
+
+def _not_swapped(ways: list[str]) -> str:
+    """Why no process could swap pages, if none could; `ways` are those they had."""
+    if not ways or {"move", "wp"} & set(ways):
+        return ""
+    if "quiet" in ways:
+        return "no page could be swapped, for want of userfaultfd for system calls"
+    return (
+        "no page could be swapped: a process may not have userfaultfd, or not look into its own page tables, as after "
+        "it changed its user without executing a program"
+    )
+
+
 def _saved(summary: dict[str, Any] | None) -> str:
     """What was saved, in plain words."""
     if summary is None:
         return "the service ended before the command did; what was saved is not known"
     joined = summary["processes_joined"]
     if not joined:
-        return (
-            "nothing was saved: no process joined, for none had memory to merge, or the command ended at once, "
-            "is statically linked, or is setuid"
-        )
-    if summary["swap"] and not {"move", "wp"} & set(summary["swap"]):
-        return (
-            "nothing was saved: without privilege userfaultfd cannot hold up system calls, so no page may be swapped. "
-            "Let root run `samepage daemon` for this machine, or set vm.unprivileged_userfaultfd=1"
-        )
+        return NOBODY_JOINED
+    if not summary["bytes_saved_peak"] and (why := _not_swapped(summary["swap"])):
+        return f"nothing was saved: {why}"
     if not summary["bytes_saved_peak"] and summary["merge_failures"]["NOMEM"]:
         return (
             "nothing was saved: the machine or a memory cgroup has not enough memory left for the copies, or "

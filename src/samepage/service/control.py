@@ -49,7 +49,10 @@ Page = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
 
 
 class Status(msgspec.Struct, tag_field="op", tag="status", forbid_unknown_fields=True):
-    """Counters, a row for every process, and one for every memory cgroup of them."""
+    """Counters, a row for every process, and one for every memory cgroup of them; to a user who does not own the
+    service, those of their own processes. `brief`: not what is available to each, for which they have to be asked."""
+
+    brief: bool = False
 
 
 class Stats(msgspec.Struct, tag_field="op", tag="stats", forbid_unknown_fields=True):
@@ -118,6 +121,7 @@ class Controlled(Protocol):
     """What control requests act on: the thread that runs ksmd (`samepage.service.scanner`)."""
 
     def counters(self, domain: int | None = None) -> dict[str, Any]: ...
+    def rows(self) -> list[dict[str, Any]]: ...
     def commitments(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]: ...
     def files(self) -> dict[str, str]: ...
     def row(self, pid: int) -> dict[str, Any] | None: ...
@@ -155,22 +159,29 @@ def refusal(code: int, why: str) -> Answer:
 
 
 def _may(request: Request, caller: Caller, owner: int) -> None:
-    """Only who owns the service, or root, may look at other processes or change anything. Everybody may ask
-    for the counters of their own domain, and have their own process merged."""
-    if caller.uid in (0, owner) or isinstance(request, Stats):
+    """Only who owns the service, or root, may look at others' processes or change anything. Everybody may ask
+    for the counters of their own domain and the rows of their own processes, and have their own process merged."""
+    if caller.uid in (0, owner) or isinstance(request, Stats | Status):
         return
     if isinstance(request, Merge) and request.pid in (0, caller.pid):
         return
-    raise PermissionError(errno.EACCES, "this service belongs to another user: only `stats` may be asked of it")
+    raise PermissionError(
+        errno.EACCES, "this service belongs to another user: only `samepage status` may be asked of it"
+    )
 
 
 def _perform(
     request: Request, caller: Caller, scanner: Controlled, owner: int, sock: socket.socket
 ) -> Iterator[Answer]:
     match request:
-        case Status():
-            rows, groups = scanner.commitments()
-            counters = scanner.counters()
+        case Status(brief=brief):
+            domain = None if caller.uid in (0, owner) else _domain(caller)
+            if brief or domain is not None:
+                rows, groups = scanner.rows(), list[dict[str, Any]]()
+            else:
+                rows, groups = scanner.commitments()
+            rows = [row for row in rows if domain in (None, row["domain"])]
+            counters = scanner.counters(domain)
             for start in range(0, len(rows), ROWS_MAX):
                 yield {"processes": rows[start : start + ROWS_MAX]}
             for start in range(0, len(groups), ROWS_MAX):

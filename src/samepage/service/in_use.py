@@ -122,10 +122,8 @@ def _choose() -> Service:
     path = os.environ.get("SAMEPAGE_SOCKET")
     if path:
         return Remote(path)
-    path = sockets.default_path()
-    if sockets.answers(path):
-        return Remote(path)
-    return Local()
+    path = sockets.running()
+    return Remote(path) if path else Local()
 
 
 def merge(vpn: int, npages: int) -> dict[str, Any]:

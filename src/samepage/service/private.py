@@ -41,7 +41,8 @@ class PrivateService:
         self._folder = _private_folder()
         self.path = str(self._folder / "socket")
         try:
-            self._listener = sockets.listen(self.path)
+            # Of root: also who is started as root and then becomes another user, as databases do, is to join.
+            self._listener = sockets.listen(self.path, everybody=os.getuid() == 0)
             self._line, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             started = time.monotonic()
             self.pid = os.fork()
@@ -115,11 +116,22 @@ class PrivateService:
 
 
 def _private_folder() -> Path:
-    """A new directory only this user can enter, with a name short enough for a socket's path."""
-    for parent in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp"):
-        if parent and len(os.fsencode(parent)) < 64:
+    """A new directory with a name short enough for a socket's path, which only this user can enter; root's, where and
+    as everybody can."""
+    root = os.getuid() == 0
+    for parent in ("/run" if root else None, os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp"):
+        if parent and len(os.fsencode(parent)) < 64 and (not root or _everybody_enters(Path(parent))):
             folder = Path(parent) / f"samepage-{os.urandom(8).hex()}"
             with contextlib.suppress(OSError):
                 folder.mkdir(mode=0o700)
+                if root:
+                    folder.chmod(0o711)
                 return folder
     raise ControlError(errno.EACCES, "no directory for the socket: set TMPDIR to a short path that is writable")
+
+
+def _everybody_enters(folder: Path) -> bool:
+    try:
+        return all(path.stat().st_mode & 0o001 for path in (folder, *folder.resolve().parents))
+    except OSError:
+        return False

@@ -42,9 +42,14 @@ def default_path() -> str:
     return f"{folder}/samepage.sock" if folder else f"/tmp/samepage-{uid}/samepage.sock"
 
 
+def running() -> str | None:
+    """Where a daemon answers: this user's own, else root's, which serves everybody."""
+    return next((path for path in dict.fromkeys((default_path(), DAEMON_PATH)) if answers(path)), None)
+
+
 def find(path: str | None = None) -> str:
-    """The service to talk to: `path` if given, else `$SAMEPAGE_SOCKET`, else the daemon's place."""
-    return path or os.environ.get("SAMEPAGE_SOCKET") or default_path()
+    """The service to talk to: `path` if given, else `$SAMEPAGE_SOCKET`, else the daemon that answers."""
+    return path or os.environ.get("SAMEPAGE_SOCKET") or running() or default_path()
 
 
 def listen(path: str, everybody: bool = False) -> socket.socket:

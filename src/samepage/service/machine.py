@@ -1,0 +1,124 @@
+"""The daemon that `samepage run` joins, and what it tells of the processes of one command.
+
+A daemon serves other commands too. Which processes are this command's their environment says, which they have from it.
+What they save cannot be told from what others save with the same pages; so what is counted is what they share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samepage.service.sockets import ControlError
+
+if TYPE_CHECKING:
+    from samepage.service.control import Client
+
+PAGE_SIZE = os.sysconf("SC_PAGESIZE")
+
+LOOK_EVERY = 0.25
+"""Seconds between two looks."""
+
+WRITE_EVERY = 1.0
+"""Seconds between two versions of the report file."""
+
+PATIENCE = 1.0
+"""Seconds that a daemon has to answer: nobody but the report needs it."""
+
+LAST_SECONDS = 5.0
+"""What was shared last is the most in the last so many seconds: the processes of a command mostly end together."""
+
+SUMMED = ("merged", "ksm_merging_pages", "ksm_zero_pages", "pages_inherited", "pages_broken", "ksm_process_profit")
+
+
+class MachineDaemon:
+    """The daemon at `path`, for the processes that have `variable` in their environment. `report` is a file that is
+    kept up to date with what they share."""
+
+    def __init__(self, path: str, report: Path | None) -> None:
+        self.path = path
+        self.variable = ("SAMEPAGE_RUN", os.urandom(8).hex())
+        self._mark = f"{self.variable[0]}={self.variable[1]}\0".encode()
+        self._report = report
+        self._started = self._written = time.monotonic()
+        self._ours: dict[int, bool] = {}
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._ended: deque[dict[str, Any]] = deque(maxlen=1000)
+        self._joined = 0
+        self._peak = 0
+        self._recent: deque[tuple[float, int]] = deque()
+        self._client: Client | None = None
+
+    def look(self) -> None:
+        """See how things stand. To be called every `LOOK_EVERY` seconds."""
+        with contextlib.suppress(ControlError):
+            self._take_in(self._ask())
+            if time.monotonic() - self._written >= WRITE_EVERY:
+                self._write()
+
+    def finish(self) -> dict[str, Any]:
+        """The command ended: write the last report and return it, but for the rows."""
+        self._write()
+        return self._summary()
+
+    def _ask(self) -> list[dict[str, Any]]:
+        from samepage.service.control import Client
+
+        try:
+            if self._client is None:
+                self._client = Client(self.path, PATIENCE)
+            rows: list[dict[str, Any]] = self._client.ask("status", brief=True).get("processes", [])
+            return rows
+        except ControlError:
+            if self._client is not None:
+                self._client.close()
+            self._client = None
+            raise
+
+    def _take_in(self, rows: list[dict[str, Any]]) -> None:
+        self._ours = {row["pid"]: self._ours.get(row["pid"]) or self._is_ours(row["pid"]) for row in rows}
+        now = {row["pid"]: row for row in rows if self._ours[row["pid"]]}
+        self._joined += sum(pid not in self._rows for pid in now)
+        self._ended.extend(row for pid, row in self._rows.items() if pid not in now)
+        self._rows = now
+        if now:
+            shared = PAGE_SIZE * sum(row["merged"] for row in now.values())
+            self._peak = max(self._peak, shared)
+            self._recent.append((time.monotonic(), shared))
+            while self._recent[0][0] < time.monotonic() - LAST_SECONDS:
+                self._recent.popleft()
+
+    def _is_ours(self, pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return self._mark in Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+        return False
+
+    def _summary(self) -> dict[str, Any]:
+        rows = self._rows.values()
+        return {
+            "daemon": self.path,
+            "bytes_shared": max((shared for _, shared in self._recent), default=0),
+            "bytes_shared_peak": self._peak,
+            "processes_joined": self._joined,
+            "swap": sorted({row["swap"] for row in [*self._ended, *rows]}),
+            "wall_seconds": round(time.monotonic() - self._started, 3),
+            **{name: sum(row[name] for row in rows) for name in SUMMED},
+        }
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        if self._report is None:
+            return
+        rows = [row | {"ended": True} for row in self._ended] + [row | {"ended": False} for row in self._rows.values()]
+        temporary = self._report.with_name(f".{self._report.name}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(self._summary() | {"processes": rows}, indent=1) + "\n")
+            temporary.replace(self._report)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
