@@ -338,8 +338,9 @@ void windows_unlock(void);
 int window_give(uintptr_t from, size_t len, uintptr_t to);
 bool window_fill(uintptr_t start, size_t len, int prot, int fd, off_t offset);
 void window_lost(void);
-/* Whether a limit (RLIMIT_AS, RLIMIT_DATA, vm.overcommit_memory=2) may refuse a mapping. */
+/* Whether RLIMIT_AS or RLIMIT_DATA may refuse a mapping, or vm.overcommit_memory=2 one that is charged for. */
 bool mappings_limited(void);
+bool mappings_charged(void);
 /* Whether RLIMIT_AS and RLIMIT_DATA leave that much; the rest is the application's. */
 bool limits_leave(uint64_t bytes);
 bool range_mapped(uintptr_t start, size_t len); /* all of the range is mapped */

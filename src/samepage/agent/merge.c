@@ -24,12 +24,13 @@
  * forked to. The written copy is dropped. A view that is moved away as a whole would have to leave its anon_vma
  * behind; hence the page at its end, which lies behind the file's.
  */
-static bool map_view(const struct segment *s, uint64_t start, uint64_t end)
+static bool map_view(struct segment *s, uint64_t start, uint64_t end)
 {
 	volatile uint8_t *last = (volatile uint8_t *)kernel.view + (end - start - 1) * PAGE_SIZE;
 
 	if (!kernel.view || (s->limited && !limits_leave(2 * VIEW_SPACE)))
 		return false;
+	s->charged = mappings_charged();
 	if (real.mmap((void *)kernel.view, (end - start + 1) * PAGE_SIZE, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_FIXED, s->fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
 		return false;
@@ -69,7 +70,7 @@ int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to)
 
 	if (s->lost)
 		return -ENOMEM;
-	if (kernel.views_stay && !s->limited) {
+	if (kernel.views_stay && !s->limited && !s->charged) {
 		if (real.mremap((void *)from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)to) !=
 		    MAP_FAILED)
 			return 0;

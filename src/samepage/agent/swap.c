@@ -406,7 +406,8 @@ void swap_chunk(struct chunk *c)
 	bool go[SECTION_MAX];
 
 	/* Empty and unlocked, whatever the application did to all its memory. */
-	if (kernel.swap != SP_SWAP_WP && !window_drop(kernel.scratch + spent * PAGE_SIZE, WINDOW - spent * PAGE_SIZE)) {
+	if (kernel.swap != SP_SWAP_WP &&
+	    !window_drop(kernel.scratch + spent * PAGE_SIZE, min_addr(c->n, SECTION_MAX - spent) * PAGE_SIZE)) {
 		memset(c->status, REFUSED, c->n);
 		return;
 	}

@@ -27,8 +27,8 @@ struct chunk {
 struct segment {
 	int fd;
 	uint64_t npages, start, end;
-	bool limited; /* mappings_limited() */
-	bool lost;    /* the view has a hole: nobody may look into it */
+	bool limited, charged; /* mappings_limited(), mappings_charged() */
+	bool lost;	       /* the view has a hole: nobody may look into it */
 };
 
 /* Mappings made in one critical section: a hundred microseconds' worth. */

@@ -81,10 +81,13 @@ static bool limited(int resource)
 
 bool mappings_limited(void)
 {
+	return limited(RLIMIT_AS) || limited(RLIMIT_DATA);
+}
+
+bool mappings_charged(void)
+{
 	char mode = '2'; /* vm.overcommit_memory: nothing is promised beyond what there is */
 
-	if (limited(RLIMIT_AS) || limited(RLIMIT_DATA))
-		return true;
 	return pread(kernel.overcommit, &mode, 1, 0) != 1 || mode == '2';
 }
 
