@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from samepage.ksmd import Advisor, Knobs, Ksmd, exchange, merge
-from samepage.ksmd.advisor import BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
+from samepage.ksmd.advisor import BREAK_SECONDS, BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
 from samepage.memory import VPN_END, PageStatus, ScanFlag, ScanResult
 from samepage.memory.simulated import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
@@ -301,6 +301,33 @@ def test_first_looks_are_not_held_against_it() -> None:
     assert advisor.wait(10.0, urgent=False) == pytest.approx(0.2 + 500 * FAULT_SECONDS * 20)
     assert advisor.wait(10.0, urgent=True) == 0
     assert advisor.batch_pages() == BURST_PAGES
+
+
+def test_what_was_merged_in_vain_is_held_against_it() -> None:
+    advisor = Advisor(Knobs(advisor_max_cpu=2))
+    advisor.scanned(10.0, cpu=0.001, hashed=0, first_looks=0, broken=1000)
+    assert advisor.wait(10.0, urgent=False) == pytest.approx((0.001 + 1000 * BREAK_SECONDS) * 50)
+
+
+def test_a_process_that_writes_what_was_merged_is_looked_at_less() -> None:
+    clock = Clock()
+    ksmd = new_ksmd(clock)
+    machine = SimulatedMachine()
+    content = list(range(10, 1010))
+    spaces = [process(machine, pid, content) for pid in (1, 2)]
+    for space in spaces:
+        ksmd.enter(space)
+    for _ in range(20):
+        clock.now += ksmd.next_wait()
+        ksmd.do_scan()
+    merged = sum(len(space.merged_pages()) for space in spaces)
+    assert merged
+    clock.now += IDLE_SECONDS
+    for space in spaces:
+        for vpn in space.pages():
+            space.write(vpn, vpn + space.pid * 5000)
+    ksmd.do_scan()
+    assert ksmd.next_wait() > merged * BREAK_SECONDS / (Knobs().advisor_max_cpu / 100) * 0.9
 
 
 def test_scan_time_sets_pages_to_scan_for_a_pass_to_take_its_time() -> None:

@@ -309,7 +309,7 @@ class Ksmd:
         self._pass_changed |= bool(total.changed)
         in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
         cpu = self._cpu_clock() - started + in_processes / 1e9
-        self._advisor.scanned(self._clock(), cpu, total.hashed, total.first_looks)
+        self._advisor.scanned(self._clock(), cpu, total.hashed, total.first_looks, total.broken)
         if not self._cursor and self._joins_until <= self._clock():
             self._end_pass()
         return total.hashed
@@ -375,6 +375,7 @@ class Ksmd:
         total.hashed += outcome.hashed
         total.first_looks += outcome.first_looks
         total.changed += outcome.changed
+        total.broken += outcome.broken
         slot.stirred |= bool(outcome.changed or outcome.turned)
 
     def _flags(self, slot: MmSlot) -> ScanFlag:

@@ -27,12 +27,14 @@ class Look:
 @dataclass(slots=True)
 class Seen:
     """What came of a `Look`: pages hashed, pages among them never seen before, those whose checksum is new (but for
-    blocks where it always is, see `Ages`); and pages that are merged no more, or that somebody else merged."""
+    blocks where it always is, see `Ages`); pages that are merged no more, or that somebody else merged; and those that
+    we merged and the application wrote."""
 
     hashed: int = 0
     first_looks: int = 0
     changed: int = 0
     turned: int = 0
+    broken: int = 0
 
 
 STEP_MIN = 64
@@ -82,7 +84,7 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
             if kind == RunKind.GONE:
                 domain.forget(slot, refs)
             elif kind == RunKind.BROKEN:
-                _broken(domain, slot, refs, passes)
+                outcome.broken += _broken(domain, slot, refs, passes)
             else:
                 _found(domain, slot, by_kind[kind], passes)
     if RunKind.HASHED in located:
@@ -161,17 +163,20 @@ def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) 
     return again
 
 
-def _broken(domain: Domain, slot: MmSlot, refs: Ints, passes: int) -> None:
-    """Copy-on-write was broken. What is known not to be merged (we may have broken it ourselves) stays."""
+def _broken(domain: Domain, slot: MmSlot, refs: Ints, passes: int) -> int:
+    """Copy-on-write was broken. What is known not to be merged (we may have broken it ourselves) stays. Returns how many
+    pages were known to be merged."""
     state = domain.state[refs]
-    refs = refs[IS_MERGED[state] | (state == PageState.UNTOUCHED)]
+    merged = IS_MERGED[state]
+    refs = refs[merged | (state == PageState.UNTOUCHED)]
     if not len(refs):
-        return
+        return 0
     domain.withdraw(slot, refs)
     domain.rmap.touch(refs)
     domain.checksum[refs] = passes
     domain.set_state(slot, refs, PageState.BROKEN)
     slot.islands_due, slot.islands_attempts = 0, 0
+    return int(np.count_nonzero(merged))
 
 
 def _found(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
