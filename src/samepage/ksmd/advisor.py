@@ -6,9 +6,10 @@ at, and what matches is merged, without a pause; looking again at what was seen 
 `advisor_max_cpu` percent of a core, and while nothing happens passes come ever more rarely, up to a second apart.
 
 In that cost is what the application pays: a page that was looked at is write-protected, and its next write a fault. So
-is what was spent on merging pages that were then written: a guest that boots, or a heap that is used again and again, is
-full of pages that are equal for a moment. An application that writes to all its memory all the time is looked at ever more rarely, but what comes to rest is not
-left unseen for longer than it was in motion, or for ten passes where it was skipped in some (`age`).
+is what was spent on merging pages that were then written: a guest that boots, or a heap that is used again and again,
+is full of pages that are equal for a moment. An application that writes to all its memory all the time is looked at
+ever more rarely, but what comes to rest is not left unseen for longer than it was in motion, or for ten passes where it
+was skipped in some (`age`).
 """
 
 from __future__ import annotations

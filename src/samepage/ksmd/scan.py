@@ -164,8 +164,8 @@ def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) 
 
 
 def _broken(domain: Domain, slot: MmSlot, refs: Ints, passes: int) -> int:
-    """Copy-on-write was broken. What is known not to be merged (we may have broken it ourselves) stays. Returns how many
-    pages were known to be merged."""
+    """Copy-on-write was broken. What is known not to be merged (we may have broken it ourselves) stays. Returns how
+    many pages were known to be merged."""
     state = domain.state[refs]
     merged = IS_MERGED[state]
     refs = refs[merged | (state == PageState.UNTOUCHED)]
