@@ -144,6 +144,26 @@ static void holes(bool keep_working)
 		free(malloc(MIB + (size_t)i % 7 * 4096));
 }
 
+/* How many MiB of small blocks a limit leaves room for, when as many of large ones as it allows were freed. */
+static void limited(void)
+{
+	struct rlimit limit = {128 * MIB, 128 * MIB};
+	char *p[32];
+	size_t small = 0;
+	int n = 0;
+
+	free(memset(malloc(4 * MIB), 1, 4 * MIB));
+	setrlimit(RLIMIT_DATA, &limit);
+	while (n < 32 && (p[n] = malloc(4 * MIB)))
+		n++;
+	for (int i = 0; i < n - 1; i++)
+		free(p[i]);
+	CHECK(!malloc(200 * MIB));
+	while (malloc(MIB / 4))
+		small++;
+	CHECK(small / 4 > 80);
+}
+
 static bool is_merged(const char *p, size_t size)
 {
 	FILE *maps = fopen("/proc/self/maps", "r");
@@ -201,6 +221,8 @@ int main(int argc, char **argv)
 		tuned();
 	else if (!strcmp(what, "zeroed"))
 		zeroed();
+	else if (!strcmp(what, "limited"))
+		limited();
 	else if (!strcmp(what, "merged"))
 		merged();
 	else

@@ -130,6 +130,11 @@ def test_what_nobody_needs_for_long_is_given_back(preload: Preload, reuse: str) 
     assert after < 50_000
 
 
+def test_what_is_kept_of_freed_blocks_is_there_for_small_ones_at_a_limit(preload: Preload, reuse: str) -> None:
+    cost(preload, reuse, "limited", bare=True)
+    cost(preload, reuse, "limited", bare=False)
+
+
 def test_libcs_own_environment_variables_hold_for_large_blocks(preload: Preload, reuse: str) -> None:
     ours = cost(preload, "env", "MALLOC_MMAP_THRESHOLD_=65536", reuse, "growing", bare=False)
     assert ours["faults"] > 50_000

@@ -118,7 +118,9 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	sigset_t saved;
 
 	mmap_lock(&saved);
-	start = block_new(len, align, &dirty);
+	do
+		start = block_new(len, align, &dirty);
+	while (!start && blocks_release());
 	if (start)
 		widen(&block_bounds, start, start + len);
 	mmap_unlock(&saved);
@@ -127,6 +129,19 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	if (start && dirty < len)
 		agent_start();
 	return (void *)start;
+}
+
+/* The real allocator has nothing left: a limit is reached (RLIMIT_DATA, RLIMIT_AS), and what is kept here counts against it. Whether
+ * it is worth another try. */
+static bool relieve(void)
+{
+	sigset_t saved;
+	bool any;
+
+	mmap_lock(&saved);
+	any = blocks_release();
+	mmap_unlock(&saved);
+	return any;
 }
 
 /* Length of the block that starts at `p`; 0 when that is none of ours. */
@@ -211,7 +226,10 @@ SP_EXPORT void *malloc(size_t size)
 	need_real();
 	if (is_large(size) && (p = allocate(size, PAGE_SIZE, false)))
 		return p;
-	return real.malloc ? real.malloc(size) : early_alloc(size);
+	if (!real.malloc)
+		return early_alloc(size);
+	p = real.malloc(size);
+	return p || !relieve() ? p : real.malloc(size);
 }
 
 SP_EXPORT void *calloc(size_t n, size_t size)
@@ -222,7 +240,10 @@ SP_EXPORT void *calloc(size_t n, size_t size)
 	need_real();
 	if (!__builtin_mul_overflow(n, size, &bytes) && is_large(bytes) && (p = allocate(bytes, PAGE_SIZE, true)))
 		return p;
-	return real.calloc ? real.calloc(n, size) : early_alloc(bytes);
+	if (!real.calloc)
+		return early_alloc(bytes);
+	p = real.calloc(n, size);
+	return p || !relieve() ? p : real.calloc(n, size);
 }
 
 SP_EXPORT void free(void *p)
@@ -251,6 +272,8 @@ static void *copy_to_new(const void *p, size_t old_size, size_t size)
 
 	if (!q)
 		q = real.malloc(size);
+	if (!q && relieve())
+		q = real.malloc(size);
 	if (q)
 		memcpy(q, p, old_size < size ? old_size : size);
 	return q;
@@ -275,8 +298,10 @@ SP_EXPORT void *realloc(void *p, size_t size)
 	} else {
 		if (!size)
 			end_advice(p);
-		if (!size || !(is_large(size) || within(&advised_bounds, p)))
-			return real.realloc(p, size);
+		if (!size || !(is_large(size) || within(&advised_bounds, p))) {
+			q = real.realloc(p, size);
+			return q || !size || !relieve() ? q : real.realloc(p, size);
+		}
 		old_size = real.malloc_usable_size(p);
 	}
 	q = copy_to_new(p, old_size, size);
@@ -304,6 +329,7 @@ static bool power_of_two(size_t n)
 SP_EXPORT int posix_memalign(void **out, size_t align, size_t size)
 {
 	void *p;
+	int err;
 
 	need_real();
 	if (is_large(size) && power_of_two(align) && align % sizeof(void *) == 0 &&
@@ -311,7 +337,8 @@ SP_EXPORT int posix_memalign(void **out, size_t align, size_t size)
 		*out = p;
 		return 0;
 	}
-	return real.posix_memalign(out, align, size);
+	err = real.posix_memalign(out, align, size);
+	return err != ENOMEM || !relieve() ? err : real.posix_memalign(out, align, size);
 }
 
 SP_EXPORT void *aligned_alloc(size_t align, size_t size)
@@ -321,7 +348,8 @@ SP_EXPORT void *aligned_alloc(size_t align, size_t size)
 	need_real();
 	if (is_large(size) && power_of_two(align) && (p = allocate(size, align, false)))
 		return p;
-	return real.aligned_alloc(align, size);
+	p = real.aligned_alloc(align, size);
+	return p || !relieve() ? p : real.aligned_alloc(align, size);
 }
 
 SP_EXPORT void *memalign(size_t align, size_t size)
@@ -331,7 +359,8 @@ SP_EXPORT void *memalign(size_t align, size_t size)
 	need_real();
 	if (is_large(size) && power_of_two(align) && (p = allocate(size, align, false)))
 		return p;
-	return real.memalign(align, size);
+	p = real.memalign(align, size);
+	return p || !relieve() ? p : real.memalign(align, size);
 }
 
 SP_EXPORT void *valloc(size_t size)

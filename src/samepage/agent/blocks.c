@@ -354,6 +354,20 @@ bool blocks_trim(void)
 	return any;
 }
 
+bool blocks_release(void)
+{
+	bool any = false;
+
+	for (struct block *b = oldest, *newer; b; b = newer) {
+		newer = b->newer;
+		if (unmap(b->start, b->end)) {
+			forget(b);
+			any = true;
+		}
+	}
+	return any;
+}
+
 void blocks_forget(uintptr_t start, uintptr_t end)
 {
 	for (struct block *b; (b = first_behind(start)) && b->start < end;)

@@ -92,8 +92,10 @@ void block_free(struct block *b);
 uintptr_t block_resize(struct block *b, size_t len);
 /* The application unmapped or moved the range itself: blocks that overlap it are no longer ours. */
 void blocks_forget(uintptr_t start, uintptr_t end);
-/* Unmaps all that is free. Whether there was any. */
+/* Gives the memory of all that is free back. Whether there was any. */
 bool blocks_trim(void);
+/* Its addresses, too, which count against limits. */
+bool blocks_release(void);
 /* mallopt(3) */
 void blocks_set(int param, size_t value);
 
