@@ -10,8 +10,10 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from samepage.ksmd.age import Ages
 from samepage.ksmd.deferred import Deferred
@@ -41,6 +43,9 @@ AREAS_MAX = 1 << 20
 RESIDENT_MAX = 4 * 9 * os.sysconf("SC_PHYS_PAGES")
 """Bytes that the pages known in one domain may take, or no new ones are: 9 for each, were every page of the machine in
 four processes. Whoever makes processes up must not fill the service's memory."""
+
+SHORT_RANGES = 64
+"""Ranges of refs worked on at once: for one page numpy takes as long as for thousands."""
 
 CANDIDATE = HAS_CHECKSUM.copy()
 """States a page that was put aside as a candidate may still be in when its turn comes."""
@@ -115,8 +120,7 @@ class Domain:
             raise MemoryError(f"more than {AREAS_MAX} areas in one merge domain")
         kept, fell_out, no_refs = slot.recut(areas)
         new = self._allocate(no_refs)
-        for base, npages in fell_out.tolist():
-            self._forget_range(slot, base, npages)
+        self._forget_ranges(slot, fell_out["vpn"], fell_out["npages"])
         slot.pieces = kept
         self._table = None
         slot.ages.forget(no_refs)
@@ -135,16 +139,27 @@ class Domain:
             raise
         return new
 
-    def _forget_range(self, slot: MmSlot, base: int, npages: int) -> None:
-        for start in range(base, base + npages, SLICE_PAGES):
-            end = min(start + SLICE_PAGES, base + npages)
-            self.forget(slot, np.flatnonzero(self.state[start:end]) + start)
-        self.rmap.free(base, npages)
+    def _forget_ranges(self, slot: MmSlot, base: npt.NDArray[Any], npages: npt.NDArray[Any]) -> None:
+        """Forget disjoint ranges of refs, of which there may be very many that are short."""
+        order = np.argsort(base)
+        start, end = base[order].astype(np.int64), (base + npages)[order].astype(np.int64)
+        joined = np.flatnonzero(start[1:] == end[:-1])
+        ranges = list(zip(np.delete(start, joined + 1).tolist(), np.delete(end, joined).tolist(), strict=True))
+        known: list[Ints] = []
+        for first, last in ranges:
+            for at in range(first, last, SLICE_PAGES):
+                known.append(np.flatnonzero(self.state[at : min(at + SLICE_PAGES, last)]) + at)
+                if len(known) == SHORT_RANGES or len(known[-1]) > SLICE_PAGES // SHORT_RANGES:
+                    self.forget(slot, np.concatenate(known))
+                    known = []
+        if known:
+            self.forget(slot, np.concatenate(known))
+        for first, last in ranges:
+            self.rmap.free(first, last - first)
 
     def drop(self, slot: MmSlot) -> None:
         """Forget a slot and all its pages (remove_trailing_rmap_items)."""
-        for _, npages, base in slot.pieces.tolist():
-            self._forget_range(slot, base, npages)
+        self._forget_ranges(slot, slot.pieces["base"], slot.pieces["npages"])
         slot.pieces = slot.pieces[:0]
         self.slots.remove(slot)
         self._table = None
