@@ -421,11 +421,25 @@ static void locking(void)
 	hole(4, 1);
 	DO(mlock, base, 8 * PAGE);
 	DO(munlock, base, 8 * PAGE);
+	DO(mremap, base, 8 * PAGE, 6 * PAGE, 0);
 	DO(mlock, base, -PAGE);
 	DO(mlockall, 0);
 	DO(mlockall, 64);
 	say("munlockall()", raw ? syscall(SYS_munlockall) : munlockall());
 	show("as before", base, 8);
+}
+
+static void growing_locked(void)
+{
+	region(8);
+	memset(base + 3 * PAGE, 1, PAGE); /* where it was merged, that makes more than one mapping of it */
+	hole(8, 4);
+	DO(mlock, base, 8 * PAGE);
+	DO(mremap, base, 8 * PAGE, 10 * PAGE, 0);
+	DO(madvise, base + 8 * PAGE, 2 * PAGE, MADV_DONTNEED);
+	DO(mremap, base, 10 * PAGE, 12 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, base + 32 * PAGE);
+	DO(madvise, base + 42 * PAGE, 2 * PAGE, MADV_DONTNEED);
+	show("grown", base + 32 * PAGE, 12);
 }
 
 static void wiping(void)
@@ -469,6 +483,7 @@ int main(int argc, char **argv)
 	forking();
 	merging();
 	locking();
+	growing_locked();
 	wiping();
 	return 0;
 }

@@ -47,19 +47,6 @@ bool any_mergeable(void)
 	return false;
 }
 
-void area_merge_any(bool on)
-{
-	merge_any = on;
-	for (struct area *a = area_next(0); on && a; a = area_next(a->end))
-		if (!mergeable(a->flags))
-			continue;
-		else if (page_reserve(a->start >> PAGE_SHIFT, a->end >> PAGE_SHIFT))
-			a->flags |= AREA_EXCLUDED;
-		else if (!(a->flags & (AREA_ALLOC | AREA_ADVISED)))
-			a->flags |= AREA_AFRESH;
-	areas_seq++;
-}
-
 int area_reserve(unsigned long more)
 {
 	return area_set_reserve(&areas, more);
@@ -176,6 +163,20 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 			a->prot = prot;
 	}
 	join_around(start, end);
+}
+
+void area_merge_any(bool on)
+{
+	merge_any = on;
+	for (struct area *a = area_next(0); on && a; a = area_next(a->end))
+		if (!mergeable(a->flags))
+			continue;
+		else if (page_reserve(a->start >> PAGE_SHIFT, a->end >> PAGE_SHIFT))
+			a->flags |= AREA_EXCLUDED;
+		else if (!(a->flags & (AREA_ALLOC | AREA_ADVISED)))
+			a->flags |= AREA_AFRESH;
+	join_around(0, ADDRESS_END);
+	areas_seq++;
 }
 
 /* Cuts [start, end) out of `a`, which overlaps it. Takes room for one more where it leaves two pieces. */

@@ -78,6 +78,16 @@ static void *remap_whole(struct resize *r, size_t old_len, size_t new_len, int f
 	return p;
 }
 
+/* Makes [start, end), a new mapping of anonymous memory, like the rest of an area: protected, advised and locked. */
+static void adopt(const struct area *a, uintptr_t start, uintptr_t end)
+{
+	if (a->prot != READ_WRITE)
+		real.mprotect((void *)start, end - start, a->prot);
+	area_readvise(a, start, end);
+	if (a->flags & AREA_LOCKED)
+		real.mlock((void *)start, end - start);
+}
+
 /* ---- with merged pages ----------------------------------------------------------------------------------- */
 
 /* Moves [from, to), one mapping or part of one, onto anonymous memory at `dst`. Where the kernel will not,
@@ -96,7 +106,9 @@ static void move_piece(const struct vma *v, uintptr_t from, uintptr_t to, uintpt
 	if (!v->read)
 		real.mprotect((void *)from, len, PROT_READ);
 	memcpy((void *)dst, (const void *)from, len);
-	if (prot != READ_WRITE)
+	if (a)
+		adopt(a, dst, dst + len);
+	else if (prot != READ_WRITE)
 		real.mprotect((void *)dst, len, prot);
 	if (!leave) {
 		page_set(PAGE_SEGMENT, from >> PAGE_SHIFT, to >> PAGE_SHIFT, false);
@@ -139,8 +151,8 @@ static void *move_pieces(struct resize *r, size_t new_len, uintptr_t target, boo
 		move_piece(&v, from, at, r->to + (from - r->start), r->leave);
 	}
 	maps_close(maps);
-	if (new_len > keep && r->last.prot != READ_WRITE)
-		real.mprotect((void *)(r->to + keep), new_len - keep, r->last.prot);
+	if (new_len > keep)
+		adopt(&r->last, r->to + keep, r->to_end);
 	if (r->leave)
 		zero_segments(r->start, r->end);
 	settle(r);
@@ -151,8 +163,7 @@ static void *move_pieces(struct resize *r, size_t new_len, uintptr_t target, boo
 static bool grow_in_place(struct resize *r, size_t new_len)
 {
 	size_t more = new_len - (r->end - r->start);
-	void *p =
-		real.mmap((void *)r->end, more, r->last.prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+	void *p = real.mmap((void *)r->end, more, READ_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
 
 	if (p == MAP_FAILED)
 		return false;
@@ -160,7 +171,7 @@ static bool grow_in_place(struct resize *r, size_t new_len)
 		real.munmap(p, more);
 		return false;
 	}
-	area_readvise(&r->last, r->end, r->end + more);
+	adopt(&r->last, r->end, r->end + more);
 	r->to = r->start;
 	r->to_end = r->start + new_len;
 	settle(r);
@@ -210,9 +221,11 @@ static bool is_covered(uintptr_t start, uintptr_t end)
 static void *remap_pieces(struct resize *r, size_t new_len, int flags, uintptr_t target)
 {
 	bool fixed = flags & MREMAP_FIXED;
+	bool grows = new_len > r->end - r->start, moves = fixed || r->leave || grows;
 
-	/* Where only a part is an area, the application sees several mappings too: those may move, not grow. */
-	if (!is_mapped(r->start, r->end) || (new_len > r->end - r->start && !is_covered(r->start, r->end)))
+	/* Where only a part is an area, the application sees several mappings too: those may move, not grow. Where it only
+	 * gives up its tail, the kernel asks no more than whether something is mapped at its start. */
+	if (!is_mapped(r->start, moves ? r->end : r->start + PAGE_SIZE) || (grows && !is_covered(r->start, r->end)))
 		return fail(EFAULT);
 	if (new_len < r->end - r->start) {
 		if (real.munmap((void *)(r->start + new_len), r->end - r->start - new_len))
