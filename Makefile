@@ -13,7 +13,9 @@ SOURCES := pyproject.toml meson.build meson.options \
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: run test test-long check bench bench-oom bench-scan build clean
+SECONDS ?= 60
+
+.PHONY: run test test-long fuzz check bench bench-oom bench-scan build clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -24,6 +26,10 @@ test: $(VENV)/installed $(VENV)/development
 # What takes minutes: ten of torture on each path, whole test suites of other programs.
 test-long: $(VENV)/installed $(VENV)/development
 	python -m pytest -m long
+
+# Random calls and lies, from new seeds, for so many seconds.
+fuzz: $(VENV)/installed $(VENV)/development
+	python -m tests.fuzz --seconds $(SECONDS)
 
 check: $(VENV)/installed $(VENV)/development
 	ruff format --check
