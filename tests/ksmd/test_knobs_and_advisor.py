@@ -26,7 +26,6 @@ SAME = range(1, 51)
     [
         ("run", 3),
         ("run", "yes"),
-        ("pages_to_scan", 0),
         ("sleep_millisecs", -1),
         ("max_page_sharing", 1),
         ("use_zero_pages", 2),
@@ -34,10 +33,10 @@ SAME = range(1, 51)
         ("smart_scan", 2),
         ("merge_across_nodes", 2),
         ("stable_node_chains_prune_millisecs", -1),
-        ("advisor_max_cpu", 0),
-        ("advisor_max_cpu", 101),
-        ("advisor_min_pages_to_scan", 30001),
-        ("advisor_max_pages_to_scan", 499),
+        ("max_page_sharing", 1 << 31),
+        ("pages_to_scan", 1 << 32),
+        ("advisor_target_scan_time", 0),
+        ("advisor_max_cpu", -1),
     ],
 )
 def test_bad_values_are_invalid_and_change_nothing(name: str, value: str | int) -> None:
@@ -47,6 +46,36 @@ def test_bad_values_are_invalid_and_change_nothing(name: str, value: str | int) 
         ksmd.set(name, value)
     assert caught.value.errno == errno.EINVAL
     assert ksmd.knobs() == before
+
+
+@pytest.mark.parametrize("mode", ["cpu", "scan-time", "none"])
+def test_values_that_make_no_sense_are_taken_and_merging_goes_on(mode: str) -> None:
+    machine, clock = SimulatedMachine(), Clock()
+    ksmd = new_ksmd(clock)
+    ksmd.set("advisor_mode", mode)
+    for name, value in (
+        ("max_page_sharing", (1 << 31) - 1),
+        ("advisor_max_cpu", 0),
+        ("advisor_target_scan_time", (1 << 64) - 1),
+        ("advisor_min_pages_to_scan", (1 << 64) - 1),
+        ("advisor_max_pages_to_scan", 0),
+    ):
+        ksmd.set(name, value)
+        assert ksmd.get(name) == str(value)
+    (a, b), _ = processes(machine, ksmd, range(1, 51), range(1, 51))
+    for _ in range(2000):
+        ksmd.do_scan()
+        clock.now += min(ksmd.next_wait(), 60.0)
+    assert len(a.merged_pages()) == len(b.merged_pages()) == 50
+
+
+def test_with_no_pages_to_scan_nothing_is_scanned_and_nobody_is_busy_with_it() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    ksmd.set("pages_to_scan", 0)
+    ksmd.set("sleep_millisecs", 0)
+    processes(machine, ksmd, [1, 2])
+    assert [ksmd.do_scan() for _ in range(3)] == [0, 0, 0]
+    assert ksmd.next_wait() >= 1
 
 
 def test_unknown_knobs_are_unknown() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kernel_ksm
+from samepage.sysfs import files
 from tests.sysfs.conftest import KSM, Tree, attempt, needs_fuse, needs_root
 
 pytestmark = [
@@ -122,6 +123,49 @@ def test_a_number_too_large_for_an_int(both: Both) -> None:
     for data in (b"2", b"1", b"0", b"-1", b"-2147483648", b"-2147483649", b"2147483648", b"256\n"):
         both(write, "max_page_sharing", data)
         both(read, "max_page_sharing")
+
+
+VALUES = [
+    *(0, 1, 2, 3, 99, 100, 101, 255, 32767, 32768, 32769, 65535, 65536, 10**6),
+    *(
+        2**31 - 1,
+        2**31,
+        2**32 - 1,
+        2**32,
+        2**32 + 5,
+        2**63 - 1,
+        2**63,
+        2**64 - 1,
+        2**64,
+        10**30,
+        -1,
+        -2,
+        -(2**31),
+        -(2**63),
+    ),
+]
+
+
+@pytest.mark.parametrize("name", [name for name in files.FILES if files.FILES[name].parse and name != "advisor_mode"])
+def test_every_value_that_the_kernel_takes_is_taken_and_reads_back_as_there(both: Both, name: str) -> None:
+    for value in VALUES:
+        before = b"2" if name == "max_page_sharing" else b"1" if name != "run" else b"0"
+        both(write, name, before)
+        both(write, name, b"%d\n" % value)
+        both(read, name)
+        both(write, name, before)
+
+
+def test_a_minimum_over_its_maximum_is_taken(both: Both) -> None:
+    for least, most in ((0, 0), (10, 5), (2**64 - 1, 0), (0, 2**64 - 1)):
+        both(write, "advisor_min_pages_to_scan", b"%d" % least)
+        both(write, "advisor_max_pages_to_scan", b"%d" % most)
+        both(write, "advisor_mode", b"scan-time")
+        both(write, "advisor_mode", b"none")
+        for name in ("advisor_min_pages_to_scan", "advisor_max_pages_to_scan"):
+            both(read, name)
+    both(write, "advisor_min_pages_to_scan", b"500")
+    both(write, "advisor_max_pages_to_scan", b"30000")
 
 
 def test_pages_to_scan_is_the_advisors_in_mode_scan_time(both: Both) -> None:

@@ -68,7 +68,7 @@ class Advisor:
             self._caught_up = now
         self._joined = False
         self._last = now
-        self._paid = max(self._paid, now) + cpu * 100 / self._knobs.advisor_max_cpu
+        self._paid = max(self._paid, now) + cpu / self._knobs.cpu_share
         self._paid = min(self._paid, now + LONGEST_SECONDS)
 
     def joined(self) -> None:
@@ -90,13 +90,14 @@ class Advisor:
         knobs = self._knobs
         pages = self._pass_pages * sleep / knobs.advisor_target_scan_time
         if self._pass_cpu:
-            share = knobs.advisor_max_cpu / 100
-            pages = min(pages, share * sleep * self._pass_pages / self._pass_cpu)
-        return int(min(max(pages, knobs.advisor_min_pages_to_scan), knobs.advisor_max_pages_to_scan))
+            pages = min(pages, knobs.cpu_share * sleep * self._pass_pages / self._pass_cpu)
+        fewest, most = knobs.advised_pages
+        return int(min(max(pages, fewest), most))
 
     def wait(self, now: float, urgent: bool) -> float:
         """Seconds until the next batch. `urgent`: candidates wait to be merged, or memory to be seen at all."""
         if self._knobs.advisor_mode == "cpu":
             paid = min(self._paid, self._last + max(self._last - self._caught_up, IDLE_SECONDS))
             return 0.0 if urgent else max(0.0, paid - now, self._rest_until - now)
-        return self._knobs.sleep_millisecs / 1000
+        # No pages at a time is nothing to be in a hurry for.
+        return max(self._knobs.sleep_millisecs / 1000, 0.0 if self._knobs.pages_to_scan else IDLE_SECONDS)

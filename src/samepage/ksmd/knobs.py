@@ -53,21 +53,45 @@ class Knobs:
     advisor_min_pages_to_scan: int = 500
     advisor_max_pages_to_scan: int = 30000
 
+    # What a value comes to here. The kernel takes any number, and scripts put back what they found; so do we, and use
+    # the nearest that makes sense.
 
+    @property
+    def sharing(self) -> int:
+        """`max_page_sharing`, of which books are kept in 16 bits."""
+        return min(self.max_page_sharing, SHARING_MAX)
+
+    @property
+    def cpu_share(self) -> float:
+        """`advisor_max_cpu` as a share of a core: nothing is no share, and the advisor would wait for ever."""
+        return min(max(self.advisor_max_cpu, 1), 100) / 100
+
+    @property
+    def advised_pages(self) -> tuple[int, int]:
+        """The fewest and the most pages that the advisor may set. The maximum wins."""
+        most = min(max(self.advisor_max_pages_to_scan, 1), _U32)
+        return min(max(self.advisor_min_pages_to_scan, 1), most), most
+
+
+SHARING_MAX = 32768
+
+_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
+
+# The kernel's (mm/ksm.c, 6.18).
 _LIMITS = {
     "run": (0, 2),
-    "pages_to_scan": (1, (1 << 32) - 1),
-    "sleep_millisecs": (0, (1 << 32) - 1),
-    "max_page_sharing": (2, 32768),
+    "pages_to_scan": (0, _U32),
+    "sleep_millisecs": (0, _U32),
+    "max_page_sharing": (2, (1 << 31) - 1),
     "use_zero_pages": (0, 1),
     "smart_scan": (0, 1),
     "merge_across_nodes": (0, 1),
-    "stable_node_chains_prune_millisecs": (0, (1 << 32) - 1),
-    "max_overcommit": (0, (1 << 32) - 1),
-    "advisor_max_cpu": (1, 100),
-    "advisor_target_scan_time": (1, (1 << 32) - 1),
-    "advisor_min_pages_to_scan": (1, (1 << 32) - 1),
-    "advisor_max_pages_to_scan": (1, (1 << 32) - 1),
+    "stable_node_chains_prune_millisecs": (0, _U32),
+    "max_overcommit": (0, _U32),
+    "advisor_max_cpu": (0, _U32),
+    "advisor_target_scan_time": (1, _U64),
+    "advisor_min_pages_to_scan": (0, _U64),
+    "advisor_max_pages_to_scan": (0, _U64),
 }
 
 NAMES = tuple(f.name for f in fields(Knobs))
@@ -103,7 +127,3 @@ def check_change(knobs: Knobs, name: str, value: str | int, merged: bool) -> Non
         raise error(errno.EBUSY, f"{name}: pages are merged; set run to 2 first")
     if name == "pages_to_scan" and knobs.advisor_mode == "scan-time":
         raise error(errno.EINVAL, "pages_to_scan: the advisor sets it; set advisor_mode to none first")
-    minimum = value if name == "advisor_min_pages_to_scan" else knobs.advisor_min_pages_to_scan
-    maximum = value if name == "advisor_max_pages_to_scan" else knobs.advisor_max_pages_to_scan
-    if int(minimum) > int(maximum):
-        raise error(errno.EINVAL, f"{name}: minimum {minimum} is over maximum {maximum}")

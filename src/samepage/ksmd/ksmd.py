@@ -586,12 +586,12 @@ class Ksmd:
             if name == "pages_to_scan" and self._knobs.advisor_mode == "cpu":
                 self._knobs.advisor_mode = "none"
             if name == "advisor_mode" and new == "scan-time" != self._knobs.advisor_mode:
-                self._knobs.pages_to_scan = self._knobs.advisor_min_pages_to_scan
+                self._knobs.pages_to_scan = self._knobs.advised_pages[0]
             if name == "merge_across_nodes" and new != self._knobs.merge_across_nodes:
                 for slot in self.slots():
                     slot.hash_all = True
             setattr(self._knobs, name, new)
-            self._work.max_page_sharing = self._knobs.max_page_sharing
+            self._work.max_page_sharing = self._knobs.sharing
             self._work.use_zero_pages = bool(self._knobs.use_zero_pages)
             self._work.smart_scan = bool(self._knobs.smart_scan)
 

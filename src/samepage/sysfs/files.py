@@ -50,6 +50,11 @@ def _number_or_einval(high: int) -> Parse:
     return parse
 
 
+def _low_half(text: str) -> str:
+    """What a number that the kernel reads as a long and keeps in an int comes to."""
+    return str(int(_number_or_einval(_U64)(text)) & _U32)
+
+
 def _switch(text: str) -> str:
     """kstrtobool(): looks at the first letter, of "on" and "off" at the second."""
     first = text[:1].lower()
@@ -95,7 +100,7 @@ _UINT = File(_number_or_einval(_U32))
 _ULONG = File(_number_or_einval(_U64))
 
 FILES = {
-    "advisor_max_cpu": _ULONG,
+    "advisor_max_cpu": File(_low_half),
     "advisor_max_pages_to_scan": _ULONG,
     "advisor_min_pages_to_scan": _ULONG,
     "advisor_mode": File(_word, _advisor_mode),
