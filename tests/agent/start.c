@@ -118,6 +118,27 @@ static void silent_service(void)
 	syscall(SYS_exit, 0);
 }
 
+/* The same in a process that changed its user, which may not open what is its own in /proc. */
+static void as_nobody(void)
+{
+	unsigned char *p = begin();
+
+	if (setuid(65534))
+		perror("setuid");
+	printf("merged before: unmerge %d, whole %d\n", madvise(p, SIZE, MADV_UNMERGEABLE), p[0] + p[SIZE - 1] == 2);
+	silent_service();
+}
+
+/* The main thread ends by an inline system call, which only the agent's can notice: it must not be the last. */
+static void inline_exit(void)
+{
+	begin();
+	puts("exit");
+	fflush(stdout);
+	alarm(10);
+	__asm__ volatile("syscall" : : "a"(SYS_exit), "D"(0) : "rcx", "r11", "memory");
+}
+
 #ifdef OWN_MALLOC
 /* Memory for a heap, by the calls that a malloc of the program's own makes with its lock held. */
 static atomic_flag heap_lock = ATOMIC_FLAG_INIT;
@@ -349,6 +370,10 @@ int main(int argc, char **argv)
 
 	if (!strcmp(how, "silent-service"))
 		silent_service();
+	if (!strcmp(how, "as-nobody"))
+		as_nobody();
+	if (!strcmp(how, "inline-exit"))
+		inline_exit();
 	if (!strcmp(how, "inside-malloc"))
 		all_memory(argv[0], "inside-malloc-again");
 	if (!strcmp(how, "inside-malloc-again"))

@@ -77,6 +77,15 @@ def test_a_service_that_is_stopped_holds_nobody_up(preload: Preload, start: str,
             process.wait()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
+def test_a_process_that_changed_its_user_is_not_held_up_either(preload: Preload, start: str) -> None:
+    assert preload.run([start, "as-nobody"], merged=True) == "merged before: unmerge 0, whole 1\n" + SILENT
+
+
+def test_a_process_whose_last_thread_ends_by_an_inline_system_call_ends(preload: Preload, start: str) -> None:
+    assert preload.run([start, "inline-exit"], merged=True) == "exit\n"
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, for SCHED_FIFO")
 def test_the_thread_runs_as_the_process_was_started(preload: Preload, start: str) -> None:
     """And not as the thread that allocated first: of real time, pinned, nice, with another memory policy."""
