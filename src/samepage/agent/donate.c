@@ -19,11 +19,13 @@ static int new_segment(void)
 /* Appends pages [i, j) at `addr` to the segment, and says so. */
 static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 {
+	int tries = 0;
+
 	while (i < j) {
 		ssize_t put = write(fd, (void *)(addr + i * PAGE_SIZE), (j - i) * PAGE_SIZE);
 		off_t end;
 
-		if (put < 0 && errno == EINTR)
+		if (put < 0 && errno == EINTR && tries++ < 64)
 			continue;
 		if (put < (ssize_t)PAGE_SIZE) {
 			memset(status + i, put < 0 && errno == EFAULT ? GONE : NOMEM, j - i);

@@ -54,10 +54,13 @@ void mmap_unlock(const sigset_t *saved)
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
 }
 
+#define STAND_BACK 4096 /* some milliseconds */
+
 void agent_mmap_lock(void)
 {
-	/* A mutex that is let go and retaken at once never reaches a sleeper: stand back while one waits. */
-	while (atomic_load_explicit(&waiters, memory_order_relaxed))
+	/* A mutex that is let go and retaken at once never reaches a sleeper: stand back while one waits. But there may always
+	 * be one. */
+	for (int tries = 0; tries < STAND_BACK && atomic_load_explicit(&waiters, memory_order_relaxed); tries++)
 		real.syscall(SYS_sched_yield);
 	mutex_lock(&lock);
 	mmap_lock_held++;

@@ -342,9 +342,13 @@ void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run
 	if (nothing)
 		return;
 	do {
+		uint64_t from = vpn;
+
 		agent_mmap_lock();
 		vma_resume();
 		vpn = step(&o, vpn, req->end);
+		if (vpn && vpn <= from && from < req->end && !full(&o)) /* the kernel did not look at it, nor say why */
+			vpn = from + 1;
 		/* What was found first may lie in no area any more: the service is not to take that for a lie. */
 		if (areas_seq != head->areas_seq)
 			head->areas_seq = SP_AREAS_CHANGED;
