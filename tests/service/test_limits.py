@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from samepage.memory import wire
+from samepage.service.closing import close_all
 from samepage.service.control import Client
 from tests.service import fake_agent
 from tests.service.fake_agent import NEVER, FakeAgent
@@ -270,3 +271,15 @@ def test_descriptors_that_block_whoever_closes_them_hold_up_nobody_else(folder: 
         finally:
             os.kill(hostile, signal.SIGKILL)
             os.waitpid(hostile, 0)
+
+
+def test_closing_a_socket_waits_for_nothing_that_was_left_in_it() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fd = lingering()
+    socket.send_fds(theirs, [b""], [fd])
+    os.close(fd)
+    started = time.monotonic()
+    assert close_all([ours]) == []
+    until(lambda: theirs.recv(1) == b"")
+    assert time.monotonic() - started < 2
+    theirs.close()

@@ -187,12 +187,12 @@ class AgentAddressSpace:
         """Why nothing can be asked of it any more; `ENDED` if it went by itself."""
         return self._gone
 
-    def close(self) -> None:
-        """Hang up and give the descriptor back."""
+    def close(self, closing: Callable[[socket.socket], None] = socket.socket.close) -> None:
+        """Hang up and give the descriptor back, by `closing` it."""
         self.hang_up()
         with self._asking:
             self._asking.wait_for(lambda: not self._unanswered)
-            self._sock.close()
+            closing(self._sock)
 
     def is_there(self) -> bool:
         try:

@@ -24,6 +24,7 @@ from samepage.memory import AddressSpaceGone, wire
 from samepage.memory.agent import ENDED, TIMEOUT, AgentAddressSpace, Terms, greet
 from samepage.memory.identity import Identity, identify, user_of
 from samepage.service import control
+from samepage.service.closing import close_all, close_one
 from samepage.service.descriptors import shares
 from samepage.service.log import log_once, log_the_rest
 from samepage.service.scanner import Scanner
@@ -108,6 +109,7 @@ class Server:
         self._epoll = select.epoll()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
+        self._turned_away: list[socket.socket] = []
         self._looked = 0.0  # for connections that were silent for too long
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -139,6 +141,8 @@ class Server:
             for _ in range(ACCEPT_AT_ONCE):
                 if not self._accept():
                     break
+            if self._turned_away:
+                self._turned_away = close_all(self._turned_away)
         now = time.monotonic()
         if now - self._looked >= 0.25:
             self._looked = now
@@ -201,7 +205,7 @@ class Server:
                 self._connections[connection.fd] = connection
         if welcome and self._listen_to(connection):
             return True
-        self._workers.submit(caller.uid, sock.close)
+        self._turned_away.append(sock)
         if welcome:
             self._forget(connection)
             self._connected_less(caller.uid)
@@ -263,7 +267,7 @@ class Server:
     def _end(self, connection: _Connection) -> None:
         """In a thread of `workers`, for what is left in the socket may take long to close."""
         self._forget(connection)
-        connection.sock.close()
+        close_one(connection.sock)
         self._connected_less(connection.caller.uid)
         if connection.who is not None:
             self._room_again(connection.caller.uid)
@@ -347,7 +351,7 @@ class Server:
 
     def _gone(self, space: AgentAddressSpace, user: int) -> None:
         """In a thread of `workers`, as `_end`."""
-        space.close()
+        space.close(close_one)
         self._room_again(user)
 
     def _room_again(self, user: int) -> None:
