@@ -27,8 +27,11 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
 	uintptr_t stop;
 
 	/* A gap before each area and one behind the last; two pieces more of the first and the last. */
-	if (area_reserve(area_count(start, end) + 3))
+	if (area_reserve(area_count(start, end) + 3)) {
+		if (!(set & AREA_ADVISED)) /* what is locked or excluded is left alone at any price */
+			area_change(start, end, set, clear, -1);
 		return -ENOMEM;
+	}
 	if (set & AREA_ADVISED && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT))
 		return -ENOMEM;
 	for (uintptr_t at = start; at < end; at = stop) {
