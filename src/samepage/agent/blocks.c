@@ -12,12 +12,9 @@
  * - When what is free at the upper end of the heap reaches twice that size, it is unmapped. So is all that is free, at
  *   malloc_trim(3).
  *
- * Beyond that rule, what nobody needed for DECAY calls is unmapped, too.
- *
- * Blocks, free or not, are nodes of a treap in the order of their addresses, and the free ones of another in that of their
- * lengths.
+ * Beyond that rule, what nobody needed for DECAY calls is given back, too.
  */
-#include "wrappers.h"
+#include "blocks.h"
 
 #include <malloc.h>
 #include <sys/mman.h>
@@ -28,228 +25,9 @@
 #define LARGEST (32UL << 20) /* glibc's DEFAULT_MMAP_THRESHOLD_MAX: what is larger is always alone */
 #define GAP (1UL << 40)	     /* that the heap may grow before it meets what the kernel places */
 #define DECAY 5000	     /* calls */
-#define POOL (4 * PAGE_SIZE) /* nodes are mapped so many bytes at a time */
-
-enum order { BY_ADDRESS, BY_LENGTH, NR_ORDERS }; /* of the same length, the one at the lower address first */
-
-struct block {
-	uintptr_t start, end;
-	struct block *left[NR_ORDERS], *right[NR_ORDERS];
-	struct block *older, *newer; /* the free ones */
-	unsigned priority;
-	unsigned since; /* it is free: a number of a call */
-	bool free, alone;
-};
-
-static struct block *roots[NR_ORDERS];
-static struct block *oldest, *newest; /* of the free ones, in the order in which decay() looks at them */
-static struct block *pool;	      /* nodes of nothing, by `older` */
-static size_t pooled;
-static uintptr_t heap_end; /* 0: there is no heap yet */
-static unsigned calls;	   /* allocations and frees */
 
 static size_t mmap_threshold = 128UL << 10, trim_threshold = 128UL << 10; /* glibc's */
 static bool fixed_thresholds;						  /* somebody set one */
-
-/* ---- nodes ------------------------------------------------------------------------------------------- */
-
-/* Makes sure that n nodes can be had. */
-static bool reserve(size_t n)
-{
-	struct block *more;
-
-	if (pooled >= n)
-		return true;
-	more = real.mmap(NULL, POOL, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (more == MAP_FAILED)
-		return false;
-	for (size_t i = 0; i < POOL / sizeof(*more); i++, pooled++) {
-		more[i].older = pool;
-		pool = &more[i];
-	}
-	return true;
-}
-
-/* ---- the treap --------------------------------------------------------------------------------------- */
-
-static size_t length(const struct block *b)
-{
-	return b->end - b->start;
-}
-
-/* Whether b comes before a block of that length at that address. */
-static bool before(enum order by, const struct block *b, size_t len, uintptr_t start)
-{
-	if (by == BY_LENGTH && length(b) != len)
-		return length(b) < len;
-	return b->start < start;
-}
-
-/* All of `low` comes before all of `high`. */
-static struct block *join(enum order by, struct block *low, struct block *high)
-{
-	if (!low || !high)
-		return low ? low : high;
-	if (low->priority > high->priority) {
-		low->right[by] = join(by, low->right[by], high);
-		return low;
-	}
-	high->left[by] = join(by, low, high->left[by]);
-	return high;
-}
-
-/* *low gets what comes before a block of that length at that address. */
-static void part(enum order by, struct block *b, size_t len, uintptr_t start, struct block **low, struct block **high)
-{
-	if (!b) {
-		*low = *high = NULL;
-	} else if (before(by, b, len, start)) {
-		*low = b;
-		part(by, b->right[by], len, start, &b->right[by], high);
-	} else {
-		*high = b;
-		part(by, b->left[by], len, start, low, &b->left[by]);
-	}
-}
-
-static void attach(enum order by, struct block *b)
-{
-	struct block *low, *high;
-
-	b->left[by] = b->right[by] = NULL;
-	part(by, roots[by], length(b), b->start, &low, &high);
-	roots[by] = join(by, join(by, low, b), high);
-}
-
-static void detach(enum order by, struct block *b)
-{
-	struct block *low, *self, *high;
-
-	part(by, roots[by], length(b), b->start, &low, &high);
-	part(by, high, length(b), b->start + 1, &self, &high);
-	roots[by] = join(by, low, high);
-}
-
-/* The first block that ends after `addr`. */
-static struct block *first_behind(uintptr_t addr)
-{
-	struct block *found = NULL;
-
-	for (struct block *b = roots[BY_ADDRESS]; b;) {
-		if (b->end > addr) {
-			found = b;
-			b = b->left[BY_ADDRESS];
-		} else {
-			b = b->right[BY_ADDRESS];
-		}
-	}
-	return found;
-}
-
-/* The shortest free block of that length at least. */
-static struct block *best_free(size_t len)
-{
-	struct block *found = NULL;
-
-	for (struct block *b = roots[BY_LENGTH]; b;) {
-		if (length(b) >= len) {
-			found = b;
-			b = b->left[BY_LENGTH];
-		} else {
-			b = b->right[BY_LENGTH];
-		}
-	}
-	return found;
-}
-
-/* Sets the bounds of a block that is not free. */
-static void place(struct block *b, uintptr_t start, uintptr_t end)
-{
-	if (b->start != start) {
-		detach(BY_ADDRESS, b);
-		b->start = start;
-		attach(BY_ADDRESS, b);
-	}
-	b->end = end;
-	if (!b->alone && start <= heap_end && end > heap_end)
-		heap_end = end;
-}
-
-/* Needs a node. */
-static struct block *insert(uintptr_t start, uintptr_t end, bool alone)
-{
-	static unsigned random = 1;
-	struct block *b = pool;
-
-	VM_BUG_ON(!b); /* nobody reserved it */
-	pool = b->older;
-	pooled--;
-	random = random * 1664525 + 1013904223;
-	*b = (struct block){.start = start, .alone = alone, .priority = random >> 8};
-	attach(BY_ADDRESS, b);
-	place(b, start, end);
-	return b;
-}
-
-/* ---- the free ones -------------------------------------------------------------------------------------- */
-
-/* Last in the order in which they are looked at. */
-static void enlist(struct block *b)
-{
-	b->older = newest;
-	b->newer = NULL;
-	*(newest ? &newest->newer : &oldest) = b;
-	newest = b;
-}
-
-static void unlist(struct block *b)
-{
-	*(b->older ? &b->older->newer : &oldest) = b->newer;
-	*(b->newer ? &b->newer->older : &newest) = b->older;
-}
-
-/* Takes a block out of the free ones. */
-static void claim(struct block *b)
-{
-	detach(BY_LENGTH, b);
-	unlist(b);
-	b->free = false;
-}
-
-static void forget(struct block *b)
-{
-	if (b->free)
-		claim(b);
-	detach(BY_ADDRESS, b);
-	b->older = pool;
-	pool = b;
-	pooled++;
-}
-
-/* Makes a block a free one, joined with its free neighbours. It is as old as the oldest of them: else what nobody needs would
- * stay for ever where a part of it is used. */
-static void retire(struct block *b, unsigned age)
-{
-	struct block *low = first_behind(b->start - 1), *high = first_behind(b->end);
-	uintptr_t start;
-
-	if (low->free && low->end == b->start) {
-		age = calls - low->since > age ? calls - low->since : age;
-		start = low->start;
-		forget(low);
-		b->start = start; /* there is nothing in between: its place in the order is the same */
-	}
-	if (high && high->free && high->start == b->end) {
-		age = calls - high->since > age ? calls - high->since : age;
-		b->end = high->end;
-		forget(high);
-	}
-	b->free = true;
-	b->alone = false;
-	b->since = calls - age;
-	attach(BY_LENGTH, b);
-	enlist(b);
-}
 
 /* ---- giving back ---------------------------------------------------------------------------------------- */
 
@@ -267,8 +45,8 @@ static bool unmap(uintptr_t start, uintptr_t end)
 		return false;
 	}
 	area_remove(start, end);
-	if (end == heap_end)
-		heap_end = start;
+	if (end == blocks.heap_end)
+		blocks.heap_end = start;
 	return true;
 }
 
@@ -291,7 +69,7 @@ static bool is_plain(uintptr_t start, uintptr_t end)
 /* Nothing is given out right behind it. */
 static bool is_top(const struct block *b)
 {
-	const struct block *after = first_behind(b->end);
+	const struct block *after = block_behind(b->end);
 
 	return !after || after->start > b->end;
 }
@@ -302,29 +80,28 @@ static void drop(struct block *b)
 	if (!is_top(b))
 		empty(b->start, b->end);
 	else if (unmap(b->start, b->end))
-		forget(b);
+		block_remove(b);
 }
 
 /* Each call looks at one free block. */
 static void decay(void)
 {
-	struct block *b = oldest;
+	struct block *b = blocks.oldest;
 
-	calls++;
+	blocks.calls++;
 	if (!b)
 		return;
-	unlist(b);
-	enlist(b);
-	if (calls - b->since <= DECAY)
+	block_later(b);
+	if (blocks.calls - b->since <= DECAY)
 		return;
-	b->since = calls;
+	b->since = blocks.calls;
 	drop(b);
 }
 
 void block_free(struct block *b)
 {
 	bool plain = is_plain(b->start, b->end) && !has_segments(b->start, b->end);
-	size_t len = length(b);
+	size_t len = block_length(b);
 
 	decay();
 	if (b->alone && !fixed_thresholds && len > mmap_threshold && len <= LARGEST) {
@@ -332,22 +109,22 @@ void block_free(struct block *b)
 		trim_threshold = 2 * len;
 	}
 	if ((b->alone || !plain) && unmap(b->start, b->end)) {
-		forget(b);
+		block_remove(b);
 	} else if (!plain) { /* nobody's any more */
 		area_remove(b->start, b->end);
-		forget(b);
+		block_remove(b);
 	} else {
-		retire(b, 0);
-		if (length(b) >= trim_threshold && is_top(b))
+		block_retire(b, 0);
+		if (block_length(b) >= trim_threshold && is_top(b))
 			drop(b);
 	}
 }
 
 bool blocks_trim(void)
 {
-	bool any = oldest;
+	bool any = blocks.oldest;
 
-	for (struct block *b = oldest, *newer; b; b = newer) {
+	for (struct block *b = blocks.oldest, *newer; b; b = newer) {
 		newer = b->newer;
 		drop(b);
 	}
@@ -358,10 +135,10 @@ bool blocks_release(void)
 {
 	bool any = false;
 
-	for (struct block *b = oldest, *newer; b; b = newer) {
+	for (struct block *b = blocks.oldest, *newer; b; b = newer) {
 		newer = b->newer;
 		if (unmap(b->start, b->end)) {
-			forget(b);
+			block_remove(b);
 			any = true;
 		}
 	}
@@ -370,8 +147,8 @@ bool blocks_release(void)
 
 void blocks_forget(uintptr_t start, uintptr_t end)
 {
-	for (struct block *b; (b = first_behind(start)) && b->start < end;)
-		forget(b);
+	for (struct block *b; (b = block_behind(start)) && b->start < end;)
+		block_remove(b);
 }
 
 /* ---- giving out ------------------------------------------------------------------------------------------- */
@@ -386,16 +163,16 @@ static bool make_anonymous(uintptr_t start, uintptr_t end)
 static struct block *carve(struct block *b, uintptr_t start, size_t len)
 {
 	uintptr_t low = b->start, high = b->end;
-	unsigned age = calls - b->since;
+	unsigned age = blocks.calls - b->since;
 
 	if (!make_anonymous(start, start + len))
 		return NULL;
-	claim(b);
-	place(b, start, start + len);
+	block_claim(b);
+	block_place(b, start, start + len);
 	if (low < start)
-		retire(insert(low, start, false), age);
+		block_retire(block_insert(low, start, false), age);
 	if (start + len < high)
-		retire(insert(start + len, high, false), age);
+		block_retire(block_insert(start + len, high, false), age);
 	return b;
 }
 
@@ -426,9 +203,9 @@ static void note(uintptr_t start, uintptr_t end)
 /* What is free at the very end of the heap, or NULL. */
 static struct block *top(void)
 {
-	struct block *b = heap_end ? first_behind(heap_end - 1) : NULL;
+	struct block *b = blocks.heap_end ? block_behind(blocks.heap_end - 1) : NULL;
 
-	return b && b->free && b->end == heap_end ? b : NULL;
+	return b && b->free && b->end == blocks.heap_end ? b : NULL;
 }
 
 /* A block from the end of the heap, which grows for it. *dirty: so much of it is not fresh from the kernel. */
@@ -437,29 +214,29 @@ static struct block *grow(size_t len, size_t *dirty)
 	struct block *last = top();
 	uintptr_t start, at;
 
-	if (!heap_end)
-		heap_end = PAGE_ALIGN_DOWN(pool) - GAP;
-	if (last && (length(last) >= len || !make_anonymous(last->start, last->end)))
+	if (!blocks.heap_end)
+		blocks.heap_end = PAGE_ALIGN_DOWN(blocks.pool) - GAP;
+	if (last && (block_length(last) >= len || !make_anonymous(last->start, last->end)))
 		last = NULL;
-	at = heap_end;
+	at = blocks.heap_end;
 	start = last ? last->start : at;
 	if (map(&at, start + len - at)) {
 		*dirty = at - start;
 		note(at, start + len);
 		if (!last)
-			return insert(start, start + len, false);
-		claim(last);
-		place(last, start, start + len);
+			return block_insert(start, start + len, false);
+		block_claim(last);
+		block_place(last, start, start + len);
 		return last;
 	}
 	at = 0;
 	if (!map(&at, len))
 		return NULL;
 	/* Something is in the way. The next will be tried far from it. */
-	heap_end = at > 2 * GAP ? at - GAP : 0;
+	blocks.heap_end = at > 2 * GAP ? at - GAP : 0;
 	*dirty = 0;
 	note(at, at + len);
-	return insert(at, at + len, false);
+	return block_insert(at, at + len, false);
 }
 
 /* A mapping of its own, at a multiple of `align`, a power of two. */
@@ -476,7 +253,7 @@ static struct block *map_alone(size_t len, size_t align, bool alone)
 	if (p + spare > start)
 		real.munmap((void *)(start + len), p + spare - start);
 	note(start, start + len);
-	return insert(start, start + len, alone);
+	return block_insert(start, start + len, alone);
 }
 
 uintptr_t block_new(size_t len, size_t align, size_t *dirty)
@@ -485,10 +262,10 @@ uintptr_t block_new(size_t len, size_t align, size_t *dirty)
 	struct block *b;
 
 	*dirty = 0;
-	if (!reserve(3))
+	if (!blocks_reserve(3))
 		return 0;
 	decay();
-	b = spare <= PTRDIFF_MAX - len ? best_free(len + spare) : NULL;
+	b = spare <= PTRDIFF_MAX - len ? block_fitting(len + spare) : NULL;
 	if (b)
 		b = carve(b, (b->start + spare) & ~(align - 1), len);
 	if (b)
@@ -502,14 +279,9 @@ uintptr_t block_new(size_t len, size_t align, size_t *dirty)
 
 struct block *block_at(const void *p)
 {
-	struct block *b = first_behind((uintptr_t)p);
+	struct block *b = block_behind((uintptr_t)p);
 
 	return b && b->start == (uintptr_t)p && !b->free ? b : NULL;
-}
-
-size_t block_length(const struct block *b)
-{
-	return length(b);
 }
 
 /* ---- changing ---------------------------------------------------------------------------------------------- */
@@ -519,10 +291,10 @@ static bool shrink(struct block *b, size_t len)
 {
 	uintptr_t cut = b->start + len, end = b->end;
 
-	if (b->alone || !reserve(1) || !is_plain(cut, end) || has_segments(cut, end))
+	if (b->alone || !blocks_reserve(1) || !is_plain(cut, end) || has_segments(cut, end))
 		return false;
-	place(b, b->start, cut);
-	block_free(insert(cut, end, false));
+	block_place(b, b->start, cut);
+	block_free(block_insert(cut, end, false));
 	return true;
 }
 
@@ -530,16 +302,16 @@ static bool shrink(struct block *b, size_t len)
  * little. */
 static bool extend(struct block *b, size_t len)
 {
-	struct block *after = first_behind(b->end);
+	struct block *after = block_behind(b->end);
 	uintptr_t start = b->start, end = b->end, want = start + len, have = end;
 
-	if (b->alone || !is_plain(start, end) || !reserve(1))
+	if (b->alone || !is_plain(start, end) || !blocks_reserve(1))
 		return false;
 	if (after && after->free && after->start == end)
 		have = after->end;
 	else
 		after = NULL;
-	if (have < want && (have != heap_end || len > mmap_threshold))
+	if (have < want && (have != blocks.heap_end || len > mmap_threshold))
 		return false;
 	if (after && !make_anonymous(after->start, min_addr(have, want)))
 		return false;
@@ -549,17 +321,17 @@ static bool extend(struct block *b, size_t len)
 		note(have, want);
 	}
 	if (after)
-		forget(after);
-	place(b, start, want);
+		block_remove(after);
+	block_place(b, start, want);
 	if (have > want)
-		retire(insert(want, have, false), 0);
+		block_retire(block_insert(want, have, false), 0);
 	return true;
 }
 
 uintptr_t block_resize(struct block *b, size_t len)
 {
 	uintptr_t start = b->start;
-	size_t old = length(b);
+	size_t old = block_length(b);
 	void *moved;
 
 	if (len == old || (len < old ? shrink(b, len) : extend(b, len)))
@@ -567,10 +339,10 @@ uintptr_t block_resize(struct block *b, size_t len)
 	moved = remap(start, old, len, MREMAP_MAYMOVE, 0);
 	if (moved == MAP_FAILED)
 		return 0;
-	if (b->end == heap_end && !b->alone)
-		heap_end = start;
+	if (b->end == blocks.heap_end && !b->alone)
+		blocks.heap_end = start;
 	b->alone |= len > mmap_threshold; /* as if it were allocated now */
-	place(b, (uintptr_t)moved, (uintptr_t)moved + len);
+	block_place(b, (uintptr_t)moved, (uintptr_t)moved + len);
 	return (uintptr_t)moved;
 }
 
