@@ -296,6 +296,8 @@ class Server:
             raise AddressSpaceGone(f"process {caller.pid} may not join: its user sent what no agent sends")
         try:
             who = identify(caller.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            raise ConnectionResetError(errno.ECONNRESET, ENDED) from None  # no news
         except OSError as e:
             raise AddressSpaceGone(f"process {caller.pid} may not join: it cannot be seen who it is: {e}") from e
         if set(who.uids) != {caller.uid}:
