@@ -13,6 +13,9 @@
 
 #define VPN_MAX (UINTPTR_MAX >> PAGE_SHIFT)
 
+/* The view counts for the limits. What the application takes meanwhile must not be refused for it. */
+#define ROOM_TO_LIMIT (64UL << 20)
+
 #define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
 
 #define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
@@ -28,7 +31,7 @@ static bool map_view(struct segment *s, uint64_t start, uint64_t end)
 {
 	volatile uint8_t *last = (volatile uint8_t *)kernel.view + (end - start - 1) * PAGE_SIZE;
 
-	if (!kernel.view || (s->limited && !limits_leave(2 * VIEW_SPACE)))
+	if (!kernel.view || (s->limited && !limits_leave(ROOM_TO_LIMIT)))
 		return false;
 	s->charged = mappings_charged();
 	if (real.mmap((void *)kernel.view, (end - start + 1) * PAGE_SIZE, PROT_READ | PROT_WRITE,
