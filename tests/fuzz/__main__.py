@@ -8,7 +8,7 @@ import argparse
 import subprocess
 import sys
 
-FUZZERS = {"tests.fuzz.model": 0.8, "tests.fuzz.service": 0.2}
+FUZZERS = {"tests.fuzz.model": 0.6, "tests.fuzz.agent": 0.2, "tests.fuzz.service": 0.2}
 """What each is of the time."""
 
 

@@ -178,14 +178,14 @@ class Fuzzer:
             try:
                 said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                found += f"it hangs:\n{_stacks(process.pid)}"
-                _kill(process)
+                found += f"it hangs:\n{stacks(process.pid)}"
+                kill(process)
                 said, _ = process.communicate()
             if process.returncode:
                 found += f"status {process.returncode}\n{said}"
             else:
                 self._count(said)
-            _kill(process)
+            kill(process)
         if found:
             self._tally.findings.append(f"{a}\n{found}")
         return found
@@ -199,12 +199,12 @@ class Fuzzer:
         self._tally.calls += sum(counts.values())
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def kill(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _stacks(pid: int) -> str:
+def stacks(pid: int) -> str:
     """Where the threads of the process and its children are."""
     with contextlib.suppress(OSError):
         gdb = ["gdb", "-q", "-batch", "-p", str(pid), "-ex", "thread apply all bt 12"]
@@ -286,8 +286,8 @@ def main() -> int:
     args = parser.parse_args()
     tally = Tally()
     under = [args.under] if args.under else UNDER
-    ends = time.monotonic() + args.seconds
     with fuzzer(tally, under) as it:
+        ends = time.monotonic() + args.seconds
         seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 31)
         for a in random_rounds(seed, [args.mode] if args.mode else list(MODES), under):
             a = Round(a.mode, a.seed, args.steps or a.steps, a.under)

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * model --mode NAME --seed N --steps M [--record PREFIX | --compare PREFIX] [--lenient] [--naps] [--stealthy]
- *       [--only FILE] [--trace PAGE]
+ *       [--only FILE] [--trace PAGE] [--seconds S]
  *
  * --record writes what each call returned to PREFIX.*, --compare wants the same. --lenient: mremap may return something
  * else. --naps: stands still now and then, so that there is something to merge. --stealthy: some calls by way of
- * syscall(2). --only: the steps whose numbers are in FILE, and no others. --trace: tells what becomes of one page. Exit status 0; 1 after the first finding.
+ * syscall(2). --only: the steps whose numbers are in FILE, and no others. --trace: tells what becomes of one page.
+ * --seconds: no more steps after so many. Exit status 0; 1 after the first finding.
  */
 #include "model.h"
 
@@ -44,6 +45,8 @@ static const struct mode modes[] = {
 	{"many", ARENA_PAGES, 24, 12000, 96UL << 10, 2048UL << 20, 1, 8000, true, {PAGE_OPS, HEAP_OPS, [NAP] = 1}},
 	{"big", 16384, 8192, 8, 48UL << 20, 128UL << 20, 1, 100, false, {PAGE_OPS, HEAP_OPS, [FORK] = 1, [NAP] = 4}},
 	{"threads", 1024, 64, 64, 1UL << 20, 16UL << 20, 4, 400, false, {PAGE_OPS, HEAP_OPS, [FORK] = 1, [NAP] = 4}},
+	/* For whom the agent is to have time: see tests/fuzz/agent.py. */
+	{"calm", 1024, 64, 64, 1UL << 20, 16UL << 20, 2, 400, false, {PAGE_OPS, HEAP_OPS, [FORK] = 1, [NAP] = 100}},
 };
 
 _Atomic unsigned long counts[NR_OPS], stricter, laxer;
@@ -53,6 +56,7 @@ static struct block all_blocks[BLOCKS];
 static uint32_t logs[THREADS_MAX][LOG_MAX];
 static uint8_t *only; /* a bit a step, or NULL: all */
 static uint64_t nsteps;
+static time_t until; /* 0: for ever */
 static size_t traced = SIZE_MAX; /* a page of the arena */
 
 uint64_t draw(struct fuzz *f)
@@ -344,7 +348,7 @@ static void trace(const struct fuzz *f)
 
 static void run(struct fuzz *f, uint64_t first, uint64_t end)
 {
-	for (f->step = first; f->step < end; f->step++) {
+	for (f->step = first; f->step < end && (!until || time(NULL) < until); f->step++) {
 		if (only && !(only[f->step / 8] >> f->step % 8 & 1))
 			continue;
 		f->draws = 0;
@@ -480,6 +484,8 @@ static void parse(int argc, char **argv, struct fuzz *base, const char **only_pa
 			nsteps = strtoull(v, NULL, 0);
 		else if (!strcmp(a, "--only") && ++i)
 			*only_path = v;
+		else if (!strcmp(a, "--seconds") && ++i)
+			until = time(NULL) + strtol(v, NULL, 0);
 		else if (!strcmp(a, "--trace") && ++i)
 			traced = strtoull(v, NULL, 0);
 		else if (!strcmp(a, "--record") && ++i)
