@@ -273,6 +273,21 @@ def test_descriptors_that_block_whoever_closes_them_hold_up_nobody_else(folder: 
             os.waitpid(hostile, 0)
 
 
+def test_no_thread_waits_for_descriptors_that_came_with_what_is_said_first(folder: Path) -> None:
+    with daemon(folder, {}) as served:
+        hostile = []
+        for first in (b'{"op": "stats"}', b"no packet"):
+            for _ in range(12):  # of one user, for whom there are 16 threads
+                fd = lingering()
+                hostile.append(connect(served.path))
+                socket.send_fds(hostile[-1], [first], [fd])
+                os.close(fd)
+        time.sleep(0.5)
+        with Client(served.path, timeout=5) as client:
+            assert client.ask("stats")["ok"]
+        until(lambda: all(map(hung_up, hostile)))
+
+
 def test_closing_a_socket_waits_for_nothing_that_was_left_in_it() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     fd = lingering()

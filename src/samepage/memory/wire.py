@@ -282,12 +282,17 @@ def recv(sock: socket.socket) -> Packet:
 
 
 def recv_plain(sock: socket.socket) -> Packet:
-    """As `recv`, from whom no descriptor is due. One that comes all the same is left in the socket: whoever takes it
-    out may have to wait until it is closed (SO_LINGER), and so may whoever closes the socket."""
+    """As `recv`, from whom no descriptor is due (see `recv_plain_bytes`)."""
+    return decode(recv_plain_bytes(sock))
+
+
+def recv_plain_bytes(sock: socket.socket) -> bytes:
+    """One packet as it came, from whom no descriptor is due. One that comes all the same is left in the socket: whoever
+    takes it out may have to wait until it is closed (SO_LINGER), and so may whoever closes the socket."""
     flags = sock.recvmsg(1, 0, socket.MSG_PEEK)[2]
     if flags & socket.MSG_CTRUNC:
         raise Doubtful("a descriptor that nobody asked for")
-    return decode(_take_out(sock))
+    return _take_out(sock)
 
 
 def recv_memfd(sock: socket.socket) -> Packet:

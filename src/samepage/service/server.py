@@ -242,13 +242,12 @@ class Server:
             if connection.who is not None:
                 self._join(connection, connection.who)
                 return  # the socket is not ours any more
-            data = sock.recv(wire.MSG_MAX + 1)  # and whatever descriptor rides on it is dropped
+            data = wire.recv_plain_bytes(sock)
             if data.startswith(b"{"):
                 control.handle(sock, data, caller, self._scanner, self._owner)
-                stays = True
-            elif data:
+            else:
                 self._greet(connection, wire.decode(data))
-                stays = True
+            stays = True
         except (AddressSpaceGone, wire.WireError) as e:
             if not isinstance(e.__cause__, ConnectionError):  # to end, or to exec, in the middle of it is no news
                 why = e.strerror or str(e) if isinstance(e, OSError) else f"process {caller.pid} did not join: {e}"
