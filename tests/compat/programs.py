@@ -110,7 +110,7 @@ class Runs:
         works = [self._prepared(program, directory / str(copy)) for copy in range(1, copies + 1)]
         command = ["sh", "-c", AT_ONCE, "at-once", program.command, *(work.name for work in works)]
         done, report = self._samepage(program, options, command, directory, directory)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
         statuses = [int(line) for line in done.stdout.split()]
         outcomes = [
             _outcome(

@@ -258,7 +258,7 @@ for i in range(6):
 
 DUCKDB = """$PYTHON -c '
 import duckdb
-c = duckdb.connect()
+c = duckdb.connect(); c.execute("set enable_progress_bar = false")
 def show(q): print(c.execute(q).fetchall())
 c.execute("create table t as select i, md5(i::varchar) m, i % 1000 k from range(600000) r(i)")
 show("select count(*), max(m), bit_xor(hash(m)) from t")
