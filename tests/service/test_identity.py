@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samepage.memory import PAGE_SIZE
+from samepage.memory import PAGE_SIZE, AddressSpaceGone
+from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.identity import OWN_USERNS, identify, user_of
 from samepage.service.control import Client
 from tests.service import fake_agent
@@ -166,3 +167,21 @@ def test_the_identity_of_a_process_that_ended_is_an_error() -> None:
         identify(ended.pid)
     assert identify(os.getpid()).differs(identify(os.getppid())) != ""
     assert Path(f"/proc/{os.getpid()}/ns/user").stat().st_ino == OWN_USERNS
+
+
+def test_a_process_that_ends_has_not_changed_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells nobody the user namespace of a process that has just ended."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    ready = {"swap": 0, "tracking": 1, "zero_checksum": 0}
+    space = AgentAddressSpace(ours, child.pid, 0, "ended", ready, identify(child.pid))
+    try:
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        monkeypatch.setattr("samepage.memory.identity._userns", lambda folder: 0)
+        with pytest.raises(AddressSpaceGone) as gone:
+            space.verify()
+        assert gone.value.ended
+    finally:
+        child.wait()
+        theirs.close()

@@ -77,7 +77,7 @@ class MmSlot:
     def lose(self, why: Exception) -> None:
         """It went, or cannot be served any more."""
         if not self.gone:
-            self.gone, self.lost = True, _in_words(why)
+            self.gone, self.lost = True, in_words(why)
             self.astray = not (isinstance(why, AddressSpaceGone) and why.ended)
 
     @property
@@ -223,7 +223,7 @@ class MmSlot:
         self.pieces["npages"] = np.add.reduceat(both["npages"], first)
 
 
-def _in_words(why: Exception) -> str:
+def in_words(why: Exception) -> str:
     """AddressSpaceGone says why; any other exception is a mistake of ksmd's own."""
     if isinstance(why, AddressSpaceGone):
         return why.strerror or str(why)

@@ -214,6 +214,8 @@ class AgentAddressSpace:
         if self._identity is not None:
             try:
                 changed = self._identity.differs(identify(self._pid))
+                # The kernel tells nobody the namespace of a process that just ended.
+                changed = ENDED if changed and has_ended(self._pid) else changed
             except OSError:
                 changed = ENDED
             if changed:

@@ -16,7 +16,7 @@ from samepage import agent
 from samepage.ksmd import Ksmd, ProcessRow, UnmergeFailed
 from samepage.ksmd.ksmd import headroom, hold
 from samepage.ksmd.merge import Concurrently
-from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.mm_slot import MmSlot, in_words
 from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import ENDED, AgentAddressSpace
@@ -111,7 +111,7 @@ class Scanner:
                 self._ksmd.do_scan()
                 self._tell_of_limits()
             except Exception as e:
-                log_once("a mistake of ksmd's own", f"ksmd: {e!r}")
+                log_once("a mistake of ksmd's own", f"ksmd: {in_words(e)}")
                 self._pause(AFTER_ERROR)
             self._hang_up_on_the_gone()
 
@@ -164,7 +164,7 @@ class Scanner:
         try:
             self._ksmd.exit(slot)
         except Exception as e:  # whoever accepts connections must not end with it
-            log_once("a mistake of ksmd's own", f"ksmd: {e!r}")
+            log_once("a mistake of ksmd's own", f"ksmd: {in_words(e)}")
 
     def counters(self, domain: int | None = None) -> dict[str, Any]:
         """ksmd's counters, by name. Of one domain: sums over its processes (`SUMMED`), and how many there are."""
