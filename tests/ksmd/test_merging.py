@@ -28,7 +28,7 @@ from samepage.memory import (
 )
 from samepage.memory import check as check_answer
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
-from tests.ksmd.simulation import BASE, check, new_ksmd, passes, process, processes
+from tests.ksmd.simulation import BASE, Clock, check, new_ksmd, passes, process, processes
 
 SAME = range(1, 51)
 
@@ -734,3 +734,21 @@ def test_where_segments_are_scarce_old_ones_are_retired_and_merging_goes_on(
 
 def check_books(ksmd: Ksmd) -> None:
     assert [books.problems(domain) for domain in ksmd._domains.values()] == [[]]
+
+
+def test_a_domain_whose_processes_all_turn_out_to_have_ended_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verify(space: SimulatedAddressSpace) -> None:
+        raise AddressSpaceGone("it ended", ended=True)
+
+    clock = Clock()
+    ksmd = new_ksmd(clock)
+    machine = SimulatedMachine()
+    processes(machine, ksmd, [5, 6, 7, 8], [5, 6, 7, 8])
+    while not any(domain.candidates for domain in ksmd._domains.values()):
+        clock.now += ksmd.next_wait()
+        ksmd.do_scan()
+    monkeypatch.setattr(SimulatedAddressSpace, "verify", verify)
+    clock.now += 60.0
+    for _ in range(5):
+        ksmd.do_scan()
+    assert ksmd.rows() == ()

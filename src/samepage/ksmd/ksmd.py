@@ -230,6 +230,8 @@ class Ksmd:
             if domain.candidates and not domain.patience.is_spent:
                 self._keep_room_for_segments()
                 self._verify(domain)
+                if not domain.slots:  # they all went: there is no such domain any more
+                    continue
                 refs = domain.next_candidates()
                 self._pass_changed |= bool(len(refs))
                 self._allow()
