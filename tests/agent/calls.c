@@ -440,6 +440,16 @@ static void growing_locked(void)
 	DO(mremap, base, 10 * PAGE, 12 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, base + 32 * PAGE);
 	DO(madvise, base + 42 * PAGE, 2 * PAGE, MADV_DONTNEED);
 	show("grown", base + 32 * PAGE, 12);
+
+	/* Unlocked as far as there is anything. */
+	region(8);
+	memset(base + PAGE, 1, PAGE);
+	DO(mlock, base, 8 * PAGE);
+	hole(4, 1);
+	DO(munlock, base, 8 * PAGE);
+	DO(madvise, base, 4 * PAGE, MADV_DONTNEED);
+	DO(madvise, base + 5 * PAGE, 3 * PAGE, MADV_DONTNEED);
+	show("discarded", base, 8);
 }
 
 static void wiping(void)

@@ -289,6 +289,22 @@ void all_unlocked(void)
 	lock_future = false;
 }
 
+void learn_locks(uintptr_t start, uintptr_t end)
+{
+	int err = errno, maps = area_overlaps(start, end) ? maps_open() : -1;
+	struct vma v;
+
+	for (uintptr_t at = start; maps >= 0 && at < end && vma_find(maps, at, &v) && v.start < end; at = v.end)
+		/* Which takes all memory but what is locked; before 5.4 none, and the stricter reading is as well. */
+		if (real.madvise((void *)v.start, v.end - v.start, MADV_COLD) && errno == EINVAL)
+			area_change(v.start, v.end, AREA_LOCKED, 0, -1);
+		else
+			mark_unlocked(v.start, v.end);
+	if (maps >= 0)
+		maps_close(maps);
+	errno = err;
+}
+
 static int real_mlock(const void *addr, size_t len, unsigned flags, bool second)
 {
 	return second ? (int)real.syscall(SYS_mlock2, addr, len, flags) : real.mlock(addr, len);
@@ -307,17 +323,17 @@ int sp_mlock(const void *addr, size_t len, unsigned flags, bool second)
 		return -1;
 	mmap_lock(&saved);
 	ret = real_mlock(addr, len, flags, second);
-	/* A call that failed with ENOMEM or EAGAIN may have locked a part. */
 	if (!ret)
 		mark_locked(start, end);
-	else if (errno == ENOMEM || errno == EAGAIN)
-		area_change(start, end, AREA_LOCKED, 0, -1);
+	else
+		learn_locks(start, end);
 	mmap_unlock(&saved);
 	return ret;
 }
 
 int sp_munlock(const void *addr, size_t len)
 {
+	uintptr_t start = PAGE_ALIGN_DOWN(addr), end = PAGE_ALIGN_UP((uintptr_t)addr + len);
 	sigset_t saved;
 	int ret;
 
@@ -326,7 +342,9 @@ int sp_munlock(const void *addr, size_t len)
 	mmap_lock(&saved);
 	ret = real.munlock(addr, len);
 	if (!ret)
-		mark_unlocked(PAGE_ALIGN_DOWN(addr), PAGE_ALIGN_UP((uintptr_t)addr + len));
+		mark_unlocked(start, end);
+	else
+		learn_locks(start, end);
 	mmap_unlock(&saved);
 	return ret;
 }

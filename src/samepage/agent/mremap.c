@@ -304,6 +304,8 @@ void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new
 	p = remap(start, old_len, new_len, flags, (uintptr_t)new_addr);
 	if (p != MAP_FAILED) {
 		to = (uintptr_t)p;
+		if (flags & MREMAP_DONTUNMAP) /* unlocks all of a mapping of which a part is moved (6.18) */
+			learn_locks(start, PAGE_ALIGN_UP(start + old_len));
 		blocks_forget(start, PAGE_ALIGN_UP(start + old_len));
 		blocks_forget(to, PAGE_ALIGN_UP(to + new_len));
 	}

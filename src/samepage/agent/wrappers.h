@@ -121,6 +121,9 @@ void all_unlocked(void); /* by munlockall(), or in a forked child */
 
 /* ---- maps.c ---- */
 
+/* After a call that failed, maybe half-way (of several mappings, mlock(2) and munlock(2) may stop without a reason, Linux
+ * 6.18), or that unlocked more than it was asked to: learns which of the mappings in the range are locked. Keeps errno. */
+void learn_locks(uintptr_t start, uintptr_t end);
 int maps_open(void); /* /proc/self/maps, or -1; no cancellation point, unlike open(2). Needs the lock. */
 void maps_close(int file);
 int vma_prot(const struct vma *v);

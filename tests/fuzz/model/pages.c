@@ -114,6 +114,7 @@ void op_lock(struct fuzz *f)
 	struct range r = pick(f);
 	size_t len = length_of(f, r), hole = first_hole(f, r);
 	unsigned way = draw(f) % 8;
+	bool locks = way < 3 || (way < 4 && f->stealthy);
 	int ret;
 
 	if (way < 2)
@@ -129,11 +130,14 @@ void op_lock(struct fuzz *f)
 		finding(f, page_at(f, hole), "mlock of nothing");
 	if (ret && errno != ENOMEM)
 		return;
-	for (size_t i = r.first; i < hole; i++)
-		if (way < 3 || (way < 4 && f->stealthy))
-			f->page[i].flags |= LOCKED;
-		else
-			f->page[i].flags &= ~LOCKED;
+	for (size_t i = r.first; i < hole; i++) {
+		/* Of several mappings it may fail half-way without a reason (6.18): again, so that it is known how far. */
+		if (ret && locks)
+			mlock(page_at(f, i), PAGE);
+		else if (ret)
+			munlock(page_at(f, i), PAGE);
+		f->page[i].flags = (uint8_t)(locks ? f->page[i].flags | LOCKED : f->page[i].flags & ~LOCKED);
+	}
 	verify(f, with_neighbours(f, r));
 }
 

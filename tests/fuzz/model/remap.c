@@ -80,7 +80,10 @@ static void unlock_around(struct fuzz *f, struct range r)
 		r.end++;
 	for (size_t i = r.first; i < r.end; i++)
 		f->page[i].flags &= ~LOCKED;
-	munlock(page_at(f, r.first), (r.end - r.first) * PAGE);
+	/* Of several mappings it may fail half-way without a reason (6.18). */
+	if (munlock(page_at(f, r.first), (r.end - r.first) * PAGE))
+		for (size_t i = r.first; i < r.end; i++)
+			munlock(page_at(f, i), PAGE);
 }
 
 /* A range somewhere else in the arena. */

@@ -82,8 +82,22 @@ void verify_page_as(const struct fuzz *f, const struct page *s, const void *at)
 				(size_t)(s - f->page), got[k], k == s->poke ? s->value : want[k], s->pattern, s->flags);
 }
 
+/* What the shadow says is mapped must be. */
+static void verify_mapped(const struct fuzz *f, struct range r)
+{
+	for (size_t i = r.first, end; i < r.end; i = end) {
+		bool mapped = f->page[i].flags & MAPPED;
+
+		for (end = i + 1; end < r.end && !(f->page[end].flags & MAPPED) == !mapped; end++)
+			;
+		if (mapped && msync(page_at(f, i), (end - i) * PAGE, MS_ASYNC))
+			finding(f, page_at(f, i), "not all of %zu pages is mapped", end - i);
+	}
+}
+
 void verify(const struct fuzz *f, struct range r)
 {
+	verify_mapped(f, r);
 	for (size_t i = r.first; i < r.end; i++)
 		if (readable(&f->page[i]))
 			verify_page_as(f, &f->page[i], page_at(f, i));
