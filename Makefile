@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SECONDS ?= 60
 
-.PHONY: run test test-long fuzz check bench bench-oom bench-scan build clean
+.PHONY: run test test-long test-sanitize fuzz check bench bench-oom bench-scan build clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -26,6 +26,10 @@ test: $(VENV)/installed $(VENV)/development
 # What takes minutes: ten of torture on each path, whole test suites of other programs.
 test-long: $(VENV)/installed $(VENV)/development
 	python -m pytest -m long
+
+# The agent, built so that what is undefined ends the process that does it, under its own suite and the fuzzers.
+test-sanitize: $(VENV)/installed $(VENV)/development
+	SAMEPAGE_SANITIZE=undefined python -m pytest tests/agent tests/fuzz
 
 # Random calls and lies, from new seeds, for so many seconds.
 fuzz: $(VENV)/installed $(VENV)/development

@@ -15,6 +15,18 @@ SOURCES = ROOT / "src" / "samepage" / "agent"
 WARNINGS = ["-O2", "-Wall", "-Wextra", "-Werror"]
 
 
+SANITIZERS = {
+    "": [],
+    "undefined": [
+        "-g",
+        "-fsanitize=undefined,float-divide-by-zero,float-cast-overflow",
+        "-fsanitize-undefined-trap-on-error",
+        "-Wno-builtin-declaration-mismatch",  # sanitizer.c declares what gcc then knows
+    ],
+}
+"""How `$SAMEPAGE_SANITIZE` has the agent built. What is undefined ends the process by SIGILL: no runtime is there."""
+
+
 def compile_c(source: Path, program: Path, *flags: str, compiler: str = "gcc", standard: str = "gnu11") -> Path:
     """Compile one file; returns `program`."""
     subprocess.run([compiler, f"-std={standard}", *WARNINGS, str(source), "-o", str(program), *flags], check=True)
@@ -25,7 +37,12 @@ def build_agent(directory: Path, *more: str) -> Path:
     """libsamepage.so in `directory`, with the flags of meson.build, and `more`."""
     library = directory / "libsamepage.so"
     flags = ["-fPIC", "-shared", "-fvisibility=hidden", "-fno-builtin-malloc", "-fno-builtin-calloc"]
-    flags += ["-ftls-model=initial-exec", "-Wl,-z,now", "-pthread"]
+    flags += [
+        "-ftls-model=initial-exec",
+        "-Wl,-z,now",
+        "-pthread",
+        *SANITIZERS[os.environ.get("SAMEPAGE_SANITIZE", "")],
+    ]
     sources = sorted(str(path) for path in SOURCES.glob("*.c"))
     subprocess.run(["gcc", "-std=gnu11", *WARNINGS, *flags, *more, *sources, "-o", str(library)], check=True)
     return library
