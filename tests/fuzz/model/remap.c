@@ -183,7 +183,7 @@ void op_remap(struct fuzz *f)
 			munmap(p, m.new_len * PAGE);
 		set_right(f, &m);
 	}
-	if (m.flags & MREMAP_DONTUNMAP && (want == 0 || want == OTHER_PLACE))
+	if (m.flags & MREMAP_DONTUNMAP) /* whatever became of it, here or there */
 		unlock_around(f, m.from);
 	verify(f, m.from);
 	verify(f, m.to);
