@@ -364,12 +364,43 @@ static void leaderless(void)
 	pthread_exit(NULL);
 }
 
+/* Every signal that a program can block and wait for comes from another process, and is there. */
+static void waits_for_signals(void)
+{
+	const struct timespec moment = {.tv_nsec = 300000000};
+	int lost = 0;
+	sigset_t all;
+
+	sigfillset(&all);
+	sigprocmask(SIG_BLOCK, &all, NULL);
+	begin();
+	for (int i = 1; i <= SIGRTMAX; i++) {
+		sigset_t one;
+		pid_t child;
+
+		sigemptyset(&one);
+		if (i == SIGKILL || i == SIGSTOP || i == SIGCHLD || (i > SIGSYS && i < SIGRTMIN) || sigaddset(&one, i))
+			continue;
+		child = fork();
+		if (!child) {
+			kill(getppid(), i);
+			_exit(0);
+		}
+		waitpid(child, NULL, 0);
+		nap(5);
+		lost += sigtimedwait(&one, NULL, &moment) != i;
+	}
+	printf("lost %d\n", lost);
+}
+
 int main(int argc, char **argv)
 {
 	const char *how = argc > 1 ? argv[1] : "";
 
 	if (!strcmp(how, "silent-service"))
 		silent_service();
+	if (!strcmp(how, "waits-for-signals"))
+		waits_for_signals();
 	if (!strcmp(how, "as-nobody"))
 		as_nobody();
 	if (!strcmp(how, "inline-exit"))

@@ -103,6 +103,10 @@ def test_calls_survive_the_end_of_the_thread_they_were_for(preload: Preload, sta
     assert preload.run([start, "calls-and-ends"], merged=True) == "calls 1\n"
 
 
+def test_it_takes_no_signal_from_a_program_that_waits_for_it(preload: Preload, start: str) -> None:
+    assert preload.run([start, "waits-for-signals"], merged=True) == "lost 0\n"
+
+
 def test_a_process_whose_main_thread_ended_is_served_as_before(preload: Preload, start: str) -> None:
     lines = ["mprotect -1", "discard 0 leaves 0", "unmerge 0", "whole 1"]
     assert preload.run([start, "leaderless"], merged=True).splitlines() == lines

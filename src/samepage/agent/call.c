@@ -14,7 +14,9 @@
 #include <string.h>
 #include <unistd.h>
 
-#define WAKE_SIGNAL SIGSTKFLT /* nothing sends it: x87 exceptions have other signals */
+/* SIGSETXID, libc's own: no program can wait for it. A signalfd reads what was sent to the process as well as to its thread,
+ * so of any other signal it would take away what a program that has blocked it everywhere waits for. */
+#define WAKE_SIGNAL 33
 #define LEADER_CHECK_MS 1000
 
 enum { FREE, POSTED, TAKEN, DONE_CALL };
