@@ -29,7 +29,7 @@
  *
  * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c and block_set.c (its large blocks), mmap.c, mremap.c, madvise.c,
- * attach.c, fork.c (processes and threads), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
+ * attach.c, fork.c (processes and threads), exits.c (what the kernel writes when one ends), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
  * all that); uffd.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
  * hash), donate.c, merge.c and swap.c (donate and merge), break.c (unmerge), restore.c (islands become memory like any
  * other), headroom.c and memcg.c (is there memory?); thread.c, call.c, peer.c, wire.c, serve.c and api.c (peer.h: the

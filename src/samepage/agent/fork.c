@@ -173,6 +173,8 @@ SP_EXPORT int clone(int (*fn)(void *), void *stack, int flags, void *arg, ...)
 	child_tid = va_arg(args, void *);
 	va_end(args);
 	need_real();
+	if (flags & CLONE_VM && flags & CLONE_CHILD_CLEARTID)
+		left_in_place(child_tid, sizeof(pid_t));
 	if (flags & CLONE_VM || !fn || !stack) /* shares our memory; or is refused */
 		return real.clone(fn, stack, flags, arg, parent_tid, tls, child_tid);
 	lock_for_fork(&start.saved);

@@ -143,6 +143,9 @@ static void look_up(void)
 		{&next.setfsuid, "setfsuid"},
 		{&next.setfsgid, "setfsgid"},
 		{&next.capset, "capset"},
+		{&next.pthread_mutex_init, "pthread_mutex_init"},
+		{&next.pthread_mutexattr_getrobust, "pthread_mutexattr_getrobust"},
+		{&next.pthread_attr_setstack, "pthread_attr_setstack"},
 	};
 
 	for (size_t i = 0; i < sizeof(symbols) / sizeof(symbols[0]); i++)
@@ -336,6 +339,9 @@ SP_EXPORT long syscall(long number, ...)
 		return sp_unshare((int)a[0]);
 	case SYS_setns:
 		return sp_setns((int)a[0], (int)a[1]);
+	case SYS_set_tid_address:
+		left_in_place((void *)a[0], sizeof(pid_t));
+		break;
 	case SYS_exit:
 		leader_exits();
 		break;

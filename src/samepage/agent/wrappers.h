@@ -10,6 +10,8 @@
 
 #include "agent.h"
 
+#include <pthread.h>
+
 /* Newer than the headers of Debian 12 (6.1), or absent from old ones. */
 #ifndef MADV_DONTNEED_LOCKED
 #define MADV_DONTNEED_LOCKED 24 /* 5.18 */
@@ -55,6 +57,9 @@ extern struct next {
 	int (*setfsuid)(uid_t);
 	int (*setfsgid)(gid_t);
 	int (*capset)(void *, void *);
+	int (*pthread_mutex_init)(pthread_mutex_t *, const pthread_mutexattr_t *);
+	int (*pthread_mutexattr_getrobust)(const pthread_mutexattr_t *, int *);
+	int (*pthread_attr_setstack)(pthread_attr_t *, void *, size_t);
 } next;
 
 static inline void need_real(void)
@@ -171,6 +176,11 @@ uint32_t ms_since_fork(void);		       /* UINT32_MAX: there was none, or long ago
 int sp_unshare(int flags);
 int sp_setns(int fd, int type);
 void leader_exits(void); /* if the calling thread is the one that leads: by the bare system call */
+
+/* ---- exits.c ---- */
+
+/* The kernel writes there when a thread ends: it is left where it is. */
+void left_in_place(const void *p, size_t len);
 
 /* ---- identity.c ---- */
 

@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Threads that end while they hold robust mutexes, one a page of a block that is being merged: of each that was held it is told
+ * that its owner died. And threads on stacks from such a block: each is joined.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE 4096UL
+#define MUTEXES 1024
+#define STACK (4 * PAGE)
+#define STACKS 256
+#define SECONDS 4
+
+static unsigned char *block;
+static time_t end;
+
+static void begin(size_t len)
+{
+	block = aligned_alloc(PAGE, len);
+	memset(block, 'x', len);
+	madvise(block, len, MADV_NOHUGEPAGE);
+	madvise(block, len, MADV_MERGEABLE);
+	end = time(NULL) + SECONDS;
+}
+
+static void say(void)
+{
+	printf("%lu\n", (unsigned long)block);
+	fflush(stdout);
+}
+
+static pthread_mutex_t *mutex(int i)
+{
+	return (pthread_mutex_t *)(block + i * PAGE);
+}
+
+static void *hold_all(void *arg)
+{
+	for (int i = 0; i < MUTEXES; i++)
+		pthread_mutex_lock(mutex(i));
+	return arg;
+}
+
+static int told(void)
+{
+	int n = 0;
+
+	for (int i = 0; i < MUTEXES; i++) {
+		n += pthread_mutex_trylock(mutex(i)) == EOWNERDEAD;
+		pthread_mutex_consistent(mutex(i));
+		pthread_mutex_unlock(mutex(i));
+	}
+	return n;
+}
+
+static void mutexes(void)
+{
+	pthread_mutexattr_t attr;
+	int wrong = 0;
+
+	begin(MUTEXES * PAGE);
+	pthread_mutexattr_init(&attr);
+	pthread_mutexattr_setrobust(&attr, PTHREAD_MUTEX_ROBUST);
+	for (int i = 0; i < MUTEXES; i++)
+		pthread_mutex_init(mutex(i), &attr);
+	say();
+	while (time(NULL) < end && !wrong) {
+		pthread_t thread;
+
+		pthread_create(&thread, NULL, hold_all, NULL);
+		pthread_join(thread, NULL);
+		wrong = MUTEXES - told();
+	}
+	printf("not told of %d\n", wrong);
+	fflush(stdout);
+	pause();
+}
+
+static void *nothing(void *arg)
+{
+	return arg;
+}
+
+static void stacks(void)
+{
+	int left = 0;
+
+	begin(STACKS * STACK);
+	say();
+	for (int i = 0; time(NULL) < end && !left; i++) {
+		struct timespec patience;
+		pthread_attr_t attr;
+		pthread_t thread;
+
+		pthread_attr_init(&attr);
+		pthread_attr_setstack(&attr, block + i % STACKS * STACK, STACK);
+		pthread_create(&thread, &attr, nothing, NULL);
+		clock_gettime(CLOCK_REALTIME, &patience);
+		patience.tv_sec += 5;
+		left += pthread_timedjoin_np(thread, NULL, &patience) != 0;
+	}
+	printf("not joined %d\n", left);
+	fflush(stdout);
+	pause();
+}
+
+int main(int argc, char **argv)
+{
+	if (argc > 1 && !strcmp(argv[1], "mutexes"))
+		mutexes();
+	if (argc > 1 && !strcmp(argv[1], "stacks"))
+		stacks();
+	return 0;
+}
