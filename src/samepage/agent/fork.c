@@ -18,7 +18,7 @@
 static sigset_t fork_mask;
 static _Atomic int64_t fork_ms; /* when the last fork was, 0: never */
 
-static int64_t now_ms(void)
+int64_t now_ms(void)
 {
 	struct timespec t;
 

@@ -4,6 +4,7 @@
  * went and came back. Its descriptors live in a file table of its own (see agent.h).
  */
 #include "peer.h"
+#include "wrappers.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -16,9 +17,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#define REJOIN_MS 200	 /* between two attempts to join */
-#define SERVED_MS 1000	 /* how long nobody may ask before it is looked round */
-#define FORK_DELAY_MS 50 /* most forked children exec at once, and are not worth a connection */
+#define REJOIN_MS 200	   /* between two attempts to join; from one refusal to the next twice as long, */
+#define REJOIN_MAX_MS 3200 /* up to this */
+#define SERVED_MS 1000	   /* how long nobody may ask before it is looked round */
+#define FORK_DELAY_MS 50   /* most forked children exec at once, and are not worth a connection */
 
 struct sp_welcome settings = {.section = 64, .reserve = 16 << 20};
 struct peer peer = {.attached = -1, .sock = -1};
@@ -124,6 +126,28 @@ static void disconnect(void)
 	peer.sock = -1;
 }
 
+/* The clock's time of the next attempt to join, and how long after that the one after it is. */
+static struct {
+	int64_t at;
+	int after;
+} next_try;
+
+/* Connects, if it is time to. Returns how many ms may pass until there is something to do here. */
+static int stay_connected(void)
+{
+	int64_t now = now_ms();
+
+	if (peer.sock < 0 && now >= next_try.at) {
+		if (!connect_service()) {
+			disconnect();
+			next_try.after = REJOIN_MS; /* nobody is there: whoever comes is noticed soon */
+		}
+		next_try.at = now + next_try.after;
+		next_try.after = next_try.after < REJOIN_MAX_MS ? 2 * next_try.after : REJOIN_MAX_MS;
+	}
+	return peer.sock >= 0 ? SERVED_MS : (int)(next_try.at - now);
+}
+
 /* ---- the thread -------------------------------------------------------------------------------------- */
 
 /* A file table of this thread's own: empty but for an attached socket. */
@@ -142,6 +166,17 @@ static bool isolate(void)
 	return !chdir("/") && calls_open();
 }
 
+/* There is something to receive. False: the connection is of no more use. */
+static bool attend(void)
+{
+	if (!atomic_load(&peer.joined))
+		return finish_handshake();
+	if (!serve())
+		return false;
+	next_try.after = REJOIN_MS; /* it was not refused */
+	return true;
+}
+
 void peer_main(void)
 {
 	thread_settle();
@@ -152,13 +187,12 @@ void peer_main(void)
 	}
 	if (thread.delay)
 		wait_for(-1, 0, FORK_DELAY_MS);
+	next_try.at = 0;
+	next_try.after = REJOIN_MS;
 	while (!atomic_load(&thread.stop)) {
-		short came;
+		int wait_ms = stay_connected();
 
-		if (peer.sock < 0 && !connect_service())
-			disconnect();
-		came = wait_for(peer.sock, POLLIN, peer.sock >= 0 ? SERVED_MS : REJOIN_MS);
-		if (came && !(atomic_load(&peer.joined) ? serve() : finish_handshake()))
+		if (wait_for(peer.sock, POLLIN, wait_ms) && !attend())
 			disconnect();
 		check_windows();
 	}

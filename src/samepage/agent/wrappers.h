@@ -172,6 +172,7 @@ void forked_unseen(void);
 /* A system call by which the process forks and the child goes on where its parent is. */
 bool is_plain_fork(long number, const long *arg);
 long plain_fork(long number, const long *arg); /* number -1: _Fork() */
+int64_t now_ms(void);			       /* of CLOCK_MONOTONIC */
 uint32_t ms_since_fork(void);		       /* UINT32_MAX: there was none, or long ago */
 int sp_unshare(int flags);
 int sp_setns(int fd, int type);
