@@ -339,11 +339,21 @@ static void look_and_discard(void)
 	show("child's", base, 8);
 }
 
+/* Read-only, and before an agent could have joined. */
+static void unmerge_in_child(void)
+{
+	DO(madvise, base, 8 * PAGE, MADV_UNMERGEABLE);
+	show("child's", base, 8);
+}
+
 static void forking(void)
 {
 	region(8);
 	child(look_and_discard);
 	show("parent's", base, 8);
+	mprotect(base, 8 * PAGE, PROT_READ);
+	child(unmerge_in_child);
+	mprotect(base, 8 * PAGE, RW);
 	DO(madvise, base, 4 * PAGE, MADV_DONTFORK);
 	child(look_and_discard);
 	DO(madvise, base, 4 * PAGE, MADV_DOFORK);

@@ -275,6 +275,9 @@ void area_readvise(const struct area *a, uintptr_t start, uintptr_t end)
 	for (size_t i = 0; i < sizeof(advices) / sizeof(advices[0]); i++)
 		if (a->flags & advices[i].flag)
 			real.madvise((void *)start, end - start, advices[i].advice);
+	/* mlockall(MCL_FUTURE) locks whatever is mapped; but what was unlocked since is not. */
+	if (area_new_flags() & ~a->flags & AREA_LOCKED)
+		real.munlock((void *)start, end - start);
 }
 
 /* How memory here is protected. */

@@ -21,6 +21,7 @@
  */
 #include "swap.h"
 
+#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -51,6 +52,21 @@ static int populate_write(uintptr_t start, uintptr_t len)
 		}
 	}
 	return 0;
+}
+
+/* The same for pages that may not be written, of which the kernel populates none: a byte of each is written over itself by
+ * way of /proc, which asks for no permission. Nobody else can write them meanwhile. 0 or an errno. */
+static int write_over(uintptr_t start, uintptr_t len)
+{
+	int mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC), err = mem < 0 ? EFAULT : 0;
+	char byte;
+
+	for (uintptr_t at = start; !err && at < start + len; at += PAGE_SIZE)
+		if (pread(mem, &byte, 1, (off_t)at) != 1 || real.syscall(SYS_pwrite64, mem, &byte, 1UL, at) != 1)
+			err = EFAULT;
+	if (mem >= 0)
+		close(mem);
+	return err;
 }
 
 /* Marks private copies in [start, end) as islands, but for those that are swapped out: under write-protection the kernel
@@ -292,7 +308,8 @@ static int break_in_place(uint64_t vpn, uint64_t end, struct sp_broken *out)
 		stop = vpn + n;
 		err = afford(n, out);
 		if (!err)
-			err = populate_write(vpn << PAGE_SHIFT, n * PAGE_SIZE);
+			err = (area_next(vpn << PAGE_SHIFT)->prot & PROT_WRITE ? populate_write : write_over)(
+				vpn << PAGE_SHIFT, n * PAGE_SIZE);
 		if (!err) {
 			page_set(PAGE_ISLAND, vpn, stop, true);
 			out->pages_unmerged += n;
