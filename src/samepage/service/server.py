@@ -258,7 +258,7 @@ class Server:
             if stays:
                 connection.ends, connection.heard = time.monotonic() + TIMEOUT, False
                 self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLONESHOT)
-            elif connection.fd in self._connections:
+            elif self._connections.get(connection.fd) is connection:  # else its number may be another's already
                 with contextlib.suppress(OSError):
                     self._epoll.unregister(connection.fd)
                 self._end(connection)
@@ -273,7 +273,8 @@ class Server:
 
     def _forget(self, connection: _Connection) -> None:
         with self._lock:
-            self._connections.pop(connection.fd, None)
+            if self._connections.get(connection.fd) is connection:
+                del self._connections[connection.fd]
 
     def _connected_less(self, user: int) -> None:
         with self._lock:
@@ -326,9 +327,9 @@ class Server:
             self._leave(fd)
         self._scanner.introduce(space.pid)
         with self._lock:
-            self._epoll.modify(connection.fd, select.EPOLLRDHUP)
             self._spaces[connection.fd] = space
             del self._connections[connection.fd]
+            self._epoll.modify(connection.fd, select.EPOLLRDHUP)
             self._scanner.enter(space)
             self.joined += 1
         self._connected_less(connection.caller.uid)
