@@ -364,6 +364,21 @@ static void leaderless(void)
 	pthread_exit(NULL);
 }
 
+/* What the agent has mapped for itself by then is the program's when that comes to its limit. */
+static void fills_its_limit(void)
+{
+	struct rlimit to = {400UL << 20, 400UL << 20};
+	int n = 0;
+
+	setrlimit(RLIMIT_AS, &to);
+	for (void *p; n < 400 && (p = malloc(1UL << 20)); n++) {
+		memset(p, 1, 1UL << 20);
+		if (n == 100)
+			nap(1000);
+	}
+	printf("all but little %d\n", n > 384);
+}
+
 /* Every signal that a program can block and wait for comes from another process, and is there. */
 static void waits_for_signals(void)
 {
@@ -399,6 +414,8 @@ int main(int argc, char **argv)
 
 	if (!strcmp(how, "silent-service"))
 		silent_service();
+	if (!strcmp(how, "fills-its-limit"))
+		fills_its_limit();
 	if (!strcmp(how, "waits-for-signals"))
 		waits_for_signals();
 	if (!strcmp(how, "as-nobody"))

@@ -103,6 +103,10 @@ def test_calls_survive_the_end_of_the_thread_they_were_for(preload: Preload, sta
     assert preload.run([start, "calls-and-ends"], merged=True) == "calls 1\n"
 
 
+def test_a_program_at_its_limit_gets_what_the_agent_has_mapped(preload: Preload, start: str) -> None:
+    assert preload.run([start, "fills-its-limit"], merged=True) == "all but little 1\n"
+
+
 def test_it_takes_no_signal_from_a_program_that_waits_for_it(preload: Preload, start: str) -> None:
     assert preload.run([start, "waits-for-signals"], merged=True) == "lost 0\n"
 

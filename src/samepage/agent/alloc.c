@@ -7,6 +7,7 @@
  * Where large blocks come from, and what becomes of them when they are free, is in blocks.c. They start on a page
  * boundary, and within bounds that only ever widen; so for nearly every small block free() costs two comparisons.
  */
+#include "peer.h"
 #include "wrappers.h"
 
 #include <malloc.h>
@@ -141,6 +142,11 @@ static bool relieve(void)
 	mmap_lock(&saved);
 	any = blocks_release();
 	mmap_unlock(&saved);
+	/* The windows count, too. What is merged stays merged. */
+	if (mappings_limited() && thread_is_here()) {
+		agent_retire();
+		any = true;
+	}
 	return any;
 }
 
