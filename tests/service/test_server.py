@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -334,3 +335,30 @@ def test_who_ends_in_the_middle_of_joining_is_no_news_but_who_talks_nonsense_is(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert f"version {wire.VERSION + 1}" in lines[0]
+
+
+def test_a_process_that_ends_as_it_joins_takes_no_connection_along_that_got_its_number(
+    path: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join = Server._join
+    met = threading.Event()
+
+    def join_and_dawdle(self: Server, connection: Any, who: Any) -> None:
+        join(self, connection, who)
+        until(lambda: self._connections.get(connection.fd) not in (None, connection))
+        met.set()
+
+    others = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(16)]
+    monkeypatch.setattr(Server, "_join", join_and_dawdle)
+    process = start()
+    until(lambda: bool(status(path)))
+    process.kill()
+    time.sleep(0.5)
+    for other in others:
+        other.connect(path)
+    assert met.wait(5)
+    for other in others:
+        other.settimeout(5)
+        other.send(b'{"op": "stats"}')
+        assert other.recv(1000).startswith(b'{"ok":true')
+        other.close()
