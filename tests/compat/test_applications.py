@@ -123,20 +123,22 @@ CHROMIUM = """timeout 90 chromium --headless --no-sandbox --disable-gpu --disabl
     --disable-background-networking --disable-component-update --disable-extensions --user-data-dir=$PWD/profile \
     --virtual-time-budget=20000 --dump-dom file://$PWD/page.html 2>log | grep -om1 'sum [0-9][0-9 ]*'"""
 
-AWAIT = """await() { n=0; until "$@" >/dev/null 2>&1; do sleep 0.1; n=$((n + 1)); [ $n -lt 600 ] || exit 98; done; }
+AWAIT = """await() { n=0; until "$@" >/dev/null 2>&1; do sleep 0.1; n=$((n + 1)); [ $n -lt 2000 ] || exit 98; done; }
 """
-"""A function of the shell's: waits, a minute at most, until a command succeeds."""
+"""A function of the shell's: waits, some minutes at most, until a command succeeds."""
 
 REDIS = (
     AWAIT
     + """redis-server --port 0 --unixsocket s --save '' --dir $PWD --enable-debug-command yes >log 2>&1 & pid=$!
+trap "kill $pid 2>/dev/null" EXIT
 c='redis-cli -s s'
 await $c get x
 $c debug populate 60000 key 700
 $PYTHON -c 'for i in range(300):
     print("SETRANGE big:%d 0 %s" % (i % 20, chr(65 + i % 3) * 9)); print("SETRANGE big:%d 2000000 x%d" % (i % 20, i))' |
     $c | tail -1
-$c bgsave; sleep 1
+$c bgsave
+await sh -c "$c info persistence | grep -q rdb_bgsave_in_progress:0"
 $c debug digest; $c dbsize; $c debug reload; $c debug digest
 $c --raw eval 'local n=0 for i=1,200000 do n=n+i%7 end return n' 0
 $c shutdown nosave; wait $pid; echo $?; rm -f dump.rdb"""
@@ -162,7 +164,7 @@ MARIADB = (
     + """mariadb-install-db --no-defaults --user=root --datadir=$PWD/data \
     --auth-root-authentication-method=normal >/dev/null 2>&1
 mariadbd --no-defaults --user=root --datadir=$PWD/data --socket=$PWD/s --skip-networking --pid-file=$PWD/pid \
-    --innodb-buffer-pool-size=64M --skip-log-bin >log 2>&1 & pid=$!
+    --innodb-buffer-pool-size=64M --skip-log-bin >log 2>&1 & pid=$!; trap "kill $pid 2>/dev/null" EXIT
 c="mariadb --no-defaults -S s -N"
 await $c -e 'select 1'
 $c -e "create database d; use d; create table t (i int primary key, m char(32), r varchar(500));
@@ -369,7 +371,14 @@ APPLICATIONS = [
         command=POSTGRESQL,
         varies=r"/dev/shm/pg-\d+",
     ),
-    Program("mariadb", needs=["mariadbd", "mariadb-install-db"], command=MARIADB, forget=r"^(data/|log$)", joins=1),
+    Program(
+        "mariadb",
+        needs=["mariadbd", "mariadb-install-db"],
+        command=MARIADB,
+        forget=r"^(data/|log$)",
+        joins=1,
+        timeout=400,
+    ),
     Program("memcached", needs=["memcached"], command=MEMCACHED, forget="log", joins=1),
     Program("nginx", needs=["nginx", "curl"], command=NGINX, forget=r"^(tmp|logs)/|log$|conf"),
     Program("chromium", needs=["chromium"], prepare=PAGE, command=CHROMIUM, forget=r"^(profile|\.)|log"),
