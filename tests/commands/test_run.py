@@ -162,6 +162,8 @@ def test_options_after_the_command_are_the_commands(run: Run) -> None:
         (["--set", "run", "true"], 2, "KNOB=VALUE"),
         (["--min-alloc", "1X", "true"], 2, "size"),
         (["--min-alloc", "0", "true"], 2, "size"),
+        (["--reserve", "99999999999G", "true"], 2, "size"),
+        (["--set", "pages_to_scan=1_0", "true"], 1, "pages_to_scan"),
         ([], 2, "COMMAND"),
     ],
 )

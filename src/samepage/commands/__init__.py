@@ -131,10 +131,16 @@ def add_mount(parser: argparse.ArgumentParser) -> None:
     )
 
 
+SIZE_END = 1 << 63
+"""No file and no memory is larger, and the agent is told sizes in 64 bits."""
+
+
 def size(text: str) -> int:
     """The bytes that `text` says. A type for an argument of a parser."""
     shift = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
     digits = text[:-1] if shift else text
-    if not digits.isdecimal() or not int(digits):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write bytes, or a number and K, M or G")
+    if not (digits.isascii() and digits.isdecimal()) or not 0 < int(digits) << shift < SIZE_END:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: write bytes, or a number and K, M or G, less than 2^63 bytes"
+        )
     return int(digits) << shift

@@ -148,10 +148,10 @@ def _knob(text: str) -> tuple[str, str]:
 
 def _writable(file: Path) -> Path:
     """Where FILE really is. It is replaced as a whole, so what counts is whether its directory can be written."""
-    path = Path(os.path.realpath(file))
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise CommandError(f"cannot write {file}: not a regular file")
     try:
+        path = Path(os.path.realpath(file))
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise CommandError(f"cannot write {file}: not a regular file")
         probe = path.with_name(f".{path.name}.{os.getpid()}")
         probe.touch(exist_ok=False)
         probe.unlink()

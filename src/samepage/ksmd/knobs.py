@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import dataclass, fields
 from enum import IntEnum
 
@@ -111,10 +112,9 @@ def parse(name: str, value: str | int) -> str | int:
         if value not in ADVISOR_MODES:
             raise error(errno.EINVAL, f"{name}: {value!r}")
         return value
-    try:
-        number = int(value)
-    except ValueError:
-        raise error(errno.EINVAL, f"{name}: {value!r}") from None
+    if isinstance(value, str) and not re.fullmatch("[+-]?[0-9]+", value):  # int() takes 1_000, too
+        raise error(errno.EINVAL, f"{name}: {value!r}")
+    number = int(value)
     low, high = _LIMITS[name]
     if not low <= number <= high:
         raise error(errno.EINVAL, f"{name}: {number} is not in {low}..{high}")
