@@ -45,8 +45,15 @@ static void *limited_mmap(void *addr, size_t len, int prot, int flags, int fd, o
 struct real real = {.mmap = limited_mmap, .munmap = munmap, .madvise = madvise, .syscall = syscall};
 struct kernel kernel;
 
+const uint8_t zero_page[PAGE_SIZE];
+
 void scan_disturb(void)
 {
+}
+
+unsigned area_new_flags(void)
+{
+	return 0;
 }
 
 int maps_open(void)
