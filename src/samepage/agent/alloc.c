@@ -112,6 +112,16 @@ static inline bool is_large(size_t size)
 	return size >= atomic_load_explicit(&min_alloc, memory_order_relaxed) && size <= PTRDIFF_MAX - PAGE_SIZE;
 }
 
+/* libc's malloc sets itself up in a program's first call of it, and takes system calls for that (getrandom, brk). Without us a large
+ * block would be that call; with us it must not be a small one much later, when a seccomp filter allows none of them. */
+static void set_up_real_malloc(void)
+{
+	static _Atomic bool done;
+
+	if (!atomic_load_explicit(&done, memory_order_relaxed) && real.malloc && !atomic_exchange(&done, true))
+		real.free(real.malloc(1));
+}
+
 static void *allocate(size_t size, size_t align, bool zeroed)
 {
 	size_t len = PAGE_ALIGN_UP(size), dirty;
@@ -125,6 +135,7 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	if (start)
 		widen(&block_bounds, start, start + len);
 	mmap_unlock(&saved);
+	set_up_real_malloc();
 	if (start && zeroed)
 		memset((void *)start, 0, dirty);
 	if (start && dirty < len)
