@@ -336,6 +336,9 @@ def test_what_was_merged_in_vain_is_held_against_it() -> None:
     advisor = Advisor(Knobs(advisor_max_cpu=2))
     advisor.scanned(10.0, cpu=0.001, hashed=0, first_looks=0, broken=1000)
     assert advisor.wait(10.0, urgent=False) == pytest.approx((0.001 + 1000 * BREAK_SECONDS) * 50)
+    advisor = Advisor(Knobs(advisor_max_cpu=2))
+    advisor.scanned(10.0, cpu=0.001, hashed=0, first_looks=0, broken=10**9)
+    assert advisor.wait(10.0, urgent=False) <= 1.05 * IDLE_SECONDS
 
 
 def test_a_process_that_writes_what_was_merged_is_looked_at_less() -> None:

@@ -60,7 +60,9 @@ class Advisor:
         self._pass_pages += hashed
         self._pass_cpu += cpu
         again = (cpu + hashed * FAULT_SECONDS) * (1 - first_looks / hashed) if hashed else cpu
-        self.spent_in_vain(now, again + broken * BREAK_SECONDS)
+        # Bounded: that all memory was overwritten once is no reason to stay away for long.
+        most = IDLE_SECONDS * self._knobs.advisor_max_cpu / 100
+        self.spent_in_vain(now, again + min(broken * BREAK_SECONDS, most))
 
     def spent_in_vain(self, now: float, cpu: float) -> None:
         """So many seconds of CPU time were spent by now on what brought nothing new."""
