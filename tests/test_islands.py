@@ -152,6 +152,10 @@ def test_an_owner_who_merges_now_need_not_wait_for_it(tmp_path: Path) -> None:
         them.tell("register")
         them.tell("fill", 2)
         them.command("set", "run", "0")
-        them.tell("merge")
-        assert all(int(pages) > 0.98 * PAGES for pages in them.tell("merge"))
+        # What somebody holds at the moment (another CPU's list of pages, say) is left for the next call.
+        for _ in range(8):
+            merged = [int(pages) for pages in them.tell("merge")]
+            if min(merged) > 0.98 * PAGES:
+                break
+        assert min(merged) > 0.98 * PAGES
         assert them.tell("check", 2) == ["True", "True"]
