@@ -8,6 +8,8 @@
  */
 #include "wrappers.h"
 
+#include "model.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,21 +20,12 @@
 #define FIRST ((0x7f1234567000UL >> PAGE_SHIFT) & ~0x3ffffUL) /* the first page of a leaf of the planes */
 #define BASE (FIRST + 0x3ffffUL - PAGES / 2)		      /* half of them lie in the next */
 
-#define CHECK(what)                                                                                                    \
-	do {                                                                                                           \
-		if (!(what)) {                                                                                         \
-			printf("operation %lu, line %d: not %s\n", operation, __LINE__, #what);                        \
-			exit(1);                                                                                       \
-		}                                                                                                      \
-	} while (0)
-
 static struct page {
 	bool known, excluded, segment, island;
 	unsigned flags;
 	int prot;
 } model[PAGES];
 
-static unsigned long operation;
 static size_t largest = SIZE_MAX; /* mapping to be had */
 
 /* ---- what the books need of the rest of the agent ---- */

@@ -7,6 +7,8 @@
  */
 #include "blocks.h"
 
+#include "model.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -14,22 +16,12 @@
 #define PAGES 2048UL
 #define BASE 0x7f0000000000UL
 
-#define CHECK(what)                                                                                                    \
-	do {                                                                                                           \
-		if (!(what)) {                                                                                         \
-			printf("operation %lu, line %d: not %s\n", operation, __LINE__, #what);                        \
-			exit(1);                                                                                       \
-		}                                                                                                      \
-	} while (0)
-
 enum { NONE, USED, FREE };
 
 static struct {
 	int what;
 	unsigned first; /* page of the block that it is in */
 } model[PAGES];
-
-static unsigned long operation;
 
 struct real real = {.mmap = mmap};
 
