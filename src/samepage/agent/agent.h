@@ -31,7 +31,7 @@
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c and block_set.c (its large blocks), mmap.c, mremap.c, madvise.c,
  * attach.c, fork.c (processes and threads), exits.c (what the kernel writes when one ends), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
  * all that); uffd.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
- * hash), donate.c, merge.c and swap.c (donate and merge), break.c (unmerge), restore.c (islands become memory like any
+ * hash), donate.c, merge.c, swap.c and home.c (donate and merge), unstopped.c (without being stopped), break.c (unmerge), restore.c (islands become memory like any
  * other), headroom.c and memcg.c (is there memory?); thread.c, call.c, peer.c, wire.c, serve.c and api.c (peer.h: the
  * thread, and who speaks to it), and system.c under all.
  */
@@ -248,6 +248,7 @@ struct kernel {
 	int mem;	 /* /proc/self/mem */
 	int maps;	 /* /proc/self/maps */
 	int overcommit;	 /* /proc/sys/vm/overcommit_memory */
+	int schedstat;	 /* /proc/self/task/TID/schedstat of the agent thread */
 	bool scan;	 /* PAGEMAP_SCAN works */
 	bool numa;	 /* there is more than one node */
 	bool views_stay; /* a private mapping of a file can be moved and stay behind empty (mremap, 5.13) */
@@ -261,7 +262,8 @@ struct kernel {
 	uintptr_t copy;	   /* where a break prepares private copies */
 };
 extern struct kernel kernel;
-#define KERNEL_CLOSED ((struct kernel){.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1, .overcommit = -1})
+#define KERNEL_CLOSED                                                                                                  \
+	((struct kernel){.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1, .overcommit = -1, .schedstat = -1})
 
 /* include/uapi/linux/fs.h, Linux 6.7 */
 enum {

@@ -21,12 +21,10 @@
  */
 #include "swap.h"
 
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
 enum { MOVE_TRIES = 4, UNDO_TRIES = 8, COPY_TRIES = 16, GIVE_AWAY_TRIES = 32, FINAL_TRIES = 256 };
 
@@ -131,19 +129,6 @@ static bool page_home(const struct chunk *c, uintptr_t home, uintptr_t page, int
 	if (tries >= COPY_TRIES && copy_home(home, page))
 		return true;
 	return tries >= GIVE_AWAY_TRIES && map_home(c, home, page);
-}
-
-void strand(void)
-{
-	static const char why[] =
-		"samepage: the kernel keeps pages of this process from it; ended, for they would read as zeros\n";
-
-	/* The application's; this thread has a file table of its own. */
-	int fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND | O_CLOEXEC | O_NOCTTY);
-
-	if (fd >= 0)
-		real.syscall(SYS_write, fd, why, sizeof(why) - 1);
-	__builtin_trap(); /* no handler of the application's runs: all signals are blocked */
 }
 
 bool bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n)

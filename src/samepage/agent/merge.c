@@ -3,6 +3,7 @@
  * Merging: what a request names, extent by extent, is cut into chunks that are swapped under one hold of the lock
  * (swap.c).
  */
+#include "peer.h"
 #include "swap.h"
 
 #include <fcntl.h>
@@ -19,6 +20,8 @@
 #define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
 
 #define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
+
+#define SLICE_NS 2000000 /* of one hold of the lock, about */
 
 /*
  * A core dump leaves a private file mapping out unless it was written to, that is, has an anon_vma (vma_dump_size() in the
@@ -178,18 +181,18 @@ static void clip_to_mappings(struct chunk *c)
 	}
 }
 
-/* Merges what comes next, under one hold of the lock. How many pages it answered for. */
+/* Merges what comes next. How many pages it answered for. */
 static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status)
 {
-	struct chunk c = {.status = status};
+	static struct chunk c; /* swap_recover() must find it */
 	size_t n;
 
+	c = (struct chunk){.status = status};
 	segment->limited = mappings_limited();
 	if (!gather(&c, segment, at)) {
 		memset(status, NOMAP, at->extent->npages - at->at);
 		return at->extent->npages - at->at;
 	}
-	agent_mmap_lock();
 	c.area = area_next(c.addr[0]);
 	if (!c.area || c.area->start > c.addr[0]) {
 		c.n = 1;
@@ -208,8 +211,49 @@ static size_t merge_some(struct segment *segment, const struct cursor *at, uint8
 			memset(status, REFUSED, n);
 		}
 	}
-	agent_mmap_unlock();
 	return c.n;
+}
+
+/* What is left of a request. */
+struct rest {
+	struct segment *segment;
+	struct cursor at;
+	uint8_t *status;
+};
+
+static void answered(struct rest *rest, size_t pages)
+{
+	rest->status += pages;
+	cursor_advance(&rest->at, pages);
+}
+
+/* As many chunks as make one hold of the lock: to begin one costs as much as to swap ten pages. */
+static void merge_slice(void *arg)
+{
+	struct rest *rest = arg;
+	uint64_t began = thread_cpu_ns();
+	size_t pages = 0;
+
+	do {
+		size_t did = merge_some(rest->segment, &rest->at, rest->status);
+
+		answered(rest, did);
+		pages += did;
+	} while (rest->at.extent < rest->at.last && pages < SECTION_MAX && !mmap_lock_contended() && !thread_woke() &&
+		 thread_cpu_ns() - began < SLICE_NS);
+}
+
+/* False: who did it was killed. */
+static bool merge_unstopped(struct rest *rest)
+{
+	bool ended;
+
+	agent_mmap_lock();
+	ended = run_unstopped(merge_slice, rest);
+	if (!ended)
+		swap_recover();
+	agent_mmap_unlock();
+	return ended;
 }
 
 uint64_t segment_dev;
@@ -286,31 +330,27 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 {
 	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
 	struct segment segment = {.fd = fd, .npages = (uint64_t)pages};
-	struct cursor at = {.extent = extents, .last = extents + n};
-	enum page_status refused = DONE;
-	uint64_t since = SECTION_MAX;
+	struct rest rest = {.segment = &segment, .at = {.extent = extents, .last = extents + n}, .status = status};
 
 	if (pages < 0)
 		return (int)-pages;
 	for (size_t i = 0; i < n; i++)
 		if (!sane(&extents[i], (uint64_t)pages))
 			return EINVAL;
-	for (cursor_advance(&at, 0); at.extent < at.last;) {
-		size_t did;
+	for (answered(&rest, 0); rest.at.extent < rest.at.last;) {
+		enum page_status why_not = refusal();
 
-		if (since >= SECTION_MAX) {
-			since = 0;
-			refused = refusal();
+		/* Somebody kills what he does not know: he is left alone. */
+		if (why_not == DONE && !merge_unstopped(&rest)) {
+			thread_retires();
+			why_not = BUSY;
 		}
-		if (refused == DONE) {
-			did = merge_some(&segment, &at, status);
-		} else {
-			did = at.extent->npages - at.at;
-			memset(status, refused, did);
+		if (why_not != DONE) {
+			size_t left = rest.at.extent->npages - rest.at.at;
+
+			memset(rest.status, why_not, left);
+			answered(&rest, left);
 		}
-		since += did;
-		status += did;
-		cursor_advance(&at, did);
 	}
 	scratch_drop();
 	if (pages && kernel.view) /* the segment is not ours to keep alive */

@@ -15,6 +15,7 @@
  * In the window nobody can take hold of them any more. If mbind says that nobody did before, they are copied to fresh
  * memory, and that is put over the empty mapping; else they go back.
  */
+#include "peer.h"
 #include "swap.h"
 
 #include <linux/userfaultfd.h>
@@ -28,6 +29,7 @@
 #define RESTORE_MIN 8UL	  /* where one of so few is held, all of them are left */
 #define HOME_TRIES 1000
 #define COPY_TRIES 4
+#define SLICE_NS 1000000UL     /* of one hold of the lock, about */
 #define NEAR_EACH (32UL << 20) /* what others may take meanwhile, for each CPU */
 #define MPOL_DEFAULT 0	       /* include/uapi/linux/mempolicy.h */
 #define MPOL_LOCAL 4
@@ -226,6 +228,25 @@ static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr
 	return 0;
 }
 
+/* What is out of its place. */
+static struct {
+	uintptr_t start, len; /* len 0: nothing */
+} now;
+
+/* What became of [start, start + len), an errno or 0, is noted, and nobody is kept away any more. */
+static void end_section(uintptr_t start, uintptr_t len, int err)
+{
+	if (!err)
+		page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT, false);
+	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT, err);
+	uffd_release(&kernel.move, start, len);
+	now.len = 0;
+	if (kernel.view)
+		window_reset(kernel.view, len, PROT_NONE, -1, 0);
+	if (!err)
+		track(start, start + len);
+}
+
 /* Restores [start, start + len) of an area, which are islands. 0; an errno; EIO: somebody holds one of them. */
 static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 {
@@ -242,20 +263,34 @@ static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 		uffd_unregister(kernel.move, start, len);
 		return EINVAL;
 	}
+	now.start = start;
+	now.len = len;
 	came = leave_home(start, len);
 	if (came == len)
 		err = replace(a, start, len, copy, &unheld);
 	if (err)
 		go_home(start, came, unheld);
-	else
-		page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT, false);
-	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, (start + len) >> PAGE_SHIFT, err);
-	uffd_release(&kernel.move, start, len);
-	if (kernel.view)
-		window_reset(kernel.view, len, PROT_NONE, -1, 0);
-	if (!err)
-		track(start, start + len);
+	end_section(start, len, err);
 	return err;
+}
+
+/* Finishes what was begun by a step that was killed in the middle. A copy is put in place as a whole; before that what is in the
+ * window, mapping by mapping from its start on, is the only one there is. */
+static void restore_recover(void)
+{
+	uintptr_t came = 0, stop;
+	struct vma vma;
+	bool replaced;
+
+	if (!now.len)
+		return;
+	vma_forget();
+	replaced = vma_find(kernel.maps, now.start, &vma) && vma.start <= now.start && !vma.ino;
+	while (!replaced && came < now.len && (stop = mapping_end(kernel.view + came)) > kernel.view + came)
+		came = min_addr(stop - kernel.view, now.len);
+	if (!replaced)
+		go_home(now.start, came, false);
+	end_section(now.start, now.len, replaced ? 0 : EBUSY);
 }
 
 /* ---- the walk -------------------------------------------------------------------------------------------- */
@@ -268,50 +303,72 @@ static bool may_restore(const struct area *a)
 	return kernel.swap == SP_SWAP_MOVE || (kernel.swap == SP_SWAP_QUIET && (a->flags & AREA_QUIET));
 }
 
-/* One step under the lock, from the first island of [*vpn, end) on: *most pages at most, which are less after a failure and
- * more after a success. */
-static void restore_step(uint64_t *vpn, uint64_t end, uint64_t *most, struct sp_restored *out)
+/* A walk over [vpn, end): `most` pages at most each time, which are less after a failure and more after a success. */
+struct walk {
+	uint64_t vpn, end, most;
+	struct sp_restored *out;
+};
+
+/* One step under the lock, from the first island on. */
+static void restore_step(struct walk *w)
 {
-	uint64_t first = page_next(PAGE_ISLAND, *vpn, end, true), stop;
+	uint64_t first = page_next(PAGE_ISLAND, w->vpn, w->end, true), stop;
 	const struct area *a = area_next(first << PAGE_SHIFT);
 	int err = EINVAL;
 
-	*vpn = end;
-	if (first == end || !a)
+	w->vpn = w->end;
+	if (first == w->end || !a)
 		return;
 	if (a->start > first << PAGE_SHIFT) {
-		*vpn = a->start >> PAGE_SHIFT;
+		w->vpn = a->start >> PAGE_SHIFT;
 		return;
 	}
-	stop = page_next(PAGE_ISLAND, first, min_addr(end, min_addr(first + *most, a->end >> PAGE_SHIFT)), false);
+	stop = page_next(PAGE_ISLAND, first, min_addr(w->end, min_addr(first + w->most, a->end >> PAGE_SHIFT)), false);
 	if (kernel.view && kernel.move >= 0 && may_restore(a))
 		err = restore_section(a, first << PAGE_SHIFT, (stop - first) << PAGE_SHIFT);
 	if (!err) {
-		out->pages_restored += stop - first;
-		*most = min_addr(2 * *most, RESTORE_MAX);
+		w->out->pages_restored += stop - first;
+		w->most = min_addr(2 * w->most, RESTORE_MAX);
 	} else if (err != ENOMEM && err != EINVAL && stop - first > RESTORE_MIN) {
-		*most = (stop - first) / 4 > RESTORE_MIN ? (stop - first) / 4 : RESTORE_MIN;
+		w->most = (stop - first) / 4 > RESTORE_MIN ? (stop - first) / 4 : RESTORE_MIN;
 		stop = first;
 	} else {
-		out->pages_left += stop - first;
+		w->out->pages_left += stop - first;
 	}
-	*vpn = err == ENOMEM ? end : stop;
+	w->vpn = err == ENOMEM ? w->end : stop;
+}
+
+/* As many steps as make one hold of the lock. */
+static void restore_slice(void *arg)
+{
+	struct walk *w = arg;
+	uint64_t began = thread_cpu_ns();
+
+	do {
+		restore_step(w);
+	} while (w->vpn < w->end && !mmap_lock_contended() && !thread_woke() && thread_cpu_ns() - began < SLICE_NS);
 }
 
 uintptr_t restore_islands(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_restored *out)
 {
-	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, most = RESTORE_MAX, before = out->pages_restored;
+	struct walk w = {start >> PAGE_SHIFT, end >> PAGE_SHIFT, RESTORE_MAX, out};
+	uint64_t before = out->pages_restored;
+	bool ended = true;
 
 	if (traced() || kernel.move < 0 || !kernel.views_stay || !kernel.view || !kernel.copy || !tells_holders())
 		return end;
 	fresh.at = fresh.end = 0;
-	while (vpn < last && out->pages_restored - before < max_pages) {
+	while (ended && w.vpn < w.end && out->pages_restored - before < max_pages) {
 		agent_mmap_lock();
 		scan_disturb();
-		restore_step(&vpn, last, &most, out);
+		ended = run_unstopped(restore_slice, &w);
+		if (!ended)
+			restore_recover();
 		agent_mmap_unlock();
 	}
 	if (kernel.copy)
 		window_reset(kernel.copy, COPY_WINDOW, PROT_NONE, -1, 0);
-	return vpn << PAGE_SHIFT;
+	if (!ended) /* somebody kills what he does not know: he is left alone */
+		thread_retires();
+	return ended ? w.vpn << PAGE_SHIFT : end;
 }

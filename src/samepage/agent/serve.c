@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The service's requests, and the answers. */
 #include "peer.h"
+#include "swap.h"
 #include "wrappers.h"
 
 #include <stdlib.h>
@@ -114,7 +115,7 @@ static int do_merge(int fd, const struct sp_extent *extents, size_t n, size_t *l
 	err = merge(fd, extents, n, (uint8_t *)(head + 1));
 	if (err)
 		return err;
-	*head = (struct sp_done){thread_cpu_ns() - cpu, total};
+	*head = (struct sp_done){thread_cpu_ns() + unstopped_cpu_ns() - cpu, total};
 	*len = sizeof(*head) + total;
 	return 0;
 }
@@ -166,7 +167,7 @@ static int do_restore(const struct sp_area *ranges, size_t n)
 			wait_for(-1, 0, 0);
 		}
 	}
-	done.cpu_ns = thread_cpu_ns() - cpu;
+	done.cpu_ns = thread_cpu_ns() + unstopped_cpu_ns() - cpu;
 	*(struct sp_restored *)answer = done;
 	return 0;
 }

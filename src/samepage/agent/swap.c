@@ -203,6 +203,21 @@ static bool clear_scratch(struct chunk *c, size_t i, size_t n)
 	return bring_home(c, i, c->scratch, n);
 }
 
+/* What is being swapped: the chunk whose pages are registered, and its pages [i, j) that may be out of their place. */
+static struct {
+	struct chunk *chunk;
+	size_t i, j;
+} now;
+
+static void set_out(struct chunk *c, size_t i, size_t j)
+{
+	if (i < j) /* what is not answered for yet must not be taken for done */
+		memset(c->status + i, BUSY, j - i);
+	now.chunk = c;
+	now.i = i;
+	now.j = j;
+}
+
 static size_t spent; /* pages at the start of the scratch that are done with */
 
 /* Gives them back, many at a time, for it takes a system call. */
@@ -232,10 +247,12 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 		return;
 	}
 	c->scratch = kernel.scratch + spent * PAGE_SIZE;
+	set_out(c, i, j);
 	pull(c, i, j, here);
 	settle(c, i, j, 0, here);
 	if (all_done(c, i, j) || !clear_scratch(c, i, j - i))
 		spent += j - i;
+	set_out(c, 0, 0);
 	wake(c, i, j);
 }
 
@@ -272,12 +289,13 @@ static bool swap_huge_page(struct chunk *c)
 	c->scratch = kernel.huge;
 	if (!window_drop(kernel.huge, WINDOW))
 		return false;
+	set_out(c, 0, SECTION_MAX);
 	uffd_move(scratch_at(c, 0), c->addr[0], WINDOW);
 	all = scratch_holds(kernel.huge, SECTION_MAX, here);
 	for (size_t k = 0; k < SECTION_MAX; k++)
 		all &= here[k];
 	if (all) {
-		for (size_t at = 0, end; at < SECTION_MAX; at = end) {
+		for (size_t at = 0, end; at < SECTION_MAX && !thread_woke(); at = end) {
 			end = section_end(c, at, SECTION_MAX);
 			settle(c, at, end, at, here);
 			wake(c, at, end);
@@ -290,6 +308,7 @@ static bool swap_huge_page(struct chunk *c)
 		bring_home(c, 0, kernel.huge, SECTION_MAX);
 		huge_reset();
 	}
+	set_out(c, 0, 0);
 	wake(c, 0, SECTION_MAX);
 	return all;
 }
@@ -308,6 +327,15 @@ static void track_again(uintptr_t start, uintptr_t end, bool watched)
 			uffd_release(&kernel.move, vpn << PAGE_SHIFT, (stop - vpn) << PAGE_SHIFT);
 		}
 		track(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+	}
+}
+
+/* Ends what move_and_map() registered. */
+static void watch_no_more(const struct chunk *c, size_t i, size_t j)
+{
+	for (size_t end; i < j; i = end) {
+		end = row_end(c, i, j);
+		track_again(c->addr[i], c->addr[end - 1] + PAGE_SIZE, true);
 	}
 }
 
@@ -331,11 +359,12 @@ static void unshare(const struct chunk *c, size_t i, size_t j)
 	}
 }
 
-/* Swaps pages [i, j) of the chunk. */
+/* Swaps pages [i, j) of the chunk, by sections or as one huge page. */
 static void move_and_map(struct chunk *c, size_t i, size_t j)
 {
 	int err = 0;
 
+	set_out(c, 0, 0);
 	for (size_t at = i, end; at < j && !err; at = end) {
 		end = row_end(c, at, j);
 		err = uffd_register(kernel.move, c->addr[at], (end - at) * PAGE_SIZE, MODE_MISSING_WP);
@@ -345,12 +374,13 @@ static void move_and_map(struct chunk *c, size_t i, size_t j)
 	else if (j - i < SECTION_MAX || !is_huge_page(c) || !swap_huge_page(c))
 		for (size_t at = i, end; at < j; at = end) {
 			end = section_end(c, at, j);
-			section_by_move(c, at, end);
+			if (thread_woke())
+				memset(c->status + at, BUSY, end - at);
+			else
+				section_by_move(c, at, end);
 		}
-	for (size_t at = i, end; at < j; at = end) {
-		end = row_end(c, at, j);
-		track_again(c->addr[at], c->addr[end - 1] + PAGE_SIZE, true);
-	}
+	watch_no_more(c, i, j);
+	set_out(NULL, 0, 0);
 }
 
 static void swap_by_move(struct chunk *c, size_t i, size_t j)
@@ -426,4 +456,35 @@ void swap_chunk(struct chunk *c)
 				swap_by_protect(c, at, end);
 			}
 	}
+}
+
+/* Whether page m of the chunk, of which none was mapped from a segment before, is now. */
+static bool was_mapped(const struct chunk *c, size_t m)
+{
+	struct vma vma;
+
+	vma_forget();
+	return vma_find(kernel.maps, c->addr[m], &vma) && vma.start <= c->addr[m] && vma_is_segment(&vma);
+}
+
+void swap_recover(void)
+{
+	struct chunk *c = now.chunk;
+
+	if (!c)
+		return;
+	for (size_t m = now.i; m < now.j; m++) {
+		uint64_t vpn = c->addr[m] >> PAGE_SHIFT;
+
+		if (c->segment && was_mapped(c, m)) {
+			c->status[m] = DONE;
+			page_set(PAGE_SEGMENT, vpn, vpn + 1, true);
+			page_set(PAGE_KNOWN, vpn, vpn + 1, false); /* nobody is told of it now */
+		}
+	}
+	if (now.i < now.j)
+		bring_home(c, now.i, c->scratch, now.j - now.i);
+	watch_no_more(c, 0, c->n);
+	now.chunk = NULL;
+	spent = SECTION_MAX;
 }

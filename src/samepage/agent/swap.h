@@ -64,6 +64,8 @@ static inline bool may_swap(const struct area *a)
 
 /* Swaps what may be swapped of a chunk, and says what became of each page. Needs the lock. */
 void swap_chunk(struct chunk *c);
+/* Finishes what a swap_chunk() that was killed in the middle had begun: every page is in its place afterwards. Needs the lock. */
+void swap_recover(void);
 /* Gives back originals that are left in the scratch; before a request is answered. False: they still are there. */
 bool scratch_drop(void);
 
@@ -73,6 +75,14 @@ bool scratch_holds(uintptr_t scratch, size_t n, bool *here);
 /* Brings what n pages of a scratch hold, and is not DONE, home to page i of the chunk on. Does not return before it is there.
  * Whether the scratch is empty then. */
 bool bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n);
+
+/* unstopped.c. Runs fn(arg) on behalf of the agent thread, which cannot be stopped meanwhile. False: it was killed in the middle. */
+bool run_unstopped(void (*fn)(void *), void *arg);
+/* Whether the agent thread woke since, for the process is ending, perhaps with a core dump: to be asked in between, and then to
+ * end soon. */
+bool thread_woke(void);
+/* CPU time that run_unstopped() took since the last call. */
+uint64_t unstopped_cpu_ns(void);
 /* Ends the process: a page of it is nowhere that it could be read. */
 void __attribute__((noreturn)) strand(void);
 

@@ -128,6 +128,7 @@ int kernel_open(int dev)
 	kernel.mem = open("/proc/thread-self/mem", O_RDONLY | O_CLOEXEC);
 	kernel.maps = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC);
 	kernel.overcommit = open("/proc/sys/vm/overcommit_memory", O_RDONLY | O_CLOEXEC);
+	kernel.schedstat = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
 	if (kernel.pagemap < 0 || kernel.mem < 0 || kernel.maps < 0)
 		return -errno;
 	kernel.numa = several_nodes();
@@ -162,7 +163,8 @@ int kernel_open(int dev)
 
 void kernel_close(void)
 {
-	int *fds[] = {&kernel.move, &kernel.wp, &kernel.pagemap, &kernel.mem, &kernel.maps, &kernel.overcommit};
+	int *fds[] = {&kernel.move, &kernel.wp,		&kernel.pagemap,  &kernel.mem,
+		      &kernel.maps, &kernel.overcommit, &kernel.schedstat};
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
 		if (*fds[i] >= 0)
