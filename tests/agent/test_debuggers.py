@@ -20,7 +20,7 @@ import pytest
 
 from samepage.memory import AREA, EXTENT, AddressSpaceGone, PageStatus
 from tests.agent.asked import HUGE, PROGRAM, Process
-from tests.agent.preload import Preload
+from tests.agent.preload import ROOT, Preload, compile_c
 
 PAGES = 4 * HUGE
 ROUNDS = int(os.environ.get("SAMEPAGE_TEST_STOPS", "5"))
@@ -92,6 +92,18 @@ def needs(tool: str) -> str:
     if found is None:
         pytest.skip(f"needs {tool}")
     return found
+
+
+@pytest.mark.parametrize("advice", ["MADV_NOHUGEPAGE", "MADV_HUGEPAGE"])
+def test_reading_the_agents_windows_costs_no_page(preload: Preload, tmp_path: Path, advice: str) -> None:
+    reader = compile_c(ROOT / "tests" / "agent" / "reader.c", tmp_path / "reader")
+    process = Process(preload, tmp_path, advice=advice)
+    with merging(process):
+        command = [str(reader), str(process.process.pid), str(40 * ROUNDS)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    assert int(done.stdout) > PAGES * ROUNDS
+    assert process.tell("check") == "0\n"
+    process.end()
 
 
 def test_a_program_under_strace_goes_on(preload: Preload, tmp_path: Path) -> None:
