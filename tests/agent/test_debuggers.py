@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -103,6 +104,14 @@ def test_reading_the_agents_windows_costs_no_page(preload: Preload, tmp_path: Pa
         done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert int(done.stdout) > PAGES * ROUNDS
     assert process.tell("check") == "0\n"
+    process.end()
+
+
+def test_the_agents_windows_are_in_no_dump(preload: Preload, tmp_path: Path) -> None:
+    process = Process(preload, tmp_path, advice="MADV_NOHUGEPAGE")
+    process.space.scan(process.address // 4096, PAGES)  # the windows are there by then
+    mappings = re.findall(r"^VmFlags: (.*)", Path(f"/proc/{process.process.pid}/smaps").read_text(), re.MULTILINE)
+    assert sum({"dd", "uw"} <= set(flags.split()) for flags in mappings) >= 1
     process.end()
 
 

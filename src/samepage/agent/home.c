@@ -105,6 +105,7 @@ static bool map_home(const struct chunk *c, uintptr_t home, uintptr_t page)
 	if (page_holds(home, 1, &there) || there || window_give(page, PAGE_SIZE, home))
 		return false;
 	real.madvise((void *)home, PAGE_SIZE, MADV_DOFORK);
+	real.madvise((void *)home, PAGE_SIZE, MADV_DODUMP);
 	area_readvise(c->area, home, home + PAGE_SIZE);
 	if (!window_fill(page, PAGE_SIZE, PROT_READ | PROT_WRITE, -1, 0) ||
 	    uffd_register(kernel.move, page, PAGE_SIZE, UFFDIO_REGISTER_MODE_WP))

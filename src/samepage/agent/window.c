@@ -134,6 +134,8 @@ static bool new_scratch(uintptr_t start)
 		return false;
 	/* A huge page faulted here would stand in the way of pages moved here. */
 	real.madvise((void *)start, WINDOW, MADV_NOHUGEPAGE);
+	/* Who dumps the process and reads a page that is not there would have the kernel put zeros there. */
+	real.madvise((void *)start, WINDOW, MADV_DONTDUMP);
 	return kernel.move < 0 || !uffd_register(kernel.move, start, WINDOW, UFFDIO_REGISTER_MODE_WP);
 }
 
