@@ -151,7 +151,7 @@ class KsmdMachine(RuleBasedStateMachine):
         try:
             self.ksmd.merge_range(who.slot, vpn, npages)
         except AddressSpaceGone:
-            assert who.slot.gone
+            assert who.slot.is_away
 
     @rule(who=everybody)
     def recount(self, who: Oracle) -> None:
@@ -165,8 +165,9 @@ class KsmdMachine(RuleBasedStateMachine):
     @rule(who=everybody, vpn=PAGE, npages=st.integers(1, PAGES))
     def unmerge_some(self, who: Oracle, vpn: int, npages: int) -> None:
         result = self.ksmd.unmerge(who.slot, vpn, npages)
-        assert result.errno in (0, errno.ENOMEM)
-        if not result.errno and not who.slot.gone:
+        assert result.errno in (0, errno.ENOMEM, errno.ETIMEDOUT)
+        assert result.errno != errno.ETIMEDOUT or who.space.halt
+        if not result.errno and not who.slot.is_away:
             assert not who.space.merged_pages() & set(range(vpn, vpn + npages))
 
     @rule(after=st.integers(0, 6))
@@ -178,7 +179,7 @@ class KsmdMachine(RuleBasedStateMachine):
         except UnmergeFailed as error:
             failed = error.errno
         assert self.machine.used <= self.machine.limit
-        assert failed in (None, errno.ENOMEM, errno.EINTR)
+        assert failed in (None, errno.ENOMEM, errno.EINTR, errno.ETIMEDOUT)
         if failed:
             assert self.ksmd.get("run") == "0"
             return
@@ -214,10 +215,16 @@ class KsmdMachine(RuleBasedStateMachine):
 
         who.space.script = script
 
+    @rule(who=everybody)
+    def halt(self, who: Oracle) -> None:
+        """It cannot answer until good fortune returns."""
+        who.space.halt = "stopped"
+
     @rule()
     def fortune(self) -> None:
         for who in self.processes:
             who.space.script = None
+            who.space.halt = ""
 
     @invariant()
     def nothing_is_lost(self) -> None:

@@ -268,6 +268,7 @@ LIES: dict[str, dict[Op, Lie]] = {
     "die-merging": {Op.MERGE: exit_now},
     "poor": {Op.BREAK: no_memory},
     "slow": {Op.BREAK: slow},
+    "dumb": {Op.BREAK: nothing},
 }
 
 

@@ -138,7 +138,7 @@ def test_a_process_that_ends_is_noticed_at_once(path: str, start: Start) -> None
         assert client.ask("status")["counters"]["pages_sharing"] == 0
 
 
-@pytest.mark.parametrize("lie", fake_agent.LIES.keys() - {"poor", "slow"})
+@pytest.mark.parametrize("lie", fake_agent.LIES.keys() - {"poor", "slow", "dumb"})
 def test_a_lying_peer_is_dropped_and_the_others_are_served(path: str, start: Start, lie: str) -> None:
     liar = start(1, lie)
     a, b = start(1), start(1)

@@ -22,7 +22,8 @@ class Unmerge:
     """Give merged pages private copies again, as long as there is memory for them.
 
     Stops with ENOMEM before the memory runs out; what was done stays done, the rest stays merged, and calling
-    again goes on. So does Ctrl-C. A process that does not answer is passed over, and named at the end, with an error.
+    again goes on. So does Ctrl-C. A process that does not answer is passed over, and named at the end, with an error;
+    it is unmerged as soon as it answers.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

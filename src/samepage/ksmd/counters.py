@@ -29,6 +29,10 @@ class ProcessRow:
     comm: str
     swap: str
     """How pages are swapped under the process's threads: a property of its agent, "" if not said."""
+    state: str
+    """Whether it answers: "running", or why not ("stopped", "traced", "frozen")."""
+    unmerge_pending: bool
+    """It did not answer when it was to be unmerged, and will be as soon as it does."""
     domain: int
     ksm_rmap_items: int
     """Pages that are known; not those merged with the zero page."""
@@ -111,6 +115,8 @@ def process_row(slot: MmSlot) -> ProcessRow:
         pid=slot.pid,
         comm=slot.comm,
         swap=slot.swap,
+        state=slot.silent or "running",
+        unmerge_pending=bool(slot.owed),
         domain=slot.domain.number,
         ksm_rmap_items=rmap_items,
         ksm_merging_pages=merging,

@@ -318,7 +318,7 @@ class Domain:
         self.candidates.clear()
         self.changed_now, self.changed_before, self.skipped = [], [], []
         for slot in self.slots:
-            slot.ages = Ages()
+            slot.ages, slot.aside = Ages(), []
             for _, npages, base in slot.pieces.tolist():
                 for start in range(base, base + npages, SLICE_PAGES):
                     end = min(start + SLICE_PAGES, base + npages)

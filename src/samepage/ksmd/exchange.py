@@ -46,7 +46,7 @@ Each = Callable[[Iterable[MmSlot], Callable[[MmSlot], Any]], dict[MmSlot, Any]]
 
 @dataclass(slots=True)
 class _Task:
-    """One thing to ask a process; `drop` instead when it has gone."""
+    """One thing to ask a process; `drop` instead when it has gone, or is silent."""
 
     do: Callable[[], None]
     drop: Callable[[], None]
@@ -103,7 +103,7 @@ class _Queues:
         """Until nothing is left to do."""
         while ready := [slot for slot, queue in self._queues.items() if queue.merges or queue.donations]:
             for slot in ready:
-                while slot.gone and (task := self._queues[slot].next()):
+                while slot.is_away and (task := self._queues[slot].next()):
                     task.drop()
             self._each(ready * IN_HAND, self._work)
 
@@ -112,7 +112,7 @@ class _Queues:
             slot, task = taken
             done = False
             try:
-                if not slot.gone:
+                if not slot.is_away:
                     task.do()
                     done = True
             except Exception as e:
@@ -179,7 +179,7 @@ class Exchange:
         self._passes = passes
         self._lock = threading.Lock()  # guards what copies know of those who merge with them
         self.status: U8 = np.full(len(refs), UNASKED, np.uint8)
-        self.donor_status: U8 = np.full(len(donors), PageStatus.GONE, np.uint8)
+        self.donor_status: U8 = np.full(len(donors), PageStatus.BUSY, np.uint8)  # of who cannot be asked
         self.node: Ints = np.full(len(donors), -1, np.int64)
         self.segments: list[StableSegment] = []
         self._copies: list[_Copy] = []
@@ -251,7 +251,7 @@ class Exchange:
 
     def _joining(self, segment: Segment | None, share: _Share) -> _Task:
         def drop() -> None:
-            self.status[share.pages] = PageStatus.GONE
+            self.status[share.pages] = PageStatus.BUSY
 
         return _Task(lambda: self._merge(segment, share.slot, share.vpns, share.place, share.pages), drop)
 
@@ -283,7 +283,7 @@ class Exchange:
             tried()
 
         def drop() -> None:
-            self.status[share.pages] = PageStatus.GONE
+            self.status[share.pages] = PageStatus.BUSY
             tried()
 
         return _Task(do, drop)

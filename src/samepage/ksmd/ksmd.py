@@ -22,13 +22,21 @@ from samepage.ksmd.islands import restore, restore_range
 from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.lost import Lost
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
-from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.mm_slot import MmSlot, Owed
 from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
-from samepage.ksmd.scan import Look, Seen, ingest, look, recount_zeros
+from samepage.ksmd.scan import Look, Seen, heard, ingest, look, recount_zeros
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.ksmd.unmerge import Cancelled, ProcessBreak, UnmergeResult, move_out, retry_pending, unmerge_pages
-from samepage.memory import AREA, PAGE_SIZE, AddressSpace, AddressSpaceGone, PageStatus, ScanFlag
+from samepage.memory import (
+    AREA,
+    PAGE_SIZE,
+    AddressSpace,
+    AddressSpaceGone,
+    AddressSpaceSilent,
+    PageStatus,
+    ScanFlag,
+)
 
 ROUNDS, LOOKS = 16, 4
 """Steps of a scan in one batch at most, and looks at a process in a step: one that never gets on must not keep ksmd
@@ -58,6 +66,9 @@ SEGMENTS_A_SLICE = 2 * SLICE_PAGES // SEGMENT_PAGES
 
 VERIFY_SECONDS = 1.0
 """Who a process is is looked at before pages are matched, but not more often than that: 50 microseconds."""
+
+LISTEN_EVERY = 0.2
+"""Seconds between two questions whether a process that is to be unmerged answers again."""
 
 WHOLE = (0, 1 << 52)
 """All pages an address space can have: (vpn, npages)."""
@@ -132,7 +143,10 @@ class Ksmd:
             slot = MmSlot(space, domain, self._next_number, comm, swap)
             self._next_number += 1
             self._slots[slot.number] = slot
-            self._lost.forget(slot.pid)
+            slot.owed = self._lost.forget(slot.pid)
+            for before in [s for s in self._slots.values() if s.pid == slot.pid and s is not slot]:
+                slot.owed += before.owed  # it is not forgotten yet
+                before.astray = False
             self._joining.append(slot)
             self._advisor.joined()
         return slot
@@ -218,12 +232,46 @@ class Ksmd:
         equal pages are found whole, and one slice is merged at a time, so that nobody waits long for the mutex.
         """
         with self._working():
+            self._listen()
             if self._knobs.run != Run.MERGE:
                 return 0
             candidates = self._merge_slice()
             if candidates is not None:
                 return candidates
             return self._scan_batch(self._advisor.batch_pages() if budget is None else budget)
+
+    def _listen(self) -> None:
+        """Take up again with those who were silent and are no more, and unmerge what could not be unmerged before."""
+        slots = [slot for slot in self.slots() if (slot.silent or slot.owed) and slot in slot.domain.slots]
+        for slot in slots:
+            try:
+                if slot.silent:
+                    self._hear_out(slot)
+                if not slot.silent and slot.owed:
+                    self._unmerge_owed(slot)
+            except AddressSpaceGone as e:
+                slot.lose(e)
+        self._reap()
+        self._work.wary = any(slot.silent for slot in slots if not slot.gone)
+
+    def _hear_out(self, slot: MmSlot) -> None:
+        silent, replies = slot.space.catch_up()
+        slot.unheard += replies
+        slot.silent = silent
+        while slot.unheard and not slot.silent:
+            seen = heard(slot, slot.unheard[0], time.perf_counter_ns())
+            del slot.unheard[0]
+            self._take_in(slot, seen, Seen())
+        if not slot.silent:
+            for refs in slot.aside:
+                slot.domain.deferred.defer(refs, self._work.passes)
+            slot.aside = []
+
+    def _unmerge_owed(self, slot: MmSlot) -> None:
+        owed, slot.owed = slot.owed, []
+        for unmerge in owed:
+            extent = (unmerge.vpn, unmerge.npages)
+            self._unmerge_slot(slot, extent, lambda: False, unmerge.leave_alone, UnmergeResult())
 
     def _merge_slice(self) -> int | None:
         for domain in list(self._domains.values()):
@@ -282,12 +330,15 @@ class Ksmd:
             return
         committed: dict[str, int] = {}
         available: dict[str, int] = {}
+        for slot in self.slots():
+            if slot.silent:
+                committed[slot.group] = committed.get(slot.group, 0) + slot.merged
         for slot, (group, there) in self._work.each(self.slots(), headroom).items():
             slot.group = group
             committed[group] = committed.get(group, 0) + slot.merged
             available[group] = min(available.get(group, there), there)
         self._work.allowance = {
-            group: available[group] * percent // 100 // PAGE_SIZE - committed[group] for group in committed
+            group: available[group] * percent // 100 // PAGE_SIZE - committed[group] for group in available
         }
 
     def _scan_batch(self, budget: int) -> int:
@@ -337,7 +388,12 @@ class Ksmd:
             vpn, left = self._cursor[slot], share
             while len(looks) < LOOKS and left > 0:
                 first, end = slot.ages.ahead(vpn)
-                looks.append(look(slot, first, left, self._flags(slot), end))
+                try:
+                    looks.append(look(slot, first, left, self._flags(slot), end))
+                except AddressSpaceSilent as e:
+                    slot.lose(e)
+                    self._work.wary = True
+                    break  # what it said before counts
                 vpn, left = looks[-1].reply.next_vpn, left - len(looks[-1].reply.checksums)
                 if not vpn or looks[-1].areas is not None or looks[-1].wall_ns > A_MOMENT * 1e9:
                     break
@@ -354,14 +410,14 @@ class Ksmd:
             except Exception as e:  # whatever it said that ksmd cannot cope with, the others are looked at all the same
                 slot.lose(e)
                 self._mend()
-            if slot.gone:
+            if slot.is_away:
                 del self._cursor[slot]
             elif not self._cursor[slot]:
                 del self._cursor[slot]
                 slot.looked_at()
 
     def _put_off(self) -> None:
-        """Who kept ksmd waiting for too long is not asked in this pass."""
+        """Who kept ksmd waiting for too long, or is silent, is not asked in this pass."""
         for slot in [s for s in self._cursor if s.is_put_off]:
             del self._cursor[slot]
 
@@ -399,12 +455,12 @@ class Ksmd:
             self._pruned = self._clock()
         for domain in self._domains.values():
             domain.end_pass(self._work.passes)
-            for slot in [s for s in domain.slots if s.pending_breaks and not s.gone]:
+            for slot in [s for s in domain.slots if s.pending_breaks and not s.is_away]:
                 try:
                     retry_pending(domain, slot, self._work.passes)
                 except AddressSpaceGone as e:
                     slot.lose(e)
-            self._pass_changed |= restore(domain, [s for s in domain.slots if not s.gone], self._work)
+            self._pass_changed |= restore(domain, [s for s in domain.slots if not s.is_away], self._work)
             if prune:
                 self._prune(domain)
         self._advisor.pass_over(self._clock(), quiet=not self._pass_changed)
@@ -424,7 +480,7 @@ class Ksmd:
         if sum(dead for _, _, dead in sparse) < SPARSE_PAGES:
             return
         for first, past, _ in sparse:
-            if not move_out(domain, [s for s in domain.slots if not s.gone], (first, past)):
+            if not move_out(domain, [s for s in domain.slots if not s.is_away], (first, past)):
                 return
 
     # -- merging and unmerging on request ---------------------------------------------------------------
@@ -463,7 +519,7 @@ class Ksmd:
         counter does. All others are as they were when last looked at. Where there are many, so are these."""
         with self._working():
             try:
-                if not slot.gone:
+                if not slot.is_away:
                     recount_zeros(slot.domain, slot)
             except AddressSpaceGone as e:
                 slot.lose(e)
@@ -502,8 +558,9 @@ class Ksmd:
         Stops at the first error, which is in the outcome: ENOMEM, or EINTR when `cancelled()` said so between
         two steps. What was unmerged is left alone until it changes. What was not, for want of memory, stays
         merged and is tried again by later passes. Two errors stop nothing, and are told at the end: EFAULT of pages
-        that cannot be mapped any more, and ETIMEDOUT of a process that does not answer, or is lost for another reason.
-        That a process ended is no error: nothing of it is left to unmerge.
+        that cannot be mapped any more, and ETIMEDOUT of a process that does not answer, or is lost for another
+        reason: it is unmerged when it answers again. That a process ended is no error: nothing of it is left to
+        unmerge.
         """
         with self._working(cancelled):
             return self._unmerge([slot] if slot else None, (vpn, npages), cancelled, leave_alone=True)
@@ -511,6 +568,7 @@ class Ksmd:
     def _unmerge(
         self, only: list[MmSlot] | None, extent: tuple[int, int], cancelled: Cancelled, leave_alone: bool
     ) -> UnmergeResult:
+        self._listen()
         result = UnmergeResult()
         slot = only[0] if only else self._next_slot(0)
         while slot is not None:
@@ -520,7 +578,10 @@ class Ksmd:
                 break
             slot = None if only else self._next_slot(slot.number)
         self._reap()
-        for row in self._lost.rows([slot.pid for slot in only or ()]):
+        lost = [slot.pid for slot in only or ()]
+        if not result.stops:
+            self._lost.owe(lost, Owed(*extent, leave_alone))
+        for row in self._lost.rows(lost):
             result.add_lost(row)
         return result
 
@@ -531,6 +592,10 @@ class Ksmd:
             self._reap()
         merged = slot.merged
         try:
+            if not slot.silent and (halted := slot.space.halted()):
+                slot.lose(AddressSpaceSilent(slot.pid, halted))
+            if slot.silent:
+                raise AddressSpaceSilent(slot.pid, slot.silent)
             with slot.space.interruptible(cancelled):
                 row, last = unmerge_pages(slot.domain, slot, *extent, cancelled, leave_alone, self._work.concurrently)
         except AddressSpaceGone as e:
@@ -538,11 +603,23 @@ class Ksmd:
             result.pages_unmerged += max(0, merged - slot.merged)
             if cancelled():
                 result.errno = errno.EINTR
+            elif slot.silent:
+                self._owe(slot, Owed(*extent, leave_alone), result)
             return
         result.add(row, last)
         slot.pending_breaks = [run for run in slot.pending_breaks if not _within(run, extent)]
         if row.errno == errno.ENOMEM and leave_alone:
             slot.pending_breaks.append(extent)
+
+    def _owe(self, slot: MmSlot, owed: Owed, result: UnmergeResult) -> None:
+        """A process is silent: it is unmerged as soon as it is not. Nothing is owed to one that is known to have
+        nothing merged."""
+        if slot.passes and not slot.merged:
+            return
+        if owed not in slot.owed:
+            slot.owed.append(owed)
+        row = ProcessBreak(slot.pid, errno.ETIMEDOUT, 0, slot.merged, slot.comm, slot.silent)
+        result.add_lost(row)
 
     def _next_slot(self, number: int) -> MmSlot | None:
         """The process after that of `number` in the list, whoever joined or left meanwhile."""
@@ -602,6 +679,10 @@ class Ksmd:
             return
         self._knobs.run = run
         self._advisor.joined()
+        if run == Run.MERGE:
+            self._lost.merge_again()
+            for slot in self.slots():
+                slot.owed = [owed for owed in slot.owed if owed.leave_alone]
         if run == Run.UNMERGE:
             result = self._unmerge_and_remove_all_rmap_items(cancelled)
             if result.errno:
@@ -613,6 +694,10 @@ class Ksmd:
     def next_wait(self) -> float:
         """Seconds until `do_scan` should be called again; infinite while there is nothing to do until
         somebody joins or a knob is set."""
+        wait = self._next_scan()
+        return min(wait, LISTEN_EVERY) if any(slot.owed for slot in self.slots()) else wait
+
+    def _next_scan(self) -> float:
         if self._knobs.run != Run.MERGE or not self._slots:
             return math.inf
         if self._in_pass and not self._cursor and not self._joining:
@@ -626,6 +711,10 @@ class Ksmd:
     def lost(self, pids: Collection[int] = ()) -> list[ProcessBreak]:
         """A row for each process, of `pids` or all, with merged pages that nothing can be asked of."""
         return self._lost.rows(pids)
+
+    def owe_lost(self, pids: Collection[int]) -> None:
+        """Those of `pids`, or all, that are lost are to be unmerged if they come back."""
+        self._lost.owe(pids, Owed(*WHOLE, leave_alone=True))
 
     def rows(self) -> tuple[ProcessRow, ...]:
         """A row for every process, of the same moment."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.mm_slot import MmSlot, Owed
 from samepage.ksmd.unmerge import ProcessBreak
 from samepage.memory import AddressSpace
 
@@ -20,6 +20,7 @@ class _Process:
     space: AddressSpace
     comm: str
     merged: int
+    owed: list[Owed] = field(default_factory=list)
 
 
 class Lost:
@@ -30,12 +31,24 @@ class Lost:
 
     def note(self, slot: MmSlot) -> None:
         """A process whose slot is about to be dropped, with its pages still counted."""
-        if slot.astray and slot.merged:
-            self._processes[slot.pid] = _Process(slot.space, slot.comm, slot.merged)
+        if slot.astray and (slot.merged or slot.owed):
+            self._processes[slot.pid] = _Process(slot.space, slot.comm, slot.merged, slot.owed)
 
-    def forget(self, pid: int) -> None:
-        """It is back."""
-        self._processes.pop(pid, None)
+    def forget(self, pid: int) -> list[Owed]:
+        """It is back. Returns the unmerges that did not reach it."""
+        process = self._processes.pop(pid, None)
+        return process.owed if process is not None else []
+
+    def owe(self, pids: Collection[int], owed: Owed) -> None:
+        """An unmerge does not reach those of `pids`, or all."""
+        for pid, process in list(self._processes.items()):
+            if (not pids or pid in pids) and owed not in process.owed:
+                process.owed.append(owed)
+
+    def merge_again(self) -> None:
+        """`run` is 1: what a `run` = 2 left undone need not be done."""
+        for process in list(self._processes.values()):
+            process.owed = [owed for owed in process.owed if owed.leave_alone]
 
     def rows(self, pids: Collection[int] = ()) -> list[ProcessBreak]:
         """One for each that is still there, of `pids` or all: what it has merged was not unmerged."""

@@ -29,7 +29,7 @@ from samepage.ksmd.index import by_checksum
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import Bools, Ints, PageState, run_starts, sorted_refs
 from samepage.ksmd.stable import SEGMENT_PAGES
-from samepage.memory import EXTENT, U8, U32, U64, ZERO_PAGE, PageStatus
+from samepage.memory import EXTENT, U8, U32, U64, ZERO_PAGE, AddressSpaceSilent, PageStatus
 
 Concurrently = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """Like `map`: the service gives that of a thread pool, so that processes work at the same time."""
@@ -58,17 +58,23 @@ class MergeWork:
     allowance: dict[str, int] | None = None
     """Pages that may still be merged, by memory cgroup; None: no limit (max_overcommit)."""
     passes: int = 0
+    wary: bool = False
+    """A process is silent. There may be more (of a frozen cgroup, say): each is looked at before it is asked anything,
+    for to find out by asking takes a tenth of a second."""
     statuses: Ints = field(default_factory=lambda: np.zeros(len(PageStatus), np.int64))
 
     def each(self, slots: Iterable[MmSlot], work: Callable[[MmSlot], Any]) -> dict[MmSlot, Any]:
         """Do something to several processes at the same time. Those that turn out to be gone are marked, and missing
         from the outcome. So are those for which `work` fails by a mistake of ksmd's own: the others are served on."""
-        present = [slot for slot in slots if not slot.gone]
+        present = [slot for slot in slots if not slot.is_away]
 
         def attempt(slot: MmSlot) -> Any:
             try:
+                if self.wary and (halted := slot.space.halted()):
+                    raise AddressSpaceSilent(slot.pid, halted)
                 return work(slot)
             except Exception as e:
+                self.wary |= isinstance(e, AddressSpaceSilent)
                 return _Failed(e)
 
         outcome = {}
@@ -83,6 +89,7 @@ class MergeWork:
 
 def merge_candidates(domain: Domain, refs: U32, work: MergeWork) -> None:
     """Merge what can be merged of a slice of candidates: ascending refs whose checksums are known, in no index."""
+    refs = _without_the_silent(domain, refs)
     if work.use_zero_pages:
         refs = _merge_zero_pages(domain, refs, work)
     left: list[U32] = []
@@ -93,6 +100,19 @@ def merge_candidates(domain: Domain, refs: U32, work: MergeWork) -> None:
         refs = matching.run()
         left.extend(matching.left)
     _settle_left(domain, sorted_refs([*left, refs]), work)
+
+
+def _without_the_silent(domain: Domain, refs: U32) -> U32:
+    """Candidates of processes that do not answer are kept until they do."""
+    if not any(slot.silent for slot in domain.slots):
+        return refs
+    keep = np.ones(len(refs), np.bool_)
+    for slot, at in domain.by_slot(refs).items():
+        if slot.silent:
+            slot.aside.append(refs[at])
+            keep[at] = False
+    domain.set_states(refs[~keep], PageState.DEFERRED)
+    return refs[keep]
 
 
 def _defer(domain: Domain, refs: U32, work: MergeWork, state: PageState) -> None:
@@ -125,7 +145,7 @@ def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
     may = _may_merge(domain, refs[zero], refs[zero].astype(np.uint64), work)
     _defer(domain, refs[zero][~may], work, PageState.DEFERRED)
     pages = refs[zero][may]
-    status: U8 = np.full(len(pages), PageStatus.GONE, np.uint8)
+    status: U8 = np.full(len(pages), PageStatus.BUSY, np.uint8)  # of who cannot be asked
     by_slot = domain.by_slot(pages)
     vpns = {slot: slot.vpns_of(pages[at].astype(np.int64)) for slot, at in by_slot.items()}
     work.each(by_slot, lambda slot: _be_zeros(slot, vpns[slot], by_slot[slot], status))

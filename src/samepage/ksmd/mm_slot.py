@@ -7,6 +7,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from samepage.ksmd.age import Ages
 from samepage.ksmd.patience import A_MOMENT, Patience
 from samepage.ksmd.rmap import HAS_CHECKSUM, Ints, PageState
-from samepage.memory import AREA, AddressSpace, AddressSpaceGone
+from samepage.memory import AREA, U32, AddressSpace, AddressSpaceGone, AddressSpaceSilent, ScanResult
 
 if TYPE_CHECKING:
     from samepage.ksmd.domain import Domain
@@ -31,6 +32,15 @@ NO_CHECKSUM = [state for state in PageState if not HAS_CHECKSUM[state]]
 
 STILL_MAX = 8
 """Passes at most in which broken pages of a process are not looked for."""
+
+
+@dataclass(slots=True, frozen=True)
+class Owed:
+    """An unmerge of pages [vpn, vpn + npages); `leave_alone` as in `unmerge_pages`: False if it was `run` = 2."""
+
+    vpn: int
+    npages: int
+    leave_alone: bool
 
 
 class MmSlot:
@@ -49,6 +59,10 @@ class MmSlot:
         self.gone = False  # asked to leave, or its process is gone: forgotten at the next safe moment
         self.lost = ""  # why, if it was not asked for
         self.astray = False  # it was lost, and its process may still be there
+        self.silent = ""  # why it does not answer (AddressSpaceSilent): asked nothing until it does
+        self.unheard: list[ScanResult] = []  # scans that were not taken in before it fell silent
+        self.aside: list[U32] = []  # its candidates, meanwhile
+        self.owed: list[Owed] = []  # unmerges that did not reach it: done as soon as it answers
         self.areas_seq: int | None = None
         self.merge_any = False  # PR_SET_MEMORY_MERGE
         self.hash_all = False  # its checksums were made by other rules: until it was looked at to the end, all are
@@ -75,15 +89,22 @@ class MmSlot:
         self.islands_attempts = 0  # in a row that were in vain
 
     def lose(self, why: Exception) -> None:
-        """It went, or cannot be served any more."""
-        if not self.gone:
+        """It went, or cannot be served any more, or not now."""
+        if isinstance(why, AddressSpaceSilent):
+            self.silent = why.state
+        elif not self.gone:
             self.gone, self.lost = True, in_words(why)
             self.astray = not (isinstance(why, AddressSpaceGone) and why.ended)
 
     @property
+    def is_away(self) -> bool:
+        """Whether there is no sense in asking it anything."""
+        return self.gone or bool(self.silent)
+
+    @property
     def is_put_off(self) -> bool:
-        """Whether it, or its like, kept ksmd waiting for too long."""
-        return self.patience.is_spent or self.domain.patience.is_spent
+        """Whether it is silent, or it or its like kept ksmd waiting for too long."""
+        return bool(self.silent) or self.patience.is_spent or self.domain.patience.is_spent
 
     @contextlib.contextmanager
     def waited_for(self, free: float = A_MOMENT) -> Iterator[None]:

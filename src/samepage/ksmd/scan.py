@@ -11,7 +11,7 @@ import numpy as np
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, Bools, Ints, PageState, expand
-from samepage.memory import U64, VPN_END, AddressSpaceGone, Areas, RunKind, ScanFlag, ScanResult
+from samepage.memory import U64, VPN_END, AddressSpaceGone, AddressSpaceSilent, Areas, RunKind, ScanFlag, ScanResult
 
 
 @dataclass(slots=True)
@@ -50,6 +50,15 @@ def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_EN
     slot.idle_looks += 0 < reply.next_vpn < vpn + min(budget, STEP_MIN)
     if slot.idle_looks > IDLE_LOOKS + 2 * len(slot.pieces):
         raise AddressSpaceGone("its scan hardly gets on")
+    try:
+        return heard(slot, reply, started)
+    except AddressSpaceSilent:
+        slot.unheard.append(reply)
+        raise
+
+
+def heard(slot: MmSlot, reply: ScanResult, started: int) -> Look:
+    """What it answered, and the areas if they changed."""
     areas = None
     if reply.areas_seq != slot.areas_seq:
         with slot.waited_for():

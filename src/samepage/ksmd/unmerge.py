@@ -43,6 +43,8 @@ class ProcessBreak:
     pages_unmerged: int = 0
     pages_remaining: int = 0
     comm: str = ""
+    state: str = ""
+    """Why it does not answer, if it is stopped, traced or frozen."""
 
 
 @dataclass(slots=True)
@@ -220,8 +222,12 @@ def retry_pending(domain: Domain, slot: MmSlot, passes: int) -> None:
     if not slot.pending_breaks or passes < slot.pending_due:
         return
     pending, slot.pending_breaks = slot.pending_breaks, []
-    for vpn, npages in pending:
-        row, _ = unmerge_pages(domain, slot, vpn, npages, lambda: False, leave_alone=True)
+    for n, (vpn, npages) in enumerate(pending):
+        try:
+            row, _ = unmerge_pages(domain, slot, vpn, npages, lambda: False, leave_alone=True)
+        except AddressSpaceGone:
+            slot.pending_breaks += pending[n:]
+            raise
         if row.errno not in (0, errno.EFAULT):
             slot.pending_breaks.append((vpn, npages))
     if slot.pending_breaks:
@@ -238,7 +244,7 @@ def move_out(domain: Domain, slots: list[MmSlot], nodes: tuple[int, int]) -> boo
     """
     for slot in slots:
         for vpn, npages in list(_users(domain, slot, nodes)):
-            if slot.gone:
+            if slot.is_away:
                 break
             try:
                 if _break_range(domain, slot, vpn, npages, leave_alone=False).errno:

@@ -209,6 +209,16 @@ class AddressSpaceGone(OSError):
         self.ended = ended
 
 
+class AddressSpaceSilent(AddressSpaceGone):
+    """The process cannot answer now, for it is stopped, traced or frozen (`state`), but it will when it goes on. Until
+    `AddressSpace.catch_up` says that it does, whatever is asked of it raises this again."""
+
+    def __init__(self, pid: int, state: str) -> None:
+        super().__init__(f"process {pid} does not answer: it is {state}")
+        self.errno = errno.ETIMEDOUT
+        self.state = state
+
+
 class AddressSpace(Protocol):
     """One process. Every method may raise `AddressSpaceGone`; none raises anything else for what a peer does, and
     whatever one returns could be true (`samepage.memory.check`)."""
@@ -228,6 +238,15 @@ class AddressSpace(Protocol):
 
     def is_there(self) -> bool:
         """Whether the process has not ended or executed another program, though it may not answer. It is not asked."""
+        ...
+
+    def halted(self) -> str:
+        """Why it cannot answer at this moment (`samepage.memory.halt`); "" if it can. The process is not asked."""
+        ...
+
+    def catch_up(self) -> tuple[str, list[ScanResult]]:
+        """After `AddressSpaceSilent`: why it is silent still ("": it is not), and the scans that it has answered since.
+        AddressSpaceGone: it was silent in the middle of what can be told only by asking it for everything anew."""
         ...
 
     def interruptible(self, cancelled: Callable[[], bool]) -> AbstractContextManager[None]:

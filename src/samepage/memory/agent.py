@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import select
 import socket
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,7 @@ from samepage.memory import (
     VPN_END,
     ZERO_PAGE,
     AddressSpaceGone,
+    AddressSpaceSilent,
     Areas,
     BreakResult,
     Donation,
@@ -45,7 +48,8 @@ from samepage.memory import (
     check,
     wire,
 )
-from samepage.memory.identity import Identity, has_ended, identify, is_stopped, memory_of
+from samepage.memory.halt import SILENT, TRACED, Halt, agent_thread, halt_of
+from samepage.memory.identity import Identity, has_ended, identify, memory_of
 from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
 from samepage.memory.segments import OPEN, MemfdSegment, SegmentError
 from samepage.memory.wire import Op, Packet, Swap, WireError
@@ -53,11 +57,16 @@ from samepage.memory.wire import Op, Packet, Swap, WireError
 TIMEOUT = 10.0
 """Seconds an agent has for one answer."""
 
-CANCEL_EVERY = 0.05
+T = TypeVar("T")
+
+LOOK_EVERY = 0.05
 """Seconds between two questions whether to go on waiting for an answer."""
 
 CANCEL_PATIENCE = 1.0
 """Seconds that a process which is not stopped has to answer after a cancellation."""
+
+TRACER_PATIENCE = 0.01
+"""Seconds between two looks that tell a process which a tracer holds from one that it lets go on at once."""
 
 BREAK_RATE = 64 << 20
 """Bytes a second, at worst, that `break_ksm` copies: a long range has that much more time, for memory is reclaimed."""
@@ -72,6 +81,10 @@ RUNS_MAX = wire.BODY_MAX // AREA.itemsize
 """Runs of pages in one packet at most."""
 
 EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
+
+NOTHING_LOST = (Op.AREAS, Op.SCAN, Op.RESTORE, Op.MAP_COUNT, Op.HEADROOM)
+"""What a process may have been asked when it fell silent: the answer is taken in, or asked for again. After any other
+request ksmd could not tell what the process did."""
 
 LIST_CHANGED = -1
 """The `seq` of a list of areas that changed while it was read."""
@@ -89,6 +102,18 @@ class Terms:
     use_swap: bool = False
     flags: int = 0
     """Of `wire.Flags`."""
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One that was sent. `ends`: until when its answer is waited for, as soon as it is its turn, `patience` seconds
+    longer than usual; `scan`: how to understand it, if it is a scan."""
+
+    op: Op
+    seq: int
+    patience: float = 0.0
+    scan: Callable[[Packet], ScanResult] | None = None
+    ends: float = math.inf
 
 
 class AgentAddressSpace:
@@ -112,7 +137,10 @@ class AgentAddressSpace:
         self._sock = sock
         self._asking = threading.Condition()  # held to send, so that requests are sent in the order of their numbers
         self._seq = 0
-        self._unanswered: deque[int] = deque()
+        self._unanswered: deque[_Request] = deque()
+        self._owed: deque[_Request] = deque()  # nobody waits for these answers any more: the process is silent
+        self._silence = ""
+        self._thread = 0
         self._gone: str | None = None
         self._pid = pid
         self._domain = domain
@@ -127,6 +155,7 @@ class AgentAddressSpace:
         self.doubtful = False
         """It sent a descriptor of something that no agent sends."""
         self._cancelled: Callable[[], bool] | None = None
+        sock.settimeout(LOOK_EVERY)
 
     @classmethod
     def welcome(
@@ -200,6 +229,39 @@ class AgentAddressSpace:
         except OSError:
             return False
 
+    def halted(self) -> str:
+        halt = self._halt()
+        if halt is not None and halt.why == TRACED:
+            time.sleep(TRACER_PATIENCE)
+            halt = halt if halt == self._halt() else None
+        return halt.why if halt else ""
+
+    def _halt(self) -> Halt | None:
+        """What keeps its agent from running."""
+        self._thread = self._thread or agent_thread(self._pid)
+        return halt_of(self._pid, self._thread)
+
+    def catch_up(self) -> tuple[str, list[ScanResult]]:
+        found: list[ScanResult] = []
+        ready = select.poll()
+        ready.register(self._sock, select.POLLIN)
+        while self._owed:
+            owed = self._owed[0]
+            if not ready.poll(0):
+                self._silence = self.halted() or SILENT
+                if self._silence != SILENT:
+                    owed.ends = time.monotonic() + TIMEOUT
+                elif time.monotonic() >= owed.ends:
+                    raise self._lost("no answer in time")
+                return self._silence, found
+            with self._answer(owed, wire.recv_plain if owed.op != Op.DONATE else wire.recv_memfd) as answer:
+                if owed.op not in NOTHING_LOST:
+                    raise WireError(f"it was {self._silence} in the middle of a request, and joins again")
+                if owed.scan is not None:
+                    found.append(owed.scan(answer))
+            self._owed.popleft()
+        return self.halted(), found
+
     @contextlib.contextmanager
     def interruptible(self, cancelled: Callable[[], bool]) -> Iterator[None]:
         self._cancelled = cancelled
@@ -258,7 +320,7 @@ class AgentAddressSpace:
                 return Areas(seq, np.concatenate(parts), bool(head["merge_any"]))
 
     def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
-        with self._ask(Op.SCAN, wire.pack(wire.SCAN, vpn, budget, end, flags, 0)) as answer:
+        def understand(answer: Packet) -> ScanResult:
             reader = answer.reader()
             head = reader.one(wire.SCANNED)
             if head["nhashed"] > budget:
@@ -269,7 +331,11 @@ class AgentAddressSpace:
             forked = head["forked_ms"] / 1000
             found = ScanResult(runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"], forked)
             check.scanned(found, vpn)
-        return found
+            return found
+
+        body = wire.pack(wire.SCAN, vpn, budget, end, flags, 0)
+        with self._ask(Op.SCAN, body, scan=understand) as answer:
+            return understand(answer)
 
     def donate(self, runs: npt.NDArray[np.void]) -> Donation:
         """As the protocol says, for at most `DONATE_MAX` pages (ValueError)."""
@@ -374,21 +440,42 @@ class AgentAddressSpace:
 
     @contextlib.contextmanager
     def _ask(
-        self, op: Op, body: bytes = b"", fd: int = -1, may_have_fd: bool = False, patience: float = 0.0
+        self,
+        op: Op,
+        body: bytes = b"",
+        fd: int = -1,
+        may_have_fd: bool = False,
+        patience: float = 0.0,
+        scan: Callable[[Packet], ScanResult] | None = None,
     ) -> Iterator[Packet]:
-        """Send a request and give its answer to the block, which checks it: any `WireError`, also the block's,
-        any socket error and any silence end the connection. A descriptor the block leaves is closed."""
-        try:
-            seq = self._send(op, body, fd)
-            answer = self._recv(seq, patience, wire.recv_memfd if may_have_fd else wire.recv_plain)
+        """Send a request and give its answer to the block, which checks it: see `_answer`."""
+        with self._lost_by_errors():
+            request = self._send(op, body, fd, patience, scan)
+        receive = wire.recv_memfd if may_have_fd else wire.recv_plain
+        with self._answer(request, lambda _: self._recv(request, receive)) as answer:
+            yield answer
+
+    @contextlib.contextmanager
+    def _answer(self, request: _Request, recv: Callable[[socket.socket], Packet]) -> Iterator[Packet]:
+        """What `recv` receives, which must be the answer to `request`. Any `WireError`, also the block's, any socket
+        error and any silence end the connection. A descriptor the block leaves is closed."""
+        with self._lost_by_errors():
+            answer = recv(self._sock)
             try:
-                if (answer.op, answer.seq) != (op, seq):
-                    raise WireError(f"asked {op.name} #{seq}, answered op {answer.op} #{answer.seq}")
+                if (answer.op, answer.seq) != (request.op, request.seq):
+                    raise WireError(f"asked {request.op.name} #{request.seq}, answered op {answer.op} #{answer.seq}")
                 if answer.error:
-                    raise WireError(f"{op.name} failed with {errno.errorcode.get(answer.error, answer.error)}")
+                    raise WireError(f"{request.op.name} failed with {errno.errorcode.get(answer.error, answer.error)}")
                 yield answer
             finally:
                 answer.close()
+
+    @contextlib.contextmanager
+    def _lost_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except AddressSpaceSilent:
+            raise
         except (WireError, SegmentError, OSError) as e:
             self.doubtful |= isinstance(e, wire.Doubtful)
             raise self._lost(_why(e)) from e
@@ -397,51 +484,61 @@ class AgentAddressSpace:
             self.hang_up("interrupted in the middle of a request")
             raise
 
-    def _send(self, op: Op, body: bytes, fd: int) -> int:
-        """Returns the number of the request, whose answer must be taken in."""
+    def _send(
+        self, op: Op, body: bytes, fd: int, patience: float, scan: Callable[[Packet], ScanResult] | None
+    ) -> _Request:
+        """Returns the request, whose answer must be taken in."""
         with self._asking:
             if self._gone is not None:
                 raise self._lost(self._gone)
+            if self._owed:
+                raise AddressSpaceSilent(self._pid, self._silence)
             self._seq = (self._seq + 1) & 0xFFFFFFFF
-            self._sock.settimeout(TIMEOUT)
-            wire.send(self._sock, op, self._seq, body, fd=fd)
-            self._unanswered.append(self._seq)
-            return self._seq
+            request = _Request(op, self._seq, patience, scan)
+            self._insist(lambda: wire.send(self._sock, op, request.seq, body, fd=fd), time.monotonic() + TIMEOUT)
+            self._unanswered.append(request)
+            return request
 
-    def _recv(self, seq: int, patience: float, recv: Callable[[socket.socket], Packet]) -> Packet:
+    def _recv(self, request: _Request, recv: Callable[[socket.socket], Packet]) -> Packet:
         try:
             with self._asking:
-                every = None if self._cancelled is None else CANCEL_EVERY
-                while not self._asking.wait_for(lambda: self._unanswered[0] == seq, every):
+                every = None if self._cancelled is None else LOOK_EVERY
+                while not self._asking.wait_for(lambda: self._unanswered[0] is request, every):
                     if self._cancelled is not None and self._cancelled():
                         raise TimeoutError
-            ends = time.monotonic() + TIMEOUT + patience
-            if self._cancelled is not None:
-                self._await_answer(self._cancelled, ends)
-            while True:
-                try:
-                    return recv(self._sock)
-                except TimeoutError:
-                    if time.monotonic() >= ends:
-                        raise
+                if self._owed:  # what was asked before this
+                    raise AddressSpaceSilent(self._pid, self._silence)
+            request.ends = time.monotonic() + TIMEOUT + request.patience
+            return self._insist(lambda: recv(self._sock), request.ends)
+        except AddressSpaceSilent as e:
+            with self._asking:
+                self._owed.append(request)
+                self._silence = e.state
+            raise
         finally:
             with self._asking:
-                self._unanswered.remove(seq)
+                self._unanswered.remove(request)
                 self._asking.notify_all()
 
-    def _await_answer(self, cancelled: Callable[[], bool], ends: float) -> None:
-        """Wait until there is something to receive. TimeoutError at `ends`, or when cancelled: at once if the process
-        is stopped, else after a while, for without the answer all has to be asked anew."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
+    def _insist(self, do: Callable[[], T], ends: float) -> T:
+        """Do something with the socket. TimeoutError at `ends`, or a while after a cancellation: not at once, for
+        without the answer all has to be asked anew. AddressSpaceSilent as soon as it is seen that the process does not
+        run."""
         called_off = False
-        while not poll.poll(1000 * CANCEL_EVERY):
-            now = time.monotonic()
-            if cancelled() and not called_off:
-                called_off = True
-                ends = min(ends, now if is_stopped(self._pid) else now + CANCEL_PATIENCE)
-            if now >= ends:
-                raise TimeoutError
+        before: Halt | None = None
+        while True:
+            try:
+                return do()
+            except TimeoutError:
+                now = time.monotonic()
+                if not called_off and self._cancelled is not None and self._cancelled():
+                    called_off, ends = True, min(ends, now + CANCEL_PATIENCE)
+                if now >= ends:
+                    raise
+            halt = self._halt()
+            if halt is not None and halt == before:
+                raise AddressSpaceSilent(self._pid, halt.why)
+            before = halt
 
     def _lost(self, why: str) -> AddressSpaceGone:
         self.hang_up(why)

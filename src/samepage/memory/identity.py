@@ -76,14 +76,6 @@ def has_ended(pid: int) -> bool:
     return state in (b"Z", b"X") and threads <= 1  # where only its first thread has, others may run on
 
 
-def is_stopped(pid: int) -> bool:
-    """By a signal or a debugger."""
-    try:
-        return _state(pid)[0] in (b"T", b"t")
-    except OSError:
-        return False
-
-
 def _state(pid: int) -> tuple[bytes, int]:
     """That of its first thread, and how many threads there are."""
     with open(f"/proc/{pid}/stat", "rb") as file:

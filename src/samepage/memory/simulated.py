@@ -28,6 +28,7 @@ from samepage.memory import (
     VPN_END,
     ZERO_PAGE,
     AddressSpaceGone,
+    AddressSpaceSilent,
     Areas,
     BreakResult,
     Donation,
@@ -186,6 +187,7 @@ class SimulatedAddressSpace:
         self.script: Script | None = None
         self.forked = math.inf  # so many seconds ago, as it says itself
         self.alive = True
+        self.halt = ""  # what keeps it from answering
         self.calls: list[str] = []
         self.pages_hashed = 0
         self.faults = 0
@@ -342,6 +344,8 @@ class SimulatedAddressSpace:
         self.calls.append(what)
         if not self.alive:
             raise AddressSpaceGone("exited", ended=True)
+        if self.halt:
+            raise AddressSpaceSilent(self.pid, self.halt)
 
     def _fate(self, what: str, vpn: int) -> int | None:
         return self.script(what, vpn) if self.script else None
@@ -354,6 +358,12 @@ class SimulatedAddressSpace:
 
     def is_there(self) -> bool:
         return self.alive
+
+    def halted(self) -> str:
+        return self.halt
+
+    def catch_up(self) -> tuple[str, list[ScanResult]]:
+        return self.halt, []
 
     def interruptible(self, cancelled: Callable[[], bool]) -> AbstractContextManager[None]:
         return nullcontext()

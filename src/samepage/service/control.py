@@ -329,9 +329,16 @@ class Client:
 
 def blamed(failed: list[Answer]) -> str:
     """Which processes could not be unmerged for reasons of their own, in words; "" if there are none."""
-    why = {"ETIMEDOUT": "does not answer", "EFAULT": "has pages that cannot be mapped any more"}
+    why = {
+        "ETIMEDOUT": "does not answer{}, and is unmerged as soon as it does",
+        "EFAULT": "has pages that cannot be mapped any more",
+    }
     rows = [row for row in failed if row["errno"] in why]
-    names = [f"process {row['pid']} ({row['comm']}) {why[row['errno']]}" for row in rows[:BLAMED_MAX]]
+    names = [
+        f"process {row['pid']} ({row['comm']}) "
+        + why[row["errno"]].format(f" (it is {row['state']})" if row["state"] else "")
+        for row in rows[:BLAMED_MAX]
+    ]
     if len(rows) > BLAMED_MAX:
         names.append(f"and {len(rows) - BLAMED_MAX} more")
     return "; ".join(names)

@@ -20,6 +20,7 @@ from samepage.ksmd.mm_slot import MmSlot, in_words
 from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import ENDED, AgentAddressSpace
+from samepage.memory.halt import SILENT
 from samepage.memory.identity import user_of
 from samepage.memory.segments import OPEN
 from samepage.service.control import Arrivals, blamed
@@ -54,9 +55,9 @@ def _rows(processes: Iterable[ProcessBreak]) -> list[Answer]:
 
 
 def _headroom(slot: MmSlot) -> tuple[str, int] | None:
-    """None: it has gone, which others will notice."""
+    """None: it has gone, which others will notice, or is stopped."""
     try:
-        return headroom(slot)
+        return None if slot.is_away or slot.space.halted() else headroom(slot)
     except AddressSpaceGone:
         return None
 
@@ -212,12 +213,16 @@ class Scanner:
     def commitments(self) -> tuple[list[Answer], list[Answer]]:
         """The rows of all processes with their memory cgroup and the bytes available there, as they say now; and a row
         for each cgroup: the bytes needed if all merged pages in it were written at once, and those available."""
-        found = self._available(self._ksmd.slots())
+        slots = self._ksmd.slots()
+        found = self._available(slots)
+        states = {slot.pid: slot.space.halted() for slot in slots}
         rows = self.rows()
         groups: dict[str, Answer] = {}
         for row in rows:
             group, available = found.get(row["pid"]) or ("", 0)
             row |= {"cgroup": group, "bytes_available": available}
+            if row["pid"] in states and row["state"] != SILENT:  # which ksmd may not have noticed yet
+                row["state"] = states[row["pid"]] or "running"
             sums = groups.setdefault(
                 group, {"cgroup": group, "processes": 0, "bytes_needed": 0, "bytes_available": available}
             )
@@ -254,8 +259,12 @@ class Scanner:
                 self._ksmd.set(knob, value, cancelled)
         except UnmergeFailed as e:
             result = e.result
-            left = sum(slot.merged for slot in self._ksmd.slots())
-            left += sum(row.pages_remaining for row in result.processes if row.errno in (errno.ETIMEDOUT, errno.EFAULT))
+            slots = self._ksmd.slots()
+            known = {slot.pid for slot in slots}
+            left = sum(slot.merged for slot in slots)
+            left += sum(row.pages_remaining for row in result.processes if row.errno == errno.EFAULT)
+            lost = [row for row in result.processes if row.errno == errno.ETIMEDOUT and row.pid not in known]
+            left += sum(row.pages_remaining for row in lost)
             text = f"{os.strerror(result.errno)}: {result.pages_unmerged} pages unmerged, {left} remain merged"
             if result.unseen:
                 text += f"; {agent.UNSEEN}"
@@ -288,6 +297,8 @@ class Scanner:
                 total["errno"] = errno.errorcode[result.errno]
                 total["pages_remaining"] += self._merged_after(slot, pids)
                 break
+        if total["errno"] is None:
+            self._ksmd.owe_lost(pids)
         for row in self._ksmd.lost(pids):
             if row.pid not in failed:
                 failed[row.pid] = row

@@ -1,0 +1,99 @@
+"""Whether a process can answer at all, as the kernel says: one that is stopped, traced or frozen cannot.
+
+The process itself is not asked, and may say what it likes: what is believed here concerns nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+STOPPED, TRACED, FROZEN = "stopped", "traced", "frozen"
+SILENT = "silent"
+"""It runs, and has not answered yet."""
+
+THREAD_NAME = b"samepage\n"
+"""What an agent calls its thread (`thread_settle()` in agent/thread.c)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """What keeps a thread from running. `switches`: how often it has been taken off a CPU. A thread that somebody
+    traces stops for a moment at every system call; when the same number is seen twice, it did not run in between."""
+
+    why: str
+    switches: int
+
+
+def agent_thread(pid: int) -> int:
+    """The thread of a process that answers; its first one if none looks like it."""
+    with contextlib.suppress(OSError):
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/task/{tid}/comm").read_bytes() == THREAD_NAME:
+                    return int(tid)
+    return pid
+
+
+def halt_of(pid: int, tid: int) -> Halt | None:
+    """What keeps a thread from running at this moment; None: nothing, or there is no such thread."""
+    task = f"/proc/{pid}/task/{tid}"
+    try:
+        lines = Path(f"{task}/status").read_bytes().split(b"\n")
+    except OSError:
+        return None
+    said = dict(
+        line.split(b":\t", 1) for line in lines if line.startswith((b"State:\t", b"voluntary", b"nonvoluntary"))
+    )
+    state = said.get(b"State", b"")[:1]
+    switches = sum(int(said.get(name, b"0")) for name in (b"voluntary_ctxt_switches", b"nonvoluntary_ctxt_switches"))
+    if state == b"T":
+        return Halt(STOPPED, switches)
+    if state == b"t":
+        return Halt(TRACED, switches)
+    # A thread in a frozen cgroup looks asleep.
+    if state in (b"S", b"D") and _is_frozen(f"{task}/cgroup"):
+        return Halt(FROZEN, switches)
+    return None
+
+
+def _is_frozen(path: str) -> bool:
+    """Whether the cgroup that a file of /proc names, or one above it, is frozen."""
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers and _says(_mounts()[1], group, "cgroup.events", "frozen 1"):
+                return True
+            if controllers == "freezer" and _says(_mounts()[0], group, "freezer.state", "FROZEN", "FREEZING"):
+                return True
+    return False
+
+
+def _says(mount: tuple[str, str] | None, group: str, name: str, *lines: str) -> bool:
+    if mount is None:
+        return False
+    root, point = mount
+    inside = group.removeprefix(root) if root != "/" else group
+    try:
+        return not set(lines).isdisjoint(Path(f"{point}{inside.rstrip('/')}/{name}").read_text().splitlines())
+    except OSError:  # the root of the hierarchy has no such file; nor has a kernel before 5.2
+        return False
+
+
+@functools.lru_cache(maxsize=1)
+def _mounts() -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
+    """Where the freezer of cgroup v1 and the hierarchy of v2 are mounted: (what of them, where)."""
+    v1 = v2 = None
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, kind = line.partition(" - ")
+            root, point = mount.split()[3:5]
+            name, _, options = kind.split(maxsplit=2)
+            if name == "cgroup" and "freezer" in options.split(","):
+                v1 = (root, point)
+            elif name == "cgroup2":
+                v2 = (root, point)
+    return v1, v2
