@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * prctl(PR_SET_MEMORY_MERGE): what it answers, who inherits it, and (with the argument "merged") what it merges.
- * Without that argument, the same words are wanted of the kernel and of the agent.
+ * Without that argument, the same words are wanted of the kernel and of the agent. With the argument "told": what is merged
+ * of a program that says nothing.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -118,6 +119,37 @@ static void merging(void)
 	printf("intact: %d %d %d\n", is_all(before, 'b'), is_all(after, 'a'), part[LENGTH - 1] == 'p');
 }
 
+static void block(const char *what, size_t len)
+{
+	char *p = malloc(len);
+
+	memset(p, 'x', len);
+	for (int i = 0; i < 100 && !merged(p); i++)
+		nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+	printf("%s: %s\n", what, merged(p) ? "merged" : "left alone");
+}
+
+/* What somebody else said for it, in $SAMEPAGE_MEMORY. */
+static void told(void)
+{
+	const size_t all = 16 << 20; /* worth a thread */
+	char *p = mmap(NULL, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *kept = p + LENGTH;
+
+	memset(p, 'm', all);
+	block("1 MiB", 1 << 20);
+	block("96 KiB", 96 << 10);
+	block("32 KiB", 32 << 10);
+	printf("mapped: %s\n", merged(p) ? "merged" : "left alone");
+	say("the kernel's flag", get());
+	say("cleared", prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0));
+	say("unmergeable", madvise(p, LENGTH, MADV_UNMERGEABLE));
+	nanosleep(&(struct timespec){.tv_nsec = 300000000}, NULL);
+	printf("then: %s\n", merged(p) ? "merged" : "left alone");
+	printf("beside it: %s\n", merged(kept) ? "merged" : "left alone");
+	printf("intact: %d %d\n", is_all(p, 'm'), is_all(kept, 'm'));
+}
+
 int main(int argc, char **argv)
 {
 	self = argv[0];
@@ -127,6 +159,10 @@ int main(int argc, char **argv)
 	}
 	if (argc > 1 && !strcmp(argv[1], "merged")) {
 		merging();
+		return 0;
+	}
+	if (argc > 1 && !strcmp(argv[1], "told")) {
+		told();
 		return 0;
 	}
 	say("at first", get());

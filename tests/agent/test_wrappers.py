@@ -79,6 +79,26 @@ def test_memory_merge_takes_in_what_was_mapped_before_and_what_comes(preload: Pr
     ]
 
 
+@pytest.mark.parametrize(
+    ("memory", "merged"),
+    [
+        ("", ["1 MiB"]),
+        ("large", ["1 MiB"]),
+        ("mapped", ["1 MiB", "mapped", "beside it"]),
+        ("all", ["1 MiB", "96 KiB", "mapped", "beside it"]),
+    ],
+)
+def test_what_is_merged_of_a_program_that_says_nothing_is_what_samepage_run_says(
+    preload: Preload, memory_merge: str, memory: str, merged: list[str]
+) -> None:
+    said = preload.run([memory_merge, "told"], merged=True, SAMEPAGE_MEMORY=memory)
+    words = dict(line.split(": ") for line in said.splitlines())
+    assert [what for what, became in words.items() if became == "merged"] == merged
+    assert [what for what, became in words.items() if became == "left alone"]
+    assert (words["the kernel's flag"], words["cleared"], words["unmergeable"]) == ("0 ", "0 ", "0 ")
+    assert words["intact"] == "1 1"
+
+
 HANDLERS = """
 #define _GNU_SOURCE
 #include <pthread.h>

@@ -106,6 +106,11 @@ def test_the_command_finds_the_service_and_the_agent(run: Run, library: Path) ->
     assert (done.stdout, done.returncode) == (f"{library} {512 << 10}\n", 0)
 
 
+@pytest.mark.parametrize("memory", ["large", "mapped", "all"])
+def test_the_agent_is_told_which_memory_to_take(run: Run, memory: str) -> None:
+    assert run("--memory", memory, "sh", "-c", 'echo "$SAMEPAGE_MEMORY"').stdout == f"{memory}\n"
+
+
 def test_what_was_preloaded_before_stays(run: Run, environment: dict[str, str], library: Path) -> None:
     other = library.with_name("other.so")
     other.write_bytes(library.read_bytes())
@@ -161,6 +166,7 @@ def test_options_after_the_command_are_the_commands(run: Run) -> None:
         (["--set", "run=7", "true"], 1, "run"),
         (["--set", "run", "true"], 2, "KNOB=VALUE"),
         (["--min-alloc", "1X", "true"], 2, "size"),
+        (["--memory", "small", "true"], 2, "invalid choice"),
         (["--min-alloc", "0", "true"], 2, "size"),
         (["--reserve", "99999999999G", "true"], 2, "size"),
         (["--set", "pages_to_scan=1_0", "true"], 1, "pages_to_scan"),

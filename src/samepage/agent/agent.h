@@ -146,8 +146,8 @@ enum area_flags {
 	AREA_HUGEPAGE = 1 << 8,
 	AREA_NOHUGEPAGE = 1 << 9,
 	AREA_UNMERGED = 1 << 10, /* MADV_UNMERGEABLE on memory of ours: known, not mergeable */
-	AREA_MAPPED = 1 << 11,	 /* private anonymous memory that the program mapped itself: merged if merge_any */
-	AREA_WIPE = 1 << 12,	 /* MADV_WIPEONFORK: what is a segment's here, the agent wipes in a child */
+	AREA_MAPPED = 1 << 11, /* private anonymous memory that the program mapped itself: merged if merges_mapped() */
+	AREA_WIPE = 1 << 12,   /* MADV_WIPEONFORK: what is a segment's here, the agent wipes in a child */
 	AREA_SEQUENTIAL = 1 << 13,
 	AREA_RANDOM = 1 << 14,
 	AREA_AFRESH = 1 << 15, /* was not mergeable for a while: the service has forgotten what it was told of it */
@@ -190,6 +190,8 @@ void area_set_trim(struct area_set *s);
 extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every wrapper passes straight through */
 extern uint64_t areas_seq;	       /* changes whenever the set of mergeable ranges does, or merge_any */
 extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: what the program mapped or will map is mergeable */
+extern _Atomic bool merge_mapped;      /* the same, by `samepage run --memory`; set before anything is mapped */
+bool merges_mapped(void);	       /* one of the two */
 
 /* All need the lock. area_next: the first area that ends after `addr`, or NULL; valid until the set changes. */
 struct area *area_next(uintptr_t addr);

@@ -8,11 +8,16 @@ static struct area_set areas;
 _Atomic unsigned long nr_areas;
 uint64_t areas_seq = 1;
 
-_Atomic bool merge_any;
+_Atomic bool merge_any, merge_mapped;
+
+bool merges_mapped(void)
+{
+	return merge_any || merge_mapped;
+}
 
 static bool mergeable(unsigned flags)
 {
-	return flags & (AREA_ALLOC | AREA_ADVISED | (merge_any ? AREA_MAPPED : 0)) &&
+	return flags & (AREA_ALLOC | AREA_ADVISED | (merges_mapped() ? AREA_MAPPED : 0)) &&
 	       !(flags & (AREA_EXCLUDED | AREA_UNMERGED));
 }
 

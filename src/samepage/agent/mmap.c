@@ -109,7 +109,7 @@ bool area_disown(uintptr_t start, uintptr_t end)
 /* ---- mapping --------------------------------------------------------------------------------------- */
 
 /*
- * What is known of memory from how the program maps it. AREA_MAPPED: PR_SET_MEMORY_MERGE, now or later, makes it mergeable.
+ * What is known of memory from how the program maps it. AREA_MAPPED: it is mergeable if merges_mapped(), now or later.
  * A mapping that grows would not any more once its end is a segment's, and what the kernel may drop the segment would keep;
  * the kernel gives stacks no huge pages (6.7).
  */
@@ -153,7 +153,7 @@ void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 			area_add(start, end, own | area_new_flags(), prot);
 	}
 	mmap_unlock(&saved);
-	if (own & AREA_MAPPED && merge_any && prot & PROT_WRITE)
+	if (own & AREA_MAPPED && merges_mapped() && prot & PROT_WRITE)
 		agent_start_unnamed(len);
 	return p;
 }
@@ -220,7 +220,7 @@ int sp_mprotect(void *addr, size_t len, int prot, int pkey)
 	else
 		area_change(start, end, pkey > 0 ? AREA_EXCLUDED : 0, 0, prot & (PROT_READ | PROT_WRITE | PROT_EXEC));
 	mmap_unlock(&saved);
-	if (!ret && merge_any && prot & PROT_WRITE)
+	if (!ret && merges_mapped() && prot & PROT_WRITE)
 		agent_start_unnamed(len);
 	return ret;
 }

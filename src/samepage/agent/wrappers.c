@@ -11,6 +11,7 @@
 #include <linux/userfaultfd.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -364,7 +365,9 @@ SP_EXPORT long syscall(long number, ...)
 __attribute__((constructor)) static void initialise(void)
 {
 	const char *service = secure_getenv("SAMEPAGE_SOCKET"), *least = secure_getenv("SAMEPAGE_MIN_ALLOC");
-	unsigned long bytes = least && *least ? strtoul(least, NULL, 10) : MIN_ALLOC_DEFAULT;
+	const char *memory = secure_getenv("SAMEPAGE_MEMORY");
+	bool all = memory && !strcmp(memory, "all"), mapped = memory && !strcmp(memory, "mapped");
+	unsigned long bytes = all ? MIN_ALLOC_LEAST : MIN_ALLOC_DEFAULT;
 
 	need_real();
 	if (!service || !*service)
@@ -373,9 +376,12 @@ __attribute__((constructor)) static void initialise(void)
 		say_left_alone();
 		return;
 	}
+	merge_mapped = all || mapped;
 	agent_configure(service);
 	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */
 	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1)
 		area_merge_any(true);
+	if (least && *least)
+		bytes = strtoul(least, NULL, 10);
 	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
 }

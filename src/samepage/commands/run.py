@@ -33,6 +33,10 @@ NOT_HELD_UP = (
 )
 
 
+MEMORY = "large"
+"""What of a program's memory is taken unless --memory says otherwise ($SAMEPAGE_MEMORY, agent/wrappers.c)."""
+
+
 class Run:
     """Run a command, and merge the pages of it and all its children.
 
@@ -59,10 +63,18 @@ class Run:
             help="set a knob before the first scan",
         )
         parser.add_argument(
+            "--memory",
+            choices=("large", "mapped", "all"),
+            default=MEMORY,
+            help="what is merged: large allocations; what the program maps itself, too; or allocations from 64K on "
+            "besides (default: %(default)s)",
+        )
+        parser.add_argument(
             "--min-alloc",
             metavar="SIZE",
             type=size,
-            help="allocations of at least this size are merged: bytes, or with K, M or G (default: 1M)",
+            help="allocations of at least this size are merged: bytes, or with K, M or G "
+            "(default: 1M; with --memory all 64K)",
         )
         add_reserve(parser)
         parser.set_defaults(reserve=None)
@@ -89,7 +101,7 @@ class Run:
         if path and not own:
             say(f"joined the daemon at {path}")
             daemon = MachineDaemon(path, report)
-            environment = _environment(library, path, args.min_alloc) | dict([daemon.variable])
+            environment = _environment(library, path, args) | dict([daemon.variable])
             status = child.wait(child.start(program, command, environment), daemon.look, LOOK_EVERY)
             say(_shared(daemon.finish()))
             return status
@@ -104,7 +116,7 @@ class Run:
     ) -> int:
         """Run the command under a ksmd of its own."""
         service = PrivateService(args.set, report, args.reserve or RESERVE)
-        environment = _environment(library, service.path, args.min_alloc)
+        environment = _environment(library, service.path, args)
         status = None
         try:
             with _tree(args.mount, args.sysfs, service) as enter:
@@ -168,13 +180,14 @@ def _preloadable(library: Path) -> Path:
     return library
 
 
-def _environment(library: Path, socket: str, min_alloc: int | None) -> dict[str, str]:
+def _environment(library: Path, socket: str, args: argparse.Namespace) -> dict[str, str]:
     environment = dict(os.environ)
     others = environment.get("LD_PRELOAD", "")
     environment["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
     environment["SAMEPAGE_SOCKET"] = socket
-    if min_alloc is not None:
-        environment["SAMEPAGE_MIN_ALLOC"] = str(min_alloc)
+    environment["SAMEPAGE_MEMORY"] = args.memory
+    if args.min_alloc is not None:
+        environment["SAMEPAGE_MIN_ALLOC"] = str(args.min_alloc)
     return environment
 
 
