@@ -115,12 +115,13 @@ class Worker:
 class Neighbour:
     """Takes what its cgroup has left, down to `MARGIN`, and gives it all back.
 
-    It looks before every step, so that two of them alone never go over the limit: two steps, and what the kernel
-    charges ahead for each CPU, fit into the margin. A batch of an unmerge does not.
+    It looks before every step, so that two of them alone never go over the limit: between the look and the step each
+    can be overtaken by a charge of the other's and of both workers', be it for a file that they open, and the kernel
+    charges 256 KiB ahead. That fits into the margin. A batch of an unmerge does not.
     """
 
     STEP = 32 << 10
-    MARGIN = 256 << 10
+    MARGIN = 4 * (256 << 10) + 2 * STEP
 
     def __init__(self, group: str) -> None:
         v1 = os.path.exists(f"{group}/memory.limit_in_bytes")

@@ -47,6 +47,7 @@ class Process:
         advice: str = "MADV_HUGEPAGE",
         command: list[str] | None = None,
         flags: int = 0,
+        reserve: int = 0,
         **environment: str,
     ) -> None:
         path = str(folder / "socket")
@@ -72,7 +73,7 @@ class Process:
             sock, _ = listener.accept()
         sock.settimeout(60)
         hello = wire.recv(sock)
-        self.space = AgentAddressSpace.welcome(sock, hello, self.process.pid, os.getuid(), Terms(0, flags=flags))
+        self.space = AgentAddressSpace.welcome(sock, hello, self.process.pid, os.getuid(), Terms(reserve, flags=flags))
 
     def end(self) -> None:
         self.space.close()

@@ -411,6 +411,9 @@ bool headroom_unknown(void);
 /* Whether `bytes` can be taken and `leave` bytes are left then. Where there is plenty it does not look every time.
  * Needs the lock. */
 bool room_for(uint64_t bytes, uint64_t leave);
+/* The same for what merging takes before it gives more back, and looking, which is for nothing else: half of the reserve is
+ * left, so that memory that an unmerge left scarce can be merged again. */
+bool room_to_merge(uint64_t bytes);
 unsigned long online_cpus(void);
 
 /* ---- the thread (peer.h) --------------------------------------------------------------------------- */

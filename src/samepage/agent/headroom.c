@@ -354,6 +354,11 @@ bool room_for(uint64_t bytes, uint64_t leave)
 	return room_under(&kernel_files, bytes, leave);
 }
 
+bool room_to_merge(uint64_t bytes)
+{
+	return room_for(bytes, settings.reserve / 2);
+}
+
 uint64_t headroom(bool with_swap)
 {
 	return headroom_under(&kernel_files, with_swap);

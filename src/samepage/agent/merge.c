@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -22,6 +23,10 @@
 #define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
 
 #define SLICE_NS 2000000 /* of one hold of the lock, about */
+
+/* What one slice takes of the kernel's memory before it gives pages back: 530 bytes a page where each is merged alone (two
+ * mappings), for less than twice SECTION_MAX, and page tables, and what the kernel charges ahead on a CPU. */
+#define SLICE_TAKES (1UL << 20)
 
 /*
  * A core dump leaves a private file mapping out unless it was written to, that is, has an anon_vma (vma_dump_size() in the
@@ -44,7 +49,24 @@ static bool map_view(struct segment *s, uint64_t start, uint64_t end)
 	return !real.madvise((void *)last, PAGE_SIZE, MADV_DONTNEED);
 }
 
-/* A private view of at most n pages of a segment: how many, 0 when no mapping is to be had. Not kept from a fork, since
+/*
+ * Whether the view has n pages that can be read without taking memory that is not there. A page that is not in memory may
+ * have been swapped out; or it is a hole, and would be filled at our expense (segment_pages() lets few through: the kernel
+ * counts a huge page whole that reaches beyond the end).
+ */
+static bool may_read(const uint8_t *view, size_t n)
+{
+	uint8_t present[SECTION_MAX];
+	uint64_t absent = 0;
+
+	if (real.syscall(SYS_mincore, view, n * PAGE_SIZE, present))
+		return false;
+	for (size_t k = 0; k < n; k++)
+		absent += !(present[k] & 1);
+	return !absent || room_to_merge(absent * PAGE_SIZE + SLICE_TAKES);
+}
+
+/* A private view of at most n pages of a segment: how many, 0 when there is none, see s->refusal. Not kept from a fork, since
  * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
 static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_t **view)
 {
@@ -52,6 +74,7 @@ static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_
 		uint64_t start = offset / VIEW_PAGES * VIEW_PAGES, end = min_addr(start + VIEW_PAGES, s->npages);
 
 		s->end = 0;
+		s->refusal = NOMAP;
 		if (!map_view(s, start, end))
 			return 0;
 		s->lost = false;
@@ -60,6 +83,9 @@ static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_
 	}
 	n = min_addr(n, s->end - offset);
 	*view = (const uint8_t *)kernel.view + (offset - s->start) * PAGE_SIZE;
+	s->refusal = NOMEM;
+	if (!may_read(*view, n))
+		return 0;
 	/* Before the hole is open, so that the comparison does not fault in it. A fault maps what is around it, too, which is
 	 * cheaper than MADV_POPULATE_READ's walk over every page. */
 	for (size_t k = 0; k < n; k += FAULT_AROUND)
@@ -117,7 +143,7 @@ static bool goes_with(const struct chunk *c, const struct segment *s, const stru
 }
 
 /* Makes a chunk of what comes next: of one extent up to the end of a huge page's range, or of small ones no more than one
- * critical section. False: no mapping is to be had for a view. */
+ * critical section. False: there is no view, see s->refusal. */
 static bool gather(struct chunk *c, struct segment *s, const struct cursor *from)
 {
 	const struct sp_extent *e = from->extent;
@@ -190,7 +216,7 @@ static size_t merge_some(struct segment *segment, const struct cursor *at, uint8
 	c = (struct chunk){.status = status};
 	segment->limited = mappings_limited();
 	if (!gather(&c, segment, at)) {
-		memset(status, NOMAP, at->extent->npages - at->at);
+		memset(status, segment->refusal, at->extent->npages - at->at);
 		return at->extent->npages - at->at;
 	}
 	c.area = area_next(c.addr[0]);
@@ -259,7 +285,8 @@ static bool merge_unstopped(struct rest *rest)
 uint64_t segment_dev;
 
 /* The number of pages of a segment, or -errno when it is none: sealed content is what makes a comparison
- * worth anything, and a sealed size is what makes a mapping safe from SIGBUS. */
+ * worth anything, a sealed size is what makes a mapping safe from SIGBUS, and whoever reads a hole pays for it. (Pages that
+ * are swapped out count as blocks.) */
 static int64_t segment_pages(int fd)
 {
 	int seals = fcntl(fd, F_GET_SEALS);
@@ -269,21 +296,11 @@ static int64_t segment_pages(int fd)
 		return -EPERM;
 	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
 		return -EBADF;
+	if (st.st_blocks < st.st_size / 512)
+		return -EPERM;
 	segment_dev =
 		(st.st_dev >> 8 & 0xfff) << 32 | (st.st_dev & 0xff) | (st.st_dev >> 12 & 0xfff00); /* makedev(3) */
 	return st.st_size >> PAGE_SHIFT;
-}
-
-/* Merging gives memory back, but takes some for mappings and page tables first: 256 KiB do for SECTION_MAX pages. In a
- * cgroup that is full to the last page these would wake the OOM killer as well. */
-static bool room_to_merge(void)
-{
-	bool room;
-
-	agent_mmap_lock();
-	room = room_for(256UL << 10, 0);
-	agent_mmap_unlock();
-	return room;
 }
 
 /*
@@ -317,7 +334,14 @@ bool traced(void)
 /* Why nothing may be merged now; DONE: it may. */
 static enum page_status refusal(void)
 {
-	return traced() ? BUSY : room_to_merge() ? DONE : NOMEM;
+	bool room;
+
+	if (traced())
+		return BUSY;
+	agent_mmap_lock();
+	room = room_to_merge(SLICE_TAKES);
+	agent_mmap_unlock();
+	return room ? DONE : NOMEM;
 }
 
 static bool sane(const struct sp_extent *e, uint64_t pages)

@@ -12,6 +12,9 @@
 #define MAX_RUNS 1024U
 #define MAX_SUMS                                                                                                       \
 	((SP_MSG_MAX - sizeof(struct sp_hdr) - sizeof(struct sp_scanned) - MAX_RUNS * sizeof(struct sp_run)) / 8)
+#define FEW_RUNS 64U
+#define FEW_SUMS ((uint32_t)SECTION_MAX)
+#define FEW_AREAS 256U
 #define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are looked at in between */
 #define RESTORE_STEP (2 * SECTION_MAX)
 
@@ -23,12 +26,24 @@ uint64_t thread_cpu_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+/* What is sent is charged to this process's memory cgroup until the service has read it. Where there is hardly room for that,
+ * answers that can go on in the next one are short: a few KiB. */
+static bool must_be_short(void)
+{
+	bool room;
+
+	agent_mmap_lock();
+	room = room_to_merge(2 * SP_MSG_MAX); /* it may send two before one is read */
+	agent_mmap_unlock();
+	return !room;
+}
+
 /* The mergeable ranges, neighbours joined: what the service calls areas. */
 static size_t do_areas(uint64_t from_vpn)
 {
 	struct sp_areas *head = answer;
 	struct sp_area *list = (struct sp_area *)(head + 1);
-	size_t n = 0, max = (ANSWER_MAX - sizeof(*head)) / sizeof(*list);
+	size_t n = 0, max = must_be_short() ? FEW_AREAS : (ANSWER_MAX - sizeof(*head)) / sizeof(*list);
 	const struct area *a;
 	uintptr_t at = from_vpn << PAGE_SHIFT;
 
@@ -59,8 +74,9 @@ static size_t do_scan(const struct sp_scan *req)
 	struct sp_run *runs = (struct sp_run *)(head + 1);
 	uint64_t *sums = (uint64_t *)(runs + MAX_RUNS);
 	uint64_t cpu = thread_cpu_ns();
+	bool few = must_be_short();
 
-	scan_step(req, head, runs, MAX_RUNS, sums, MAX_SUMS);
+	scan_step(req, head, runs, few ? FEW_RUNS : MAX_RUNS, sums, few ? FEW_SUMS : MAX_SUMS);
 	memmove(runs + head->nruns, sums, head->nhashed * 8);
 	head->forked_ms = ms_since_fork();
 	head->pad = 0;

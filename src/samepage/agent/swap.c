@@ -354,7 +354,8 @@ static void unshare(const struct chunk *c, size_t i, size_t j)
 	for (size_t k = i, end; k < j; k = end) {
 		for (end = k + 1; end < j && kind[end - i] == kind[k - i]; end++)
 			;
-		if (kind[k - i] == PAGE_OWN)
+		/* Something may hold a reference to them still; then they are copied. */
+		if (kind[k - i] == PAGE_OWN && room_to_merge((end - k) * PAGE_SIZE))
 			real.madvise((void *)c->addr[k], (end - k) * PAGE_SIZE, MADV_POPULATE_WRITE);
 	}
 }

@@ -27,8 +27,9 @@ struct chunk {
 struct segment {
 	int fd;
 	uint64_t npages, start, end;
-	bool limited, charged; /* mappings_limited(), mappings_charged() */
-	bool lost;	       /* the view has a hole: nobody may look into it */
+	bool limited, charged;	  /* mappings_limited(), mappings_charged() */
+	bool lost;		  /* the view has a hole: nobody may look into it */
+	enum page_status refusal; /* why there is no view of what was asked for last */
 };
 
 /* Mappings made in one critical section: a hundred microseconds' worth. */

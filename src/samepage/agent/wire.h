@@ -62,7 +62,7 @@ enum sp_welcome_flags {
 struct sp_welcome {
 	uint32_t version;
 	uint32_t flags;
-	uint64_t reserve;  /* bytes of headroom that a break or a donation leaves untouched */
+	uint64_t reserve;  /* bytes of headroom that a break or a donation leaves untouched, and merging half of */
 	uint32_t section;  /* pages in one critical section */
 	uint32_t use_swap; /* count free swap as headroom */
 };

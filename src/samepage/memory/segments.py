@@ -71,6 +71,8 @@ class MemfdSegment:
             raise SegmentError(f"not sealed (seals {seals:#x})")
         if st.st_size != self._npages * PAGE_SIZE:
             raise SegmentError(f"{st.st_size} bytes instead of {self._npages} pages")
+        if st.st_blocks * 512 < st.st_size:  # whoever compares would pay for what is not there
+            raise SegmentError(f"a memfd with holes: {st.st_blocks * 512} bytes of {st.st_size}")
         return st.st_ino
 
     @property
