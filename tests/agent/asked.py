@@ -75,6 +75,10 @@ class Process:
         hello = wire.recv(sock)
         self.space = AgentAddressSpace.welcome(sock, hello, self.process.pid, os.getuid(), Terms(reserve, flags=flags))
 
+    def insist(self) -> None:
+        """From now on wait for an answer also while the process is stopped, as ksmd would not."""
+        self.space._halt = lambda: None  # type: ignore[method-assign]
+
     def end(self) -> None:
         self.space.close()
         self.process.kill()

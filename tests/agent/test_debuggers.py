@@ -47,6 +47,7 @@ for line in lines():""",
 @contextmanager
 def merging(process: Process) -> Iterator[None]:
     """Merge and unmerge all pages without end, as long as the process answers."""
+    process.insist()
     first = process.address // 4096
     stop = threading.Event()
 

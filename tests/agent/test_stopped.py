@@ -43,6 +43,7 @@ def extents_of(first: int, status: np.ndarray, scattered: bool) -> np.ndarray:
 
 def stop_and_look(process: Process, stopper: Path, how: str, rounds: int, *more: str) -> list[int]:
     """Merge and unmerge all pages without end, and let them be looked at: read, unread, wrong, rounds with such."""
+    process.insist()
     first = process.address // 4096
     area = np.array([(first, PAGES)], AREA)
     command = [str(stopper), str(process.process.pid), str(process.address), str(PAGES), str(rounds), how, *more]

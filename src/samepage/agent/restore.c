@@ -29,9 +29,10 @@
 #define RESTORE_MIN 8UL	  /* where one of so few is held, all of them are left */
 #define HOME_TRIES 1000
 #define COPY_TRIES 4
-#define SLICE_NS 1000000UL     /* of one hold of the lock, about */
-#define NEAR_EACH (32UL << 20) /* what others may take meanwhile, for each CPU */
-#define MPOL_DEFAULT 0	       /* include/uapi/linux/mempolicy.h */
+#define SLICE_NS 1000000UL	/* of one hold of the lock, about */
+#define STEP_TAKES (64UL << 10) /* a child process (run_unstopped) */
+#define NEAR_EACH (32UL << 20)	/* what others may take meanwhile, for each CPU */
+#define MPOL_DEFAULT 0		/* include/uapi/linux/mempolicy.h */
 #define MPOL_LOCAL 4
 #define MPOL_MOVE_STRICT 3
 
@@ -353,22 +354,25 @@ uintptr_t restore_islands(uintptr_t start, uintptr_t end, uint64_t max_pages, st
 {
 	struct walk w = {start >> PAGE_SHIFT, end >> PAGE_SHIFT, RESTORE_MAX, out};
 	uint64_t before = out->pages_restored;
-	bool ended = true;
+	bool ended = true, room = true;
 
 	if (traced() || kernel.move < 0 || !kernel.views_stay || !kernel.view || !kernel.copy || !tells_holders())
 		return end;
 	fresh.at = fresh.end = 0;
-	while (ended && w.vpn < w.end && out->pages_restored - before < max_pages) {
+	while (ended && room && w.vpn < w.end && out->pages_restored - before < max_pages) {
 		agent_mmap_lock();
 		scan_disturb();
-		ended = run_unstopped(restore_slice, &w);
-		if (!ended)
-			restore_recover();
+		room = room_to_merge(STEP_TAKES);
+		if (room) {
+			ended = run_unstopped(restore_slice, &w);
+			if (!ended)
+				restore_recover();
+		}
 		agent_mmap_unlock();
 	}
 	if (kernel.copy)
 		window_reset(kernel.copy, COPY_WINDOW, PROT_NONE, -1, 0);
 	if (!ended) /* somebody kills what he does not know: he is left alone */
 		thread_retires();
-	return ended ? w.vpn << PAGE_SHIFT : end;
+	return ended && room ? w.vpn << PAGE_SHIFT : end;
 }
