@@ -76,6 +76,43 @@ def test_s1_a_page_that_cannot_be_mapped_any_more_does_not_stop_the_others_and_i
     result = ksmd.unmerge(slot)
     assert (result.errno, result.pages_unmerged, result.pages_remaining) == (errno.EFAULT, 49, 1)
     assert a.merged_pages() == {BASE + 7}
+    again = ksmd.unmerge(slot)
+    assert (again.errno, again.pages_unmerged, again.pages_remaining) == (errno.EFAULT, 0, 1), "it was forgotten"
+    with pytest.raises(UnmergeFailed):
+        ksmd.set("run", 2)
+    assert slot.merged == len(a.merged_pages()) == 1
+
+
+def test_s1_where_no_page_can_be_mapped_all_are_still_merged_and_each_unmerge_says_so() -> None:
+    """As before Linux 5.14, had the agent no other way than MADV_POPULATE_WRITE."""
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    pages = 5000
+    (a, _), (slot, _) = processes(machine, ksmd, range(1, pages + 1), range(1, pages + 1), npages=pages)
+    passes(ksmd, 2)
+    a.script = lambda what, vpn: errno.EFAULT if what == "break" else None
+    for _ in range(2):
+        a.calls.clear()
+        result = ksmd.unmerge(slot)
+        assert (result.errno, result.pages_unmerged, result.pages_remaining) == (errno.EFAULT, 0, pages)
+        assert (slot.gone, slot.merged, len(a.merged_pages())) == (False, pages, pages)
+        assert a.calls.count("break") < pages, "it was asked for every single page"
+    a.script = None
+    passes(ksmd, 2)
+    assert not a.merged_pages(), "it was not tried again by later passes"
+
+
+def test_s6_unmerging_all_fails_as_long_as_there_are_pages_that_cannot_be() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    (a, _), (slot, _) = processes(machine, ksmd, SAME, SAME)
+    passes(ksmd, 2)
+    a.script = lambda what, vpn: errno.EFAULT if what == "break" else None
+    for _ in range(2):
+        with pytest.raises(UnmergeFailed):
+            ksmd.set("run", 2)
+        assert (ksmd.get("run"), slot.merged) == ("0", len(SAME))
+    a.script = None
+    ksmd.set("run", 2)
+    assert not a.merged_pages()
 
 
 def test_s1_an_area_that_goes_away_during_a_break_is_no_error() -> None:

@@ -556,8 +556,8 @@ class Ksmd:
         """Give pages private copies again: those of a range, a process, or (None) of all.
 
         Stops at the first error, which is in the outcome: ENOMEM, or EINTR when `cancelled()` said so between
-        two steps. What was unmerged is left alone until it changes. What was not, for want of memory, stays
-        merged and is tried again by later passes. Two errors stop nothing, and are told at the end: EFAULT of pages
+        two steps. What was unmerged is left alone until it changes. What was not, for want of memory or because it cannot
+        be mapped, stays merged and is tried again by later passes. Two errors stop nothing, and are told at the end: EFAULT of pages
         that cannot be mapped any more, and ETIMEDOUT of a process that does not answer, or is lost for another
         reason: it is unmerged when it answers again. That a process ended is no error: nothing of it is left to
         unmerge.
@@ -608,7 +608,7 @@ class Ksmd:
             return
         result.add(row, last)
         slot.pending_breaks = [run for run in slot.pending_breaks if not _within(run, extent)]
-        if row.errno == errno.ENOMEM and leave_alone:
+        if row.errno in (errno.ENOMEM, errno.EFAULT) and leave_alone:
             slot.pending_breaks.append(extent)
 
     def _owe(self, slot: MmSlot, owed: Owed, result: UnmergeResult) -> None:

@@ -28,8 +28,8 @@ BREAK_RATE = 64 << 20
 """Bytes a second that a process copies at worst, when memory has to be reclaimed for it, without being called slow."""
 
 FAULTS_MAX = 1024
-"""So often in one unmerge a process may say that there is a page which cannot be mapped: each time what is left is
-halved, and who says so of all its pages would keep ksmd busy with every single one."""
+"""So often in one unmerge what is left of a range is halved to find the page that cannot be mapped: who says so of all
+its pages would keep ksmd busy with every single one."""
 
 Cancelled = Callable[[], bool]
 
@@ -113,7 +113,7 @@ def unmerge_pages(
             if results[0].errno not in (0, errno.EFAULT) and not last.errno:
                 last = results[0]
     row.errno = last.errno or (errno.EFAULT if damaged else 0)
-    row.pages_remaining = max(_merged_in(domain, slot, vpn, npages) + damaged, last.pages_remaining)
+    row.pages_remaining = max(_merged_in(domain, slot, vpn, npages), damaged, last.pages_remaining)
     return row, last
 
 
@@ -159,8 +159,6 @@ def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:
     with slot.waited_for(1.0 + npages * PAGE_SIZE / BREAK_RATE):
         result = slot.space.break_ksm(vpn, npages)
     slot.faults += result.errno == errno.EFAULT
-    if slot.faults > FAULTS_MAX:
-        raise AddressSpaceGone(f"{FAULTS_MAX} pages of it cannot be broken")
     return result
 
 
@@ -174,7 +172,8 @@ def _take_in(
 ) -> BreakResult:
     """What became of a range that was to be broken. Like in break_ksm, EFAULT ends nothing: the page it is about cannot
     be mapped any more. So the areas are looked at again, and what is left of the range is halved until the bad page
-    stands alone. It is not unmerged: without an error `pages_remaining` are such pages, which ksmd forgets.
+    stands alone. It is not unmerged, and stays in the books as merged, for a page that ksmd forgot nobody would unmerge
+    later. Without an error `pages_remaining` are such pages.
     """
     if not result.errno:
         _unmerged(domain, slot, _merged_refs(domain, slot, vpn, npages), leave_alone)
@@ -185,9 +184,10 @@ def _take_in(
     if result.errno != errno.EFAULT:
         return result
     refresh_areas(domain, slot)
-    if npages == 1:
-        domain.forget(slot, _merged_refs(domain, slot, vpn, 1))
-        return BreakResult(0, result.pages_unmerged, int(any(True for _ in _parts(slot, vpn, 1))))
+    if npages == 1 or slot.faults > FAULTS_MAX:
+        there = sum(n for _, _, n in _parts(slot, vpn, npages))
+        known = _merged_in(domain, slot, vpn, npages)
+        return BreakResult(0, result.pages_unmerged, max(known, min(result.pages_remaining, there)))
     done, left = result.pages_unmerged, 0
     for start, n in ((vpn, npages // 2), (vpn + npages // 2, npages - npages // 2)):
         if not any(True for _ in _parts(slot, start, n)):
@@ -228,7 +228,7 @@ def retry_pending(domain: Domain, slot: MmSlot, passes: int) -> None:
         except AddressSpaceGone:
             slot.pending_breaks += pending[n:]
             raise
-        if row.errno not in (0, errno.EFAULT):
+        if row.errno:
             slot.pending_breaks.append((vpn, npages))
     if slot.pending_breaks:
         slot.pending_due = passes + (1 << min(slot.pending_attempts, 6))
@@ -247,7 +247,9 @@ def move_out(domain: Domain, slots: list[MmSlot], nodes: tuple[int, int]) -> boo
             if slot.is_away:
                 break
             try:
-                if _break_range(domain, slot, vpn, npages, leave_alone=False).errno:
+                slot.faults = 0
+                result = _break_range(domain, slot, vpn, npages, leave_alone=False)
+                if result.errno or result.pages_remaining:
                     return False
             except AddressSpaceGone as e:
                 slot.lose(e)

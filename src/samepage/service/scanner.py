@@ -262,7 +262,6 @@ class Scanner:
             slots = self._ksmd.slots()
             known = {slot.pid for slot in slots}
             left = sum(slot.merged for slot in slots)
-            left += sum(row.pages_remaining for row in result.processes if row.errno == errno.EFAULT)
             lost = [row for row in result.processes if row.errno == errno.ETIMEDOUT and row.pid not in known]
             left += sum(row.pages_remaining for row in lost)
             text = f"{os.strerror(result.errno)}: {result.pages_unmerged} pages unmerged, {left} remain merged"
