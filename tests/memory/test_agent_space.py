@@ -176,8 +176,12 @@ def test_the_headroom_comes_with_the_name_of_the_memory_cgroup(make: Make) -> No
     assert f":{group}\n" in Path("/proc/self/cgroup").read_text()
 
 
-def test_present_is_what_is_neither_absent_nor_the_zero_page(make: Make) -> None:
-    """Of this process, which the fake agent says it is."""
+@pytest.mark.parametrize("scan", [0xC0606610, 0xC06066FF], ids=["as now", "before Linux 6.7"])
+def test_present_is_what_is_neither_absent_nor_the_zero_page(
+    make: Make, scan: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this process, which the fake agent says it is. A kernel without PAGEMAP_SCAN does not know its number."""
+    monkeypatch.setattr("samepage.memory.pagemap.PAGEMAP_SCAN", scan)
     with mmap.mmap(-1, 16 * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
         area.madvise(mmap.MADV_NOHUGEPAGE)
         for page in (2, 3, 9):

@@ -30,7 +30,7 @@
  * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c and block_set.c (its large blocks), mmap.c, mremap.c, madvise.c,
  * attach.c, fork.c (processes and threads), exits.c (what the kernel writes when one ends), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
- * all that); uffd.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
+ * all that); uffd.c and populate.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
  * hash), donate.c, merge.c, swap.c and home.c (donate and merge), unstopped.c (without being stopped), break.c (unmerge), restore.c (islands become memory like any
  * other), headroom.c and memcg.c (is there memory?); thread.c, call.c, peer.c, wire.c, serve.c and api.c (peer.h: the
  * thread, and who speaks to it), and system.c under all.
@@ -254,6 +254,7 @@ struct kernel {
 	bool scan;	 /* PAGEMAP_SCAN works */
 	bool numa;	 /* there is more than one node */
 	bool views_stay; /* a private mapping of a file can be moved and stay behind empty (mremap, 5.13) */
+	bool wp_files;	 /* `wp` takes private mappings of segments (5.19) */
 	bool tracking;
 	enum sp_swap swap;
 	/* Four windows, the only places where the agent thread maps anything: of WINDOW bytes, but VIEW_WINDOW and
@@ -314,6 +315,9 @@ int uffd_protect(uintptr_t start, uintptr_t len, bool on);
 void uffd_wake(int uffd, uintptr_t start, uintptr_t len);
 int uffd_move(uintptr_t dst, uintptr_t src, uintptr_t len); /* 0, or -errno: believe neither, read the pagemap */
 int uffd_copy(uintptr_t dst, uintptr_t src, uintptr_t len);
+/* Faults in private copies of a range that may be written, changing no byte; tries again while the kernel backs out, and only
+ * then. Any thread (populate.c). 0 or an errno: ENOMEM or EFAULT. */
+int populate_write(uintptr_t start, uintptr_t len);
 void track(uintptr_t start, uintptr_t end); /* follow writes to anonymous memory here from now on */
 void untrack(uintptr_t start, uintptr_t end);
 

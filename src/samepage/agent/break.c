@@ -16,8 +16,9 @@
  *
  * Two ways to break a page. *Restore*: write-protect the range, copy the segment's pages into fresh anonymous
  * memory, and mremap that over them: the range is anonymous memory again and can be merged again. Pages that
- * already have a private copy (islands) are left for restore.c, which comes last. *In place*: MADV_POPULATE_WRITE; the copies
- * are islands then. Used where there is no userfaultfd with synchronous write-protection, or no agent thread.
+ * already have a private copy (islands) are left for restore.c, which comes last. *In place*: populate_write(); the copies
+ * are islands then. Used where there is no userfaultfd with synchronous write-protection of a segment's mappings (5.19), or
+ * no agent thread.
  */
 #include "swap.h"
 
@@ -32,27 +33,6 @@
 #define NEAR_EACH (32UL << 20) /* near: less than this, and the reserve, for each CPU that could take it meanwhile */
 #define MOVING (256UL << 10)   /* more than the kernel needs for mappings and page tables while a window is moved */
 #define COLLAPSE 25	       /* MADV_COLLAPSE */
-#define BACK_OUTS 1024	       /* times that the kernel may back out of a fault and be asked again */
-
-/* Faults in private copies; tries again while the kernel backs out, and only then. 0 or an errno. */
-static int populate_write(uintptr_t start, uintptr_t len)
-{
-	for (int tries = 0; real.madvise((void *)start, len, MADV_POPULATE_WRITE); tries++) {
-		switch (errno) {
-		case EINTR:
-		case EAGAIN:
-			if (tries == BACK_OUTS)
-				return EFAULT;
-			real.syscall(SYS_sched_yield);
-			continue;
-		case ENOMEM:
-			return ENOMEM;
-		default: /* EFAULT, EHWPOISON: the kernel's VM_FAULT_SIGBUS; EINVAL: before 5.14 */
-			return EFAULT;
-		}
-	}
-	return 0;
-}
 
 /* The same for pages that may not be written, of which the kernel populates none: a byte of each is written over itself by
  * way of /proc, which asks for no permission. Nobody else can write them meanwhile. 0 or an errno. */
@@ -386,7 +366,7 @@ static int restore_rest(uintptr_t start, uintptr_t end, uint64_t max_pages)
 void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out)
 {
 	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, begin = vpn;
-	bool restores = on_agent_thread() && kernel.wp >= 0 && kernel.copy, whole = true;
+	bool restores = on_agent_thread() && kernel.wp >= 0 && kernel.wp_files && kernel.copy, whole = true;
 	uint64_t cpu = thread_cpu_ns();
 	sigset_t saved;
 	int err = 0;

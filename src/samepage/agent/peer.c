@@ -88,6 +88,10 @@ static bool finish_handshake(void)
 		return false;
 	}
 	memcpy(&settings, payload, sizeof(settings));
+	if (settings.flags & SP_WELCOME_LIKE_5_10)
+		settings.flags |= SP_WELCOME_LIKE_6_1;
+	if (settings.flags & SP_WELCOME_LIKE_6_1)
+		settings.flags |= SP_WELCOME_NO_MOVE | SP_WELCOME_NO_TRACKING | SP_WELCOME_NO_MAP_QUERY;
 	if (settings.section < 1 || settings.section > SECTION_MAX)
 		settings.section = 64;
 	kernel_close(); /* closing forgets what was tracked: a new service has to be told everything */

@@ -132,15 +132,19 @@ int kernel_open(int dev)
 	if (kernel.pagemap < 0 || kernel.mem < 0 || kernel.maps < 0)
 		return -errno;
 	kernel.numa = several_nodes();
-	kernel.scan = true;
-	if (pagemap_walk(PAGE_ALIGN_DOWN(&one), PAGE_ALIGN_DOWN(&one) + PAGE_SIZE, &any, &one, 1, &walked) < 0)
+	kernel.scan = !(settings.flags & SP_WELCOME_LIKE_6_1);
+	if (kernel.scan &&
+	    pagemap_walk(PAGE_ALIGN_DOWN(&one), PAGE_ALIGN_DOWN(&one) + PAGE_SIZE, &any, &one, 1, &walked) < 0)
 		kernel.scan = false;
 
 	kernel.move = new_uffd(dev, move, &user_only);
 	if (kernel.move < 0) /* no minor faults on this architecture: islands stay */
 		kernel.move = new_uffd(dev, move & ~(uint64_t)UFFD_FEATURE_MINOR_SHMEM, &user_only);
 	kernel.tracking = kernel.move >= 0 && kernel.scan;
-	kernel.wp = new_uffd(dev, sync_wp | FEATURE_WP_HUGETLBFS_SHMEM, &wp_user_only);
+	kernel.wp = settings.flags & SP_WELCOME_LIKE_5_10
+			    ? -1
+			    : new_uffd(dev, sync_wp | FEATURE_WP_HUGETLBFS_SHMEM, &wp_user_only);
+	kernel.wp_files = kernel.wp >= 0;
 	if (kernel.wp < 0)
 		kernel.wp = new_uffd(dev, sync_wp, &wp_user_only);
 
@@ -341,16 +345,48 @@ bool uffd_holds(uintptr_t start, uintptr_t len)
 	return real.ioctl(kernel.pagemap, SCAN_REQUEST, &r) >= 0 || errno != EPERM;
 }
 
-int uffd_protect(uintptr_t start, uintptr_t len, bool on)
+/* Where the first mapping of [start, end) ends, or `end`; 0: nothing is mapped at `start`. */
+static uintptr_t first_mapping_end(uintptr_t start, uintptr_t end)
+{
+	struct vma vma;
+
+	return vma_find(kernel.maps, start, &vma) && vma.start <= start ? min_addr(vma.end, end) : 0;
+}
+
+static int protect_at_once(uintptr_t start, uintptr_t len, bool on)
 {
 	struct uffdio_writeprotect w = {.range = {start, len}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
 	int err;
 
+	if (settings.flags & SP_WELCOME_LIKE_6_1) {
+		vma_forget();
+		if (first_mapping_end(start, start + len) < start + len)
+			return -ENOENT;
+	}
 	for (int tries = 0;; tries++) { /* EAGAIN: a mapping was changing under it, 5.7 and later */
 		err = real.ioctl(kernel.wp, UFFDIO_WRITEPROTECT, &w) ? -errno : 0;
 		if (err != -EAGAIN || tries == TRIES)
 			return err;
 	}
+}
+
+int uffd_protect(uintptr_t start, uintptr_t len, bool on)
+{
+	int err = protect_at_once(start, len, on);
+
+	if (err != -ENOENT)
+		return err;
+	/* Before 6.4 it takes a range of one mapping only. */
+	for (uintptr_t at = start, stop; at < start + len; at = stop) {
+		vma_forget(); /* registering may have cut mappings */
+		stop = first_mapping_end(at, start + len);
+		if (!stop)
+			return -ENOENT;
+		err = protect_at_once(at, stop - at, on);
+		if (err)
+			return err;
+	}
+	return 0;
 }
 
 void uffd_wake(int uffd, uintptr_t start, uintptr_t len)

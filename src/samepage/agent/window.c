@@ -149,7 +149,8 @@ void huge_reset(void)
  * unmapped what was at the target. */
 static bool views_stay(void)
 {
-	int fd = (int)real.syscall(SYS_memfd_create, "samepage", 1U /* MFD_CLOEXEC */);
+	bool old = settings.flags & SP_WELCOME_LIKE_5_10;
+	int fd = old ? -1 : (int)real.syscall(SYS_memfd_create, "samepage", 1U /* MFD_CLOEXEC */);
 	void *to = (void *)kernel.copy;
 	bool stays;
 

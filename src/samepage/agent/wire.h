@@ -57,6 +57,11 @@ enum sp_welcome_flags {
 	SP_WELCOME_NO_TRACKING = 4,   /* hash everything at every scan */
 	SP_WELCOME_TWO_NODES = 8,     /* not an older kernel: pages of odd numbers are on a second NUMA node */
 	SP_WELCOME_NO_MAP_QUERY = 16, /* read /proc/self/maps for each mapping */
+	SP_WELCOME_LIKE_6_1 =
+		32, /* those above but the first and the fourth; no PAGEMAP_SCAN; UFFDIO_WRITEPROTECT in one
+				       * mapping only */
+	SP_WELCOME_LIKE_5_10 =
+		64, /* that; no MADV_POPULATE_WRITE, nor MREMAP_DONTUNMAP or write-protection for files */
 };
 
 struct sp_welcome {

@@ -556,10 +556,10 @@ class Ksmd:
         """Give pages private copies again: those of a range, a process, or (None) of all.
 
         Stops at the first error, which is in the outcome: ENOMEM, or EINTR when `cancelled()` said so between
-        two steps. What was unmerged is left alone until it changes. What was not, for want of memory or because it cannot
-        be mapped, stays merged and is tried again by later passes. Two errors stop nothing, and are told at the end: EFAULT of pages
-        that cannot be mapped any more, and ETIMEDOUT of a process that does not answer, or is lost for another
-        reason: it is unmerged when it answers again. That a process ended is no error: nothing of it is left to
+        two steps. What was unmerged is left alone until it changes. What was not, for want of memory or because it
+        cannot be mapped, stays merged and is tried again by later passes. Two errors stop nothing, and are told at the
+        end: EFAULT of pages that cannot be mapped, and ETIMEDOUT of a process that does not answer, or is lost for
+        another reason: it is unmerged when it answers again. That a process ended is no error: nothing of it is left to
         unmerge.
         """
         with self._working(cancelled):

@@ -295,7 +295,8 @@ class AddressSpace(Protocol):
 
     def present(self, vpn: int, npages: int) -> npt.NDArray[np.void]:
         """Which pages of a range hold something (runs of dtype `AREA`): are neither absent nor the kernel's zero page.
-        The process itself is not asked, and no page counts as looked at. Empty where the kernel does not tell."""
+        The process itself is not asked, and no page counts as looked at. Before Linux 6.7 pages that are shared by a
+        fork are left out."""
         ...
 
     def map_count(self) -> tuple[int, int]:

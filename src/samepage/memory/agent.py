@@ -50,7 +50,7 @@ from samepage.memory import (
 )
 from samepage.memory.halt import SILENT, TRACED, Halt, agent_thread, halt_of
 from samepage.memory.identity import Identity, has_ended, identify, memory_of
-from samepage.memory.pagemap import PAGE_IS_PFNZERO, regions
+from samepage.memory.pagemap import occupied
 from samepage.memory.segments import OPEN, MemfdSegment, SegmentError
 from samepage.memory.wire import Op, Packet, Swap, WireError
 
@@ -419,9 +419,8 @@ class AgentAddressSpace:
             # What was opened stays that of one program. Only now is it known of which: not one that was executed since.
             self.verify()
             past = min(vpn + npages, VPN_END - 1)  # whatever areas a process says it has
-            for start, end, categories in regions(file.fileno(), vpn * PAGE_SIZE, past * PAGE_SIZE):
-                if not categories & PAGE_IS_PFNZERO:
-                    found.append((start // PAGE_SIZE, (end - start) // PAGE_SIZE))
+            for start, end in occupied(file.fileno(), vpn * PAGE_SIZE, past * PAGE_SIZE):
+                found.append((start // PAGE_SIZE, (end - start) // PAGE_SIZE))
         return np.array(found, AREA)
 
     def map_count(self) -> tuple[int, int]:

@@ -58,6 +58,10 @@ class Flags(IntFlag):
     """Not an older kernel, but another machine: pages of odd numbers are on a second NUMA node."""
     NO_MAP_QUERY = 16
     """Read /proc/self/maps for each mapping."""
+    LIKE_6_1 = 32
+    """NO_MOVE, NO_TRACKING, NO_MAP_QUERY; no PAGEMAP_SCAN; UFFDIO_WRITEPROTECT in one mapping only."""
+    LIKE_5_10 = 64
+    """LIKE_6_1; no MADV_POPULATE_WRITE, and for mappings of files neither MREMAP_DONTUNMAP nor write-protection."""
 
 
 class Swap(IntEnum):
