@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SECONDS ?= 60
 
-.PHONY: run test test-long test-sanitize fuzz check bench bench-oom bench-scan build clean
+.PHONY: run test test-long test-sanitize fuzz check bench bench-apps bench-oom bench-scan build clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -46,6 +46,11 @@ check: $(VENV)/installed $(VENV)/development
 # As root, with the kernel's KSM beside it. The figure and all that was measured go to build/.
 bench: $(VENV)/installed $(VENV)/development
 	python -m benchmarks.bench --json build/bench.json --plot build/bench.svg
+
+# What real applications save; those from Debian that are not installed are told.
+bench-apps: $(VENV)/installed $(VENV)/development
+	$(INSTALL) pandas pyarrow polars scikit-learn
+	python -m benchmarks.apps --json build/apps.json
 
 # Root's: memory cgroups, and the kernel's KSM to compare with.
 bench-oom: $(VENV)/installed
