@@ -100,19 +100,25 @@ bool calls_open(void)
 	const uint64_t mask = 1ULL << (WAKE_SIGNAL - 1);
 
 	wake_fd = (int)real.syscall(SYS_signalfd4, -1, &mask, sizeof(mask), O_CLOEXEC | O_NONBLOCK);
-	if (wake_fd < 0)
+	if (wake_fd < 0 || !descriptors_open())
 		return false;
 	atomic_store(&taking_tid, atomic_load(&thread.tid));
 	return true;
 }
 
-void calls_close(void)
+void calls_abandon(void)
 {
-	if (wake_fd >= 0)
-		close(wake_fd);
 	wake_fd = -1;
 	atomic_store(&taking_tid, 0);
 	futex_wake(&call.state);
+}
+
+void calls_close(void)
+{
+	if (descriptors_are_ours() && wake_fd >= 0)
+		close(wake_fd);
+	descriptors_close();
+	calls_abandon();
 }
 
 bool calls_taken(void)
@@ -126,6 +132,7 @@ void calls_forget(void)
 	atomic_store(&call.state, FREE);
 	atomic_store(&taking_tid, 0);
 	wake_fd = -1;
+	descriptors_forget();
 }
 
 /* A main thread that ends by the bare system call leaves the process to its other threads, and the last of them ends it.
@@ -165,6 +172,8 @@ short wait_for(int fd, short events, int timeout_ms)
 		real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
 		p[0].revents = p[1].revents = 0;
 	}
+	if (!descriptors_are_ours())
+		return 0;
 	while (p[0].revents && read(wake_fd, drain, sizeof(drain)) > 0)
 		;
 	/* Also when nobody woke us: a signal that the kernel dropped costs a moment, and not the call. */

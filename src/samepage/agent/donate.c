@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Donating: copies of pages become a segment, a memfd that is sealed so that nobody can ever change it. */
+#include "peer.h"
 #include "swap.h"
 
 #include <fcntl.h>
@@ -22,8 +23,12 @@ static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 	int tries = 0;
 
 	while (i < j) {
-		ssize_t put = write(fd, (void *)(addr + i * PAGE_SIZE), (j - i) * PAGE_SIZE);
+		ssize_t put = -1;
 		off_t end;
+
+		errno = EBADF;
+		if (descriptors_are_ours())
+			put = write(fd, (void *)(addr + i * PAGE_SIZE), (j - i) * PAGE_SIZE);
 
 		if (put < 0 && errno == EINTR && tries++ < 64)
 			continue;
@@ -36,7 +41,7 @@ static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 		i += (size_t)put / PAGE_SIZE;
 		if (put % (ssize_t)PAGE_SIZE) {
 			end = lseek(fd, -(put % (ssize_t)PAGE_SIZE), SEEK_CUR);
-			if (end < 0 || ftruncate(fd, end)) {
+			if (end < 0 || !descriptors_are_ours() || ftruncate(fd, end)) {
 				memset(status + i, NOMEM, j - i);
 				return;
 			}
@@ -133,9 +138,10 @@ int donate(const struct sp_area *runs, size_t n, uint8_t *status)
 		}
 	while (first < status)
 		done += *first++ == DONE;
-	if (done && !seal(fd))
+	if (done && descriptors_are_ours() && !seal(fd))
 		return fd;
-	close(fd);
+	if (descriptors_are_ours())
+		close(fd);
 	memset(status - pages, BUSY, done ? pages : 0);
 	return -1;
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The lock that keeps areas still. */
-#include "system.h"
+#include "peer.h"
 #include "wrappers.h"
 
 #include <sys/mman.h>
@@ -64,6 +64,7 @@ void agent_mmap_lock(void)
 		real.syscall(SYS_sched_yield);
 	mutex_lock(&lock);
 	mmap_lock_held++;
+	descriptors_are_ours(); /* a step finds none of them if they are not */
 }
 
 void agent_mmap_unlock(void)

@@ -39,10 +39,20 @@ void thread_settle(void); /* on the thread: as the process was started, and not 
 bool calls_open(void); /* on the thread: from now on it takes calls */
 bool calls_taken(void);
 void calls_close(void);
-void calls_forget(void); /* in a forked child */
+void calls_abandon(void); /* without closing anything */
+void calls_forget(void);  /* in a forked child */
 void thread_wake(void);
 /* Waits for `events` of a descriptor (-1: of none), for a call, or the time; takes the call. What came of the events. */
 short wait_for(int fd, short events, int timeout_ms);
+
+/* ---- descriptors.c: on the thread ---- */
+
+bool descriptors_open(void);
+void descriptors_close(void);
+void descriptors_forget(void); /* in a forked child */
+/* To be asked before one is read, written or closed. False: they are the application's by now; none is left to use, and the
+ * thread is to end. */
+bool descriptors_are_ours(void);
 
 /* ---- peer.c ---- */
 

@@ -231,10 +231,10 @@ bool serve(void)
 	} else {
 		err = EPROTO;
 	}
-	if (fd >= 0)
+	if (fd >= 0 && descriptors_are_ours())
 		close(fd);
 	ok = transmit(op, head.seq, err, err ? 0 : len, out);
-	if (out >= 0)
+	if (out >= 0 && descriptors_are_ours())
 		close(out);
 	return ok && err != EPROTO;
 }

@@ -29,9 +29,12 @@ ssize_t receive(struct sp_hdr *head, int *fd)
 	struct msghdr m = {
 		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_LEN(sizeof(int))};
 	struct cmsghdr *c;
-	ssize_t got = recvmsg(peer.sock, &m, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+	ssize_t got;
 
 	*fd = -1;
+	if (!descriptors_are_ours())
+		return -EPIPE;
+	got = recvmsg(peer.sock, &m, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
 	if (got < 0 && errno == EAGAIN)
 		return -EAGAIN;
 	if (got > 0 && (c = CMSG_FIRSTHDR(&m)) && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
@@ -69,13 +72,14 @@ bool transmit(uint32_t op, uint32_t seq, int error, size_t len, int fd)
 		c->cmsg_len = CMSG_LEN(sizeof(int));
 		memcpy(CMSG_DATA(c), &fd, sizeof(fd));
 	}
-	for (;;) {
+	while (descriptors_are_ours()) {
 		ssize_t put = sendmsg(peer.sock, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
 
 		if (put >= 0 || errno != EAGAIN || atomic_load(&thread.stop))
 			return put == (ssize_t)iov.iov_len;
 		wait_for(peer.sock, POLLOUT, SEND_CHECK_MS);
 	}
+	return false;
 }
 
 ssize_t read_file(const char *path, char *buf, size_t size)
