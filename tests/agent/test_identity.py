@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -16,6 +18,7 @@ from tests.agent.preload import Preload, compile_c
 
 HERE = Path(__file__).parent
 NOBODY = 65534
+CLONE_NEWUSER = 0x10000000
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
 
 
@@ -81,3 +84,33 @@ def test_a_process_leaves_before_it_is_another_user_and_joins_as_that(
         with listener.accept()[0] as second:
             assert joined_as(second) == NOBODY
         process.stdout.read()
+
+
+def test_whoever_has_no_id_in_the_user_namespace_of_a_process_does_not_serve_it(preload: Preload) -> None:
+    """There all such users look like one, and so may the process itself."""
+
+    def become() -> None:
+        os.setuid(61001)
+        assert ctypes.CDLL(None).unshare(CLONE_NEWUSER) == 0  # without a map: it has no id either
+
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        os.chmod(directory, 0o755)
+        sock.bind(f"{directory}/socket")
+        os.chmod(f"{directory}/socket", 0o777)
+        if (child := os.fork()) == 0:
+            os.setuid(61002)
+            sock.listen()  # as that user, the kernel says
+            os._exit(0)
+        os.waitpid(child, 0)
+        library = shutil.copy(preload.library, directory)  # where that user can read it
+        environment = {"LD_PRELOAD": library, "SAMEPAGE_SOCKET": f"{directory}/socket"}
+        program = "a = bytearray(32 << 20); input()"
+        with subprocess.Popen(
+            ["/usr/bin/python3", "-c", program], env=os.environ | environment, stdin=subprocess.PIPE, preexec_fn=become
+        ) as process:
+            sock.settimeout(20)
+            with sock.accept()[0] as taken:
+                taken.settimeout(5)
+                assert taken.recv(1 << 17) == b""
+            process.communicate(b"\n")
+            assert process.returncode == 0

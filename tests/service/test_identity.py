@@ -103,6 +103,53 @@ def test_of_one_user_two_user_namespaces_have_nothing_in_common(path: str) -> No
         assert user_of(identify(inside).domain) == 0
 
 
+def test_users_without_an_id_in_the_user_namespace_of_the_service_may_not_join(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """There they all look like one user, whose pages would be merged."""
+    path = str(folder / "inside")
+    ready, mapped = os.pipe(), os.pipe()
+
+    def serve() -> None:
+        from samepage.commands.daemon import _serve
+        from samepage.service import sockets
+
+        unshare_users()
+        os.write(ready[1], b"x")
+        os.read(mapped[0], 1)
+        _serve(sockets.listen(path, everybody=True), path, 16 << 20)
+
+    def other() -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(path)
+        with contextlib.suppress(OSError):
+            FakeAgent(sock, PAGES).join()
+            os._exit(1)
+
+    with process(serve) as service:
+        os.read(ready[0], 1)
+        Path(f"/proc/{service}/uid_map").write_text("0 0 1")
+        os.write(mapped[1], b"x")
+        until(Path(path).exists)
+        for user in (61001, 61002):
+            _, outcome = os.waitpid(in_child(user, other), 0)
+            assert os.waitstatus_to_exitcode(outcome) == 0, "it was welcome"
+        with process(lambda: served(path)) as mapped_too:
+            until(lambda: mapped_too in status(path))
+    for fd in (*ready, *mapped):
+        os.close(fd)
+    assert "no id in this user namespace" in capfd.readouterr().err
+
+
+def test_a_process_whose_group_ids_are_not_all_one_may_not_join(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """As after an exec of a set-group-ID program, by which others keep the connection."""
+    mixed = process(lambda: served(path, before=lambda: os.setresgid(0, NOBODY, NOBODY)))
+    with mixed as pid, process(lambda: served(path)) as other:
+        until(lambda: other in status(path))
+        until(lambda: "may not join" in capfd.readouterr().err)
+        assert pid not in status(path)
+
+
 def test_a_process_that_entered_another_user_namespace_is_dropped(path: str) -> None:
     with process(lambda: served(path, after=unshare_users)) as changed, process(lambda: served(path)) as other:
         until(lambda: other in status(path))

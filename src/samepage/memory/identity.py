@@ -14,10 +14,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """`uids`: real, effective, saved, and that for files. `started` tells processes of one pid apart, `stack` (where it
-    begins; 0: we may not know) the programs that one process executes. `userns`: inode of its user namespace, or 0."""
+    """`uids` and `gids`: real, effective, saved, and that for files. `started` tells processes of one pid apart,
+    `stack` (where it begins; 0: we may not know) the programs that one process executes. `userns`: inode of its user
+    namespace, or 0."""
 
     uids: tuple[int, ...]
+    gids: tuple[int, ...]
     started: int
     stack: int
     userns: int
@@ -35,6 +37,8 @@ class Identity:
             return "it executed another program"
         if self.uids != other.uids:
             return "it changed its user ids"
+        if self.gids != other.gids:
+            return "it changed its group ids"
         if self.userns != other.userns:
             return "it entered another user namespace, or hides it"
         return ""
@@ -63,11 +67,16 @@ def identify(pid: int) -> Identity:
     try:
         # After the last bracket, for a name may hold anything: state is field 3, starttime 22, startstack 28.
         stat = _read("stat", folder).rpartition(b")")[2].split()
-        lines = _read("status", folder).partition(b"\nUid:")[2]
-        uids = tuple(map(int, lines.partition(b"\n")[0].split()))
-        return Identity(uids, int(stat[22 - 3]), int(stat[28 - 3]), _userns(folder))
+        status = _read("status", folder)
+        return Identity(
+            _ids(status, b"\nUid:"), _ids(status, b"\nGid:"), int(stat[22 - 3]), int(stat[28 - 3]), _userns(folder)
+        )
     finally:
         os.close(folder)
+
+
+def _ids(status: bytes, name: bytes) -> tuple[int, ...]:
+    return tuple(map(int, status.partition(name)[2].partition(b"\n")[0].split()))
 
 
 def has_ended(pid: int) -> bool:

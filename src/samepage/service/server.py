@@ -28,7 +28,7 @@ from samepage.service.closing import close_all, close_one
 from samepage.service.descriptors import shares
 from samepage.service.log import log_once, log_the_rest
 from samepage.service.scanner import Scanner
-from samepage.service.sockets import Caller, peer
+from samepage.service.sockets import Caller, anybody, peer
 from samepage.service.workers import Workers
 
 CONNECTIONS_MAX = 256
@@ -95,6 +95,7 @@ class Server:
         self.joined = 0
         """How many processes have joined so far."""
         self._owner = os.getuid()
+        self._anybody = anybody()
         self._userfaultfd = open_userfaultfd()
         self._shares = shares()
         scanner.limit_segments(self._shares.segments)
@@ -196,6 +197,10 @@ class Server:
                 self._turn_away()
             return False
         caller = peer(sock)
+        if caller.uid == self._anybody:  # who that is cannot be told, and so not whose pages are whose
+            log_once("users without an id", "processes of users that have no id in this user namespace may not join")
+            self._turned_away.append(sock)
+            return True
         connection = _Connection(sock, caller, sock.fileno(), time.monotonic() + TIMEOUT)
         most = min(CONNECTIONS_MAX, self._share_of(caller.uid, self._shares.connections))
         with self._lock:
@@ -300,8 +305,9 @@ class Server:
             raise ConnectionResetError(errno.ECONNRESET, ENDED) from None  # no news
         except OSError as e:
             raise AddressSpaceGone(f"process {caller.pid} may not join: it cannot be seen who it is: {e}") from e
-        if set(who.uids) != {caller.uid}:
-            raise AddressSpaceGone(f"process {caller.pid} may not join: it is {caller.uid}, but its ids are {who.uids}")
+        if set(who.uids) != {caller.uid} or set(who.gids) != {caller.gid}:
+            ids = f"user {caller.uid} and group {caller.gid}, but its ids are {who.uids} and {who.gids}"
+            raise AddressSpaceGone(f"process {caller.pid} may not join: it is {ids}")
         self._take_room(caller)
         connection.who = who
         connection.comm = greet(connection.sock, hello, caller.pid, self._terms, self._userfaultfd)

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 DAEMON_PATH = "/run/samepage.sock"
 
+OVERFLOW_UID = 65534
+"""What the kernel says for a user id that has no name in this user namespace, unless it was told another."""
+
 
 class ControlError(OSError):
     """The service refused, or cannot be reached. `errno` is set; `strerror` says what to do in one line."""
@@ -25,12 +28,21 @@ class Caller(NamedTuple):
 
     pid: int
     uid: int
+    gid: int = 0
 
 
 def peer(sock: socket.socket) -> Caller:
     """Who connected; on the client's side, who listens."""
-    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return Caller(pid, uid)
+    return Caller(*struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+
+def anybody() -> int:
+    """The user id that all users have in common who have none in this user namespace; -1 where everybody has one."""
+    try:
+        rows = Path("/proc/self/uid_map").read_text().split()
+        return -1 if rows == ["0", "0", str((1 << 32) - 1)] else int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except OSError:
+        return OVERFLOW_UID
 
 
 def default_path() -> str:
@@ -98,6 +110,6 @@ def answers(path: str) -> bool:
         probe.settimeout(1)
         try:
             probe.connect(path)
-            return peer(probe).uid in (0, os.getuid())
+            return peer(probe).uid in {0, os.getuid()} - {anybody()}
         except OSError:
             return False
