@@ -237,7 +237,7 @@ def stage(request: pytest.FixtureRequest, faulty: Preload, program: Path, tmp_pa
     command = [str(program)]
     if request.param == "limited":  # so that mappings are moved without growing
         command = ["sh", "-c", 'ulimit -d 16777216; exec "$0"', *command]
-    made = Stage(faulty, tmp_path, command, Flags.NO_MOVE if request.param == "write-protect" else 0)
+    made = Stage(faulty, tmp_path, command, Flags.SWAP_WP if request.param == "write-protect" else 0)
     yield made
     made.end()
 

@@ -20,7 +20,7 @@ KERNELS = [Flags.LIKE_5_10, Flags.LIKE_6_1]
 
 @pytest.fixture(params=KERNELS, ids=lambda flags: flags.name.lower())
 def old(preload: Preload, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
-    made = Process(preload, tmp_path, advice="MADV_NOHUGEPAGE", flags=request.param)
+    made = Process(preload, tmp_path, advice="MADV_NOHUGEPAGE", flags=request.param | Flags.SWAP_WP)
     if made.space.swap != Swap.WP:
         pytest.skip("this user's userfaultfd does not hold up system calls")
     yield made

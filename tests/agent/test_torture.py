@@ -15,26 +15,20 @@ from tests.agent.preload import ROOT, Preload, compile_c
 
 WAYS = {
     "move": [],
-    "write-protect": ["NO_MOVE"],
+    "write-protect": ["SWAP_WP"],
     "move-untracked": ["NO_TRACKING", "NO_MAP_QUERY"],
-    "write-protect-untracked": ["NO_MOVE", "NO_TRACKING"],
-    "like Linux 6.1": ["LIKE_6_1"],
-    "like Linux 5.10": ["LIKE_5_10"],
+    "write-protect-untracked": ["SWAP_WP", "NO_TRACKING"],
+    "like Linux 6.1": ["LIKE_6_1", "SWAP_WP"],
+    "like Linux 5.10": ["LIKE_5_10", "SWAP_WP"],
     "collisions": ["TRUNCATE_HASH"],
     "huge pages": ["HUGE"],
 }
 
 
-def protects(flags: list[str]) -> bool:
-    """Whether pages are swapped by write-protection."""
-    return bool({"NO_MOVE", "LIKE_6_1", "LIKE_5_10"} & set(flags))
-
-
 def torture(preload: Preload, directory: Path, flags: list[str], seconds: int, seed: int) -> dict[str, int]:
     """Run it against a storm; what the storm did, when not a byte was wrong."""
     program = compile_c(ROOT / "tests" / "agent" / "torture.c", directory / "torture", "-pthread")
-    options = ["nodirect"] if protects(flags) else []
-    options += ["huge"] if "HUGE" in flags else []
+    options = ["huge"] if "HUGE" in flags else []
     return storm(preload, directory, flags, [str(program), str(seconds), str(directory), str(seed), *options], seconds)
 
 
@@ -83,7 +77,7 @@ def test_no_byte_is_wrong_while_memory_is_merged_and_broken_without_end(
     preload: Preload, tmp_path: Path, way: str
 ) -> None:
     tally = torture(preload, tmp_path, WAYS[way], seconds=8, seed=len(way))
-    expected = "joined as WP" if protects(WAYS[way]) else "joined as MOVE"
+    expected = "joined as WP" if "SWAP_WP" in WAYS[way] else "joined as MOVE"
     if expected not in tally:
         pytest.skip(f"this kernel or user offers no such swap: {sorted(k for k in tally if k.startswith('joined'))}")
     kind = "huge" if way == "huge pages" else "merge"

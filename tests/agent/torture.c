@@ -2,7 +2,7 @@
 /*
  * A program that knows nothing of samepage and checks every byte of its memory while it is merged.
  *
- *   torture SECONDS DIRECTORY [SEED [nodirect] [huge]]
+ *   torture SECONDS DIRECTORY [SEED [huge]]
  *
  * Eight threads share a few regions. Page i of a region belongs to thread i % 8, so that neighbours in one
  * extent are written by different threads. The shadow copy says what each page must hold: one of a few
@@ -415,7 +415,7 @@ int main(int argc, char **argv)
 	uint64_t seed;
 
 	if (argc < 3) {
-		fprintf(stderr, "usage: torture SECONDS DIRECTORY [SEED [nodirect] [huge]]\n");
+		fprintf(stderr, "usage: torture SECONDS DIRECTORY [SEED [huge]]\n");
 		return 2;
 	}
 	sigaction(SIGSEGV, &(struct sigaction){.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO}, NULL);
@@ -434,11 +434,9 @@ int main(int argc, char **argv)
 			die(path);
 	}
 	fsync(file);
-	/* What a device writes into a page pinned before it was write-protected is lost: the one hazard of that path,
-	 * known and documented. By move there is none. */
 	for (int i = 4; i < argc; i++)
 		mostly_huge |= !strcmp(argv[i], "huge");
-	direct = argc > 4 && !strcmp(argv[4], "nodirect") ? -1 : open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+	direct = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
 	if (direct < 0) /* or a tmpfs before 6.6 */
 		direct = file;
 	unlink(path);

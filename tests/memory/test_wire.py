@@ -56,7 +56,7 @@ def c_layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
         lines.append(f'printf("\\"{name}\\": {{\\"\\": %zu", sizeof(struct {name}));')
         lines += [f'printf(", \\"{f}\\": %zu", offsetof(struct {name}, {f}));' for f in names(dtype)]
         lines.append('printf("}, ");')
-    constants = sorted(set(re.findall(r"\b(SP_[A-Z_]+)\b(?=\s*=| [0-9(U])", HEADER.read_text())))
+    constants = sorted(set(re.findall(r"\b(SP_[A-Z_0-9]+)\b(?=\s*=| [0-9(U])", HEADER.read_text())))
     lines.append('printf("\\"constants\\": {\\"\\": 0");')
     lines += [f'printf(", \\"{c}\\": %llu", (unsigned long long){c});' for c in constants]
     lines.append('printf("}}"); }')

@@ -30,7 +30,7 @@
  * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c and block_set.c (its large blocks), mmap.c, mremap.c, madvise.c,
  * attach.c, fork.c (processes and threads), exits.c (what the kernel writes when one ends), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
- * all that); uffd.c and populate.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
+ * all that); uffd.c, populate.c and holders.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
  * hash), donate.c, merge.c, swap.c and home.c (donate and merge), unstopped.c (without being stopped), break.c (unmerge), restore.c (islands become memory like any
  * other), headroom.c and memcg.c (is there memory?); thread.c, call.c, descriptors.c, peer.c, wire.c, serve.c and
  * api.c (peer.h: the thread, and who speaks to it), and system.c under all.
@@ -257,6 +257,7 @@ struct kernel {
 	bool wp_files;	 /* `wp` takes private mappings of segments (5.19) */
 	bool tracking;
 	enum sp_swap swap;
+	bool protects; /* it is done by write-protection */
 	/* Four windows, the only places where the agent thread maps anything: of WINDOW bytes, but VIEW_WINDOW and
 	 * COPY_WINDOW. */
 	uintptr_t scratch; /* registered with `move`, always empty between requests */
@@ -318,6 +319,12 @@ int uffd_copy(uintptr_t dst, uintptr_t src, uintptr_t len);
 /* Faults in private copies of a range that may be written, changing no byte; tries again while the kernel backs out, and only
  * then. Any thread (populate.c). 0 or an errno: ENOMEM or EFAULT. */
 int populate_write(uintptr_t start, uintptr_t len);
+/* Page migration, which tells whether somebody holds a page (holders.c). Leaves a memory policy behind, for unmigrated() to
+ * take back. 0: nobody else holds a page of the range; EIO: somebody does; or another errno. */
+int migrate(uintptr_t start, uintptr_t len);
+void unmigrated(uintptr_t start, uintptr_t len);
+/* Whether it really tells: of a private page of a file, and of anonymous memory. Asked once. */
+bool migration_tells(void);
 void track(uintptr_t start, uintptr_t end); /* follow writes to anonymous memory here from now on */
 void untrack(uintptr_t start, uintptr_t end);
 

@@ -145,9 +145,10 @@ SP_EXPORT int samepage_mode(void)
 
 SP_EXPORT const char *samepage_strmode(int mode)
 {
-	static const char *const names[] = {"none", "move", "write-protect", "quiet areas only"};
+	static const char *const names[] = {"none", "move", "write-protect", "quiet areas only",
+					    "quiet areas only, by write-protection"};
 
-	return mode >= 0 && mode < 4 ? names[mode] : "not joined";
+	return mode >= 0 && mode < 5 ? names[mode] : "not joined";
 }
 
 /* Called by the constructor: the service that the environment names, joined once there is an area. */

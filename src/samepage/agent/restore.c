@@ -4,11 +4,7 @@
  *
  * An island is private memory inside a mapping of a segment. UFFDIO_MOVE does not take it from there, so it has to be
  * copied, and a page that something else holds must not be: a device that it is pinned for (O_DIRECT, a registered
- * buffer of io_uring) would go on with the page that nobody sees any more. There is a call that tells. To migrate a
- * page the kernel takes it out of the page tables and counts who still holds it; if anybody does, the page stays.
- * mbind(2) with MPOL_LOCAL and MPOL_MF_MOVE | MPOL_MF_STRICT migrates every page of a range, also to the node it is on,
- * and says EIO when one would not go. (With MPOL_DEFAULT it ignores MPOL_MF_STRICT.) It is asked once in each process
- * whether it really tells, with a page that we hold ourselves.
+ * buffer of io_uring) would go on with the page that nobody sees any more. holders.c tells.
  *
  * One critical section: the pages leave for the window, page tables and all, and their mapping stays behind empty,
  * registered for minor faults, so that who touches it sleeps (for missing faults it would be given the segment's page).
@@ -21,7 +17,6 @@
 #include <linux/userfaultfd.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -32,54 +27,6 @@
 #define SLICE_NS 1000000UL	/* of one hold of the lock, about */
 #define STEP_TAKES (64UL << 10) /* a child process (run_unstopped) */
 #define NEAR_EACH (32UL << 20)	/* what others may take meanwhile, for each CPU */
-#define MPOL_DEFAULT 0		/* include/uapi/linux/mempolicy.h */
-#define MPOL_LOCAL 4
-#define MPOL_MOVE_STRICT 3
-
-/* Migrates the pages of a range. 0: nobody else holds one of them; EIO: somebody does; or another errno. */
-static int migrate(uintptr_t start, uintptr_t len)
-{
-	return real.syscall(SYS_mbind, start, len, MPOL_LOCAL, NULL, 0, MPOL_MOVE_STRICT) ? errno : 0;
-}
-
-/* Whether migrate() says EIO of a page that a pipe holds, and 0 when it does not hold it any more. */
-static bool try_migrating(uintptr_t page)
-{
-	struct iovec iov = {(void *)page, PAGE_SIZE};
-	int ends[2], held, freed = EIO;
-
-	if (real.syscall(SYS_pipe2, ends, 02000000 /* O_CLOEXEC */))
-		return false;
-	held = real.syscall(SYS_vmsplice, ends[1], &iov, 1, 0) == (long)PAGE_SIZE ? migrate(page, PAGE_SIZE) : ENOSYS;
-	close(ends[0]);
-	close(ends[1]);
-	for (int tries = 0; held == EIO && freed == EIO && tries < 4; tries++)
-		freed = migrate(page, PAGE_SIZE);
-	return held == EIO && !freed;
-}
-
-/* Whether the kernel tells of an island that somebody holds it. Asked once. */
-static bool tells_holders(void)
-{
-	static int known = -1;
-	uintptr_t page = kernel.copy;
-	int fd;
-
-	if (known >= 0)
-		return known;
-	known = 0;
-	fd = (int)real.syscall(SYS_memfd_create, "samepage", 1U /* MFD_CLOEXEC */);
-	if (fd < 0)
-		return false;
-	if (!real.syscall(SYS_ftruncate, fd, PAGE_SIZE) &&
-	    real.mmap((void *)page, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, 0) != MAP_FAILED) {
-		*(volatile char *)page = 1;
-		known = try_migrating(page);
-	}
-	close(fd);
-	window_reset(page, PAGE_SIZE, PROT_NONE, -1, 0);
-	return known;
-}
 
 /* ---- there and back -------------------------------------------------------------------------------------- */
 
@@ -136,8 +83,7 @@ static void go_home(uintptr_t start, uintptr_t len, bool unheld)
 	const uintptr_t view = kernel.view;
 	uintptr_t done = 0, stop;
 
-	/* Memory that has a policy is in no area. */
-	real.syscall(SYS_mbind, view, len, MPOL_DEFAULT, NULL, 0, 0);
+	unmigrated(view, len);
 	for (int tries = 0; done < len; tries++) {
 		while (done < len && (stop = mapping_end(view + done)) > view + done) {
 			uintptr_t n = min_addr(stop - view, len) - done;
@@ -356,7 +302,7 @@ uintptr_t restore_islands(uintptr_t start, uintptr_t end, uint64_t max_pages, st
 	uint64_t before = out->pages_restored;
 	bool ended = true, room = true;
 
-	if (traced() || kernel.move < 0 || !kernel.views_stay || !kernel.view || !kernel.copy || !tells_holders())
+	if (traced() || kernel.move < 0 || !kernel.views_stay || !kernel.view || !kernel.copy || !migration_tells())
 		return end;
 	fresh.at = fresh.end = 0;
 	while (ended && room && w.vpn < w.end && out->pages_restored - before < max_pages) {

@@ -212,7 +212,7 @@ static void report_found(struct out *o, uint64_t vpn, uint64_t end)
 static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
 {
 	/* Only write-protection can swap an island again; there it is memory like any other. */
-	bool hash_islands = kernel.swap == SP_SWAP_WP && (a->prot & 1);
+	bool hash_islands = kernel.protects && (a->prot & 1);
 
 	if (!(o->flags & SP_SCAN_STILL))
 		end = mark_islands(vpn, end);

@@ -6,7 +6,8 @@
  * missing faults, its pages are moved to the scratch range, where nobody else can reach them, compared
  * there, and either the segment is mapped over the hole or the pages go home. A thread that touches the hole
  * sleeps in the kernel until it is woken. By *write-protection*: the range is write-protected, compared where
- * it is, and mapped over; a thread that writes sleeps.
+ * it is, and mapped over; a thread that writes sleeps. A device that was given a page before does not, so a page that somebody
+ * holds is found out (holders.c).
  *
  * While a hole is open its pages are nowhere else. Hence the one rule of this file: what a call returned is
  * a hint; where pages stand is read from the pagemap, and no section ends before every page is at home or equal to
@@ -52,7 +53,7 @@ static int map_segment(const struct chunk *c, size_t i, size_t j)
 
 	if (err) {
 		/* By write-protection its pages are nowhere else. */
-		if (kernel.swap == SP_SWAP_WP && !range_mapped(start, end - start))
+		if (kernel.protects && !range_mapped(start, end - start))
 			strand();
 		return err;
 	}
@@ -70,7 +71,7 @@ static int drop_zeros(const struct chunk *c, size_t i, size_t j)
 	size_t len = (j - i) * PAGE_SIZE;
 	int err;
 
-	if (kernel.swap != SP_SWAP_WP)
+	if (!kernel.protects)
 		return 0;
 	err = discard_segments(c->addr[i], c->addr[i] + len);
 	return err ? err : real.madvise((void *)c->addr[i], len, MADV_DONTNEED) ? -errno : 0;
@@ -236,6 +237,16 @@ static void wake(const struct chunk *c, size_t i, size_t j)
 	uffd_wake(kernel.move, c->addr[i], c->addr[j - 1] + PAGE_SIZE - c->addr[i]);
 }
 
+/*
+ * Waits for who writes to the process under its mmap_lock, held for reading: /proc/PID/mem and ptrace(2) look a page up, and write
+ * to it a moment later, with a plain reference that no move notices. Taking the lock for writing waits for them, though
+ * nothing is changed; who comes later finds no page.
+ */
+static void await_outsiders(void)
+{
+	real.madvise((void *)kernel.scratch, PAGE_SIZE, MADV_DONTFORK);
+}
+
 /* One critical section: pages [i, j) of the chunk. */
 static void section_by_move(struct chunk *c, size_t i, size_t j)
 {
@@ -249,6 +260,7 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 	c->scratch = kernel.scratch + spent * PAGE_SIZE;
 	set_out(c, i, j);
 	pull(c, i, j, here);
+	await_outsiders();
 	settle(c, i, j, 0, here);
 	if (all_done(c, i, j) || !clear_scratch(c, i, j - i))
 		spent += j - i;
@@ -295,6 +307,7 @@ static bool swap_huge_page(struct chunk *c)
 	for (size_t k = 0; k < SECTION_MAX; k++)
 		all &= here[k];
 	if (all) {
+		await_outsiders();
 		for (size_t at = 0, end; at < SECTION_MAX && !thread_woke(); at = end) {
 			end = section_end(c, at, SECTION_MAX);
 			settle(c, at, end, at, here);
@@ -403,6 +416,41 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 
 /* ---- by write-protection --------------------------------------------------------------------------- */
 
+#define HELD_TOGETHER 64 /* pages: where one of so many is held, all of them are left */
+
+/* Says BUSY of those of pages [i, j) of the chunk, a row of anonymous memory of ours alone, that somebody holds, and some around
+ * them. Who held a page before it was write-protected, a device maybe, goes on writing to it. */
+static void find_held(struct chunk *c, size_t i, size_t j)
+{
+	uintptr_t start = c->addr[i], len = (j - i) * PAGE_SIZE;
+	int err = room_for(len + WINDOW, settings.reserve) ? migrate(start, len) : ENOMEM;
+
+	unmigrated(start, len);
+	if (!err)
+		return;
+	if (err != EIO || j - i <= HELD_TOGETHER) {
+		memset(c->status + i, err == ENOMEM ? NOMEM : BUSY, j - i);
+		return;
+	}
+	for (size_t end; i < j; i = end) {
+		end = min_addr(i + HELD_TOGETHER, j);
+		find_held(c, i, end);
+	}
+}
+
+/* The same for what of pages [i, j) is of one kind, PAGE_OWN; of others it says what they are. */
+static void find_unfit(struct chunk *c, size_t i, size_t j, const uint8_t *kind)
+{
+	for (size_t end; i < j; i = end) {
+		for (end = i + 1; end < j && kind[end] == kind[i]; end++)
+			;
+		if (kind[i] != PAGE_OWN)
+			memset(c->status + i, status_of(kind[i]), end - i);
+		else if (kernel.swap == SP_SWAP_WP)
+			find_held(c, i, end);
+	}
+}
+
 /* Swaps pages [i, j) of the chunk, which are a row. */
 static void swap_by_protect(struct chunk *c, size_t i, size_t j)
 {
@@ -416,11 +464,13 @@ static void swap_by_protect(struct chunk *c, size_t i, size_t j)
 	    page_kinds(start, j - i, kind + i)) {
 		memset(c->status + i, REFUSED, j - i);
 	} else {
+		/* From here on nobody writes, but who held a page before. */
+		memset(c->status + i, DONE, j - i);
+		find_unfit(c, i, j, kind);
 		for (size_t k = i; k < j; k++) {
-			/* The one look that counts: from here on nobody writes. */
-			equal[k] = kind[k] == PAGE_OWN && page_equal(c, k, (void *)c->addr[k]);
-			if (!equal[k])
-				c->status[k] = kind[k] == PAGE_OWN ? DIFFERENT : status_of(kind[k]);
+			equal[k] = c->status[k] == DONE && page_equal(c, k, (void *)c->addr[k]);
+			if (c->status[k] == DONE && !equal[k])
+				c->status[k] = DIFFERENT;
 		}
 		map_equal(c, i, j, equal);
 	}
@@ -437,19 +487,19 @@ void swap_chunk(struct chunk *c)
 	bool go[SECTION_MAX];
 
 	/* Empty and unlocked, whatever the application did to all its memory. */
-	if (kernel.swap != SP_SWAP_WP &&
+	if (!kernel.protects &&
 	    !window_drop(kernel.scratch + spent * PAGE_SIZE, min_addr(c->n, SECTION_MAX - spent) * PAGE_SIZE)) {
 		memset(c->status, REFUSED, c->n);
 		return;
 	}
 	for (size_t k = 0; k < c->n; k++)
-		go[k] = kernel.swap == SP_SWAP_WP || !page_test(PAGE_SEGMENT, c->addr[k] >> PAGE_SHIFT);
+		go[k] = kernel.protects || !page_test(PAGE_SEGMENT, c->addr[k] >> PAGE_SHIFT);
 	for (size_t i = 0, j; i < c->n; i = j) {
 		for (j = i + 1; j < c->n && go[j] == go[i]; j++)
 			;
 		if (!go[i])
 			memset(c->status + i, REFUSED, j - i);
-		else if (kernel.swap != SP_SWAP_WP)
+		else if (!kernel.protects)
 			swap_by_move(c, i, j);
 		else
 			for (size_t at = i, end; at < j; at = end) {

@@ -60,7 +60,7 @@ static inline bool may_swap(const struct area *a)
 	if (!area_mergeable(a) || (a->flags & (AREA_LOCKED | AREA_UNMERGING)) || a->prot != (PROT_READ | PROT_WRITE))
 		return false;
 	return kernel.swap == SP_SWAP_MOVE || kernel.swap == SP_SWAP_WP ||
-	       (kernel.swap == SP_SWAP_QUIET && (a->flags & AREA_QUIET));
+	       (kernel.swap != SP_SWAP_NONE && (a->flags & AREA_QUIET));
 }
 
 /* Swaps what may be swapped of a chunk, and says what became of each page. Needs the lock. */

@@ -114,6 +114,18 @@ static int new_uffd(int dev, uint64_t features, bool *user_mode_only)
 	return fd;
 }
 
+/* Write-protection does not stop who holds a page already, so it takes somebody who chose it, and a kernel that tells who does. */
+static enum sp_swap way_to_swap(bool user_only, bool wp_user_only)
+{
+	const uint32_t no_move = SP_WELCOME_NO_MOVE | SP_WELCOME_SWAP_WP;
+
+	if (kernel.move >= 0 && !(settings.flags & no_move) && scratch_works())
+		return user_only ? SP_SWAP_QUIET : SP_SWAP_MOVE;
+	if (kernel.wp < 0 || wp_user_only)
+		return SP_SWAP_NONE;
+	return settings.flags & SP_WELCOME_SWAP_WP && migration_tells() ? SP_SWAP_WP : SP_SWAP_QUIET_WP;
+}
+
 int kernel_open(int dev)
 {
 	const uint64_t sync_wp = UFFD_FEATURE_PAGEFAULT_FLAG_WP;
@@ -150,12 +162,8 @@ int kernel_open(int dev)
 
 	if (!windows_open())
 		return -ENOMEM;
-	if (kernel.move >= 0 && !(settings.flags & SP_WELCOME_NO_MOVE) && scratch_works())
-		kernel.swap = user_only ? SP_SWAP_QUIET : SP_SWAP_MOVE;
-	else if (kernel.wp >= 0 && !wp_user_only)
-		kernel.swap = SP_SWAP_WP;
-	else
-		kernel.swap = SP_SWAP_NONE;
+	kernel.swap = way_to_swap(user_only, wp_user_only);
+	kernel.protects = kernel.swap == SP_SWAP_WP || kernel.swap == SP_SWAP_QUIET_WP;
 	if (settings.flags & SP_WELCOME_NO_TRACKING)
 		kernel.tracking = false;
 	if (wp_user_only && kernel.wp >= 0) { /* a system call that met it would fail with EFAULT */
@@ -323,7 +331,7 @@ void uffd_release(int *uffd, uintptr_t start, uintptr_t len)
 	if (uffd == &kernel.move) {
 		kernel.tracking = false;
 		kernel.swap = SP_SWAP_NONE;
-	} else if (kernel.swap == SP_SWAP_WP) {
+	} else if (kernel.protects) {
 		kernel.swap = SP_SWAP_NONE;
 	}
 }

@@ -53,15 +53,13 @@ struct sp_hello {
 /* For tests and measurements: what an older kernel would do. */
 enum sp_welcome_flags {
 	SP_WELCOME_TRUNCATE_HASH = 1, /* keep 8 bits of every checksum, so that they collide */
-	SP_WELCOME_NO_MOVE = 2,	      /* swap by write-protection */
+	SP_WELCOME_NO_MOVE = 2,	      /* no UFFDIO_MOVE */
 	SP_WELCOME_NO_TRACKING = 4,   /* hash everything at every scan */
 	SP_WELCOME_TWO_NODES = 8,     /* not an older kernel: pages of odd numbers are on a second NUMA node */
 	SP_WELCOME_NO_MAP_QUERY = 16, /* read /proc/self/maps for each mapping */
-	SP_WELCOME_LIKE_6_1 =
-		32, /* those above but the first and the fourth; no PAGEMAP_SCAN; UFFDIO_WRITEPROTECT in one
-				       * mapping only */
-	SP_WELCOME_LIKE_5_10 =
-		64, /* that; no MADV_POPULATE_WRITE, nor MREMAP_DONTUNMAP or write-protection for files */
+	SP_WELCOME_LIKE_6_1 = 32,     /* also: no PAGEMAP_SCAN, UFFDIO_WRITEPROTECT takes one mapping */
+	SP_WELCOME_LIKE_5_10 = 64,    /* also: no MADV_POPULATE_WRITE; less for mappings of files */
+	SP_WELCOME_SWAP_WP = 128,     /* not an older kernel: the user chose to swap by write-protection */
 };
 
 struct sp_welcome {
@@ -74,10 +72,11 @@ struct sp_welcome {
 
 /* How pages are swapped under the application's threads. */
 enum sp_swap {
-	SP_SWAP_NONE = 0,  /* no userfaultfd: nothing can be merged */
-	SP_SWAP_MOVE = 1,  /* UFFDIO_MOVE */
-	SP_SWAP_WP = 2,	   /* UFFDIO_WRITEPROTECT */
-	SP_SWAP_QUIET = 3, /* user-mode-only userfaultfd: only areas their owner declares quiet */
+	SP_SWAP_NONE = 0,     /* no userfaultfd: nothing can be merged */
+	SP_SWAP_MOVE = 1,     /* UFFDIO_MOVE */
+	SP_SWAP_WP = 2,	      /* UFFDIO_WRITEPROTECT, which the user chose */
+	SP_SWAP_QUIET = 3,    /* user-mode-only userfaultfd: only areas their owner declares quiet */
+	SP_SWAP_QUIET_WP = 4, /* no UFFDIO_MOVE: only those, too, by UFFDIO_WRITEPROTECT */
 };
 
 struct sp_ready {

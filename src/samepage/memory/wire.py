@@ -51,13 +51,15 @@ class Flags(IntFlag):
     TRUNCATE_HASH = 1
     """Keep 8 bits of every checksum, so that they collide."""
     NO_MOVE = 2
-    """Swap by write-protection."""
+    """No UFFDIO_MOVE."""
     NO_TRACKING = 4
     """Hash everything at every scan."""
     TWO_NODES = 8
     """Not an older kernel, but another machine: pages of odd numbers are on a second NUMA node."""
     NO_MAP_QUERY = 16
     """Read /proc/self/maps for each mapping."""
+    SWAP_WP = 128
+    """Not an older kernel: the user chose to swap by write-protection."""
     LIKE_6_1 = 32
     """NO_MOVE, NO_TRACKING, NO_MAP_QUERY; no PAGEMAP_SCAN; UFFDIO_WRITEPROTECT in one mapping only."""
     LIKE_5_10 = 64
@@ -71,6 +73,7 @@ class Swap(IntEnum):
     MOVE = 1
     WP = 2
     QUIET = 3
+    QUIET_WP = 4
 
 
 HDR = np.dtype([("op", "<u4"), ("seq", "<u4"), ("error", "<i4"), ("len", "<u4")])
