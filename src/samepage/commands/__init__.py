@@ -63,6 +63,7 @@ def _in_one_line(error: CommandError | OSError) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     from samepage.commands.daemon import Daemon
+    from samepage.commands.doctor import Doctor
     from samepage.commands.knobs import Get, Set
     from samepage.commands.run import Run
     from samepage.commands.scan import Scan
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "set": Set(),
         "unmerge": Unmerge(),
         "scan": Scan(),
+        "doctor": Doctor(),
     }
     parser = argparse.ArgumentParser(
         prog="samepage", description="Same-page merging in user space: equal memory pages of processes share one copy."
@@ -119,6 +121,16 @@ def add_reserve(parser: argparse.ArgumentParser) -> None:
         default=RESERVE,
         help="memory that unmerging and merging leave to others: what must still be available, in the machine and in "
         "every memory cgroup of a process, when they have taken theirs (default: 16M)",
+    )
+
+
+def add_swap(parser: argparse.ArgumentParser) -> None:
+    """The option that says how pages are swapped."""
+    parser.add_argument(
+        "--swap",
+        choices=("move", "wp"),
+        help="how pages are swapped under a program's threads: by UFFDIO_MOVE, which Linux 6.8 has (default: move), or "
+        "by write-protection, which older kernels have, too, and which is slower",
     )
 
 

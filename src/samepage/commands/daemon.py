@@ -12,7 +12,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from samepage.commands import CommandError, add_mount, add_reserve, streams
+from samepage.commands import CommandError, add_mount, add_reserve, add_swap, streams
+from samepage.doctor.facts import look
+from samepage.doctor.findings import hindrance, too_old
 from samepage.service import sockets
 
 
@@ -26,16 +28,22 @@ class Daemon:
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--socket", metavar="PATH", help=f"where to listen (default: {sockets.default_path()})")
         add_reserve(parser)
+        add_swap(parser)
         add_mount(parser)
 
     def run(self, args: argparse.Namespace) -> int:
+        facts = look()
+        if old := too_old(facts):
+            raise CommandError(old)
         path = args.socket or sockets.default_path()
         if args.socket is None:
             _private_parent(Path(path).parent)
         listener = sockets.listen(path, everybody=os.getuid() == 0)
         try:
             with _tree(args.mount, path):
-                _serve(listener, path, args.reserve)
+                if why := hindrance(facts, args.swap or "move"):
+                    streams.say(why)
+                _serve(listener, path, args.reserve, args.swap == "wp")
         finally:
             Path(path).unlink(missing_ok=True)
         return 0
@@ -56,9 +64,10 @@ def _tree(directory: str | None, socket: str) -> Iterator[None]:
         tree.end()
 
 
-def _serve(listener: socket.socket, path: str, reserve: int) -> None:
+def _serve(listener: socket.socket, path: str, reserve: int, write_protect: bool = False) -> None:
     # Imported once the socket is ours: numpy takes longer to load than to refuse.
     from samepage.memory.agent import Terms
+    from samepage.memory.wire import Flags
     from samepage.service.descriptors import raise_descriptor_limit
     from samepage.service.scanner import Scanner
     from samepage.service.server import Server, keep_freed_memory
@@ -66,7 +75,7 @@ def _serve(listener: socket.socket, path: str, reserve: int) -> None:
     raise_descriptor_limit()
     keep_freed_memory()
     scanner = Scanner()
-    server = Server(listener, scanner, Terms(reserve=reserve))
+    server = Server(listener, scanner, Terms(reserve=reserve, flags=Flags.SWAP_WP if write_protect else 0))
     # Python writes a byte there for every signal that it handles, and that ends the server. A handler would not do: it
     # runs when this thread wakes, and a signal that comes between two polls does not wake it.
     signal.set_wakeup_fd(server.wake_fd)

@@ -11,27 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from samepage import agent
-from samepage.commands import RESERVE, CommandError, add_mount, add_reserve, child, size
+from samepage.commands import RESERVE, CommandError, add_mount, add_reserve, add_swap, child, size
 from samepage.commands.streams import say
+from samepage.doctor.facts import look
+from samepage.doctor.findings import hindrance, not_swapped, too_old
 from samepage.service import sockets
 from samepage.service.machine import LOOK_EVERY, MachineDaemon
 from samepage.service.private import PrivateService
 
 MIB = 1 << 20
 
-SYS_USERFAULTFD = 323  # on x86-64
-
 NOBODY_JOINED = (
     "nothing was saved: no process joined, for none had memory to merge, or the command ended at once, "
     "is statically linked, or is setuid"
 )
-
-NOT_HELD_UP = (
-    "only regions that programs merge themselves (samepage.register) will be merged, for this user's userfaultfd "
-    "cannot hold up system calls: let root run `samepage daemon`, which this command then joins, or set "
-    "vm.unprivileged_userfaultfd=1"
-)
-
 
 MEMORY = "large"
 """What of a program's memory is taken unless --memory says otherwise ($SAMEPAGE_MEMORY, agent/wrappers.c)."""
@@ -41,7 +34,7 @@ class Run:
     """Run a command, and merge the pages of it and all its children.
 
     Where this user or root runs a daemon it is joined, else the command has a ksmd of its own; so it has with --set,
-    --reserve, --mount and --sysfs, for the settings of a daemon are not the command's to change.
+    --reserve, --swap, --mount and --sysfs, for the settings of a daemon are not the command's to change.
 
     The exit status is the command's; 128 and the signal's number when a signal ended it. One line on stderr says at
     the end what was saved.
@@ -77,6 +70,7 @@ class Run:
             "(default: 1M; with --memory all 64K)",
         )
         add_reserve(parser)
+        add_swap(parser)
         parser.set_defaults(reserve=None)
         add_mount(parser)
         parser.add_argument(
@@ -97,7 +91,7 @@ class Run:
         library = _preloadable(agent.library_path())
         program = child.locate(command[0])
         path = sockets.running()
-        own = [option for option in ("set", "reserve", "mount", "sysfs") if getattr(args, option)]
+        own = [option for option in ("set", "reserve", "swap", "mount", "sysfs") if getattr(args, option)]
         if path and not own:
             say(f"joined the daemon at {path}")
             daemon = MachineDaemon(path, report)
@@ -107,15 +101,18 @@ class Run:
             return status
         if path:
             say(f"the daemon at {path} is not joined: --{own[0]} is for a ksmd of the command's own")
-        if not _may_hold_up_system_calls():
-            say(NOT_HELD_UP)
+        facts = look()
+        if old := too_old(facts):
+            raise CommandError(old)
+        if why := hindrance(facts, args.swap or "move"):
+            say(why)
         return self._privately(args, report, library, program, command)
 
     def _privately(
         self, args: argparse.Namespace, report: Path | None, library: Path, program: str, command: list[str]
     ) -> int:
         """Run the command under a ksmd of its own."""
-        service = PrivateService(args.set, report, args.reserve or RESERVE)
+        service = PrivateService(args.set, report, args.reserve or RESERVE, args.swap == "wp")
         environment = _environment(library, service.path, args)
         status = None
         try:
@@ -191,45 +188,16 @@ def _environment(library: Path, socket: str, args: argparse.Namespace) -> dict[s
     return environment
 
 
-def _may_hold_up_system_calls() -> bool:
-    """Whether userfaultfd is to be had as agents need it, by any of the ways in which they try (agent/uffd.c)."""
-    if os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
-        return True
-    try:
-        if int(Path("/proc/sys/vm/unprivileged_userfaultfd").read_text()):
-            return True
-    except OSError:
-        return True  # a kernel without userfaultfd, of which agents tell, or one that asks nobody
-    import ctypes
-
-    fd = ctypes.CDLL(None).syscall(SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
-    if fd >= 0:
-        os.close(fd)
-    return bool(fd >= 0)
-
-
 def _shared(summary: dict[str, Any]) -> str:
     """What processes of the command shared under a daemon, in plain words."""
     joined = summary["processes_joined"]
     if not joined:
         return NOBODY_JOINED
-    if not summary["bytes_shared_peak"] and (why := _not_swapped(summary["swap"])):
+    if not summary["bytes_shared_peak"] and (why := not_swapped(summary["swap"])):
         return f"nothing was shared: {why}"
     last, peak = summary["bytes_shared"] / MIB, summary["bytes_shared_peak"] / MIB
     processes = f"{joined} process{'' if joined == 1 else 'es'}"
     return f"shared {peak:.1f} MiB at most and {last:.1f} MiB last, with each other or with others, in {processes}"
-
-
-def _not_swapped(ways: list[str]) -> str:
-    """Why no process could swap pages, if none could; `ways` are those they had."""
-    if not ways or {"move", "wp"} & set(ways):
-        return ""
-    if "quiet" in ways:
-        return "no page could be swapped, for want of userfaultfd for system calls"
-    return (
-        "no page could be swapped: a process may not have userfaultfd, or not look into its own page tables, as after "
-        "it changed its user without executing a program"
-    )
 
 
 def _saved(summary: dict[str, Any] | None) -> str:
@@ -239,7 +207,7 @@ def _saved(summary: dict[str, Any] | None) -> str:
     joined = summary["processes_joined"]
     if not joined:
         return NOBODY_JOINED
-    if not summary["bytes_saved_peak"] and (why := _not_swapped(summary["swap"])):
+    if not summary["bytes_saved_peak"] and (why := not_swapped(summary["swap"])):
         return f"nothing was saved: {why}"
     if not summary["bytes_saved_peak"] and summary["merge_failures"]["NOMEM"]:
         return (

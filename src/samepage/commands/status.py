@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from samepage.commands import add_socket
+from samepage.doctor.findings import not_swapped
 from samepage.service import sockets
 
 
@@ -34,6 +35,8 @@ class Status:
             print(json.dumps(status, indent=1))
         else:
             _print(answer["counters"], lists)
+            if why := not_swapped(row["swap"] for row in lists["processes"]):
+                print(f"\n{why}")
         return 0
 
 

@@ -33,11 +33,13 @@ class PrivateService:
     """A service for the processes that are given `path` as `$SAMEPAGE_SOCKET`.
 
     `knobs` are set before the first scan. `report` is a file that is kept up to date with what is saved. `reserve`, in
-    bytes, is what unmerging and merging leave available.
+    bytes, is what unmerging and merging leave available. `write_protect`: pages are swapped that way.
     The constructor starts it; raises `ControlError` for knobs it does not know or values it does not accept.
     """
 
-    def __init__(self, knobs: list[tuple[str, str]], report: Path | None, reserve: int = 16 << 20) -> None:
+    def __init__(
+        self, knobs: list[tuple[str, str]], report: Path | None, reserve: int = 16 << 20, write_protect: bool = False
+    ) -> None:
         self._folder = _private_folder()
         self.path = str(self._folder / "socket")
         try:
@@ -48,7 +50,7 @@ class PrivateService:
             self.pid = os.fork()
             if self.pid == 0:
                 self._line.close()
-                self._serve(line, knobs, report, started, reserve)
+                self._serve(line, knobs, report, started, reserve, write_protect)
             line.close()
             self._listener.close()
             if knobs:
@@ -81,7 +83,13 @@ class PrivateService:
             raise ControlError(errno.EINVAL, answer["error"])
 
     def _serve(
-        self, line: socket.socket, knobs: list[tuple[str, str]], report: Path | None, started: float, reserve: int
+        self,
+        line: socket.socket,
+        knobs: list[tuple[str, str]],
+        report: Path | None,
+        started: float,
+        reserve: int,
+        write_protect: bool,
     ) -> NoReturn:
         """The forked process."""
         status = 1
@@ -95,7 +103,7 @@ class PrivateService:
             os.dup2(null, 1)
             from samepage.service.reporting import serve
 
-            serve(self._listener, line, knobs, report, started, reserve)
+            serve(self._listener, line, knobs, report, started, reserve, write_protect)
             status = 0
         except BaseException as e:
             with contextlib.suppress(BaseException):

@@ -14,6 +14,7 @@ from typing import Any
 
 from samepage.memory import PAGE_SIZE
 from samepage.memory.agent import Terms
+from samepage.memory.wire import Flags
 from samepage.service.descriptors import raise_descriptor_limit
 from samepage.service.log import log
 from samepage.service.scanner import Scanner
@@ -129,6 +130,7 @@ def serve(
     path: Path | None,
     started: float,
     reserve: int,
+    write_protect: bool,
 ) -> None:
     """Serve `listener` until the parent asks over `line` for the summary, or is gone."""
     raise_descriptor_limit()
@@ -143,7 +145,9 @@ def serve(
     if knobs:
         line.send(b"{}")
     report = Report(scanner, path, started)
-    server = Server(listener, scanner, Terms(reserve=reserve), report.sample)
+    server = Server(
+        listener, scanner, Terms(reserve=reserve, flags=Flags.SWAP_WP if write_protect else 0), report.sample
+    )
     ended = threading.Event()
     for run in (scanner.run, server.run):
         threading.Thread(target=run, daemon=True).start()
