@@ -383,7 +383,8 @@ bool vma_find(int file, uintptr_t addr, struct vma *out);
 void vma_forget(void); /* an open file is another from now on */
 /* Under the lock. If nobody held it since it was last held here, no mapping changed that vma_find() is asked for. */
 void vma_resume(void);
-unsigned long vma_count(void);
+/* How many mappings the process has; *segments: of them of segments. */
+unsigned long vma_count(unsigned long *segments);
 
 /* ---- the verbs ------------------------------------------------------------------------------------ */
 

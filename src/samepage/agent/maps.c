@@ -190,16 +190,28 @@ bool vma_find(int file, uintptr_t addr, struct vma *out)
 	return read_on(file, addr, out);
 }
 
-unsigned long vma_count(void)
+unsigned long vma_count(unsigned long *segments)
 {
 	int file = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC);
 	unsigned long lines = 0;
+	size_t kept = 0;
 	char buf[4096];
 	ssize_t got;
 
-	while (file >= 0 && (got = read(file, buf, sizeof(buf))) > 0)
-		for (char *p = buf; (p = memchr(p, '\n', (size_t)(buf + got - p))); p++)
+	*segments = 0;
+	while (file >= 0 && (got = read(file, buf + kept, sizeof(buf) - kept)) > 0) {
+		char *line = buf, *end = buf + kept + got;
+
+		for (char *p; (p = memchr(line, '\n', (size_t)(end - line))); line = p + 1) {
 			lines++;
+			*p = 0;
+			*segments += strstr(line, "/memfd:samepage") != NULL;
+		}
+		kept = (size_t)(end - line);
+		if (kept == sizeof(buf)) /* a path as long as that is nothing of ours */
+			kept = 0;
+		memmove(buf, line, kept);
+	}
 	if (file >= 0)
 		close(file);
 	return lines;

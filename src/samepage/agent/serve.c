@@ -84,15 +84,21 @@ static size_t do_scan(const struct sp_scan *req)
 	return sizeof(*head) + head->nruns * sizeof(*runs) + head->nhashed * 8;
 }
 
-/* How many mappings merging may bring the process to: an eighth of vm.max_map_count is left to itself. */
-static unsigned long map_limit(void)
+/*
+ * How many mappings the process has, and how many merging may bring it to. A third of vm.max_map_count is left to the program, and
+ * never less than as many again as it has itself: nothing takes a mapping back from what was merged, for what is broken
+ * afterwards stays cut. A page that is merged alone takes two more than there were.
+ */
+static struct sp_map_count count_mappings(void)
 {
+	unsigned long max = 65530, segments, used = vma_count(&segments), own, leave;
 	char buf[32] = "";
-	unsigned long max = 65530;
 
 	if (read_file("/proc/sys/vm/max_map_count", buf, sizeof(buf) - 1) > 0)
 		max = strtoul(buf, NULL, 10);
-	return max - max / 8;
+	own = used > 2 * segments ? used - 2 * segments : 0;
+	leave = own > max / 3 ? own : max / 3;
+	return (struct sp_map_count){used, leave < max ? max - leave : 0};
 }
 
 /* Whether n ranges of pages lie in user memory and have answers that fit into a packet. */
@@ -221,7 +227,7 @@ bool serve(void)
 		err = do_restore(payload, (size_t)got / sizeof(struct sp_area));
 		len = sizeof(struct sp_restored);
 	} else if (op == SP_MAP_COUNT && !got) {
-		*(struct sp_map_count *)answer = (struct sp_map_count){vma_count(), map_limit()};
+		*(struct sp_map_count *)answer = count_mappings();
 		len = sizeof(struct sp_map_count);
 	} else if (op == SP_HEADROOM && !got) {
 		agent_mmap_lock();

@@ -62,8 +62,8 @@ class Host:
 
     @property
     def mappings_allowed(self) -> int:
-        """How many mappings samepage lets a process have: an eighth of the kernel's limit is left to itself."""
-        return self.max_map_count - self.max_map_count // 8
+        """How many mappings samepage lets a process have: a third of the kernel's limit is left to itself."""
+        return self.max_map_count - self.max_map_count // 3
 
 
 def this_host() -> Host:
