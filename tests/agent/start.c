@@ -379,6 +379,28 @@ static void fills_its_limit(void)
 	printf("all but little %d\n", n > 384);
 }
 
+static void *map(size_t size)
+{
+	return mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
+
+/* The same for what it maps itself, and for one mapping that grows; not for what is too much in any case. */
+static void maps_to_its_limit(bool grows)
+{
+	const size_t mib = 1UL << 20;
+	struct rlimit to = {400 * mib, 400 * mib};
+	size_t size = 100 * mib;
+	void *p;
+
+	setrlimit(RLIMIT_AS, &to);
+	memset(malloc(8 * mib), 1, 8 * mib);
+	nap(1000);
+	printf("too much %d\n", map(1UL << 40) == MAP_FAILED);
+	for (p = map(size); p != MAP_FAILED; size += mib)
+		p = grows ? mremap(p, size, size + mib, MREMAP_MAYMOVE) : map(mib);
+	printf("all but little %d\n", size > 376 * mib);
+}
+
 /* Every signal that a program can block and wait for comes from another process, and is there. */
 static void waits_for_signals(void)
 {
@@ -416,6 +438,10 @@ int main(int argc, char **argv)
 		silent_service();
 	if (!strcmp(how, "fills-its-limit"))
 		fills_its_limit();
+	if (!strcmp(how, "maps-to-its-limit"))
+		maps_to_its_limit(false);
+	if (!strcmp(how, "grows-to-its-limit"))
+		maps_to_its_limit(true);
 	if (!strcmp(how, "waits-for-signals"))
 		waits_for_signals();
 	if (!strcmp(how, "as-nobody"))

@@ -107,6 +107,11 @@ def test_a_program_at_its_limit_gets_what_the_agent_has_mapped(preload: Preload,
     assert preload.run([start, "fills-its-limit"], merged=True) == "all but little 1\n"
 
 
+@pytest.mark.parametrize("how", ["maps-to-its-limit", "grows-to-its-limit"])
+def test_a_program_at_its_limit_may_map_what_the_agent_has_mapped(preload: Preload, start: str, how: str) -> None:
+    assert preload.run([start, how], merged=True) == "too much 1\nall but little 1\n"
+
+
 def test_it_takes_no_signal_from_a_program_that_waits_for_it(preload: Preload, start: str) -> None:
     assert preload.run([start, "waits-for-signals"], merged=True) == "lost 0\n"
 

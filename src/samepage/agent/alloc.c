@@ -143,24 +143,6 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	return (void *)start;
 }
 
-/* The real allocator has nothing left: a limit is reached (RLIMIT_DATA, RLIMIT_AS), and what is kept here counts against it. Whether
- * it is worth another try. */
-static bool relieve(void)
-{
-	sigset_t saved;
-	bool any;
-
-	mmap_lock(&saved);
-	any = blocks_release();
-	mmap_unlock(&saved);
-	/* The windows count, too. What is merged stays merged. */
-	if (mappings_limited() && thread_is_here()) {
-		agent_retire();
-		any = true;
-	}
-	return any;
-}
-
 /* Length of the block that starts at `p`; 0 when that is none of ours. */
 static size_t length_of(const void *p)
 {
@@ -246,7 +228,7 @@ SP_EXPORT void *malloc(size_t size)
 	if (!real.malloc)
 		return early_alloc(size);
 	p = real.malloc(size);
-	return p || !relieve() ? p : real.malloc(size);
+	return p || !relieve(size) ? p : real.malloc(size);
 }
 
 SP_EXPORT void *calloc(size_t n, size_t size)
@@ -260,7 +242,7 @@ SP_EXPORT void *calloc(size_t n, size_t size)
 	if (!real.calloc)
 		return early_alloc(bytes);
 	p = real.calloc(n, size);
-	return p || !relieve() ? p : real.calloc(n, size);
+	return p || !relieve(bytes) ? p : real.calloc(n, size);
 }
 
 SP_EXPORT void free(void *p)
@@ -289,7 +271,7 @@ static void *copy_to_new(const void *p, size_t old_size, size_t size)
 
 	if (!q)
 		q = real.malloc(size);
-	if (!q && relieve())
+	if (!q && relieve(size))
 		q = real.malloc(size);
 	if (q)
 		memcpy(q, p, old_size < size ? old_size : size);
@@ -317,7 +299,7 @@ SP_EXPORT void *realloc(void *p, size_t size)
 			end_advice(p);
 		if (!size || !(is_large(size) || within(&advised_bounds, p))) {
 			q = real.realloc(p, size);
-			return q || !size || !relieve() ? q : real.realloc(p, size);
+			return q || !size || !relieve(size) ? q : real.realloc(p, size);
 		}
 		old_size = real.malloc_usable_size(p);
 	}
@@ -355,7 +337,7 @@ SP_EXPORT int posix_memalign(void **out, size_t align, size_t size)
 		return 0;
 	}
 	err = real.posix_memalign(out, align, size);
-	return err != ENOMEM || !relieve() ? err : real.posix_memalign(out, align, size);
+	return err != ENOMEM || !relieve(size) ? err : real.posix_memalign(out, align, size);
 }
 
 SP_EXPORT void *aligned_alloc(size_t align, size_t size)
@@ -366,7 +348,7 @@ SP_EXPORT void *aligned_alloc(size_t align, size_t size)
 	if (is_large(size) && power_of_two(align) && (p = allocate(size, align, false)))
 		return p;
 	p = real.aligned_alloc(align, size);
-	return p || !relieve() ? p : real.aligned_alloc(align, size);
+	return p || !relieve(size) ? p : real.aligned_alloc(align, size);
 }
 
 SP_EXPORT void *memalign(size_t align, size_t size)
@@ -377,7 +359,7 @@ SP_EXPORT void *memalign(size_t align, size_t size)
 	if (is_large(size) && power_of_two(align) && (p = allocate(size, align, false)))
 		return p;
 	p = real.memalign(align, size);
-	return p || !relieve() ? p : real.memalign(align, size);
+	return p || !relieve(size) ? p : real.memalign(align, size);
 }
 
 SP_EXPORT void *valloc(size_t size)

@@ -125,7 +125,7 @@ static unsigned mapped_flags(int flags)
 	return flags & MAP_STACK ? AREA_NOHUGEPAGE : AREA_MAPPED;
 }
 
-void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
+static void *map(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {
 	bool fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE);
 	unsigned own;
@@ -156,6 +156,13 @@ void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 	if (own & AREA_MAPPED && merges_mapped() && prot & PROT_WRITE)
 		agent_start_unnamed(len);
 	return p;
+}
+
+void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
+{
+	void *p = map(addr, len, prot, flags, fd, offset);
+
+	return p != MAP_FAILED || errno != ENOMEM || !relieve(len) ? p : map(addr, len, prot, flags, fd, offset);
 }
 
 int sp_munmap(void *addr, size_t len)

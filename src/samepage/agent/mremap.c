@@ -292,14 +292,12 @@ void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_
 	return remap_pieces(&r, PAGE_ALIGN_UP(new_len), flags, target);
 }
 
-void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new_addr)
+static void *remap_locked(void *addr, size_t old_len, size_t new_len, int flags, void *new_addr)
 {
 	uintptr_t start = (uintptr_t)addr, to;
 	sigset_t saved;
 	void *p;
 
-	if (no_areas())
-		return real.mremap(addr, old_len, new_len, flags, new_addr);
 	mmap_lock(&saved);
 	p = remap(start, old_len, new_len, flags, (uintptr_t)new_addr);
 	if (p != MAP_FAILED) {
@@ -310,6 +308,20 @@ void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new
 		blocks_forget(to, PAGE_ALIGN_UP(to + new_len));
 	}
 	mmap_unlock(&saved);
+	return p;
+}
+
+void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new_addr)
+{
+	void *p;
+
+	if (no_areas())
+		return real.mremap(addr, old_len, new_len, flags, new_addr);
+	p = remap_locked(addr, old_len, new_len, flags, new_addr);
+	/* What shrinks may have done so before the rest failed. */
+	if (p == MAP_FAILED && errno == ENOMEM && flags & MREMAP_MAYMOVE && new_len > old_len &&
+	    relieve(new_len - old_len))
+		p = remap_locked(addr, old_len, new_len, flags, new_addr);
 	return p;
 }
 

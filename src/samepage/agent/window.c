@@ -117,6 +117,11 @@ bool limits_leave(uint64_t bytes)
 	return data && leaves(RLIMIT_AS, statm, bytes) && leaves(RLIMIT_DATA, data, bytes);
 }
 
+bool windows_matter(uint64_t bytes)
+{
+	return mappings_limited() && limits_leave(bytes > WINDOWS ? bytes - WINDOWS : 0);
+}
+
 void *window_reset(uintptr_t start, size_t len, int prot, int fd, off_t offset)
 {
 	int flags = MAP_FIXED | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED);

@@ -101,6 +101,9 @@ void blocks_forget(uintptr_t start, uintptr_t end);
 bool blocks_trim(void);
 /* Its addresses, too, which count against limits. */
 bool blocks_release(void);
+/* The application is about to be refused so many bytes, or a mapping: gives back what the agent keeps for itself and that may help
+ * (relief.c). Whether it is worth another try; errno stays. Not under the lock. */
+bool relieve(size_t bytes);
 /* mallopt(3) */
 void blocks_set(int param, size_t value);
 

@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What goes before the application is refused memory, for it counts for the application's limits and is not its own. */
+#include "peer.h"
+#include "wrappers.h"
+
+bool relieve(size_t bytes)
+{
+	int err = errno;
+	sigset_t saved;
+	bool any;
+
+	mmap_lock(&saved);
+	any = blocks_release();
+	mmap_unlock(&saved);
+	/* The windows count, too. What is merged stays merged. */
+	if (thread_is_here() && windows_matter(bytes)) {
+		agent_retire();
+		any = true;
+	}
+	errno = err;
+	return any;
+}
