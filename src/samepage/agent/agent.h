@@ -150,8 +150,9 @@ enum area_flags {
 	AREA_WIPE = 1 << 12,   /* MADV_WIPEONFORK: what is a segment's here, the agent wipes in a child */
 	AREA_SEQUENTIAL = 1 << 13,
 	AREA_RANDOM = 1 << 14,
-	AREA_AFRESH = 1 << 15, /* was not mergeable for a while: the service has forgotten what it was told of it */
-	AREA_SEALED = 1 << 16, /* mseal(2): what the kernel would refuse there is refused */
+	AREA_AFRESH = 1 << 15,	 /* was not mergeable for a while: the service has forgotten what it was told of it */
+	AREA_SEALED = 1 << 16,	 /* mseal(2): what the kernel would refuse there is refused */
+	AREA_RESERVED = 1 << 17, /* mapped, not advised: addresses, of which most are not to be used as memory */
 };
 
 struct area {
@@ -236,6 +237,8 @@ void page_move(uint64_t vpn, uint64_t end, uint64_t to); /* mremap: bits travel,
 /* Maps fresh anonymous memory over whatever part of the range is mapped from segments, so that a discard
  * gives zeros there. Needs the lock. 0, or -errno with nothing lost. */
 int discard_segments(uintptr_t start, uintptr_t end);
+/* Notes how much memory the machine has: what is larger is no memory that the program will use. (mmap.c) */
+void mmap_note_memory(void);
 /* What a new area starts with: AREA_LOCKED under mlockall(MCL_FUTURE). (mmap.c) */
 unsigned area_new_flags(void);
 /* Gives a new mapping inside `a` the advice that its neighbours have. */

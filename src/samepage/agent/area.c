@@ -17,8 +17,9 @@ bool merges_mapped(void)
 
 static bool mergeable(unsigned flags)
 {
-	return flags & (AREA_ALLOC | AREA_ADVISED | (merges_mapped() ? AREA_MAPPED : 0)) &&
-	       !(flags & (AREA_EXCLUDED | AREA_UNMERGED));
+	bool mapped = merges_mapped() && (flags & (AREA_MAPPED | AREA_RESERVED)) == AREA_MAPPED;
+
+	return (flags & (AREA_ALLOC | AREA_ADVISED) || mapped) && !(flags & (AREA_EXCLUDED | AREA_UNMERGED));
 }
 
 /* `now`, and whether all of it is to be looked at afresh. */

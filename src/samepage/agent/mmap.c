@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/sysinfo.h>
 
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000 /* 4.17 */
@@ -109,6 +110,39 @@ bool area_disown(uintptr_t start, uintptr_t end)
 /* ---- mapping --------------------------------------------------------------------------------------- */
 
 /*
+ * Virtual machines reserve terabytes that they may never use, and make them writable piece by piece; some make all of it
+ * writable at once. The service keeps books of every page that is mergeable: so what cannot be written, or is more than
+ * the machine has memory, is not, until a smaller piece is made writable.
+ */
+static size_t machine_memory;
+
+/* While the process may still ask: a seccomp filter may allow that no more when it maps. */
+void mmap_note_memory(void)
+{
+	struct sysinfo info;
+
+	if (!real.syscall(SYS_sysinfo, &info))
+		machine_memory = (info.totalram + info.totalswap) * info.mem_unit;
+}
+
+static bool is_reservation(size_t len, int prot)
+{
+	return !(prot & PROT_WRITE) || len > machine_memory;
+}
+
+/* Pieces of reservations in the range become memory. Needs the lock. Returns what else area_change() is to set. */
+static unsigned open_reservations(uintptr_t start, uintptr_t end)
+{
+	for (const struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
+		uintptr_t from = a->start > start ? a->start : start, to = min_addr(a->end, end);
+
+		if (a->flags & AREA_RESERVED && merges_mapped() && page_reserve(from >> PAGE_SHIFT, to >> PAGE_SHIFT))
+			return AREA_EXCLUDED;
+	}
+	return 0;
+}
+
+/*
  * What is known of memory from how the program maps it. AREA_MAPPED: it is mergeable if merges_mapped(), now or later.
  * A mapping that grows would not any more once its end is a segment's, and what the kernel may drop the segment would keep;
  * the kernel gives stacks no huge pages (6.7).
@@ -149,11 +183,13 @@ static void *map(void *addr, size_t len, int prot, int flags, int fd, off_t offs
 		/* Without MAP_FIXED, too: an area that stands here was unmapped where no wrapper saw it. */
 		area_remove(start, end);
 		blocks_forget(start, end);
+		if (own & AREA_MAPPED && is_reservation(len, prot))
+			own |= AREA_RESERVED;
 		if (own)
 			area_add(start, end, own | area_new_flags(), prot);
 	}
 	mmap_unlock(&saved);
-	if (own & AREA_MAPPED && merges_mapped() && prot & PROT_WRITE)
+	if (own & AREA_MAPPED && !(own & AREA_RESERVED) && merges_mapped())
 		agent_start_unnamed(len);
 	return p;
 }
@@ -222,12 +258,17 @@ int sp_mprotect(void *addr, size_t len, int prot, int pkey)
 		return -1;
 	mmap_lock(&saved);
 	ret = real_mprotect(addr, len, prot, pkey);
-	if (ret) /* but a part of the range may have changed */
+	if (ret) { /* but a part of the range may have changed */
 		area_reconcile(start, end);
-	else
-		area_change(start, end, pkey > 0 ? AREA_EXCLUDED : 0, 0, prot & (PROT_READ | PROT_WRITE | PROT_EXEC));
+	} else {
+		unsigned set = pkey > 0 ? AREA_EXCLUDED : 0, clear = is_reservation(len, prot) ? 0 : AREA_RESERVED;
+
+		if (clear)
+			set |= open_reservations(start, end);
+		area_change(start, end, set, clear, prot & (PROT_READ | PROT_WRITE | PROT_EXEC));
+	}
 	mmap_unlock(&saved);
-	if (!ret && merges_mapped() && prot & PROT_WRITE)
+	if (!ret && merges_mapped() && !is_reservation(len, prot))
 		agent_start_unnamed(len);
 	return ret;
 }

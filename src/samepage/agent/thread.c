@@ -97,6 +97,7 @@ void thread_note_defaults(void)
 	if (defaults.noted)
 		return;
 	defaults.noted = true;
+	mmap_note_memory();
 	thread.owner = getpid();
 	defaults.affinity_bytes = raw_syscall(SYS_sched_getaffinity, getpid(), sizeof(defaults.affinity),
 					      (long)defaults.affinity, 0, 0, 0);
