@@ -121,6 +121,19 @@ static void move_piece(const struct vma *v, uintptr_t from, uintptr_t to, uintpt
 	}
 }
 
+/* What is left behind must not show the segment, so merged pages are copied (move_piece()). Whether there is memory for it. */
+static bool can_leave(const struct resize *r)
+{
+	uint64_t last = r->end >> PAGE_SHIFT, pages = 0, stop;
+
+	for (uint64_t vpn = r->start >> PAGE_SHIFT; (vpn = page_next(PAGE_SEGMENT, vpn, last, true)) < last;
+	     vpn = stop) {
+		stop = page_next(PAGE_SEGMENT, vpn, last, false);
+		pages += stop - vpn;
+	}
+	return !pages || headroom(settings.use_swap) >= pages * PAGE_SIZE + settings.reserve;
+}
+
 static void *move_pieces(struct resize *r, size_t new_len, uintptr_t target, bool fixed)
 {
 	uintptr_t keep = min_addr(r->end - r->start, new_len), at = r->start;
@@ -130,6 +143,10 @@ static void *move_pieces(struct resize *r, size_t new_len, uintptr_t target, boo
 
 	if (maps < 0)
 		return fail(ENOMEM);
+	if (r->leave && !can_leave(r)) {
+		maps_close(maps);
+		return fail(ENOMEM);
+	}
 	p = real.mmap((void *)(fixed ? target : 0), new_len, READ_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS | (fixed ? MAP_FIXED : 0), -1, 0);
 	if (p == MAP_FAILED) {
