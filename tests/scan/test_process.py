@@ -21,12 +21,13 @@ from samepage.scan import process
 from samepage.scan.look import look
 from samepage.scan.process import PageFlags, Process
 from samepage.scan.report import Pages, Report
-from samepage.scan.source import Kind, PageFlag, ScanError
+from samepage.scan.source import Kind, Left, PageFlag, ScanError
 from tests.scan.conftest import report_of
 from tests.scan.subject import Subject, mapping_at
 
 Scan = Callable[..., Report]
 PATIENCE = 60.0
+REACH = Path(__file__).with_name("reach.c")
 
 
 def entries(pid: int, address: int, npages: int) -> list[int]:
@@ -194,6 +195,45 @@ def test_a_large_block_of_mallocs_is_an_allocation_that_samepage_run_would_take(
     assert report.samepage_run.pages - before.samepage_run.pages >= 2 * 768
     # One page with the header, one at the end, and all between is one content.
     assert report.samepage_run.saved_bytes - before.samepage_run.saved_bytes >= 2 * 740 * PAGE_SIZE
+
+
+def reach(folder: Path, *flags: str) -> Path:
+    """tests/scan/reach.c, compiled."""
+    program = folder / f"reach{''.join(flags)}"
+    subprocess.run(["gcc", "-O1", "-pthread", *flags, REACH, "-o", program], check=True)
+    return program
+
+
+def left_alone(scan: Scan, program: Path) -> tuple[dict[str, float], float, float]:
+    """What `samepage run` would leave alone of reach.c, what it would take, and with --memory mapped, in MiB."""
+    with subprocess.Popen([program], stdout=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "ready\n"
+            report = scan(run.pid)
+        finally:
+            run.kill()
+    pages = {row.reason: row.pages * PAGE_SIZE / 2**20 for row in report.left_alone}
+    taken, mapped = (run.pages * PAGE_SIZE / 2**20 for run in (report.samepage_run, report.samepage_run_mapped))
+    return pages, taken, mapped
+
+
+def test_what_samepage_run_would_leave_alone_is_told_by_reason(scan: Scan, tmp_path: Path) -> None:
+    left, taken, mapped = left_alone(scan, reach(tmp_path))
+    # The brk heap, a thread's arena, and blocks that malloc maps though they are smaller than 1 MiB.
+    assert left.pop(Left.BLOCKS) == pytest.approx(12, abs=0.7)
+    assert left.pop(Left.STACK) == pytest.approx(4, abs=0.3)
+    assert left.pop(Left.FILE) == pytest.approx(4, abs=0.3)
+    assert left.pop(Left.MAPPED) == pytest.approx(4, abs=0.3)
+    assert left == {}
+    assert taken == pytest.approx(4, abs=0.3)
+    assert mapped == pytest.approx(8, abs=0.3)
+
+
+def test_samepage_run_would_take_nothing_of_a_statically_linked_program(scan: Scan, tmp_path: Path) -> None:
+    left, taken, mapped = left_alone(scan, reach(tmp_path, "-static"))
+    assert left == {Left.STATIC: pytest.approx(28, abs=0.7)}
+    assert taken == mapped == 0
 
 
 def test_what_a_mapping_is_is_told(scan: Scan) -> None:

@@ -28,13 +28,28 @@ from samepage.memory import PAGE_SIZE, U8, U32, U64
 from samepage.scan import pages
 from samepage.scan.process import MIN_ALLOC
 from samepage.scan.sample import Column, Sampler
-from samepage.scan.source import Batch, Denied, Kind, Mapping, NoMemory, Opened, PageFlag, ScanError, Source, label
+from samepage.scan.source import (
+    Batch,
+    Denied,
+    Kind,
+    Left,
+    Mapping,
+    NoMemory,
+    Opened,
+    PageFlag,
+    ScanError,
+    Source,
+    label,
+)
 
 Progress = Callable[[int, str], None]
 """Told of pages that were looked at since it was last told, and of whom they are."""
 
 HEADER = struct.Struct("<QQ")
 """Of a chunk of malloc's: the size of the one before, and its own with the flags."""
+
+MMAP_THRESHOLD = 128 << 10
+"""Bytes from which on glibc's malloc maps a block by itself (mallopt(3))."""
 
 
 @dataclass(slots=True)
@@ -299,15 +314,16 @@ class _Looker:
         blocks = self._blocks(work, which)
         edges = np.array([(b.start // PAGE_SIZE, b.end // PAGE_SIZE) for b in blocks], np.int64).reshape(-1, 2)
         places = np.searchsorted(vpns, edges)
-        for start, end in places.tolist():
-            work.batch.flags[start:end] |= PageFlag.TAKEN
+        for block, (start, end) in zip(blocks, places.tolist(), strict=True):
+            if block.taken:
+                work.batch.flags[start:end] |= PageFlag.TAKEN
         cuts = np.unique(np.concatenate([np.flatnonzero(np.diff(which, prepend=-1)), places.ravel()]))
         cuts = cuts[cuts < len(vpns)]
-        block = np.searchsorted(edges[:, 0], vpns[cuts], "right") - 1
-        within = (block >= 0) & (vpns[cuts] < np.append(edges[:, 1], 0)[block])
+        within_block = np.searchsorted(edges[:, 0], vpns[cuts], "right") - 1
+        within = (within_block >= 0) & (vpns[cuts] < np.append(edges[:, 1], 0)[within_block])
         return [
             (at, blocks[b] if inside else mappings[m])
-            for at, b, inside, m in zip(cuts.tolist(), block, within, which[cuts], strict=True)
+            for at, b, inside, m in zip(cuts.tolist(), within_block, within, which[cuts], strict=True)
         ]
 
     def _blocks(self, work: _Work, which: Ints) -> list[Mapping]:
@@ -320,8 +336,11 @@ class _Looker:
             if whole.kind is not Kind.ANONYMOUS or (block and address < block.end):
                 continue
             size = _chunk_size(work.opened.fd, address + work.batch.shift)
-            if size - HEADER.size >= MIN_ALLOC and address + size <= whole.stretch:
-                block = Mapping(address, address + size, Kind.ALLOCATION, "", taken=True)
+            large = size - HEADER.size >= MIN_ALLOC
+            small = size >= MMAP_THRESHOLD and whole.left is Left.MAPPED
+            if (large or small) and address + size <= whole.stretch:
+                left = Left.STATIC if whole.left is Left.STATIC else None if large else Left.BLOCKS
+                block = Mapping(address, address + size, Kind.ALLOCATION, "", taken=left is None, left=left)
                 blocks.append(block)
         self._block = block
         return blocks

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from samepage.scan.source import (
     Batch,
     Denied,
     Kind,
+    Left,
     Mapping,
     NoMemory,
     Opened,
@@ -36,12 +37,19 @@ from samepage.scan.source import (
 )
 
 MIN_ALLOC = 1 << 20
-"""Bytes of the smallest allocation that `samepage run` takes, unless told otherwise."""
+"""Bytes of the smallest allocation that `samepage run` serves, unless told otherwise. What is smaller is libc's."""
 
 # Documentation/admin-guide/mm/pagemap.rst
 PM_PRESENT, PM_SWAP, PM_FILE, PM_MMAP_EXCLUSIVE = (np.uint64(1 << n) for n in (63, 62, 61, 56))
 PM_PFN = np.uint64((1 << 55) - 1)
 KPF_KSM, KPF_THP, KPF_ZERO_PAGE = (np.uint64(1 << n) for n in (21, 22, 24))
+
+HEAP_ALIGN, HEAP_INFO = 64 << 20, struct.Struct("<4Q")
+"""An arena of glibc's besides the brk heap lies in heaps at such addresses (HEAP_MAX_SIZE), each with a heap_info at
+its start (malloc/arena.c): the arena, the heap before, bytes used, bytes that may be used."""
+
+GUARD_MAX = 64 << 10
+"""Bytes of the largest mapping without access that is taken for the guard below a thread's stack."""
 
 NOT_COMPATIBLE = frozenset({"sh", "ms", "io", "pf", "de", "mm", "ht", "dp"})
 """VmFlags of mappings that KSM leaves alone: VM_SHARED, VM_MAYSHARE, VM_SPECIAL, VM_HUGETLB, VM_DROPPABLE."""
@@ -137,6 +145,7 @@ class Process:
             raise self._error(e) from e
         mem, pagemap = fds
         mappings, map_count = _compatible(smaps, self._merge_any())
+        mappings = [_without_arena(mapping, mem, pagemap) for mapping in mappings]
         opened = Opened(mem, mappings, iter(()), map_count, more=(pagemap,))
         if not opened.map_count:
             for fd in fds:
@@ -246,7 +255,9 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
     """The mappings with pages that KSM would look at, and those of samepage's segments; and how many there are in
     all."""
     agent = "/libsamepage.so" in smaps
+    dynamic = re.search(r"/(ld-|ld\.so|libc[.-])", smaps) is not None
     header: re.Match[str] | None = None
+    before: re.Match[str] | None = None
     anonymous, count = False, 0
     found: list[Mapping] = []
     with_pages: set[int] = set()
@@ -256,20 +267,57 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
         elif line.startswith("VmFlags:") and header:
             vmflags = line.split()[1:]
             if NOT_COMPATIBLE.isdisjoint(vmflags):
-                found.append(_mapping(header, not merge_any and "mg" in vmflags, agent))
+                guarded = before is not None and _is_guard(before, header)
+                left = None if not merge_any and "mg" in vmflags else _left(header, agent, dynamic, guarded)
+                found.append(_mapping(header, left))
                 if anonymous or found[-1].kind is Kind.SEGMENT:
                     with_pages.add(found[-1].start)
         elif line[0] in "0123456789abcdef" and (match := _VMA.match(line)):  # the others start with a capital
-            header, count = match, count + 1
+            before, header, count = header, match, count + 1
     return [mapping for mapping in with_stretch(found) if mapping.start in with_pages], count
 
 
-def _mapping(header: re.Match[str], advised: bool, agent: bool) -> Mapping:
+def _mapping(header: re.Match[str], left: Left | None) -> Mapping:
     start, end, name = int(header[1], 16), int(header[2], 16), header[5]
-    kind = _kind(name)
+    return Mapping(start, end, _kind(name), name, taken=left is None, left=left)
+
+
+def _left(header: re.Match[str], agent: bool, dynamic: bool, guarded: bool) -> Left | None:
+    """Why `samepage run` would not take a mapping that is not advised MADV_MERGEABLE; None: it would."""
+    kind = _kind(header[5])
+    if kind is Kind.SEGMENT:
+        return None
+    if not dynamic:
+        return Left.STATIC
+    if kind is not Kind.ANONYMOUS:
+        return {Kind.HEAP: Left.BLOCKS, Kind.STACK: Left.STACK}.get(kind, Left.FILE)
+    if guarded:
+        return Left.STACK
     # Under samepage large allocations are mappings without a header of glibc's, so their size has to do.
-    taken = advised or kind is Kind.SEGMENT or (agent and kind is Kind.ANONYMOUS and end - start >= MIN_ALLOC)
-    return Mapping(start, end, kind, name, taken)
+    large = agent and int(header[2], 16) - int(header[1], 16) >= MIN_ALLOC
+    return None if large else Left.MAPPED
+
+
+def _is_guard(mapping: re.Match[str], of: re.Match[str]) -> bool:
+    """Whether it lies below a thread's stack."""
+    start, end = int(mapping[1], 16), int(mapping[2], 16)
+    return mapping[3] == "---p" and not mapping[5] and mapping[2] == of[1] and end - start <= GUARD_MAX
+
+
+def _without_arena(mapping: Mapping, mem: int, pagemap: int) -> Mapping:
+    """The same, and left alone if it is an arena of libc's."""
+    if mapping.left is not Left.MAPPED or mapping.start % HEAP_ALIGN:
+        return mapping
+    try:
+        (entry,) = struct.unpack("Q", os.pread(pagemap, 8, mapping.start // PAGE_SIZE * 8))
+        # What is not there must not be read.
+        head = os.pread(mem, HEAP_INFO.size, mapping.start) if entry & int(PM_PRESENT) else b""
+        _, _, used, usable = HEAP_INFO.unpack(head)
+    except (OSError, struct.error):
+        return mapping
+    if not 0 < used <= usable <= HEAP_ALIGN or usable % PAGE_SIZE or usable > mapping.end - mapping.start:
+        return mapping
+    return replace(mapping, left=Left.BLOCKS)
 
 
 def _kind(name: str) -> Kind:

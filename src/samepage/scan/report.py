@@ -17,7 +17,7 @@ from samepage.scan import predict
 from samepage.scan.groups import BLOCK, PageClass
 from samepage.scan.look import Look, MappingRows, SourceRows
 from samepage.scan.sample import Estimate
-from samepage.scan.source import Kind, PageFlag
+from samepage.scan.source import Kind, Left, PageFlag
 
 SCHEMA = 1
 """Goes up when a field changes its meaning or goes."""
@@ -41,6 +41,9 @@ SAMEPAGE_PAGE_BYTES, SAMEPAGE_UNSHARED_BYTES, SAMEPAGE_NODE_BYTES = 9, 4, 13
 SAMEPAGE_EXTENT_SECONDS, SAMEPAGE_PAGE_SECONDS = 11.0e-6, 1.2e-6
 """samepage's time to swap an extent: 495 thousand pages/s in extents of 16 pages, 815 thousand in extents of 512, so
 for each swap and each page in it (Linux 6.18, by move)."""
+
+FORKED = "still shared by fork"
+"""Why pages are left alone that cost nothing as they are."""
 
 PAIRS_MAX = 1000
 """Pairs that are listed."""
@@ -115,6 +118,15 @@ class ByExtent(msgspec.Struct):
     seconds: float
     """CPU seconds to hash and merge all of it once."""
     errors: dict[str, int] = {}
+
+
+class LeftAlone(msgspec.Struct):
+    """Memory of processes that `samepage run` does not take."""
+
+    reason: str
+    pages: int
+    duplicate: int
+    """Of `pages`: zero, or equal to another page that is looked at."""
 
 
 class MappingReport(msgspec.Struct):
@@ -205,6 +217,10 @@ class Report(msgspec.Struct):
     """samepage, if all of the memory were registered with it."""
     samepage_run: ByExtent
     """samepage, as `samepage run` does it: large allocations, and what is advised MADV_MERGEABLE."""
+    samepage_run_mapped: ByExtent
+    """samepage, as `samepage run --memory mapped` does it: what programs map themselves as well."""
+    left_alone: list[LeftAlone]
+    """What `samepage run` would not take, by reason, most duplicates first."""
     sources: list[SourceReport]
     pairs: list[Pair]
     """The pairs that have most in common, at most 1000."""
@@ -215,6 +231,7 @@ def build(look: Look, host: predict.Host, analysis: predict.Analysis, watch: Wat
     """The report of a look."""
     all_memory = predict.by_extent(look, host, Knobs().max_page_sharing)
     taken = predict.by_extent(look, host, Knobs().max_page_sharing, taken_only=True)
+    mapped = predict.by_extent(look, host, Knobs().max_page_sharing, _mapped(look))
     rate = look.pages_read / look.cpu_seconds if look.cpu_seconds and look.pages_read else 1e6
     sources, shared = [], np.zeros(4, np.int64)
     for rows in look.sources:
@@ -247,6 +264,8 @@ def build(look: Look, host: predict.Host, analysis: predict.Analysis, watch: Wat
         by_page=_by_page(analysis.by_page, host),
         by_extent=_by_extent(all_memory, rate),
         samepage_run=_by_extent(taken, rate),
+        samepage_run_mapped=_by_extent(mapped, rate),
+        left_alone=_left_alone(sources, look, int(shared[0])),
         sources=sources,
         pairs=_pairs(analysis),
         watch=watch,
@@ -391,6 +410,28 @@ def _source(look: Look, rows: SourceRows, classes: U8) -> tuple[SourceReport, In
         source.name, source.pid, source.uid, _sum([m.pages for m in mappings]), rows.swapped, mappings
     )
     return report, shared
+
+
+def _mapped(look: Look) -> Bools:
+    """The rows that `samepage run --memory mapped` would take."""
+    taken = np.zeros(look.rows, np.bool_)
+    for rows in look.sources:
+        for part, first, end in _ranges(rows):
+            taken[first:end] = part.mapping.left is Left.MAPPED or part.mapping.taken
+    return taken
+
+
+def _left_alone(sources: list[SourceReport], look: Look, forked: int) -> list[LeftAlone]:
+    """`forked`: pages that still are shared by fork, of which there is but one frame."""
+    found = {FORKED: LeftAlone(FORKED, forked, 0)} if forked else {}
+    for source, rows in zip(sources, look.sources, strict=True):
+        for report, part in zip(source.mappings, rows.mappings, strict=True):
+            if part.mapping.left is not None:
+                row = found.setdefault(part.mapping.left, LeftAlone(part.mapping.left, 0, 0))
+                pages = report.pages
+                row.pages += pages.total - pages.already_shared
+                row.duplicate += pages.zero + pages.duplicate_inside + pages.duplicate_between
+    return sorted(found.values(), key=lambda row: row.duplicate, reverse=True)
 
 
 def _ranges(rows: SourceRows) -> Iterator[tuple[MappingRows, int, int]]:

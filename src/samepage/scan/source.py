@@ -73,6 +73,16 @@ class Kind(StrEnum):
     """Memory of a machine, or of a core dump that does not say what it was."""
 
 
+class Left(StrEnum):
+    """Why `samepage run` leaves a mapping alone."""
+
+    BLOCKS = "small blocks of libc's malloc"
+    STACK = "stacks"
+    FILE = "data of programs and libraries"
+    STATIC = "statically linked programs"
+    MAPPED = "mapped by programs themselves; --memory mapped takes it"
+
+
 @dataclass(slots=True, frozen=True)
 class Mapping:
     """A mapping (struct vm_area_struct). `start` and `end` are addresses in bytes."""
@@ -83,6 +93,8 @@ class Mapping:
     name: str
     taken: bool = False
     """`samepage run` takes all of it."""
+    left: Left | None = None
+    """Why it does not, where that is known."""
     stretch: int = 0
     """Where the mappings of the same kind that follow without a gap end: MADV_HUGEPAGE for all but the first page of an
     array, as numpy has it, makes two mappings of one allocation."""

@@ -87,6 +87,8 @@ def _parts(report: Report) -> list[RenderableType]:
             )
         )
     parts += [_kinds(report), _methods(report)]
+    if report.left_alone:
+        parts.append(_left_alone(report))
     if report.watch:
         parts.append(_watch(report))
     parts += [_processes(report), _mappings(report)]
@@ -147,7 +149,11 @@ def _methods(report: Report) -> Table:
     inside = ksm.saved_inside_bytes
     table.add_row("  inside processes", _saves(inside))
     table.add_row("  between them", _saves(ksm.saved_bytes - inside))
-    for name, extent in (("by extent, samepage", report.by_extent), ("samepage run", report.samepage_run)):
+    for name, extent in (
+        ("by extent, samepage", report.by_extent),
+        ("samepage run", report.samepage_run),
+        ("  with --memory mapped", report.samepage_run_mapped),
+    ):
         table.add_row(
             name,
             _saves(extent.saved_bytes, extent.errors),
@@ -159,6 +165,13 @@ def _methods(report: Report) -> Table:
         )
         if extent.left_for_budget:
             table.add_row("  no mappings left for", _mib(extent.left_for_budget))
+    return table
+
+
+def _left_alone(report: Report) -> Table:
+    table = _table("samepage run leaves alone", "MiB", "of it duplicate")
+    for row in report.left_alone:
+        table.add_row(row.reason, _mib(row.pages), _mib(row.duplicate))
     return table
 
 
