@@ -391,6 +391,9 @@ void vma_resume(void);
 /* How many mappings the process has; *segments: of them of segments. */
 unsigned long vma_count(unsigned long *segments);
 
+/* The process is, or was, a virtual machine's (KVM): whatever becomes of its mappings its guest has to be told. */
+extern _Atomic bool has_guest;
+
 /* ---- the verbs ------------------------------------------------------------------------------------ */
 
 extern struct sp_welcome settings;

@@ -269,6 +269,18 @@ static void merge_slice(void *arg)
 		 thread_cpu_ns() - began < SLICE_NS);
 }
 
+#define GUEST_MS 30 /* a guest runs for so long after a slice */
+
+/*
+ * Each swap has KVM take pages out of its own page tables some times over: a guest stands still meanwhile, and then faults
+ * on every page. So it has most of the time to itself. The application's calls are taken meanwhile.
+ */
+static void let_guest_run(void)
+{
+	if (atomic_load_explicit(&has_guest, memory_order_relaxed))
+		wait_for(-1, 0, GUEST_MS);
+}
+
 /* False: who did it was killed. */
 static bool merge_unstopped(struct rest *rest)
 {
@@ -374,6 +386,8 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 
 			memset(rest.status, why_not, left);
 			answered(&rest, left);
+		} else if (rest.at.extent < rest.at.last) {
+			let_guest_run();
 		}
 	}
 	scratch_drop();

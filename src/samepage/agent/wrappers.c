@@ -262,12 +262,20 @@ static bool leave_to_userfaultfd(struct uffdio_range *range)
 	return true;
 }
 
+#define KVM_CREATE_VM 0xae01 /* include/uapi/linux/kvm.h */
+_Atomic bool has_guest;
+
 static int sp_ioctl(int fd, unsigned long request, void *arg)
 {
+	int ret;
+
 	need_real();
 	if (request == UFFDIO_REGISTER && arg && !leave_to_userfaultfd(&((struct uffdio_register *)arg)->range))
 		return -1;
-	return next.ioctl(fd, request, arg);
+	ret = next.ioctl(fd, request, arg);
+	if (request == KVM_CREATE_VM && ret >= 0)
+		atomic_store(&has_guest, true);
+	return ret;
 }
 
 SP_EXPORT int ioctl(int fd, unsigned long request, ...)
