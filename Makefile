@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SECONDS ?= 60
 
-.PHONY: run test test-long test-sanitize fuzz check bench bench-apps bench-oom bench-scan build clean
+.PHONY: run test test-long test-kernels test-sanitize fuzz check bench bench-apps bench-oom bench-scan build clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -26,6 +26,10 @@ test: $(VENV)/installed $(VENV)/development
 # What takes minutes: ten of torture on each path, whole test suites of other programs.
 test-long: $(VENV)/installed $(VENV)/development
 	python -m pytest -m long
+
+# Debian's newest kernel of its release, in QEMU: an emulated machine, so some minutes. Other packages: KERNELS="...".
+test-kernels: $(VENV)/installed $(VENV)/development
+	python -m tests.kernels --json build/kernels.json $(KERNELS)
 
 # The agent, built so that what is undefined ends the process that does it, under its own suite and the fuzzers.
 test-sanitize: $(VENV)/installed $(VENV)/development

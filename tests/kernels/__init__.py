@@ -1,0 +1,1 @@
+"""Other kernels than this machine's, in virtual machines."""
