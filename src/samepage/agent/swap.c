@@ -23,7 +23,7 @@
 
 const uint8_t zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 
-static bool page_equal(const struct chunk *c, size_t i, const void *page)
+bool page_equal(const struct chunk *c, size_t i, const void *page)
 {
 	return !memcmp(page, c->target[i], PAGE_SIZE);
 }
@@ -77,8 +77,7 @@ static int drop_zeros(const struct chunk *c, size_t i, size_t j)
 	return err ? err : real.madvise((void *)c->addr[i], len, MADV_DONTNEED) ? -errno : 0;
 }
 
-/* Puts the segment's pages, or the zero page, over those of pages [i, j) of the chunk that are equal, piece by piece. */
-static void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equal)
+void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equal)
 {
 	for (size_t end; i < j; i = end) {
 		int err;
@@ -326,9 +325,7 @@ static bool swap_huge_page(struct chunk *c)
 	return all;
 }
 
-/* Has what stayed anonymous of pages [start, end) followed again as all such memory is. Unregistering it before, where it
- * was watched for missing pages, wakes who waits there. */
-static void track_again(uintptr_t start, uintptr_t end, bool watched)
+void track_again(uintptr_t start, uintptr_t end, bool watched)
 {
 	for (uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, stop; vpn < last; vpn = stop) {
 		vpn = page_next(PAGE_SEGMENT, vpn, last, false);
@@ -412,70 +409,6 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 		unshare(c, at, end);
 		move_and_map(c, at, end);
 	}
-}
-
-/* ---- by write-protection --------------------------------------------------------------------------- */
-
-#define HELD_TOGETHER 64 /* pages: where one of so many is held, all of them are left */
-
-/* Says BUSY of those of pages [i, j) of the chunk, a row of anonymous memory of ours alone, that somebody holds, and some around
- * them. Who held a page before it was write-protected, a device maybe, goes on writing to it. */
-static void find_held(struct chunk *c, size_t i, size_t j)
-{
-	uintptr_t start = c->addr[i], len = (j - i) * PAGE_SIZE;
-	int err = room_for(len + WINDOW, settings.reserve) ? migrate(start, len) : ENOMEM;
-
-	unmigrated(start, len);
-	if (!err)
-		return;
-	if (err != EIO || j - i <= HELD_TOGETHER) {
-		memset(c->status + i, err == ENOMEM ? NOMEM : BUSY, j - i);
-		return;
-	}
-	for (size_t end; i < j; i = end) {
-		end = min_addr(i + HELD_TOGETHER, j);
-		find_held(c, i, end);
-	}
-}
-
-/* The same for what of pages [i, j) is of one kind, PAGE_OWN; of others it says what they are. */
-static void find_unfit(struct chunk *c, size_t i, size_t j, const uint8_t *kind)
-{
-	for (size_t end; i < j; i = end) {
-		for (end = i + 1; end < j && kind[end] == kind[i]; end++)
-			;
-		if (kind[i] != PAGE_OWN)
-			memset(c->status + i, status_of(kind[i]), end - i);
-		else if (kernel.swap == SP_SWAP_WP)
-			find_held(c, i, end);
-	}
-}
-
-/* Swaps pages [i, j) of the chunk, which are a row. */
-static void swap_by_protect(struct chunk *c, size_t i, size_t j)
-{
-	uintptr_t start = c->addr[i], len = (j - i) * PAGE_SIZE;
-	bool equal[SECTION_MAX];
-	uint8_t kind[SECTION_MAX];
-
-	if (kernel.tracking)
-		untrack(start, start + len);
-	if (uffd_register(kernel.wp, start, len, UFFDIO_REGISTER_MODE_WP) || uffd_protect(start, len, true) ||
-	    page_kinds(start, j - i, kind + i)) {
-		memset(c->status + i, REFUSED, j - i);
-	} else {
-		/* From here on nobody writes, but who held a page before. */
-		memset(c->status + i, DONE, j - i);
-		find_unfit(c, i, j, kind);
-		for (size_t k = i; k < j; k++) {
-			equal[k] = c->status[k] == DONE && page_equal(c, k, (void *)c->addr[k]);
-			if (c->status[k] == DONE && !equal[k])
-				c->status[k] = DIFFERENT;
-		}
-		map_equal(c, i, j, equal);
-	}
-	uffd_release(&kernel.wp, start, len);
-	track_again(start, start + len, false);
 }
 
 /* ---- the chunk ----------------------------------------------------------------------------------------- */

@@ -63,6 +63,14 @@ static inline bool may_swap(const struct area *a)
 	       (kernel.swap != SP_SWAP_NONE && (a->flags & AREA_QUIET));
 }
 
+bool page_equal(const struct chunk *c, size_t i, const void *page);
+/* Puts the segment's pages, or the zero page, over those of pages [i, j) of the chunk that are equal, piece by piece. */
+void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equal);
+/* Has what stayed anonymous of pages [start, end) followed again as all such memory is. Unregistering it before, where it
+ * was watched for missing pages, wakes who waits there. */
+void track_again(uintptr_t start, uintptr_t end, bool watched);
+/* Swaps pages [i, j) of the chunk, which are a row, by write-protection (protect.c). */
+void swap_by_protect(struct chunk *c, size_t i, size_t j);
 /* Swaps what may be swapped of a chunk, and says what became of each page. Needs the lock. */
 void swap_chunk(struct chunk *c);
 /* Finishes what a swap_chunk() that was killed in the middle had begun: every page is in its place afterwards. Needs the lock. */
