@@ -202,7 +202,7 @@ stream_get_contents(STDIN);
 EOF"""
 
 REDIS = """trap 'kill $pid' EXIT
-redis-server --port 0 --unixsocket $PWD/s --save '' --appendonly no >log 2>&1 & pid=$!
+redis-server --port 0 --unixsocket $PWD/s --enable-debug-command yes --save '' --appendonly no >log 2>&1 & pid=$!
 until redis-cli -s $PWD/s ping >/dev/null 2>&1; do sleep 0.05; done
 i=0; while [ $i -lt 60000 ]; do
     echo "SET key$i value-of-the-key-$i-which-is-rather-long-and-then-some-more-of-it-to-make-it-longer-still-$i"
