@@ -231,3 +231,16 @@ def test_that_merged_pages_were_discarded_is_seen_at_once(process: Process) -> N
     assert still(process) == (0, [])
     assert process.tell("discard 100 1000") == "done\n"
     assert still(process) == (1000, [(process.address // 4096, PAGES, RunKind.GONE)])
+
+
+@pytest.mark.parametrize("vpn", [1 << 36, 1 << 52, (1 << 52) + 1, (1 << 64) - 1])
+def test_a_look_from_beyond_all_memory_finds_nothing(preload: Preload, tmp_path: Path, vpn: int) -> None:
+    """Where such a number of a page becomes an address, it wraps."""
+    process = Process(preload, tmp_path, program=PROGRAM)
+    try:
+        found = process.space.scan(vpn, 1 << 20, end=(1 << 64) - 1)
+        assert (len(found.runs), len(found.checksums), found.next_vpn) == (0, 0, 0)
+        assert process.space.scan(0, 1 << 20).checksums.size
+        assert process.process.poll() is None
+    finally:
+        process.end()

@@ -18,6 +18,13 @@
 #define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are looked at in between */
 #define RESTORE_STEP (2 * SECTION_MAX)
 
+#define VPN_LIMIT (1ULL << (48 - PAGE_SHIFT)) /* of user memory, and more: no address made of such a number wraps */
+
+static bool in_user_memory(uint64_t vpn, uint64_t npages)
+{
+	return vpn < VPN_LIMIT && npages <= VPN_LIMIT - vpn;
+}
+
 uint64_t thread_cpu_ns(void)
 {
 	struct timespec t;
@@ -76,7 +83,10 @@ static size_t do_scan(const struct sp_scan *req)
 	uint64_t cpu = thread_cpu_ns();
 	bool few = must_be_short();
 
-	scan_step(req, head, runs, few ? FEW_RUNS : MAX_RUNS, sums, few ? FEW_SUMS : MAX_SUMS);
+	if (in_user_memory(req->vpn, 0))
+		scan_step(req, head, runs, few ? FEW_RUNS : MAX_RUNS, sums, few ? FEW_SUMS : MAX_SUMS);
+	else
+		*head = (struct sp_scanned){.areas_seq = SP_AREAS_CHANGED};
 	memmove(runs + head->nruns, sums, head->nhashed * 8);
 	head->forked_ms = ms_since_fork();
 	head->pad = 0;
@@ -104,10 +114,8 @@ static struct sp_map_count count_mappings(void)
 /* Whether n ranges of pages lie in user memory and have answers that fit into a packet. */
 static bool sane(uint64_t vpn, uint64_t npages, uint64_t *total)
 {
-	const uint64_t limit = 1ULL << (48 - PAGE_SHIFT);
-
 	*total += npages;
-	return npages && vpn < limit && npages <= limit - vpn && npages <= ANSWER_MAX &&
+	return npages && in_user_memory(vpn, npages) && npages <= ANSWER_MAX &&
 	       *total <= ANSWER_MAX - sizeof(struct sp_done);
 }
 
@@ -163,24 +171,14 @@ static void do_break(const struct sp_area *range)
 	}
 }
 
-/* Whether n ranges lie in user memory. */
-static bool in_user_memory(const struct sp_area *ranges, size_t n)
-{
-	const uint64_t limit = 1ULL << (48 - PAGE_SHIFT);
-
-	for (size_t i = 0; i < n; i++)
-		if (ranges[i].vpn >= limit || ranges[i].npages > limit - ranges[i].vpn)
-			return false;
-	return true;
-}
-
 static int do_restore(const struct sp_area *ranges, size_t n)
 {
 	struct sp_restored done = {0};
 	uint64_t cpu = thread_cpu_ns();
 
-	if (!in_user_memory(ranges, n))
-		return EPROTO;
+	for (size_t i = 0; i < n; i++)
+		if (!in_user_memory(ranges[i].vpn, ranges[i].npages))
+			return EPROTO;
 	for (size_t i = 0; i < n && !atomic_load(&thread.stop); i++) {
 		uintptr_t at = ranges[i].vpn << PAGE_SHIFT, end = at + (ranges[i].npages << PAGE_SHIFT);
 
@@ -202,7 +200,6 @@ bool serve(void)
 	struct sp_hdr head;
 	ssize_t got = receive(&head, &fd);
 	uint32_t op = head.op;
-	uint64_t total = 0;
 	bool ok;
 
 	if (got < 0)
@@ -210,7 +207,7 @@ bool serve(void)
 	if ((op == SP_DONATE || op == SP_MERGE) && !is_same()) {
 		thread_retires();
 		err = EPROTO;
-	} else if (op == SP_AREAS && got == sizeof(uint64_t)) {
+	} else if (op == SP_AREAS && got == sizeof(uint64_t) && in_user_memory(*(uint64_t *)payload, 0)) {
 		len = do_areas(*(uint64_t *)payload);
 	} else if (op == SP_SCAN && got == sizeof(struct sp_scan)) {
 		len = do_scan(payload);
@@ -219,8 +216,7 @@ bool serve(void)
 	} else if (op == SP_MERGE && got && got % (ssize_t)sizeof(struct sp_extent) == 0) {
 		err = do_merge(fd, payload, (size_t)got / sizeof(struct sp_extent), &len);
 	} else if (op == SP_BREAK && got == sizeof(struct sp_area) &&
-		   sane(((struct sp_area *)payload)->vpn, 1, &total) &&
-		   ((struct sp_area *)payload)->npages < 1ULL << 36) {
+		   in_user_memory(((struct sp_area *)payload)->vpn, ((struct sp_area *)payload)->npages)) {
 		do_break(payload);
 		len = sizeof(struct sp_broken);
 	} else if (op == SP_RESTORE && got && got % (ssize_t)sizeof(struct sp_area) == 0) {
