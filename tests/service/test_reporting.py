@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from samepage.service import report_file
 from samepage.service.reporting import Report
 
 
@@ -33,3 +39,34 @@ def test_who_is_dropped_after_the_end_takes_nothing_off_what_was_saved_last() ->
     report.sample()  # just before the second is dropped
     summary = report.summary()
     assert (summary["bytes_saved"], summary["bytes_saved_peak"]) == (2 << 20, 2 << 20)
+
+
+@pytest.mark.parametrize("name", [f".report.{os.getpid()}", ".report.0"])
+def test_a_report_is_written_through_nothing_that_lies_in_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(os, "urandom", bytes)  # as if somebody had guessed the name
+    victim, report = tmp_path / "victim", tmp_path / "report"
+    victim.write_text("precious")
+    for link in (tmp_path / name, tmp_path / f".report.{bytes(8).hex()}"):
+        link.symlink_to(victim)
+    Report(Scanner(), report, 0.0).write()  # type: ignore[arg-type]
+    assert victim.read_text() == "precious"
+    with pytest.raises(FileExistsError):
+        report_file.replace(report, "more")
+    assert victim.read_text() == "precious"
+
+
+def test_a_report_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    for n in range(2):
+        report_file.replace(report, json.dumps(n))
+    assert report.read_text() == "1"
+    assert os.listdir(tmp_path) == ["report"]
+    assert report.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -161,7 +161,7 @@ def _writable(file: Path) -> Path:
         path = Path(os.path.realpath(file))
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             raise CommandError(f"cannot write {file}: not a regular file")
-        probe = path.with_name(f".{path.name}.{os.getpid()}")
+        probe = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as e:

@@ -14,6 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from samepage.service.report_file import replace
 from samepage.service.sockets import ControlError
 
 if TYPE_CHECKING:
@@ -115,10 +116,5 @@ class MachineDaemon:
         if self._report is None:
             return
         rows = [row | {"ended": True} for row in self._ended] + [row | {"ended": False} for row in self._rows.values()]
-        temporary = self._report.with_name(f".{self._report.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self._summary() | {"processes": rows}, indent=1) + "\n")
-            temporary.replace(self._report)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            replace(self._report, json.dumps(self._summary() | {"processes": rows}, indent=1) + "\n")

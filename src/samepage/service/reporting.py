@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import socket
 import threading
 import time
@@ -17,6 +15,7 @@ from samepage.memory.agent import Terms
 from samepage.memory.wire import Flags
 from samepage.service.descriptors import raise_descriptor_limit
 from samepage.service.log import log
+from samepage.service.report_file import replace
 from samepage.service.scanner import Scanner
 from samepage.service.server import Server, keep_freed_memory
 
@@ -104,14 +103,10 @@ class Report:
         with self._lock:
             report["processes"] = [row | {"ended": True} for row in self._ended]
             report["processes"] += [row | {"ended": False} for row in self._rows.values()]
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
-            temporary.replace(self._path)
+            replace(self._path, json.dumps(report, indent=1) + "\n")
         except OSError as e:
             log(f"cannot write {self._path}: {e.strerror}")
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     def keep_up(self, ended: threading.Event) -> None:
         """Sample, and write now and then, until `ended`."""
