@@ -21,17 +21,19 @@ class Slow(SimulatedAddressSpace):
     """Takes its time for every look, and gets on by one page."""
 
     takes = 0.0
+    looks = 0
 
     def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
         time.sleep(self.takes)
+        self.looks += 1
         at = max(vpn, BASE)
         return ScanResult(
             np.empty(0, RUN), np.empty(0, np.uint64), at + 1 if at < BASE + 9999 else 0, self._areas_seq, 0
         )
 
 
-def slow(machine: SimulatedMachine, pid: int, takes: float) -> Slow:
-    space = Slow(machine, pid)
+def slow(machine: SimulatedMachine, pid: int, takes: float, domain: int = 0) -> Slow:
+    space = Slow(machine, pid, domain=domain)
     space.takes = takes
     space.map_area(BASE, 10_000)
     return space
@@ -100,6 +102,41 @@ def test_processes_that_join_again_and_again_share_one_account() -> None:
         ksmd.do_scan()
     assert not a.merged_pages()
     assert len(c.merged_pages()) == 50
+
+
+def test_who_leaves_and_joins_again_finds_the_account_as_it_was_and_so_do_other_namespaces() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    slot = ksmd.enter(process(machine, 1, domain=7))
+    slot.domain.patience.spend(1000.0)
+    ksmd.exit(slot)
+    ksmd.do_scan()
+    for n, number in enumerate((7, 7 | 12345 << 32)):  # a user in a user namespace
+        assert ksmd.enter(process(machine, 2 + n, domain=number)).is_put_off
+
+
+def test_all_users_but_the_owner_have_one_account_together() -> None:
+    machine, ksmd = SimulatedMachine(), Ksmd(owner=0)
+    for user in (1, 2):
+        ksmd.enter(process(machine, user, domain=user)).domain.patience.spend(6.0)
+    assert ksmd.enter(process(machine, 3, domain=3)).is_put_off
+    assert not ksmd.enter(process(machine, 4, domain=0)).is_put_off
+
+
+def test_the_owner_does_not_wait_for_the_processes_of_others() -> None:
+    """Whose every look takes a moment that costs nobody anything."""
+    machine, ksmd = SimulatedMachine(), Ksmd(owner=0)
+    others = [slow(machine, 666 + n, 0.05, domain=1) for n in range(8)]
+    for other in others:
+        ksmd.enter(other)
+    (a, b), _ = processes(machine, ksmd, SAME, SAME)
+    began = time.monotonic()
+    while len(a.merged_pages()) < 50 and time.monotonic() - began < 10:
+        ksmd.do_scan()
+    assert len(a.merged_pages()) == len(b.merged_pages()) == 50
+    assert time.monotonic() - began < 3.0
+    for _ in range(40):
+        ksmd.do_scan()
+    assert all(other.looks for other in others)  # they have their turn all the same
 
 
 class Claiming(SimulatedAddressSpace):

@@ -20,6 +20,7 @@ import pytest
 from samepage.memory import wire
 from samepage.service.closing import close_all
 from samepage.service.control import Client
+from samepage.service.workers import REST, Workers
 from tests.service import fake_agent
 from tests.service.fake_agent import NEVER, FakeAgent
 from tests.service.test_server import folder, in_child, until
@@ -298,3 +299,33 @@ def test_closing_a_socket_waits_for_nothing_that_was_left_in_it() -> None:
     until(lambda: theirs.recv(1) == b"")
     assert time.monotonic() - started < 2
     theirs.close()
+
+
+def test_what_guests_ask_for_leaves_the_owner_threads_and_time() -> None:
+    workers = Workers(lambda e: None, owner=0)
+    done: list[int] = []
+    blocked = threading.Event()
+
+    def block() -> None:
+        blocked.wait(60)
+
+    for user in range(1, 9):
+        for _ in range(20):
+            workers.submit(user, block)
+    served = threading.Event()
+    workers.submit(0, served.set)
+    assert served.wait(5)
+    blocked.set()
+
+    def spin() -> None:
+        ends = time.thread_time() + 0.01
+        while time.thread_time() < ends:
+            pass
+        done.append(1)
+
+    began = time.monotonic()
+    for _ in range(50):
+        workers.submit(1, spin)
+    until(lambda: len(done) == 50, 30)
+    assert time.monotonic() - began > 50 * 0.01 * REST / 2
+    workers.end()

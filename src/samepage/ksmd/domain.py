@@ -55,10 +55,12 @@ CANDIDATE[[PageState.UNSHARED, PageState.COLLIDED, PageState.ALONE]] = False
 class Domain:
     """State of one merge domain. Everything is touched under `Ksmd.mutex` only."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, patience: Patience | None = None, is_foreign: bool = False) -> None:
         self.number = number
         self.slots: list[MmSlot] = []
-        self.patience = Patience(most=30.0, regain=0.05)
+        self.patience = patience or Patience(most=30.0, regain=0.05)
+        self.is_foreign = is_foreign
+        """Of a user that the service has for guest."""
         self._begin()
 
     def _begin(self) -> None:

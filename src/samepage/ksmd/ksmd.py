@@ -23,7 +23,7 @@ from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.lost import Lost
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import MmSlot, Owed
-from samepage.ksmd.patience import A_MOMENT
+from samepage.ksmd.patience import A_MOMENT, Accounts
 from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
 from samepage.ksmd.scan import Look, Seen, heard, ingest, look, recount_zeros
 from samepage.ksmd.stable import SEGMENT_PAGES
@@ -37,6 +37,7 @@ from samepage.memory import (
     PageStatus,
     ScanFlag,
 )
+from samepage.memory.identity import user_of
 
 ROUNDS, LOOKS = 16, 4
 """Steps of a scan in one batch at most, and looks at a process in a step: one that never gets on must not keep ksmd
@@ -70,6 +71,10 @@ VERIFY_SECONDS = 1.0
 LISTEN_EVERY = 0.2
 """Seconds between two questions whether a process that is to be unmerged answers again."""
 
+FOREIGN_SECONDS = 0.05
+"""So long, or as long as the owner's own processes took, those of other users are looked at in a pass, and their pages
+merged. Then the pass ends without the rest, which has its turn in the next: their owner waits no longer for them."""
+
 WHOLE = (0, 1 << 52)
 """All pages an address space can have: (vpn, npages)."""
 
@@ -91,7 +96,8 @@ class Ksmd:
     `counters`, `rows`, `get`, `next_wait` and `metadata_bytes` never wait for it.
 
     `concurrently` is used like `map` to have several processes work at once. `clock` and `cpu_clock` give seconds:
-    of the time, and of this thread's CPU time.
+    of the time, and of this thread's CPU time. `owner` is the user whose processes come before those of others; None:
+    there are no others.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class Ksmd:
         concurrently: Concurrently = map,
         clock: Callable[[], float] = time.monotonic,
         cpu_clock: Callable[[], float] = time.thread_time,
+        owner: int | None = None,
     ) -> None:
         self.mutex = threading.Lock()
         self._clock, self._cpu_clock = clock, cpu_clock
@@ -110,12 +117,15 @@ class Ksmd:
         self._knobs = Knobs()
         self._advisor = Advisor(self._knobs)
         self._work = MergeWork(concurrently)
+        self._accounts = Accounts(owner)
         self._domains: dict[int, Domain] = {}
         self._mmlist_lock = threading.Lock()  # guards the next three, and is held for moments only
         self._slots: dict[int, MmSlot] = {}  # by number, ascending: the list of ksm_mm_head
         self._joining: list[MmSlot] = []
         self._next_number = 1
         self._cursor: dict[MmSlot, int] = {}  # slots of this pass not yet looked at to the end, and where to go on
+        self._carried: dict[MmSlot, int] = {}  # where to go on in the next pass with those that had no turn
+        self._took = {False: 0.0, True: 0.0}  # seconds of this pass, by whether they were for foreign domains
         self._in_pass = False
         self._lost = Lost()
         self._joins_until = -math.inf  # till then the pass going on waits for forked children
@@ -139,7 +149,9 @@ class Ksmd:
         with self._mmlist_lock:
             domain = self._domains.get(space.domain)
             if domain is None:
-                domain = self._domains[space.domain] = Domain(space.domain)
+                user = user_of(space.domain)
+                account, foreign = self._accounts.of(user), self._accounts.is_foreign(user)
+                domain = self._domains[space.domain] = Domain(space.domain, account, foreign)
             slot = MmSlot(space, domain, self._next_number, comm, swap)
             self._next_number += 1
             self._slots[slot.number] = slot
@@ -215,6 +227,7 @@ class Ksmd:
         for slot in gone:
             self._lost.note(slot)
             self._cursor.pop(slot, None)
+            self._carried.pop(slot, None)
             self._departed_cpu_ns += slot.cpu_ns
             slot.domain.drop(slot)
         with self._mmlist_lock:
@@ -274,8 +287,11 @@ class Ksmd:
             self._unmerge_slot(slot, extent, lambda: False, unmerge.leave_alone, UnmergeResult())
 
     def _merge_slice(self) -> int | None:
-        for domain in list(self._domains.values()):
+        for domain in sorted(self._domains.values(), key=lambda domain: domain.is_foreign):
+            if domain.is_foreign and not self._is_turn_of_others():
+                return None
             if domain.candidates and not domain.patience.is_spent:
+                began = self._clock()
                 self._keep_room_for_segments()
                 self._verify(domain)
                 if not domain.slots:  # they all went: there is no such domain any more
@@ -291,8 +307,18 @@ class Ksmd:
                     raise
                 if self._work.statuses[PageStatus.DONE] == merged:
                     self._advisor.spent_in_vain(self._clock(), self._cpu_clock() - started)
+                self._took[domain.is_foreign] += self._clock() - began
                 return len(refs)
         return None
+
+    def _is_turn_of_others(self) -> bool:
+        """Whether foreign processes are served now: the owner's were all looked at in this pass."""
+        if not self._in_pass:
+            return not self._are_there_own()
+        return not self._others_had_their_turn() and all(slot.domain.is_foreign for slot in self._cursor)
+
+    def _others_had_their_turn(self) -> bool:
+        return self._took[True] > max(FOREIGN_SECONDS, self._took[False])
 
     def _keep_room_for_segments(self) -> None:
         """Of each segment somebody has to hold the descriptor, as long as it may be handed out. Where they are scarce,
@@ -356,7 +382,13 @@ class Ksmd:
         for _ in range(ROUNDS):
             if not self._cursor or total.hashed >= budget or self._clock() - began > BATCH_SECONDS:
                 break
-            self._scan_step(budget - total.hashed, total)
+            own = [slot for slot in self._cursor if not slot.domain.is_foreign]
+            if not own and self._others_had_their_turn() and self._are_there_own():
+                self._carried, self._cursor = self._cursor, {}
+                break
+            before = self._clock()
+            self._scan_step(own or list(self._cursor), budget - total.hashed, total)
+            self._took[not own] += self._clock() - before
         self._pages_scanned += total.hashed
         self._pass_hashed += total.hashed
         self._pass_changed |= bool(total.changed)
@@ -372,14 +404,20 @@ class Ksmd:
             slots = [slot for slot in self._slots.values() if not slot.gone and slot not in self._joining]
         slots.sort(key=lambda slot: slot.passes > 0)  # the new ones first; they are not made to wait
         for slot in slots:
-            slot.ages.begin_pass(bool(self._knobs.smart_scan) and not slot.hash_all)
-        self._cursor = dict.fromkeys(slots, 0)
+            if slot not in self._carried:
+                slot.ages.begin_pass(bool(self._knobs.smart_scan) and not slot.hash_all)
+        self._cursor = {slot: self._carried.get(slot, 0) for slot in slots}
+        self._carried = {}
+        self._took = {False: 0.0, True: 0.0}
         self._in_pass = True
         self._pass_hashed = 0
 
-    def _scan_step(self, budget: int, total: Seen) -> None:
-        """Ask every process of the pass for one step, or as many as the budget is worth asking."""
-        slots = list(self._cursor)[: max(1, budget // STEP_PAGES)]
+    def _are_there_own(self) -> bool:
+        return any(not slot.domain.is_foreign for slot in self.slots())
+
+    def _scan_step(self, slots: list[MmSlot], budget: int, total: Seen) -> None:
+        """Ask processes of the pass for one step, or as many as the budget is worth asking."""
+        slots = slots[: max(1, budget // STEP_PAGES)]
         share = budget // len(slots)
 
         def ask(slot: MmSlot) -> list[Look]:
@@ -489,9 +527,11 @@ class Ksmd:
         """Merge pages now, also with one another: their owner says they will not change, so there is no waiting
         for a pass; works while `run` is 0, too. AddressSpaceGone if the process is not there any more; OSError EBUSY
         while `run` is 2."""
-        with self._working():
+        with self._working(), self._charged(slot.domain):
             if self._knobs.run == Run.UNMERGE:
                 raise knob_rules.error(errno.EBUSY, "run is 2: nothing is to be merged")
+            if slot.domain.is_foreign and slot.domain.patience.is_spent:
+                raise knob_rules.error(errno.EBUSY, "others were kept waiting for too long")
             self._scan_range(slot, vpn, npages)
             self._keep_room_for_segments()
             self._verify(slot.domain)
@@ -513,6 +553,16 @@ class Ksmd:
                 raise AddressSpaceGone("gone while it was merged")
             now = int(np.count_nonzero(_is_merged(domain, refs)))
             return MergeOutcome(now, now - merged, show.failures((self._work.statuses - before).tolist()))
+
+    @contextlib.contextmanager
+    def _charged(self, domain: Domain) -> Iterator[None]:
+        """What foreign processes ask for takes time off their user's account, all of it."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            if domain.is_foreign:
+                domain.patience.spend(self._clock() - began)
 
     def recount_zeros(self, slot: MmSlot) -> None:
         """Have the row of a process count the pages that are merged with the zero page at this moment, as the kernel's
@@ -629,7 +679,7 @@ class Ksmd:
     def _unmerge_and_remove_all_rmap_items(self, cancelled: Cancelled) -> UnmergeResult:
         """All of it: only then is `full_scans` zero again. The cursor goes back to the head either way."""
         result = self._unmerge(None, WHOLE, cancelled, leave_alone=False)
-        self._cursor = {}
+        self._cursor, self._carried = {}, {}
         self._in_pass = False
         self._reap()
         if not result.errno:

@@ -2,9 +2,10 @@
 
 An answer may take a moment, and one that is much work longer. What goes beyond that is taken off an account, which
 fills up again with time. A process whose account is empty is put off: where there is too much to do the best are slow.
-One that owes as much again is dropped. It may join again, and so may its like; so their domain has an account as well,
-and while that is empty the domain is put off. Together they hold up the others for some seconds, and then a small part
-of the time.
+One that owes as much again is dropped. It may join again, and so may its like, in as many user namespaces as it likes;
+so their user has an account as well, and while that is empty all of the user's are put off. A user may have the ids
+of others at hand (subuid(5)); so all users but the owner of the service have one together. They hold up the others for
+some seconds, and then a small part of the time.
 """
 
 from __future__ import annotations
@@ -17,21 +18,36 @@ A_MOMENT = 0.1
 
 
 class Patience:
-    """An account of seconds: `most` at the start, and at most; `regain` of every second comes back."""
+    """An account of seconds: `most` at the start, and at most; `regain` of every second comes back. What is spent of it
+    is spent of `common`, too."""
 
-    def __init__(self, most: float, regain: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._regain, self._clock = most, regain, clock
+    def __init__(
+        self,
+        most: float,
+        regain: float,
+        clock: Callable[[], float] = time.monotonic,
+        common: Patience | None = None,
+    ) -> None:
+        self._most, self._regain, self._clock, self._common = most, regain, clock, common
         self._left = most
         self._at = clock()
 
     def spend(self, seconds: float) -> None:
         """Somebody was waited for."""
         self._left = self._filled() - seconds
+        if self._common is not None:
+            self._common.spend(seconds)
 
     @property
     def is_spent(self) -> bool:
         """Whether nothing is left."""
-        return self._left <= 0 and self._filled() <= 0
+        spent = self._left <= 0 and self._filled() <= 0
+        return spent or (self._common is not None and self._common.is_spent)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is as if nobody had been waited for."""
+        return self._filled() >= self._most
 
     @property
     def is_at_an_end(self) -> bool:
@@ -43,3 +59,27 @@ class Patience:
         self._left = min(self._most, self._left + (now - self._at) * self._regain)
         self._at = now
         return self._left
+
+
+class Accounts:
+    """The accounts of users. `owner`: whose service it is; None: it has no other users."""
+
+    FORGET = 1000
+
+    def __init__(self, owner: int | None) -> None:
+        self._owner = owner
+        self._of_all_others = Patience(most=10.0, regain=0.25)
+        self._by_user: dict[int, Patience] = {}
+
+    def is_foreign(self, user: int) -> bool:
+        """Whether it is a user that the service has for guest."""
+        return self._owner not in (None, user)
+
+    def of(self, user: int) -> Patience:
+        """It outlives the user's processes."""
+        if len(self._by_user) > self.FORGET:
+            self._by_user = {user: account for user, account in self._by_user.items() if not account.is_full}
+        if user not in self._by_user:
+            common = self._of_all_others if self.is_foreign(user) else None
+            self._by_user[user] = Patience(most=30.0, regain=0.05, common=common)
+        return self._by_user[user]

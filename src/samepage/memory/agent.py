@@ -155,6 +155,8 @@ class AgentAddressSpace:
         self.doubtful = False
         """It sent a descriptor of something that no agent sends."""
         self._cancelled: Callable[[], bool] | None = None
+        self.hurry = math.inf
+        """After so many seconds without an answer it is silent, and nobody waits for it, whether it can run or not."""
         sock.settimeout(LOOK_EVERY)
 
     @classmethod
@@ -508,7 +510,7 @@ class AgentAddressSpace:
                 if self._owed:  # what was asked before this
                     raise AddressSpaceSilent(self._pid, self._silence)
             request.ends = time.monotonic() + TIMEOUT + request.patience
-            return self._insist(lambda: recv(self._sock), request.ends)
+            return self._insist(lambda: recv(self._sock), request.ends, request.patience)
         except AddressSpaceSilent as e:
             with self._asking:
                 self._owed.append(request)
@@ -519,11 +521,12 @@ class AgentAddressSpace:
                 self._unanswered.remove(request)
                 self._asking.notify_all()
 
-    def _insist(self, do: Callable[[], T], ends: float) -> T:
+    def _insist(self, do: Callable[[], T], ends: float, patience: float = 0.0) -> T:
         """Do something with the socket. TimeoutError at `ends`, or a while after a cancellation: not at once, for
         without the answer all has to be asked anew. AddressSpaceSilent as soon as it is seen that the process does not
         run."""
         called_off = False
+        hurries = time.monotonic() + self.hurry + patience
         before: Halt | None = None
         while True:
             try:
@@ -535,8 +538,8 @@ class AgentAddressSpace:
                 if now >= ends:
                     raise
             halt = self._halt()
-            if halt is not None and halt == before:
-                raise AddressSpaceSilent(self._pid, halt.why)
+            if (halt is not None and halt == before) or now >= hurries:
+                raise AddressSpaceSilent(self._pid, halt.why if halt else SILENT)
             before = halt
 
     def _lost(self, why: str) -> AddressSpaceGone:

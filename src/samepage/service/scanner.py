@@ -89,7 +89,7 @@ class Scanner:
         if concurrently is None:
             concurrently = _threads()
         self._status = ThreadPoolExecutor(WORKERS, "status")
-        self._ksmd = Ksmd(concurrently=concurrently)
+        self._ksmd = Ksmd(concurrently=concurrently, owner=os.getuid())
         self._slots: dict[AgentAddressSpace, MmSlot] = {}
         self._slots_lock = threading.Lock()
         self._introductions: list[Arrivals] = []

@@ -36,6 +36,10 @@ CONNECTIONS_MAX = 256
 
 ACCEPT_AT_ONCE = 64
 
+HURRY = 0.5
+"""Seconds after which nobody waits any more for an answer of a process that is not the owner's. It has its turn when it
+has answered; after `TIMEOUT` it is dropped, as any other."""
+
 DOUBTFUL_MAX = 8
 """So many descriptors of what is no memfd a user's processes may send before that user is not served any more: each may
 cost a thread and a descriptor for ever."""
@@ -106,7 +110,9 @@ class Server:
         self._processes: Counter[int] = Counter()  # that joined or were greeted, by user
         self._connected: Counter[int] = Counter()  # connections, by user
         self._doubtful: Counter[int] = Counter()  # descriptors, by user
-        self._workers = Workers(lambda e: log_once("a mistake of the service's own", f"a connection ended: {e!r}"))
+        self._workers = Workers(
+            lambda e: log_once("a mistake of the service's own", f"a connection ended: {e!r}"), self._owner
+        )
         self._epoll = select.epoll()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -331,6 +337,8 @@ class Server:
             before = [fd for fd, other in self._spaces.items() if other.pid == space.pid]
         for fd in before:  # one mm_slot a process: what it was before an exec is gone
             self._leave(fd)
+        if connection.caller.uid != self._owner:
+            space.hurry = HURRY
         self._scanner.introduce(space.pid)
         with self._lock:
             self._spaces[connection.fd] = space

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -12,6 +13,13 @@ MOST = 64
 
 OF_ONE_USER = 16
 """How many of them may be busy for one user. Whoever finds a way to block one blocks no more than that."""
+
+OF_ONE_GUEST, OF_ALL_GUESTS = 4, 16
+"""The same for a user who does not own the service, and for all of these together: the rest is the owner's."""
+
+REST = 3
+"""After work for them that took a second of CPU time, the next of it begins no sooner than so many seconds later: of
+what all threads and ksmd have together (the interpreter's lock), theirs is a quarter at most."""
 
 FROM_THE_START = 4
 """Threads that are there before anybody comes: when no more can be started these do the work."""
@@ -23,8 +31,11 @@ class Workers:
     """Does the work of each user in its order, and of several users in turn. RuntimeError: not even the first threads
     can be started."""
 
-    def __init__(self, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, failed: Callable[[Exception], None], owner: int | None = None) -> None:
         self._failed = failed
+        self._owner = owner  # None: everybody is as good as the owner
+        self._guests_busy = 0
+        self._guests_rest = 0.0  # until when, in time.monotonic
         self._changed = threading.Condition()
         self._waiting: dict[int, deque[Work]] = {}  # by user; who was served last is last
         self._busy: Counter[int] = Counter()
@@ -39,7 +50,7 @@ class Workers:
             self._waiting.setdefault(user, deque()).append(work)
             self._queued += 1
             self._changed.notify()
-            if self._queued > self._idle and self._threads < MOST and self._busy[user] < OF_ONE_USER:
+            if self._queued > self._idle and self._threads < MOST and self._may_begin(user):
                 # No thread may be left to this user or this cgroup: it waits for one of those there are.
                 with contextlib.suppress(RuntimeError):
                     self._start()
@@ -57,6 +68,7 @@ class Workers:
     def _run(self) -> None:
         while taken := self._take():
             user, work = taken
+            began = time.thread_time()
             try:
                 work()
             except Exception as e:
@@ -64,16 +76,35 @@ class Workers:
             finally:
                 with self._changed:
                     self._busy[user] -= 1
+                    if self._is_guest(user):
+                        self._guests_busy -= 1
+                        now = time.monotonic()
+                        self._guests_rest = max(self._guests_rest, now) + REST * (time.thread_time() - began)
                     if not self._busy[user]:
                         del self._busy[user]
                     self._changed.notify()
+
+    def _is_guest(self, user: int) -> bool:
+        return self._owner not in (None, user)
+
+    def _may_begin(self, user: int) -> bool:
+        if not self._is_guest(user):
+            return self._busy[user] < OF_ONE_USER
+        free = self._busy[user] < OF_ONE_GUEST and self._guests_busy < OF_ALL_GUESTS
+        return free and time.monotonic() >= self._guests_rest
+
+    def _rest(self) -> float | None:
+        """Seconds until guests may be served again whose work is there already."""
+        left = self._guests_rest - time.monotonic()
+        return max(left, 0.001) if self._queued and left > -1.0 else None
 
     def _take(self) -> tuple[int, Work] | None:
         with self._changed:
             while not self._ending:
                 for user, works in self._waiting.items():
-                    if self._busy[user] < OF_ONE_USER:
+                    if self._may_begin(user):
                         self._busy[user] += 1
+                        self._guests_busy += self._is_guest(user)
                         self._queued -= 1
                         work = works.popleft()
                         del self._waiting[user]
@@ -81,6 +112,6 @@ class Workers:
                             self._waiting[user] = works
                         return user, work
                 self._idle += 1
-                self._changed.wait()
+                self._changed.wait(self._rest())
                 self._idle -= 1
             return None
