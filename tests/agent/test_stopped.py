@@ -145,6 +145,10 @@ def test_a_frozen_process_has_all_its_pages_when_it_goes_on(process: Process, st
         rounds = int(os.environ.get("SAMEPAGE_TEST_STOPS", "150"))
         looked, unread, wrong, _ = stop_and_look(process, stopper, "freeze", rounds, str(group))
     finally:
+        if version == "v1":
+            (group / "freezer.state").write_text("THAWED")
+        else:
+            (group / "cgroup.freeze").write_text("0")
         (root / "cgroup.procs").write_text(str(process.process.pid))
         group.rmdir()
     assert looked == rounds * PAGES
