@@ -18,8 +18,11 @@ from pathlib import Path
 import pytest
 
 from samepage.memory import wire
+from samepage.service import sockets
 from samepage.service.closing import close_all
 from samepage.service.control import Client
+from samepage.service.scanner import Scanner
+from samepage.service.server import Server
 from samepage.service.workers import REST, Workers
 from tests.service import fake_agent
 from tests.service.fake_agent import NEVER, FakeAgent
@@ -329,3 +332,24 @@ def test_what_guests_ask_for_leaves_the_owner_threads_and_time() -> None:
     until(lambda: len(done) == 50, 30)
     assert time.monotonic() - began > 50 * 0.01 * REST / 2
     workers.end()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be other users")
+@pytest.mark.parametrize("groups", [[], [61100]])
+def test_userfaultfd_is_for_the_group_alone_if_there_is_one(folder: Path, groups: list[int]) -> None:
+    path = str(folder / "socket")
+    server = Server(sockets.listen(path, everybody=True), Scanner(), userfaultfd_group=61100)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+
+    def join() -> None:
+        os.setgroups(groups)
+        os.setgid(61001)
+        os.setuid(61001)
+        welcome = FakeAgent(connect(path), PAGES).join()
+        os._exit(10 + (welcome.fd >= 0))
+
+    _, outcome = os.waitpid(in_child(0, join), 0)
+    server.stop()
+    thread.join(10)
+    assert os.waitstatus_to_exitcode(outcome) == 10 + (bool(groups) and os.path.exists("/dev/userfaultfd"))

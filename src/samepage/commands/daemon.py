@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import grp
 import os
 import signal
 import socket
@@ -27,6 +28,12 @@ class Daemon:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--socket", metavar="PATH", help=f"where to listen (default: {sockets.default_path()})")
+        parser.add_argument(
+            "--userfaultfd-group",
+            metavar="GROUP",
+            type=_group,
+            help="hand /dev/userfaultfd to processes of this group alone (default: to all that join)",
+        )
         add_reserve(parser)
         add_swap(parser)
         add_mount(parser)
@@ -43,7 +50,7 @@ class Daemon:
             with _tree(args.mount, path):
                 if why := hindrance(facts, args.swap or "move"):
                     streams.say(why)
-                _serve(listener, path, args.reserve, args.swap == "wp")
+                _serve(listener, path, args.reserve, args.swap == "wp", args.userfaultfd_group)
         finally:
             Path(path).unlink(missing_ok=True)
         return 0
@@ -64,7 +71,20 @@ def _tree(directory: str | None, socket: str) -> Iterator[None]:
         tree.end()
 
 
-def _serve(listener: socket.socket, path: str, reserve: int, write_protect: bool = False) -> None:
+def _group(name: str) -> int:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group {name!r}") from None
+
+
+def _serve(
+    listener: socket.socket,
+    path: str,
+    reserve: int,
+    write_protect: bool = False,
+    userfaultfd_group: int | None = None,
+) -> None:
     # Imported once the socket is ours: numpy takes longer to load than to refuse.
     from samepage.memory.agent import Terms
     from samepage.memory.wire import Flags
@@ -75,7 +95,8 @@ def _serve(listener: socket.socket, path: str, reserve: int, write_protect: bool
     raise_descriptor_limit()
     keep_freed_memory()
     scanner = Scanner()
-    server = Server(listener, scanner, Terms(reserve=reserve, flags=Flags.SWAP_WP if write_protect else 0))
+    terms = Terms(reserve=reserve, flags=Flags.SWAP_WP if write_protect else 0)
+    server = Server(listener, scanner, terms, userfaultfd_group=userfaultfd_group)
     # Python writes a byte there for every signal that it handles, and that ends the server. A handler would not do: it
     # runs when this thread wakes, and a signal that comes between two polls does not wake it.
     signal.set_wakeup_fd(server.wake_fd)

@@ -28,7 +28,7 @@ from samepage.service.closing import close_all, close_one
 from samepage.service.descriptors import shares
 from samepage.service.log import log_once, log_the_rest
 from samepage.service.scanner import Scanner
-from samepage.service.sockets import Caller, anybody, peer
+from samepage.service.sockets import Caller, anybody, groups, peer
 from samepage.service.workers import Workers
 
 CONNECTIONS_MAX = 256
@@ -83,6 +83,7 @@ class Server:
 
     Run by root, it serves everyone, each user in a merge domain of their own; else only who runs it.
     `before_leave` is called when a process went and is about to be dropped, with its counters still in.
+    `userfaultfd_group`: only processes of that group, and the owner's, are given /dev/userfaultfd; None: all.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Server:
         scanner: Scanner,
         terms: Terms | None = None,
         before_leave: Callable[[], None] = lambda: None,
+        userfaultfd_group: int | None = None,
     ) -> None:
         self._listener = listener
         self._scanner = scanner
@@ -101,6 +103,7 @@ class Server:
         self._owner = os.getuid()
         self._anybody = anybody()
         self._userfaultfd = open_userfaultfd()
+        self._userfaultfd_group = userfaultfd_group
         self._shares = shares()
         scanner.limit_segments(self._shares.segments)
         self._lock = threading.Lock()
@@ -316,7 +319,9 @@ class Server:
             raise AddressSpaceGone(f"process {caller.pid} may not join: it is {ids}")
         self._take_room(caller)
         connection.who = who
-        connection.comm = greet(connection.sock, hello, caller.pid, self._terms, self._userfaultfd)
+        may_have = caller.uid == self._owner or self._userfaultfd_group in {None, *groups(connection.sock)}
+        userfaultfd = self._userfaultfd if may_have else -1
+        connection.comm = greet(connection.sock, hello, caller.pid, self._terms, userfaultfd)
 
     def _take_room(self, caller: Caller) -> None:
         """ConnectionRefusedError: there is no descriptor for one process more."""

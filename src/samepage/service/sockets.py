@@ -5,6 +5,7 @@ Kept apart from `control` because `samepage run` needs only this, and has a comm
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 DAEMON_PATH = "/run/samepage.sock"
+
+SO_PEERGROUPS = 59
 
 OVERFLOW_UID = 65534
 """What the kernel says for a user id that has no name in this user namespace, unless it was told another."""
@@ -34,6 +37,14 @@ class Caller(NamedTuple):
 def peer(sock: socket.socket) -> Caller:
     """Who connected; on the client's side, who listens."""
     return Caller(*struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+
+def groups(sock: socket.socket) -> set[int]:
+    """All groups of who connected, as they were then. Of more than 256 besides its own, Python asks for none."""
+    found = {peer(sock).gid}
+    with contextlib.suppress(OSError):
+        found.update(gid for (gid,) in struct.iter_unpack("I", sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)))
+    return found
 
 
 def anybody() -> int:
