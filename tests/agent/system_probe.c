@@ -22,6 +22,14 @@ char *own_strstr(const char *s, const char *what);
 char *own_strsep(char **rest, const char *stops);
 unsigned long own_strtoul(const char *s, char **end, int base);
 
+_Bool descriptors_are_ours(void);
+
+/* What system.c asks before it reads or closes. */
+_Bool descriptors_are_ours(void)
+{
+	return 1;
+}
+
 static int sign(int n)
 {
 	return (n > 0) - (n < 0);

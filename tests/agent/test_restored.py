@@ -51,7 +51,18 @@ class Program:
     def goes_on(self) -> None:
         """Wait until it has looked at everything again."""
         before = (self.said() or [0])[0]
-        wait_until(lambda: len(said := self.said()) == 3 and said[0] > before + 1000, "going on", seconds=30)
+        try:
+            wait_until(lambda: len(said := self.said()) == 3 and said[0] > before + 1000, "going on", seconds=30)
+        except TimeoutError as e:
+            raise TimeoutError(f"{e}: {self.state()}") from None
+
+    def state(self) -> str:
+        """Where its threads are."""
+        found = [f"{self.pid}, has said {self.said()}"]
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{self.pid}/task").iterdir():
+                found += [(task / name).read_text() for name in ("comm", "stat", "wchan", "syscall", "stack")]
+        return "\n".join(found)
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
