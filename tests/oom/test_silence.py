@@ -130,17 +130,23 @@ def test_ctrl_c_does_not_wait_for_a_process_that_does_not_answer(
     assert time.monotonic() - started < 2 * PROMPT
 
 
+def unmerge_interrupted(socket: str) -> tuple[int, str, float]:
+    """`samepage unmerge`, and Ctrl-C after a second: the exit status, stderr, and seconds from Ctrl-C to the end."""
+    arguments = [sys.executable, "-m", "samepage", "unmerge", "--socket", socket]
+    with subprocess.Popen(arguments, env=environment(), text=True, stderr=subprocess.PIPE) as process:
+        time.sleep(1)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    return process.returncode, err, time.monotonic() - started
+
+
 def test_ctrl_c_does_not_wait_for_a_scan_that_waits_for_such_a_process(socket: str) -> None:
     with fake(socket, "hang"):
         time.sleep(2)  # ksmd asks, and waits for an answer
-        arguments = [sys.executable, "-m", "samepage", "unmerge", "--socket", socket]
-        with subprocess.Popen(arguments, env=environment(), text=True, stderr=subprocess.PIPE) as process:
-            time.sleep(1)
-            started = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
-        assert time.monotonic() - started < 0.5
-        assert (process.returncode, "interrupted" in err) == (1, True), err
+        status, err, seconds = unmerge_interrupted(socket)
+        assert seconds < 0.5
+        assert (status, "interrupted" in err) == (1, True), err
 
 
 def test_a_service_that_is_stopped_does_not_hold_up_ctrl_c_for_long(workers: list[Worker], socket: str) -> None:
@@ -151,13 +157,8 @@ def test_a_service_that_is_stopped_does_not_hold_up_ctrl_c_for_long(workers: lis
         service = peer(client._sock).pid
     os.kill(service, signal.SIGSTOP)
     try:
-        arguments = [sys.executable, "-m", "samepage", "unmerge", "--socket", socket]
-        with subprocess.Popen(arguments, env=environment(), text=True, stderr=subprocess.PIPE) as process:
-            time.sleep(1)
-            started = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
-        assert time.monotonic() - started < CANCEL_PATIENCE + 1
-        assert (process.returncode, err) == (1, "samepage: the service does not answer\n")
+        status, err, seconds = unmerge_interrupted(socket)
+        assert seconds < CANCEL_PATIENCE + 1
+        assert (status, err) == (1, "samepage: the service does not answer\n")
     finally:
         os.kill(service, signal.SIGCONT)

@@ -115,7 +115,7 @@ void calls_abandon(void)
 
 void calls_close(void)
 {
-	if (descriptors_are_ours() && wake_fd >= 0)
+	if (wake_fd >= 0)
 		close(wake_fd);
 	descriptors_close();
 	calls_abandon();

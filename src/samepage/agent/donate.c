@@ -23,12 +23,8 @@ static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 	int tries = 0;
 
 	while (i < j) {
-		ssize_t put = -1;
+		ssize_t put = write(fd, (void *)(addr + i * PAGE_SIZE), (j - i) * PAGE_SIZE);
 		off_t end;
-
-		errno = EBADF;
-		if (descriptors_are_ours())
-			put = write(fd, (void *)(addr + i * PAGE_SIZE), (j - i) * PAGE_SIZE);
 
 		if (put < 0 && errno == EINTR && tries++ < 64)
 			continue;
@@ -140,8 +136,7 @@ int donate(const struct sp_area *runs, size_t n, uint8_t *status)
 		done += *first++ == DONE;
 	if (done && descriptors_are_ours() && !seal(fd))
 		return fd;
-	if (descriptors_are_ours())
-		close(fd);
+	close(fd);
 	memset(status - pages, BUSY, done ? pages : 0);
 	return -1;
 }

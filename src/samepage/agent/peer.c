@@ -100,7 +100,7 @@ static bool finish_handshake(void)
 	if (got == -EAGAIN)
 		return true;
 	if (got != sizeof(settings) || head.op != SP_WELCOME) {
-		if (dev >= 0 && descriptors_are_ours())
+		if (dev >= 0)
 			close(dev);
 		return false;
 	}
@@ -117,7 +117,7 @@ static bool finish_handshake(void)
 	agent_mmap_unlock();
 	if (kernel_open(dev))
 		kernel_close();
-	if (dev >= 0 && descriptors_are_ours())
+	if (dev >= 0)
 		close(dev);
 	*ready = (struct sp_ready){kernel.swap, kernel.tracking, page_checksum(zero_page)};
 	if (!transmit(SP_READY, 0, 0, sizeof(*ready), -1))

@@ -50,8 +50,8 @@ short wait_for(int fd, short events, int timeout_ms);
 bool descriptors_open(void);
 void descriptors_close(void);
 void descriptors_forget(void); /* in a forked child */
-/* To be asked before one is read, written or closed. False: they are the application's by now; none is left to use, and the
- * thread is to end. */
+/* To be asked before one is used; read(), write() and close() of system.c ask by themselves. False: they are the application's
+ * by now; none is left to use, and the thread is to end. */
 bool descriptors_are_ours(void);
 
 /* ---- peer.c ---- */

@@ -56,8 +56,8 @@ int openat(int dir, const char *path, int flags, ...)
 	return (int)CALL(SYS_openat, dir, path, flags, 0, 0, 0);
 }
 
-/* A process may be restored from a checkpoint in the middle of reading a file; then the number is a descriptor of the
- * application's. */
+/* These three look whether the number still is a descriptor of the agent's: a process may be restored from a checkpoint in the
+ * middle of anything (descriptors.c). */
 int close(int fd)
 {
 	return descriptors_are_ours() ? (int)CALL(SYS_close, fd, 0, 0, 0, 0, 0) : 0;
@@ -74,6 +74,10 @@ ssize_t read(int fd, void *buf, size_t n)
 
 ssize_t write(int fd, const void *buf, size_t n)
 {
+	if (!descriptors_are_ours()) {
+		errno = EBADF;
+		return -1;
+	}
 	return CALL(SYS_write, fd, buf, n, 0, 0, 0);
 }
 
