@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from samepage.ksmd import Ksmd, books, domain
 from samepage.ksmd import mm_slot as slots
 from samepage.ksmd.patience import Patience
 from samepage.memory import RUN, VPN_END, AddressSpaceGone, RunKind, ScanFlag, ScanResult
+from samepage.memory.check import AREA_PAGES_MAX
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
 
@@ -172,6 +174,67 @@ def test_claims_of_pages_all_over_the_place_take_bounded_memory(monkeypatch: pyt
     assert [books.problems(d) for d in ksmd._domains.values()] == [[], []]
 
 
+class Boasting(SimulatedAddressSpace):
+    """Says of two billion pages at once that they are gone, broken or merged."""
+
+    kind = RunKind.GONE
+
+    def pages_max(self) -> int:
+        return 1000
+
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
+        if vpn > BASE:
+            return ScanResult(np.empty(0, RUN), np.empty(0, np.uint64), 0, self._areas_seq, 0)
+        runs = np.zeros(2, RUN)
+        runs["vpn"], runs["npages"], runs["kind"] = (BASE, BASE + 4), (4, BOAST - 4), (RunKind.HASHED, self.kind)
+        runs["ino"] = 7
+        return ScanResult(runs, np.arange(4, dtype=np.uint64), BASE + BOAST, self._areas_seq, 0)
+
+
+BOAST = AREA_PAGES_MAX
+
+
+def test_a_process_cannot_have_more_broken_pages_than_it_has_pages() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    boasting = Boasting(machine, 666)
+    boasting.kind = RunKind.BROKEN
+    boasting.map_area(BASE, BOAST)
+    slot = ksmd.enter(boasting)
+    ksmd.do_scan()
+    assert "more pages than it has" in slot.lost
+
+
+@pytest.mark.parametrize("kind", [RunKind.GONE, RunKind.FOUND])
+def test_what_is_done_with_a_long_run_follows_from_what_is_known_of_it(kind: RunKind) -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    boasting = Boasting(machine, 666)
+    boasting.kind = kind
+    boasting.map_area(BASE, BOAST)
+    tracemalloc.start()
+    began = time.monotonic()
+    try:
+        slot = ksmd.enter(boasting)
+        for _ in range(4):
+            ksmd.do_scan()
+        assert not slot.gone, slot.lost
+        ksmd.merge_range(slot, 0, VPN_END)
+        (the_domain,) = ksmd._domains.values()
+        assert books.problems(the_domain) == []
+        slot.counts[1] += 1
+        books.mend(the_domain)
+        ksmd.unmerge()
+        ksmd.set("run", 2)
+        ksmd.set("run", 1)
+        ksmd.do_scan()
+        boasting.unmap(BASE, BOAST)
+        ksmd.do_scan()
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        assert time.monotonic() - began < 20
+    finally:
+        tracemalloc.stop()
+    assert not slot.gone
+
+
 def test_a_process_that_claims_more_pages_than_the_kernel_knows_of_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, ksmd = SimulatedMachine(), new_ksmd()
     claiming = Claiming(machine, 666)
@@ -181,7 +244,7 @@ def test_a_process_that_claims_more_pages_than_the_kernel_knows_of_is_dropped(mo
     (a, b), _ = processes(machine, ksmd, SAME, SAME)
     for _ in range(4):
         ksmd.do_scan(20_000)
-    assert "of more pages than it has" in slot.lost
+    assert "more pages than it has" in slot.lost
     passes(ksmd, 3)
     assert len(a.merged_pages()) == len(b.merged_pages()) == 50
 

@@ -28,7 +28,8 @@ def problems(domain: Domain) -> list[str]:
 
 def _known(domain: Domain) -> Ints:
     """All refs whose state says anything, ascending."""
-    return np.flatnonzero(domain.state[: domain.rmap.top])
+    whole = np.array([0]), np.array([domain.rmap.top])
+    return np.sort(np.concatenate([np.empty(0, np.int64), *domain.known(*whole)]))
 
 
 def _of_pieces(domain: Domain) -> Iterator[str]:
@@ -47,7 +48,7 @@ def _of_pieces(domain: Domain) -> Iterator[str]:
     if taken[-1][1] != domain.rmap.top:
         yield f"refs end at {taken[-1][1]} instead of {domain.rmap.top}"
     for base, n in domain.rmap.free_ranges():
-        if domain.state[base : base + n].any():
+        if any(True for _ in domain.known(np.array([base]), np.array([n]))):
             yield f"free refs from {base} on are in use"
 
 
@@ -59,8 +60,8 @@ def _of_slots(domain: Domain) -> Iterator[str]:
 
 def _count(domain: Domain, bases: Ints, lengths: Ints) -> Ints:
     counts = np.zeros(len(PageState), np.int64)
-    for base, n in zip(bases.tolist(), lengths.tolist(), strict=True):
-        counts += np.bincount(domain.state[base : base + n], minlength=len(counts))
+    for refs in domain.known(bases.astype(np.int64), lengths.astype(np.int64)):
+        counts += np.bincount(domain.state[refs], minlength=len(counts))
     return counts
 
 

@@ -21,6 +21,7 @@ from samepage.ksmd.index import ChecksumIndex
 from samepage.ksmd.mm_slot import PIECE, MmSlot, Structured
 from samepage.ksmd.patience import Patience
 from samepage.ksmd.rmap import (
+    BLOCK,
     HAS_CHECKSUM,
     HAS_NODE,
     IS_VOLATILE,
@@ -32,7 +33,7 @@ from samepage.ksmd.rmap import (
     sorted_refs,
 )
 from samepage.ksmd.stable import StableTree
-from samepage.memory import U8, U32, U64
+from samepage.memory import AREA, U8, U32, U64
 
 SLICE_PAGES = 1 << 17
 """Pages worked on at once (512 MiB of memory), so that temporaries stay small whatever the number of pages."""
@@ -43,9 +44,6 @@ AREAS_MAX = 1 << 20
 RESIDENT_MAX = 4 * 9 * os.sysconf("SC_PHYS_PAGES")
 """Bytes that the pages known in one domain may take, or no new ones are: 9 for each, were every page of the machine in
 four processes. Whoever makes processes up must not fill the service's memory."""
-
-SHORT_RANGES = 64
-"""Ranges of refs worked on at once: for one page numpy takes as long as for thousands."""
 
 CANDIDATE = HAS_CHECKSUM.copy()
 """States a page that was put aside as a candidate may still be in when its turn comes."""
@@ -146,18 +144,41 @@ class Domain:
         order = np.argsort(base)
         start, end = base[order].astype(np.int64), (base + npages)[order].astype(np.int64)
         joined = np.flatnonzero(start[1:] == end[:-1])
-        ranges = list(zip(np.delete(start, joined + 1).tolist(), np.delete(end, joined).tolist(), strict=True))
-        known: list[Ints] = []
-        for first, last in ranges:
-            for at in range(first, last, SLICE_PAGES):
-                known.append(np.flatnonzero(self.state[at : min(at + SLICE_PAGES, last)]) + at)
-                if len(known) == SHORT_RANGES or len(known[-1]) > SLICE_PAGES // SHORT_RANGES:
-                    self.forget(slot, np.concatenate(known))
-                    known = []
-        if known:
-            self.forget(slot, np.concatenate(known))
-        for first, last in ranges:
+        start, end = np.delete(start, joined + 1), np.delete(end, joined)
+        for refs in self.known(start, end - start):
+            self.forget(slot, refs)
+        for first, last in zip(start.tolist(), end.tolist(), strict=True):
             self.rmap.free(first, last - first)
+
+    def known(self, base: Ints, npages: Ints) -> Iterator[Ints]:
+        """The refs of these ranges that stand for pages of which something is known, at most `SLICE_PAGES` at a time.
+        Ranges come from processes, which may claim what they like: nothing may be done for each page of a range."""
+        short = np.flatnonzero(npages <= BLOCK)
+        step = SLICE_PAGES // BLOCK
+        for part in (short[at : at + step] for at in range(0, len(short), step)):  # numpy is slow with one at a time
+            refs = expand(base[part], npages[part])
+            refs = refs[self.state[refs] != PageState.UNTOUCHED]
+            if len(refs):
+                yield refs
+        for i in np.flatnonzero(npages > BLOCK).tolist():
+            for first, last in self.known_slices(int(base[i]), int(base[i] + npages[i])):
+                refs = np.flatnonzero(self.state[first:last]) + first
+                if len(refs):
+                    yield refs
+
+    def known_slices(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The slices of refs [first, last) with pages of which something may be known, ascending."""
+        for start, end in self.rmap.used(first, last):
+            for at in range(start, end, SLICE_PAGES):
+                yield at, min(at + SLICE_PAGES, end)
+
+    def known_parts(self, slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int, int]]:
+        """The same of a range of pages, as (vpn, ref, pages), in the order of memory."""
+        whole = np.array([(vpn, npages)], AREA)
+        _, low, ref, length = slot.locate(whole["vpn"], whole["npages"])
+        for at, base, n in zip(low.tolist(), ref.tolist(), length.tolist(), strict=True):
+            for first, last in self.known_slices(base, base + n):
+                yield at + first - base, first, last - first
 
     def drop(self, slot: MmSlot) -> None:
         """Forget a slot and all its pages (remove_trailing_rmap_items)."""
@@ -321,10 +342,8 @@ class Domain:
         self.changed_now, self.changed_before, self.skipped = [], [], []
         for slot in self.slots:
             slot.ages, slot.aside = Ages(), []
-            for _, npages, base in slot.pieces.tolist():
-                for start in range(base, base + npages, SLICE_PAGES):
-                    end = min(start + SLICE_PAGES, base + npages)
-                    refs = np.flatnonzero(HAS_CHECKSUM[self.state[start:end]]) + start
-                    self.set_state(slot, refs, PageState.KNOWN)
-                    if len(refs):
-                        self.changed_before.append(refs.astype(np.uint32))
+            for refs in self.known(slot.pieces["base"].astype(np.int64), slot.pieces["npages"].astype(np.int64)):
+                refs = refs[HAS_CHECKSUM[self.state[refs]]]
+                self.set_state(slot, refs, PageState.KNOWN)
+                if len(refs):
+                    self.changed_before.append(refs.astype(np.uint32))

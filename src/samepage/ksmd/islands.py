@@ -13,11 +13,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from samepage.ksmd.domain import SLICE_PAGES, Domain
+from samepage.ksmd.domain import Domain
 from samepage.ksmd.merge import MergeWork
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import Ints, PageState, run_starts
-from samepage.memory import AREA
+from samepage.memory import AREA, VPN_END
 
 QUIET_PASSES = 2
 """Passes that a page must have been known to be broken for."""
@@ -52,7 +52,7 @@ def restore(domain: Domain, slots: Iterable[MmSlot], work: MergeWork) -> bool:
 
 def restore_range(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> bool:
     """The same for one process and all that is broken in a range, now."""
-    found = [run for part in _parts(slot, vpn, npages) for run in _broken_runs(domain, part, None)]
+    found = [run for part in domain.known_parts(slot, vpn, npages) for run in _broken_runs(domain, part, None)]
     return bool(found) and bool(_ask(slot, np.array(found, AREA)))
 
 
@@ -71,27 +71,15 @@ def _due(domain: Domain, slot: MmSlot, passes: int) -> Structured:
     """Long runs of pages that were broken long enough ago, as many as one batch takes."""
     runs: list[tuple[int, int]] = []
     pages = 0
-    for vpn, npages, _ in slot.pieces.tolist():
-        for part in _parts(slot, vpn, npages):
-            for first, n in _broken_runs(domain, part, passes - QUIET_PASSES):
-                if n < RUN_PAGES:
-                    continue
-                runs.append((first, min(n, BATCH_PAGES - pages)))
-                pages += runs[-1][1]
-                if pages == BATCH_PAGES or len(runs) == BATCH_RUNS:
-                    return np.array(runs, AREA)
+    for part in domain.known_parts(slot, 0, VPN_END):
+        for first, n in _broken_runs(domain, part, passes - QUIET_PASSES):
+            if n < RUN_PAGES:
+                continue
+            runs.append((first, min(n, BATCH_PAGES - pages)))
+            pages += runs[-1][1]
+            if pages == BATCH_PAGES or len(runs) == BATCH_RUNS:
+                return np.array(runs, AREA)
     return np.array(runs, AREA)
-
-
-def _parts(slot: MmSlot, vpn: int, npages: int) -> list[tuple[int, int, int]]:
-    """The slices of a range that lie in areas: (vpn, ref, pages)."""
-    whole = np.array([(vpn, npages)], AREA)
-    _, low, ref, length = slot.locate(whole["vpn"], whole["npages"])
-    return [
-        (first + at, base + at, min(SLICE_PAGES, n - at))
-        for first, base, n in zip(low.tolist(), ref.tolist(), length.tolist(), strict=True)
-        for at in range(0, n, SLICE_PAGES)
-    ]
 
 
 def _broken_runs(domain: Domain, part: tuple[int, int, int], before: int | None) -> list[tuple[int, int]]:

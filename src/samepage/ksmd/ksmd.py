@@ -24,7 +24,7 @@ from samepage.ksmd.lost import Lost
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import MmSlot, Owed
 from samepage.ksmd.patience import A_MOMENT, Accounts
-from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, expand, sorted_refs
+from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, sorted_refs
 from samepage.ksmd.scan import Look, Seen, heard, ingest, look, recount_zeros
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.ksmd.unmerge import Cancelled, ProcessBreak, UnmergeResult, move_out, retry_pending, unmerge_pages
@@ -53,10 +53,6 @@ SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
 """When less than this share of a segment's pages is in use after so many passes, and at least so many pages
 (1 MiB) are held for nothing in such segments, their last users are moved out. Looked for every
 `stable_node_chains_prune_millisecs`."""
-
-PAGES_MORE = 4096
-"""So many pages more, and twice as many, a process may have checksums of as it ever had: what it gave up since, it may
-not have told yet."""
 
 JOIN_SECONDS = 0.15
 """A child may take so long after the fork to join (its agent waits a third of that, for most children exec at once); a
@@ -462,10 +458,8 @@ class Ksmd:
     def _take_in(self, slot: MmSlot, seen: Look, total: Seen) -> None:
         with slot.waited_for():
             outcome = ingest(slot.domain, slot, seen, self._work.passes)
-        if outcome.first_looks and slot.with_checksum > slot.pages_max:
-            slot.pages_max = 2 * slot.space.pages_max() + PAGES_MORE
-            if slot.with_checksum > slot.pages_max:
-                raise AddressSpaceGone("it says of more pages than it has what is in them")
+        if outcome.first_looks or outcome.turned:
+            slot.expect(slot.unmerged)
         if seen.reply.forked < JOIN_SECONDS:
             self._joins_until = max(self._joins_until, self._clock() + JOIN_SECONDS - seen.reply.forked)
         total.hashed += outcome.hashed
@@ -594,7 +588,7 @@ class Ksmd:
     def _refs_in(self, slot: MmSlot, vpn: int, npages: int) -> Ints:
         whole = np.array([(vpn, npages)], AREA)
         _, _, ref, length = slot.locate(whole["vpn"], whole["npages"])
-        return expand(ref, length)
+        return np.concatenate([np.empty(0, np.int64), *slot.domain.known(ref, length)])
 
     def unmerge(
         self,

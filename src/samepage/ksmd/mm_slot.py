@@ -30,6 +30,10 @@ Structured = npt.NDArray[np.void]
 NSTATES = len(PageState)
 NO_CHECKSUM = [state for state in PageState if not HAS_CHECKSUM[state]]
 
+PAGES_MORE = 4096
+"""So many pages more, and twice as many, a process may tell of as it ever had: what it gave up since, it may not
+have told yet."""
+
 STILL_MAX = 8
 """Passes at most in which broken pages of a process are not looked for."""
 
@@ -41,6 +45,13 @@ class Owed:
     vpn: int
     npages: int
     leave_alone: bool
+
+
+@dataclass(slots=True)
+class Wait:
+    """`free`: so many seconds of it do not count."""
+
+    free: float
 
 
 class MmSlot:
@@ -107,19 +118,26 @@ class MmSlot:
         return bool(self.silent) or self.patience.is_spent or self.domain.patience.is_spent
 
     @contextlib.contextmanager
-    def waited_for(self, free: float = A_MOMENT) -> Iterator[None]:
-        """Meanwhile ksmd waits for an answer of this process, or takes it in: more than `free` seconds of it count.
-        AddressSpaceGone, and nothing is asked: that was so too often."""
+    def waited_for(self, free: float = A_MOMENT) -> Iterator[Wait]:
+        """Meanwhile ksmd waits for an answer of this process, or takes it in: more than `free` seconds of it count,
+        which the block may change. AddressSpaceGone, and nothing is asked: that was so too often."""
         if self.patience.is_at_an_end:
             raise AddressSpaceGone("it keeps everybody waiting")
-        began = time.monotonic()
+        began, wait = time.monotonic(), Wait(free)
         try:
-            yield
+            yield wait
         finally:
-            over = time.monotonic() - began - free
+            over = time.monotonic() - began - wait.free
             if over > 0:
                 self.patience.spend(over)
                 self.domain.patience.spend(over)
+
+    def expect(self, npages: int) -> None:
+        """It says of so many pages that they are its own. AddressSpaceGone: it cannot have as many."""
+        if npages > self.pages_max:
+            self.pages_max = 2 * self.space.pages_max() + PAGES_MORE
+            if npages > self.pages_max:
+                raise AddressSpaceGone("it tells of more pages than it has")
 
     def looked_at(self) -> None:
         """All its areas were looked at once more. While nothing happens, broken pages are looked for ever more rarely,
@@ -163,6 +181,11 @@ class MmSlot:
         """Pages merged with a segment or the zero page."""
         counts = self.counts.tolist()  # every process is asked in every pass, and numpy takes ten times as long
         return int(counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.ZERO])
+
+    @property
+    def unmerged(self) -> int:
+        """Pages that are known and not merged: what it says of them takes the service's memory."""
+        return self.with_checksum + int(self.counts[PageState.BROKEN])
 
     @property
     def with_checksum(self) -> int:

@@ -162,6 +162,15 @@ class Columns:
         """Say that rows are about to be written (for `resident`)."""
         self._touched[rows // BLOCK] = True
 
+    def used(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The stretches of rows [first, last) that may have been written since they were allocated, ascending. The time
+        this takes depends on what was written: a bit for each `BLOCK` is all that is read of the rest."""
+        low = first // BLOCK
+        blocks = np.flatnonzero(self._touched[low : -(-last // BLOCK)]) + low
+        at = run_starts(blocks)
+        starts, ends = blocks[at] * BLOCK, (blocks[np.append(at[1:], len(blocks))[: len(at)] - 1] + 1) * BLOCK
+        return list(zip(np.maximum(starts, first).tolist(), np.minimum(ends, last).tolist(), strict=True))
+
     def free(self, base: int, rows: int) -> None:
         """Give a range (or part of one) back."""
         at = bisect.bisect_left(self._free, (base, 0))

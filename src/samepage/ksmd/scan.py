@@ -11,6 +11,7 @@ import numpy as np
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, Bools, Ints, PageState, expand
+from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import U64, VPN_END, AddressSpaceGone, AddressSpaceSilent, Areas, RunKind, ScanFlag, ScanResult
 
 
@@ -86,16 +87,18 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
     by_kind = {kind: runs[runs["kind"] == kind] for kind in ORDER}
     # All of it is looked at before anything is changed.
     located = {kind: _located(slot, of_kind, strict) for kind, of_kind in by_kind.items() if len(of_kind)}
+    slot.expect(int(by_kind[RunKind.BROKEN]["npages"].sum(dtype=np.int64)))
     for kind, (_, _, ref, npages) in located.items():
         if kind != RunKind.HASHED:
-            refs = expand(ref, npages)
-            outcome.turned += len(refs)
-            if kind == RunKind.GONE:
-                domain.forget(slot, refs)
-            elif kind == RunKind.BROKEN:
-                outcome.broken += _broken(domain, slot, refs, passes)
-            else:
+            outcome.turned += int(npages.sum())
+            if kind == RunKind.FOUND:
                 _found(domain, slot, by_kind[kind], passes)
+                continue
+            if kind == RunKind.GONE:
+                for refs in domain.known(ref, npages):
+                    domain.forget(slot, refs)
+            else:
+                outcome.broken += _broken(domain, slot, expand(ref, npages), passes)
     if RunKind.HASHED in located:
         hashed = by_kind[RunKind.HASHED]
         run, low, ref, npages = located[RunKind.HASHED]
@@ -177,7 +180,7 @@ def _broken(domain: Domain, slot: MmSlot, refs: Ints, passes: int) -> int:
     many pages were known to be merged."""
     state = domain.state[refs]
     merged = IS_MERGED[state]
-    refs = refs[merged | (state == PageState.UNTOUCHED)]
+    refs = refs[merged] if domain.is_full else refs[merged | (state == PageState.UNTOUCHED)]
     if not len(refs):
         return 0
     domain.withdraw(slot, refs)
@@ -190,6 +193,8 @@ def _broken(domain: Domain, slot: MmSlot, refs: Ints, passes: int) -> int:
 
 def _found(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
     """Pages that are merged already: by fork, by mremap, or by a service that went."""
+    runs = runs[runs["offset"] < SEGMENT_PAGES]  # behind the end of a segment nothing can be merged with it
+    runs["npages"] = np.minimum(runs["npages"], SEGMENT_PAGES - runs["offset"])
     for found in runs:
         offset, npages = int(found["offset"]), int(found["npages"])
         segment = domain.stable.found(int(found["ino"]), offset, npages, passes)

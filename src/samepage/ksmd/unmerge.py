@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, Ints, PageState
 from samepage.ksmd.scan import refresh_areas
-from samepage.memory import AREA, PAGE_SIZE, AddressSpaceGone, BreakResult
+from samepage.memory import AREA, PAGE_SIZE, VPN_END, AddressSpaceGone, BreakResult
 
 BREAK_PAGES = 2048
 """Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
@@ -92,7 +93,9 @@ def unmerge_pages(
     slot.faults = 0
     row, last, damaged = ProcessBreak(slot.pid, comm=slot.comm), BreakResult(), 0
     known: Callable[[], BreakResult] | None = None
-    for run in [*_ranges(domain, slot, vpn, npages), None]:
+    runs = _Runs(domain, slot, vpn, npages)
+    while True:
+        run = runs.next()
         # What became of one range is taken in while the process has the next in hand.
         steps = [known] if known else []
         if run and not last.errno:
@@ -109,6 +112,7 @@ def unmerge_pages(
             damaged += 0 if done.errno else done.pages_remaining
             last = last if last.errno else done
         if run and results:
+            runs.heard(results[0])
             known = partial(_take_in, domain, slot, *run, results[0], leave_alone)
             if results[0].errno not in (0, errno.EFAULT) and not last.errno:
                 last = results[0]
@@ -117,18 +121,16 @@ def unmerge_pages(
     return row, last
 
 
-def _parts(slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int, int]]:
-    """The slices of a range that lie in areas: (vpn, ref, pages)."""
+def _pages_in(slot: MmSlot, vpn: int, npages: int) -> int:
+    """How many pages of a range lie in areas."""
     whole = np.array([(vpn, npages)], AREA)
-    _, low, ref, length = slot.locate(whole["vpn"], whole["npages"])
-    for first, base, n in zip(low.tolist(), ref.tolist(), length.tolist(), strict=True):
-        for at in range(0, n, SLICE_PAGES):
-            yield first + at, base + at, min(SLICE_PAGES, n - at)
+    return int(slot.locate(whole["vpn"], whole["npages"])[3].sum())
 
 
 def _merged_refs(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Ints:
     """Refs of the merged pages of a range, in the order of memory."""
-    parts = [np.flatnonzero(IS_MERGED[domain.state[ref : ref + n]]) + ref for _, ref, n in _parts(slot, vpn, npages)]
+    slices = domain.known_parts(slot, vpn, npages)
+    parts = [np.flatnonzero(IS_MERGED[domain.state[ref : ref + n]]) + ref for _, ref, n in slices]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
@@ -136,28 +138,66 @@ def _merged_in(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> int:
     return len(_merged_refs(domain, slot, vpn, npages))
 
 
-def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int]]:
-    """Cut a range for breaking: short where pages are known to be merged or were, long where none is known to be.
+class _Runs:
+    """Cuts a range for breaking: short where pages are known to be merged or were, long where none is known to be.
 
-    The latter are not skipped: pages that came by fork, or from before the service, may not have been found yet.
+    The latter are not skipped: pages that came by fork, or from before the service, may not have been found yet. They
+    are the longer the more of them there were in which nothing was merged, for a process may claim areas of any size.
     """
-    for start, ref, n in _parts(slot, vpn, npages):
+
+    def __init__(self, domain: Domain, slot: MmSlot, vpn: int, npages: int) -> None:
+        self._slot = slot
+        self._left = deque(_ranges(domain, slot, vpn, npages))
+        self._most = SLICE_PAGES
+        self._copied = 0
+
+    def next(self) -> tuple[int, int] | None:
+        """(vpn, pages); None after the last."""
+        if not self._left:
+            return None
+        vpn, n = self._left.popleft()
+        if n > self._most:
+            self._left.appendleft((vpn + self._most, n - self._most))
+        return vpn, min(n, self._most)
+
+    def heard(self, result: BreakResult) -> None:
+        """What the process answered for the last one. AddressSpaceGone: it cannot have copied so many pages."""
+        self._most = SLICE_PAGES if result.pages_unmerged or result.errno else 2 * self._most
+        self._copied += result.pages_unmerged
+        self._slot.expect(self._copied)
+
+
+def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int]]:
+    """Runs of pages: of `BREAK_PAGES` at most where one of them is merged or was, and all that lies between them."""
+    whole = np.array([(vpn, npages)], AREA)
+    _, low, _, length = slot.locate(whole["vpn"], whole["npages"])
+    for start, n in zip(low.tolist(), length.tolist(), strict=True):
+        pending = start
+        for at in _merged_blocks(domain, slot, start, n):
+            if pending < at:
+                yield pending, at - pending
+            pending = min(at + BREAK_PAGES, start + n)
+            yield at, pending - at
+        if pending < start + n:
+            yield pending, start + n - pending
+
+
+def _merged_blocks(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> list[int]:
+    """Where, of the blocks of `BREAK_PAGES` from `vpn` on, those begin that have merged pages or broken ones, which are
+    restored on this occasion."""
+    found = []
+    for at, ref, n in domain.known_parts(slot, vpn, npages):
         state = domain.state[ref : ref + n]
-        merged = IS_MERGED[state] | (state == PageState.BROKEN)  # which are restored on this occasion
-        pending = 0
-        for at in range(0, n, BREAK_PAGES):
-            if merged[at : at + BREAK_PAGES].any():
-                if pending < at:
-                    yield start + pending, at - pending
-                pending = min(at + BREAK_PAGES, n)
-                yield start + at, pending - at
-        if pending < n:
-            yield start + pending, n - pending
+        merged = np.flatnonzero(IS_MERGED[state] | (state == PageState.BROKEN))
+        found.append(np.unique((merged + (at - vpn)) // BREAK_PAGES))
+    blocks = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+    return (blocks * BREAK_PAGES + vpn).tolist()  # type: ignore[no-any-return]
 
 
 def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:
-    with slot.waited_for(1.0 + npages * PAGE_SIZE / BREAK_RATE):
+    with slot.waited_for() as wait:
         result = slot.space.break_ksm(vpn, npages)
+        wait.free += 1.0 * (npages <= BREAK_PAGES) + result.pages_unmerged * PAGE_SIZE / BREAK_RATE
     slot.faults += result.errno == errno.EFAULT
     return result
 
@@ -185,12 +225,12 @@ def _take_in(
         return result
     refresh_areas(domain, slot)
     if npages == 1 or slot.faults > FAULTS_MAX:
-        there = sum(n for _, _, n in _parts(slot, vpn, npages))
+        there = _pages_in(slot, vpn, npages)
         known = _merged_in(domain, slot, vpn, npages)
         return BreakResult(0, result.pages_unmerged, max(known, min(result.pages_remaining, there)))
     done, left = result.pages_unmerged, 0
     for start, n in ((vpn, npages // 2), (vpn + npages // 2, npages - npages // 2)):
-        if not any(True for _ in _parts(slot, start, n)):
+        if not _pages_in(slot, start, n):
             continue
         half = _break_range(domain, slot, start, n, leave_alone)
         done += half.pages_unmerged
@@ -258,7 +298,7 @@ def move_out(domain: Domain, slots: list[MmSlot], nodes: tuple[int, int]) -> boo
 
 def _users(domain: Domain, slot: MmSlot, nodes: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """Runs of pages (vpn, npages) of a process that are merged with the nodes."""
-    for vpn, ref, n in [p for piece in slot.pieces.tolist() for p in _parts(slot, piece[0], piece[1])]:
+    for vpn, ref, n in domain.known_parts(slot, 0, VPN_END):
         node = domain.checksum[ref : ref + n]
         of_these = HAS_NODE[domain.state[ref : ref + n]] & (node >= nodes[0]) & (node < nodes[1])
         at = np.flatnonzero(of_these)
