@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from samepage.agent import forbid_huge_pages
 from samepage.memory import RunKind, wire
 from samepage.memory.agent import AgentAddressSpace, Terms
+from samepage.memory.wire import Flags
 from tests.agent.preload import Preload
 
 HUGE = 512
@@ -37,7 +39,8 @@ for line in sys.stdin:
 
 class Process:
     """A program that says where its area is, and its address space as a service sees it. `PROGRAM` has 8 MiB, in huge
-    pages or, by "MADV_NOHUGEPAGE", in small ones."""
+    pages or, by "MADV_NOHUGEPAGE", in small ones. By write-protection it may have no huge ones, unless they are
+    `huge`."""
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Process:
         command: list[str] | None = None,
         flags: int = 0,
         reserve: int = 0,
+        huge: bool = False,
         **environment: str,
     ) -> None:
         path = str(folder / "socket")
@@ -67,6 +71,7 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE if command else None,
                 text=True,
+                preexec_fn=forbid_huge_pages if flags & Flags.SWAP_WP and not huge else None,
             )
             self.address = int(self.line())
             listener.settimeout(60)

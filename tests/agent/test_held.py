@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samepage.memory import EXTENT, ZERO_PAGE, PageStatus
+from samepage.memory import AREA, EXTENT, ZERO_PAGE, PageStatus
 from samepage.memory.wire import Flags, Swap
 from tests.agent.asked import Process
 from tests.agent.preload import Preload, compile_c
@@ -55,4 +55,61 @@ def test_without_uffdio_move_nothing_is_merged_that_its_owner_did_not_declare_qu
     assert process.space.swap == Swap.QUIET_WP
     status = process.space.merge(None, np.array([(process.address // 4096, 512, ZERO_PAGE)], EXTENT)).status
     assert (status == PageStatus.REFUSED).all()
+    process.end()
+
+
+PARTS = """
+import ctypes, mmap, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+n = 2 << 20
+area = libc.mmap(None, ctypes.c_size_t(2 * n), 3, 0x22, -1, ctypes.c_long(0))
+start = area + -area % n
+advise = lambda at, length, advice: libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(length), advice)
+advise(start, n, 14)  # MADV_HUGEPAGE
+ctypes.memset(start, 7, n)
+child = os.fork()
+if child == 0:
+    advise(start + 4096, n - 4096, 4)  # MADV_DONTNEED: the child keeps the first part
+    signal.pause()
+advise(start, 4096, 4)
+advise(start, n, 12)  # MADV_MERGEABLE
+print(start, flush=True)
+for line in sys.stdin:
+    if line == "forbid\\n":
+        print(libc.prctl(41, 1, 0, 0, 0), flush=True)
+    if line == "allow\\n":
+        print(libc.prctl(41, 0, 0, 0, 0), flush=True)
+    if line == "end\\n":
+        os.kill(child, 9)
+        print("ended", flush=True)
+"""
+"""A process with parts of a huge page, of which its child has another."""
+
+
+def test_parts_of_huge_pages_are_not_swapped_by_write_protection(preload: Preload, tmp_path: Path) -> None:
+    """Migration says of a part that is held that it is not, if the page's first part is not mapped (6.1), or others map
+    some part (6.18)."""
+    process = Process(preload, tmp_path, PARTS, flags=Flags.SWAP_WP, huge=True)
+    if process.space.swap == Swap.NONE:
+        pytest.skip("this user's userfaultfd does not hold up system calls")
+    assert process.space.swap == Swap.QUIET_WP, "it can have huge pages"
+    process.tell("end")
+    process.end()
+
+
+@pytest.mark.parametrize("late", ["forbid", "allow"])
+def test_nor_is_anything_once_there_can_be_huge_pages(preload: Preload, tmp_path: Path, late: str) -> None:
+    process = Process(preload, tmp_path, PARTS, flags=Flags.SWAP_WP, huge=late == "forbid")
+    if process.space.swap == Swap.NONE:
+        pytest.skip("this user's userfaultfd does not hold up system calls")
+    page = np.array([(process.address // 4096 + 8, 8)], AREA)
+    assert process.tell(late) == "0\n"
+    donated = process.space.donate(page)
+    assert (donated.status == PageStatus.REFUSED).all() or donated.segment is not None
+    if donated.segment is not None:
+        extents = np.array([(process.address // 4096 + 16, 8, 0)], EXTENT)
+        assert (process.space.merge(donated.segment, extents).status == PageStatus.REFUSED).all()
+        donated.segment.close()
+    process.tell("end")
     process.end()

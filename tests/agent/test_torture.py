@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from samepage.agent import forbid_huge_pages
 from tests.agent.preload import ROOT, Preload, compile_c
 
 WAYS = {
@@ -61,6 +62,7 @@ def storm(
             capture_output=True,
             text=True,
             timeout=seconds + 100,
+            preexec_fn=forbid_huge_pages if "SWAP_WP" in flags else None,
         )
         process.send_signal(signal.SIGTERM)
         tally: dict[str, int] = json.loads(process.stdout.read())

@@ -58,6 +58,14 @@ def library_path() -> Path:
     return Path(str(resources.files("samepage") / NAME))
 
 
+def forbid_huge_pages() -> None:
+    """In this process and all that it starts: by write-protection no others are merged (agent/holders.c)."""
+    PR_SET_THP_DISABLE = 41
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0):
+        code = ctypes.get_errno()
+        raise OSError(code, f"huge pages cannot be forbidden: {os.strerror(code)}")
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library with its prototypes; the one that was preloaded when it was. OSError when it is missing."""

@@ -328,6 +328,10 @@ int migrate(uintptr_t start, uintptr_t len);
 void unmigrated(uintptr_t start, uintptr_t len);
 /* Whether it really tells: of a private page of a file, and of anonymous memory. Asked once. */
 bool migration_tells(void);
+/* Of a part of a huge page it does not. Whether this process never had any; where the program begins, and later. */
+void note_page_size(void);
+bool only_small_pages(void);
+void note_huge_pages(void);		    /* there can be some from now on */
 void track(uintptr_t start, uintptr_t end); /* follow writes to anonymous memory here from now on */
 void untrack(uintptr_t start, uintptr_t end);
 

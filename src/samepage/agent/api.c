@@ -158,6 +158,7 @@ void agent_configure(const char *path)
 		return;
 	strcpy(peer.path, path);
 	thread_note_defaults();
+	note_page_size();
 }
 
 bool agent_configured(void)

@@ -6,10 +6,17 @@
  * MPOL_MF_MOVE | MPOL_MF_STRICT migrates every page of a range, also to the node it is on, and says EIO when one would not
  * go. (With MPOL_DEFAULT it ignores MPOL_MF_STRICT.) It is asked once in each process whether it really tells, with pages
  * that we hold ourselves.
+ *
+ * It does not tell of parts of a huge page. One that others map too, the kernel leaves out and calls that no failure; and whether
+ * they do Linux 6.1 reads off the huge page's head, and 6.18 guesses: where the head was discarded, or a child has another part,
+ * mbind(2) says 0 of a part that a device writes to. No call tells whether a page is such a part. So where anonymous
+ * memory is asked after, the process must never have had a huge page: whoever starts it forbids them (PR_SET_THP_DISABLE), which
+ * holds over fork and exec.
  */
 #include "agent.h"
 
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -58,6 +65,30 @@ static bool tells(int fd)
 	}
 	window_reset(page, PAGE_SIZE, PROT_NONE, -1, 0);
 	return told;
+}
+
+static _Atomic bool small;
+
+static bool huge_pages_are_forbidden(void)
+{
+	return real.prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1;
+}
+
+void note_page_size(void)
+{
+	atomic_store(&small, huge_pages_are_forbidden());
+}
+
+void note_huge_pages(void)
+{
+	atomic_store(&small, false);
+}
+
+bool only_small_pages(void)
+{
+	if (!huge_pages_are_forbidden())
+		note_huge_pages();
+	return atomic_load(&small);
 }
 
 bool migration_tells(void)

@@ -48,7 +48,8 @@ void swap_by_protect(struct chunk *c, size_t i, size_t j)
 
 	if (kernel.tracking)
 		untrack(start, start + len);
-	if (uffd_register(kernel.wp, start, len, UFFDIO_REGISTER_MODE_WP) || uffd_protect(start, len, true) ||
+	if ((kernel.swap == SP_SWAP_WP && !only_small_pages()) ||
+	    uffd_register(kernel.wp, start, len, UFFDIO_REGISTER_MODE_WP) || uffd_protect(start, len, true) ||
 	    page_kinds(start, j - i, kind + i)) {
 		memset(c->status + i, REFUSED, j - i);
 	} else {

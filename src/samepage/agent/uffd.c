@@ -115,6 +115,11 @@ static int new_uffd(int dev, uint64_t features, bool *user_mode_only)
 }
 
 /* Write-protection does not stop who holds a page already, so it takes somebody who chose it, and a kernel that tells who does. */
+static bool may_protect(void)
+{
+	return settings.flags & SP_WELCOME_SWAP_WP && only_small_pages() && migration_tells();
+}
+
 static enum sp_swap way_to_swap(bool user_only, bool wp_user_only)
 {
 	const uint32_t no_move = SP_WELCOME_NO_MOVE | SP_WELCOME_SWAP_WP;
@@ -123,7 +128,7 @@ static enum sp_swap way_to_swap(bool user_only, bool wp_user_only)
 		return user_only ? SP_SWAP_QUIET : SP_SWAP_MOVE;
 	if (kernel.wp < 0 || wp_user_only)
 		return SP_SWAP_NONE;
-	return settings.flags & SP_WELCOME_SWAP_WP && migration_tells() ? SP_SWAP_WP : SP_SWAP_QUIET_WP;
+	return may_protect() ? SP_SWAP_WP : SP_SWAP_QUIET_WP;
 }
 
 int kernel_open(int dev)

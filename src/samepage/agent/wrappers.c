@@ -201,6 +201,10 @@ static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long 
 			return -1;
 		}
 		break;
+	case PR_SET_THP_DISABLE:
+		if (a != 1 || b)
+			note_huge_pages();
+		break;
 	case PR_SET_SECCOMP:
 		/* A filter may kill for the calls that the agent needs. NULL is a question what the kernel can do. */
 		if (a == SECCOMP_MODE_STRICT || b)

@@ -130,7 +130,7 @@ def add_swap(parser: argparse.ArgumentParser) -> None:
         "--swap",
         choices=("move", "wp"),
         help="how pages are swapped under a program's threads: by UFFDIO_MOVE, which Linux 6.8 has (default: move), or "
-        "by write-protection, which older kernels have, too, and which is slower",
+        "by write-protection, which older kernels have, too, which is slower, and forbids the program huge pages",
     )
 
 

@@ -96,7 +96,9 @@ class Run:
             say(f"joined the daemon at {path}")
             daemon = MachineDaemon(path, report)
             environment = _environment(library, path, args) | dict([daemon.variable])
-            status = child.wait(child.start(program, command, environment), daemon.look, LOOK_EVERY)
+            # Before UFFDIO_MOVE a daemon swaps by write-protection, if at all.
+            enter = None if look().move else agent.forbid_huge_pages
+            status = child.wait(child.start(program, command, environment, enter), daemon.look, LOOK_EVERY)
             say(_shared(daemon.finish()))
             return status
         if path:
@@ -117,7 +119,8 @@ class Run:
         status = None
         try:
             with _tree(args.mount, args.sysfs, service) as enter:
-                status = child.wait(child.start(program, command, environment, enter))
+                forbid = agent.forbid_huge_pages if args.swap == "wp" else None
+                status = child.wait(child.start(program, command, environment, _both(forbid, enter)))
         except OSError as e:
             if status is None:
                 raise
@@ -126,6 +129,14 @@ class Run:
             summary = service.finish()
         say(_saved(summary))
         return status
+
+
+def _both(*steps: Callable[[], None] | None) -> Callable[[], None]:
+    def enter() -> None:
+        for step in filter(None, steps):
+            step()
+
+    return enter
 
 
 @contextlib.contextmanager

@@ -78,7 +78,8 @@ def not_swapped(ways: Iterable[Swap]) -> str:
     if "quiet_wp" in ways:
         return (
             "no page may be swapped by write-protection unless that is chosen (--swap wp), and there is no UFFDIO_MOVE "
-            "(Linux 6.8); or --swap wp was, and mbind(2) is forbidden"
+            "(Linux 6.8); or --swap wp was, and mbind(2) is forbidden, or the program can have huge pages, for "
+            "it was not `samepage run --swap wp` that started it"
         )
     if "quiet" in ways:
         return "no page could be swapped, for want of userfaultfd for system calls"
