@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,13 @@ NPAGES = 96
 CONTENTS = 40
 """Different pages there are, so that there is much to merge."""
 
+MEMORY_MAX = 128 << 20
+"""Bytes by which a case may make the service grow."""
+
 PASSES = 12
 STEPS = 40
 
-HUGE = (0, 1, 1 << 31, (1 << 32) - 1, 1 << 52, (1 << 52) - 1, 1 << 63, (1 << 64) - 1)
+HUGE = (0, 1, 1 << 28, 1 << 30, 1 << 31, (1 << 32) - 1, 1 << 52, (1 << 52) - 1, 1 << 63, (1 << 64) - 1)
 
 
 class Pump:
@@ -76,6 +80,7 @@ class Liar(FakeAgent):
         self._rng = rng
         self._chance = chance
         self._garbled = garbled
+        self._boasts = rng.choice((0.03, 0.03, 0.3))
         self._inodes = [1, 2, 3]
         self._seq = 1
 
@@ -115,7 +120,7 @@ class Liar(FakeAgent):
 
     def _count(self) -> int:
         rng = self._rng
-        return rng.choice(HUGE) if rng.random() < 0.03 else rng.choice((1, 1, 2, 3, 10, 50))
+        return rng.choice(HUGE) if rng.random() < self._boasts else rng.choice((1, 1, 2, 3, 10, 50))
 
     def _ranges(self, dtype: Any, most: int) -> Any:
         """Mostly ascending, mostly disjoint."""
@@ -145,7 +150,8 @@ class Liar(FakeAgent):
             run["kind"] = rng.choice(list(RunKind)) if rng.random() < 0.99 else 77
             run["ino"] = rng.choice(self._inodes)
             run["offset"] = rng.choice(HUGE) if rng.random() < 0.03 else rng.randint(0, 60)
-            run["npages"] = min(int(run["npages"]), 4000) if rng.random() < 0.98 else run["npages"]
+            honest = rng.random() >= self._boasts
+            run["npages"] = min(int(run["npages"]), 4000) if honest else run["npages"]
         hashed = int(runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64))
         hashed = min(hashed, 8000) if rng.random() < 0.97 else rng.randint(0, 100)
         sums = np.array([self.checksum(self.pages[rng.randrange(NPAGES)]) for _ in range(hashed)], "<u8")
@@ -197,6 +203,13 @@ class Liar(FakeAgent):
 
     def lie_headroom(self, request: Packet) -> tuple[bytes, int]:
         return wire.pack(wire.HEADROOM, self._rng.choice(HUGE)), -1
+
+
+class Space(AgentAddressSpace):
+    """Of a process that has no more pages than these."""
+
+    def pages_max(self) -> int:
+        return NPAGES
 
 
 class Mistake(Exception):
@@ -272,7 +285,7 @@ class Case:
         agent = Liar(theirs, pages, rng, chance, self._garbled) if chance else FakeAgent(theirs, pages)
         zero = agent.checksum(self._content[0])
         ready = {"swap": 1, "tracking": 1, "zero_checksum": zero if rng.random() < 0.9 else 7}
-        space = AgentAddressSpace(Pump(ours, agent), self._pid, 0, "fuzz", ready)  # type: ignore[arg-type]
+        space = Space(Pump(ours, agent), self._pid, 0, "fuzz", ready)  # type: ignore[arg-type]
         slot = self._ksmd.enter(space)
         self._spaces[slot] = space
         return slot
@@ -353,12 +366,22 @@ class Case:
 
 
 def run_case(seed: int) -> None:
-    """Raises what went wrong. No descriptor is left open."""
+    """Raises what went wrong. No descriptor is left open, and memory stays in bounds."""
     before = len(os.listdir("/proc/self/fd"))
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    resident = _memory("VmRSS")
     case = Case(seed)
     case.run()
     case.end()
     assert len(os.listdir("/proc/self/fd")) <= before, "descriptors are left open"
+    most = _memory("VmHWM") - resident
+    assert most <= MEMORY_MAX, f"it took {most >> 20} MiB"
+
+
+def _memory(field: str) -> int:
+    """Bytes, of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def main() -> int:

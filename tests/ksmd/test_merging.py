@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -153,16 +152,13 @@ def test_one_full_node_and_one_page_more_is_not_enough_for_a_copy(machine: Simul
     assert ksmd.counters().pages_unshared == 2
 
 
-def test_colliding_pages_are_refused_and_not_tried_for_ever(machine: SimulatedMachine, ksmd: Ksmd) -> None:
+def test_colliding_pages_are_refused_and_tried_again_but_rarely(machine: SimulatedMachine, ksmd: Ksmd) -> None:
     spaces, _ = processes(machine, ksmd, range(1, 21), range(101, 121), hash_bits=2)
-    passes(ksmd, 300)
+    passes(ksmd, 500)
     assert not spaces[0].merged_pages() | spaces[1].merged_pages()
     assert (ksmd.counters().pages_sharing, ksmd.counters().bytes_saved) == (0, 0)
-    calls = [Counter(space.calls) for space in spaces]
-    passes(ksmd, 200)
-    for space, before in zip(spaces, calls, strict=True):
-        assert Counter(space.calls)["merge"] == before["merge"]
-        assert Counter(space.calls)["donate"] == before["donate"]
+    tries = sum(space.calls.count("merge") + space.calls.count("donate") for space in spaces)
+    assert tries < 40 * 500 / 10  # a page in ten passes, on average
 
 
 def test_pages_that_are_equal_are_merged_though_others_collide_with_them(machine: SimulatedMachine, ksmd: Ksmd) -> None:
@@ -173,6 +169,17 @@ def test_pages_that_are_equal_are_merged_though_others_collide_with_them(machine
     assert not a.merged_pages()
     assert b.merged_pages() == c.merged_pages() == {BASE}
     assert ksmd.counters().pages_collided == 1
+
+
+def test_who_lies_about_a_page_does_not_keep_others_from_each_other_for_ever() -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    (liar, _), slots = processes(machine, ksmd, [7], [7])
+    liar.script = lambda what, vpn: PageStatus.DIFFERENT if what == "merge" else None
+    passes(ksmd, 6)
+    ksmd.exit(slots[0])
+    slots[0] = ksmd.enter(process(machine, 300, [7]))
+    passes(ksmd, 40)
+    assert [slot.merged for slot in slots] == [1, 1]
 
 
 def test_a_collided_page_is_tried_again_once_it_has_changed(machine: SimulatedMachine, ksmd: Ksmd) -> None:

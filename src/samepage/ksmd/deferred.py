@@ -11,6 +11,10 @@ LONGEST = 6
 """The wait grows to two to this power: 64 passes."""
 
 
+COLLIDED_LONGEST = 10
+"""The same where pages of equal checksum compared different: 1,024 passes."""
+
+
 class Deferred:
     """A queue of refs by the pass they are due in. An entry may be stale: the page's state tells."""
 

@@ -47,7 +47,7 @@ four processes. Whoever makes processes up must not fill the service's memory.""
 
 CANDIDATE = HAS_CHECKSUM.copy()
 """States a page that was put aside as a candidate may still be in when its turn comes."""
-CANDIDATE[[PageState.UNSHARED, PageState.COLLIDED, PageState.ALONE]] = False
+CANDIDATE[[PageState.UNSHARED, PageState.ALONE]] = False
 
 
 class Domain:

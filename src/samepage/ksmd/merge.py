@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from samepage.ksmd.deferred import LONGEST
+from samepage.ksmd.deferred import COLLIDED_LONGEST, LONGEST
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.exchange import COPY, UNASKED, Exchange, merge
 from samepage.ksmd.index import by_checksum
@@ -120,6 +120,13 @@ def _defer(domain: Domain, refs: U32, work: MergeWork, state: PageState) -> None
     domain.deferred.defer(refs, work.passes, LONGEST if work.smart_scan else 0)
 
 
+def _collide(domain: Domain, refs: U32, work: MergeWork) -> None:
+    """Pages compared different from others of equal checksum. Checksums of 64 bits hardly ever collide: somebody wrote
+    in between, or did not tell the truth of a page, which must not keep honest ones from each other for ever."""
+    domain.set_states(refs, PageState.COLLIDED)
+    domain.deferred.defer(refs, work.passes, COLLIDED_LONGEST)
+
+
 def _settle_left(domain: Domain, refs: U32, work: MergeWork) -> None:
     """Pages that found no donor that could give a copy, those that could not among them: mostly pages that a fork still
     shares. One of each content stands in the unstable index, as the first of them does in the kernel's tree, if nobody
@@ -152,7 +159,7 @@ def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
     work.statuses += np.bincount(status, minlength=len(PageStatus))
     domain.set_states(pages[status == PageStatus.DONE], PageState.ZERO)
     _settle_failures(domain, pages, status, work)
-    domain.set_states(pages[status == PageStatus.DIFFERENT], PageState.COLLIDED)
+    _collide(domain, pages[status == PageStatus.DIFFERENT], work)
     return refs[~zero]
 
 
@@ -377,7 +384,7 @@ class _Round:
         self._merged(others, node, status)
         proven = ~copied[others] | (stable.sharers[node[others]] > 0)
         lied = status[others] == PageStatus.DIFFERENT
-        domain.set_states(refs[others[lied & proven]], PageState.COLLIDED)
+        _collide(domain, refs[others[lied & proven]], work)
         again.append(refs[others[lied & ~proven]])
 
         mine = np.flatnonzero(donating & (node >= 0))
@@ -385,13 +392,13 @@ class _Round:
         disproven = np.zeros(len(donors), np.bool_)
         disproven[rank[others[lied & ~proven]]] = True
         useless = mine[~used]
-        domain.set_states(refs[useless[disproven[rank[useless]]]], PageState.COLLIDED)
+        _collide(domain, refs[useless[disproven[rank[useless]]]], work)
         _defer(domain, refs[useless[~disproven[rank[useless]]]], work, PageState.DEFERRED)
         mine = mine[used]
         self._merged(mine, node, status)
         # The copy is what the others have; this page was written since it was made. Unless it is reported so,
         # it is of equal checksum, and left alone.
-        domain.set_states(refs[mine[status[mine] == PageStatus.DIFFERENT]], PageState.COLLIDED)
+        _collide(domain, refs[mine[status[mine] == PageStatus.DIFFERENT]], work)
         new = exchange.node[exchange.node >= 0]
         stable.publish(new[stable.sharers[new] > 0].astype(np.uint32))
         stable.close_unused(exchange.segments)

@@ -42,7 +42,7 @@ class PageState(IntEnum):
     BROKEN = 8  # the pass in which that was found: was merged, was written, and has not been hashed since
     DEFERRED = 9  # checksum; matched, but busy or no memory: tried again later
     OVER_BUDGET = 10  # checksum; matched, but not worth the mappings it costs: tried again later
-    COLLIDED = 11  # checksum; compared different from a page of equal checksum: left alone until it changes
+    COLLIDED = 11  # checksum; compared different from a page of equal checksum, or somebody lied: tried again later
     ALONE = 12  # checksum; refused, or unmerged on request: left alone until it changes
 
 
