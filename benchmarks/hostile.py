@@ -74,7 +74,7 @@ def lies(path: str, rng: random.Random) -> None:
     """Well-formed answers, mostly, that are not true."""
     content = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (CONTENTS, PAGE_SIZE), np.uint8)
     pages = content[np.array(rng.choices(range(CONTENTS), k=96))]
-    serve(Liar(connect(path), pages, rng, rng.choice((0.05, 0.3)), rng.choice((0, 0, 0.02))))
+    serve(Liar(connect(path), pages, (), rng, rng.choice((0.05, 0.3)), rng.choice((0, 0, 0.02))))
 
 
 class Sparse(FakeAgent):

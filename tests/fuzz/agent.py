@@ -117,7 +117,8 @@ class Liar:
         if rng.random() < 0.2:
             self._merge_honestly()
             return
-        op = rng.choice((Op.AREAS, Op.SCAN, Op.DONATE, Op.DONATE, Op.MERGE, Op.MERGE, Op.MERGE, Op.BREAK, Op.RESTORE))
+        ops = (Op.AREAS, Op.SCAN, Op.DONATE, Op.DONATE, Op.MERGE, Op.MERGE, Op.MERGE, Op.BREAK, Op.RESTORE, Op.PROVE)
+        op = rng.choice(ops)
         if rng.random() < 0.05:
             op = rng.choice((Op.MAP_COUNT, Op.HEADROOM))
         body, fd, own = self._body(op)
@@ -159,6 +160,9 @@ class Liar:
                 -1,
                 False,
             )
+        if op is Op.PROVE:
+            count = rng.choice((0, 1, 4, 256, rng.randrange(8000)))
+            return rng.randbytes(rng.choice((32, 32, 31))) + np.array([self._vpn()] * count, "<u8").tobytes(), -1, False
         if op is not Op.MERGE:
             return b"", -1, False
         kind = rng.random()

@@ -32,6 +32,7 @@ from samepage.ksmd.rmap import RmapItems
 from samepage.ksmd.stable import StableTree
 from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, PageStatus, RunKind, wire
 from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.proof import expected
 from samepage.memory.wire import Op, Packet
 from tests.service.fake_agent import BASE_VPN, NEVER, FakeAgent, sealed
 
@@ -73,10 +74,17 @@ class Pump:
 
 
 class Liar(FakeAgent):
-    """Answers mostly in the right form, and now and then not even that."""
+    """Answers mostly in the right form, and now and then not even that. Claims that its pages are `names`."""
 
-    def __init__(self, sock: socket.socket, pages: Any, rng: random.Random, chance: float, garbled: float) -> None:
+    def __init__(
+        self, sock: socket.socket, pages: Any, names: Any, rng: random.Random, chance: float, garbled: float
+    ) -> None:
         super().__init__(sock, pages)
+        self._names = {
+            page.tobytes(): super(Liar, self).checksum(name) for page, name in zip(pages, names, strict=False)
+        }
+        self._known = {page.tobytes() for page in pages}
+        self.stolen = 0
         self._rng = rng
         self._chance = chance
         self._garbled = garbled
@@ -84,10 +92,16 @@ class Liar(FakeAgent):
         self._inodes = [1, 2, 3]
         self._seq = 1
 
+    def checksum(self, page: Any) -> int:
+        return self._names.get(page.tobytes()) or super().checksum(page)
+
     def honest(self, request: Packet) -> tuple[bytes, int]:
         rng, op = self._rng, Op(request.op)
         if request.fd >= 0:
             self._inodes.append(os.fstat(request.fd).st_ino)
+            content = os.pread(request.fd, 1 << 30, 0)
+            held = {content[at : at + PAGE_SIZE] for at in range(0, len(content), PAGE_SIZE)}
+            self.stolen += held.isdisjoint(self._known)
         if rng.random() < self._chance:
             body, fd = getattr(self, f"lie_{op.name.lower()}")(request)
         else:
@@ -183,6 +197,15 @@ class Liar(FakeAgent):
             self._inodes.append(os.fstat(fd).st_ino)
         return wire.pack(wire.DONE, rng.choice(HUGE), npages) + status.tobytes(), fd
 
+    def lie_prove(self, request: Packet) -> tuple[bytes, int]:
+        """That a page is another one that it has, or anything."""
+        rng, reader = self._rng, request.reader()
+        key, count = reader.one(wire.PROVE)["key"], len(reader.body) // 8 - 4
+        proofs = [expected(key, rng.choice(self.pages).tobytes()) if rng.random() < 0.5 else rng.randbytes(16)
+                  for _ in range(count)]  # fmt: skip
+        body = wire.pack(wire.DONE, rng.choice(HUGE), count) + self._statuses(count).tobytes()
+        return body + b"".join(proofs), -1
+
     def lie_merge(self, request: Packet) -> tuple[bytes, int]:
         extents = request.reader().rest(EXTENT)
         npages = int(extents["npages"].sum())
@@ -264,7 +287,7 @@ class Case:
         self._now = 0.0
         self._ksmd = Ksmd(clock=self._clock, cpu_clock=lambda: 0.0)
         self._spaces: dict[MmSlot, AgentAddressSpace] = {}
-        self._content = np.random.default_rng(seed).integers(0, 256, (2 * NPAGES, PAGE_SIZE), np.uint8)
+        self._content = np.random.default_rng(seed).integers(0, 256, (3 * NPAGES, PAGE_SIZE), np.uint8)
         self._content[0] = 0
         self._sharing = self._rng.choice((2, 3, 5, 4096))
         self._pid = 1000
@@ -281,8 +304,14 @@ class Case:
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         rng, self._pid = self._rng, self._pid + 1
+        agent: FakeAgent
         pages = self._content[np.array(which or rng.choices(range(CONTENTS), k=NPAGES))].copy()
-        agent = Liar(theirs, pages, rng, chance, self._garbled) if chance else FakeAgent(theirs, pages)
+        if not chance:
+            agent = FakeAgent(theirs, pages)
+        elif rng.random() < 0.7:
+            agent = Liar(theirs, pages, (), rng, chance, self._garbled)
+        else:
+            agent = Liar(theirs, self._content[2 * NPAGES :], pages, rng, chance, self._garbled)
         zero = agent.checksum(self._content[0])
         ready = {"swap": 1, "tracking": 1, "zero_checksum": zero if rng.random() < 0.9 else 7}
         space = Space(Pump(ours, agent), self._pid, 0, "fuzz", ready)  # type: ignore[arg-type]
@@ -302,6 +331,8 @@ class Case:
         for domain in self._ksmd._domains.values():
             found = books.problems(domain)
             assert not found, found
+        agents = [space._sock._agent for space in self._spaces.values()]  # type: ignore[attr-defined]
+        assert not sum(getattr(agent, "stolen", 0) for agent in agents), "a segment for who has nothing of it"
         for slot in [slot for slot in self._spaces if slot.gone]:
             self._leave(slot)
 

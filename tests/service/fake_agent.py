@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, U8, ZERO_PAGE, PageStatus, RunKind, wire
+from samepage.memory.proof import expected
 from samepage.memory.wire import Op, Packet
 
 BASE_VPN = 0x7F000000
@@ -127,6 +128,12 @@ class FakeAgent:
         vpns = np.concatenate([np.arange(r["vpn"], r["vpn"] + r["npages"]) for r in runs]).astype(np.int64) - BASE_VPN
         body = wire.pack(wire.DONE, 1000, len(vpns)) + bytes(len(vpns))
         return body, sealed(self.pages[vpns].tobytes())
+
+    def do_prove(self, request: Packet) -> tuple[bytes, int]:
+        reader = request.reader()
+        key, pages = reader.one(wire.PROVE)["key"], reader.rest(np.dtype([("vpn", "<u8")]))["vpn"].astype(np.int64)
+        proofs = b"".join(expected(key, self.pages[vpn - BASE_VPN].tobytes()) for vpn in pages)
+        return wire.pack(wire.DONE, 1000, len(pages)) + bytes(len(pages)) + proofs, -1
 
     def do_merge(self, request: Packet) -> tuple[bytes, int]:
         extents = request.reader().rest(EXTENT)

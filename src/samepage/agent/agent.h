@@ -414,6 +414,8 @@ uint64_t page_checksum(const void *page); /* hash.c */
 int donate(const struct sp_area *runs, size_t n, uint8_t *status);
 
 enum page_status { DONE, DIFFERENT, BUSY, GONE, NOMEM, NOMAP, REFUSED }; /* PageStatus in samepage/memory */
+/* Hashes each of n pages under a key, as a proof that they are here (prove.c). `proof` has SP_PROOF_SIZE bytes a page. */
+void prove(const struct sp_prove *req, const uint64_t *vpns, size_t n, uint8_t *status, uint8_t *proof);
 /* fd: a segment, or -1 when all extents are SP_ZERO_PAGE. 0, or the errno for a segment that is none. */
 int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status);
 

@@ -150,6 +150,24 @@ static int do_merge(int fd, const struct sp_extent *extents, size_t n, size_t *l
 	return 0;
 }
 
+static int do_prove(const struct sp_prove *req, size_t n, size_t *len)
+{
+	struct sp_done *head = answer;
+	uint8_t *status = (uint8_t *)(head + 1);
+	const uint64_t *vpns = (const uint64_t *)(req + 1);
+	uint64_t cpu = thread_cpu_ns();
+
+	if (n > (ANSWER_MAX - sizeof(*head)) / (1 + SP_PROOF_SIZE))
+		return EPROTO;
+	for (size_t i = 0; i < n; i++)
+		if (!in_user_memory(vpns[i], 1))
+			return EPROTO;
+	prove(req, vpns, n, status, status + n);
+	*head = (struct sp_done){thread_cpu_ns() - cpu, n};
+	*len = sizeof(*head) + n * (1 + SP_PROOF_SIZE);
+	return 0;
+}
+
 /* A long range in steps, so that the application's calls need not wait for all of it. */
 static void do_break(const struct sp_area *range)
 {
@@ -204,7 +222,7 @@ bool serve(void)
 
 	if (got < 0)
 		return got == -EAGAIN;
-	if ((op == SP_DONATE || op == SP_MERGE) && !is_same()) {
+	if ((op == SP_DONATE || op == SP_PROVE || op == SP_MERGE) && !is_same()) {
 		thread_retires();
 		err = EPROTO;
 	} else if (op == SP_AREAS && got == sizeof(uint64_t) && in_user_memory(*(uint64_t *)payload, 0)) {
@@ -213,6 +231,9 @@ bool serve(void)
 		len = do_scan(payload);
 	} else if (op == SP_DONATE && got && got % (ssize_t)sizeof(struct sp_area) == 0) {
 		err = do_donate(payload, (size_t)got / sizeof(struct sp_area), &len, &out);
+	} else if (op == SP_PROVE && got >= (ssize_t)sizeof(struct sp_prove) &&
+		   (got - sizeof(struct sp_prove)) % sizeof(uint64_t) == 0) {
+		err = do_prove(payload, ((size_t)got - sizeof(struct sp_prove)) / sizeof(uint64_t), &len);
 	} else if (op == SP_MERGE && got && got % (ssize_t)sizeof(struct sp_extent) == 0) {
 		err = do_merge(fd, payload, (size_t)got / sizeof(struct sp_extent), &len);
 	} else if (op == SP_BREAK && got == sizeof(struct sp_area) &&

@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define SP_MAGIC 0x45504d53u /* "SMPE" */
-#define SP_VERSION 4u
+#define SP_VERSION 5u
 #define SP_MSG_MAX (128u << 10)
 
 enum sp_op {
@@ -33,6 +33,7 @@ enum sp_op {
 	SP_MAP_COUNT = 9, /* ->                      <- sp_map_count */
 	SP_HEADROOM = 10, /* ->                      <- sp_headroom */
 	SP_RESTORE = 11,  /* -> sp_area[]            <- sp_restored */
+	SP_PROVE = 12,	  /* -> sp_prove, u64 vpn[]  <- sp_done, u8 status[npages], u8 proof[npages][SP_PROOF_SIZE] */
 };
 
 struct sp_hdr {
@@ -143,6 +144,13 @@ struct sp_extent {
 struct sp_done {
 	uint64_t cpu_ns;
 	uint64_t npages;
+};
+
+#define SP_KEY_SIZE 32
+#define SP_PROOF_SIZE 16 /* BLAKE2b of the page under the key; zeros of a page that is not DONE */
+
+struct sp_prove {
+	uint8_t key[SP_KEY_SIZE];
 };
 
 struct sp_broken {

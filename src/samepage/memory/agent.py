@@ -15,6 +15,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from samepage.memory import (
     ScanResult,
     Segment,
     check,
+    proof,
     wire,
 )
 from samepage.memory.halt import SILENT, TRACED, Halt, agent_thread, halt_of
@@ -82,7 +84,7 @@ RUNS_MAX = wire.BODY_MAX // AREA.itemsize
 
 EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
 
-NOTHING_LOST = (Op.AREAS, Op.SCAN, Op.RESTORE, Op.MAP_COUNT, Op.HEADROOM)
+NOTHING_LOST = (Op.AREAS, Op.SCAN, Op.RESTORE, Op.MAP_COUNT, Op.HEADROOM, Op.PROVE)
 """What a process may have been asked when it fell silent: the answer is taken in, or asked for again. After any other
 request ksmd could not tell what the process did."""
 
@@ -154,6 +156,7 @@ class AgentAddressSpace:
         self._identity = identity
         self.doubtful = False
         """It sent a descriptor of something that no agent sends."""
+        self._has: weakref.WeakSet[MemfdSegment] = weakref.WeakSet()  # segments that it made, or was given
         self._cancelled: Callable[[], bool] | None = None
         self.hurry = math.inf
         """After so many seconds without an answer it is silent, and nobody waits for it, whether it can run or not."""
@@ -356,6 +359,8 @@ class AgentAddressSpace:
             if (done > 0) != (answer.fd >= 0):
                 raise WireError(f"{done} pages donated, {'a' if answer.fd >= 0 else 'no'} segment")
             segment = MemfdSegment(answer.take_fd(), done) if done else None
+            if segment is not None:
+                self._has.add(segment)
             donation = Donation(segment, status, _credible(cpu_ns, started))
             try:
                 check.donated(donation, npages)
@@ -365,15 +370,21 @@ class AgentAddressSpace:
         return donation
 
     def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
-        """As the protocol says. A segment must be a `MemfdSegment`; many extents go in several packets, and
-        when the process goes between two of them, what the earlier ones did is not told."""
+        """As the protocol says. A segment must be a `MemfdSegment`, of which are all extents then, and is not passed
+        before the process proved that it has a page of it. Many extents go in several packets, and when the process
+        goes between two of them, what the earlier ones did is not told."""
         fd = -1
+        started, cpu_ns = time.perf_counter_ns(), 0
         if segment is not None:
             if not isinstance(segment, MemfdSegment):
                 raise TypeError(f"{segment!r} cannot be passed to a process")
             fd = segment.fileno()
+            if segment not in self._has:
+                refuted = proof.refuted(fd, extents, self._prove)
+                if refuted is not None:
+                    return MergeResult(refuted)
+                self._has.add(segment)
         statuses: list[U8] = []
-        started, cpu_ns = time.perf_counter_ns(), 0
         for part in _packets(extents):
             with self._ask(Op.MERGE, part.tobytes(), fd=fd) as answer:
                 npages = int(part["npages"].sum())
@@ -383,6 +394,19 @@ class AgentAddressSpace:
             cpu_ns += ns
         status = np.concatenate(statuses) if statuses else np.empty(0, np.uint8)
         return MergeResult(status, _credible(cpu_ns, started))
+
+    def _prove(self, key: bytes, vpns: U64) -> tuple[U8, list[bytes]]:
+        """See `proof.Ask`."""
+        with self._ask(Op.PROVE, key + vpns.tobytes()) as answer:
+            reader = answer.reader()
+            done = reader.one(wire.DONE)
+            status: U8 = reader.take(np.uint8, len(vpns))
+            proofs = reader.take(np.uint8, len(vpns) * wire.PROOF_SIZE).tobytes()
+            reader.end()
+            if done["npages"] != len(vpns):
+                raise WireError("a proof of other pages")
+            check.statuses(status, len(vpns))
+        return status, [proofs[at : at + wire.PROOF_SIZE] for at in range(0, len(proofs), wire.PROOF_SIZE)]
 
     def break_ksm(self, vpn: int, npages: int) -> BreakResult:
         patience = npages * PAGE_SIZE / BREAK_RATE

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from samepage.memory import AREA, EXTENT, RUN
 
 MAGIC = 0x45504D53
-VERSION = 4
+VERSION = 5
 MSG_MAX = 128 << 10
 """Bytes of the largest packet, header included."""
 
@@ -43,6 +43,7 @@ class Op(IntEnum):
     MAP_COUNT = 9
     HEADROOM = 10
     RESTORE = 11
+    PROVE = 12
 
 
 class Flags(IntFlag):
@@ -96,6 +97,9 @@ SCANNED = np.dtype(
     ]
 )
 DONE = np.dtype([("cpu_ns", "<u8"), ("npages", "<u8")])
+KEY_SIZE, PROOF_SIZE = 32, 16
+PROVE = np.dtype([("key", f"S{KEY_SIZE}")])
+"""Followed by the number of each page."""
 BROKEN = np.dtype(
     [
         ("pages_unmerged", "<u8"),
@@ -123,6 +127,7 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "sp_scanned": SCANNED,
     "sp_extent": EXTENT,
     "sp_done": DONE,
+    "sp_prove": PROVE,
     "sp_broken": BROKEN,
     "sp_restored": RESTORED,
     "sp_map_count": MAP_COUNT,
