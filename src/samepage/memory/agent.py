@@ -242,9 +242,11 @@ class AgentAddressSpace:
         return halt.why if halt else ""
 
     def _halt(self) -> Halt | None:
-        """What keeps its agent from running."""
+        """What keeps its agent from running; nothing that is so of another process that has the number by now, or of
+        another program."""
         self._thread = self._thread or agent_thread(self._pid)
-        return halt_of(self._pid, self._thread)
+        halt = halt_of(self._pid, self._thread)
+        return halt if halt is None or self.is_there() else None
 
     def catch_up(self) -> tuple[str, list[ScanResult]]:
         found: list[ScanResult] = []
@@ -461,7 +463,9 @@ class AgentAddressSpace:
             reader = answer.reader()
             found = reader.one(wire.HEADROOM)
             reader.end()
-        return _memory_cgroup(self._pid), found["available"]
+        group = _memory_cgroup(self._pid)
+        self.verify()
+        return group, found["available"]
 
     @contextlib.contextmanager
     def _ask(
