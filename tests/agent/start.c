@@ -104,6 +104,8 @@ static void silent_service(void)
 	double wall = now(CLOCK_MONOTONIC), cpu;
 
 	printf("unmerge %d\n", madvise(p, SIZE, MADV_UNMERGEABLE));
+	printf("merge any %d\n", prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0));
+	printf("merge none %d\n", prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0));
 	printf("setns %d", setns(-1, 0));
 	printf(" %s\n", strerror(errno));
 	printf("unshare %d\n", unshare(CLONE_NEWUSER));

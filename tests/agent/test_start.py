@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from samepage.memory import ScanFlag, wire
+from samepage.memory.wire import Op
 from tests.agent.preload import Preload, compile_c, start_merge_all
 
 HERE = Path(__file__).parent
@@ -44,20 +48,93 @@ def test_other_allocators_start_with_all_memory_mergeable(preload: Preload, star
         assert preload.run(command, bare=True) == "agent 1\n"
 
 
+Serve = Callable[[socket.socket], None]
+
+
+def mute(listener: socket.socket) -> None:
+    """It never accepts."""
+
+
+def full(listener: socket.socket) -> None:
+    """It never accepts, and nobody more may wait for that."""
+    listener.listen(0)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            KEPT.append(sock)
+            sock.connect(listener.getsockname())
+
+
+def deaf(listener: socket.socket) -> None:
+    """It accepts, and never reads."""
+    while True:
+        KEPT.append(listener.accept()[0])
+
+
+def speechless(listener: socket.socket) -> None:
+    """It welcomes, and never asks."""
+    while True:
+        sock = listener.accept()[0]
+        KEPT.append(sock)
+        wire.send(sock, Op.WELCOME, wire.recv(sock).seq, wire.pack(wire.WELCOME, wire.VERSION, 0, 0, 64, 0))
+
+
+def curious(listener: socket.socket) -> None:
+    """It asks for as much as it can, and never reads an answer."""
+    while True:
+        sock = listener.accept()[0]
+        KEPT.append(sock)
+        wire.send(sock, Op.WELCOME, wire.recv(sock).seq, wire.pack(wire.WELCOME, wire.VERSION, 0, 0, 64, 0))
+        sock.settimeout(0.2)
+        with contextlib.suppress(OSError):
+            while True:
+                body = wire.pack(wire.SCAN, 0, 1 << 20, 1 << 52, ScanFlag.ALL, 0)
+                wire.send(sock, Op.SCAN, 1, body)
+
+
+def stuttering(listener: socket.socket) -> None:
+    """What it says breaks off in the middle."""
+    while True:
+        sock = listener.accept()[0]
+        KEPT.append(sock)
+        wire.recv(sock)
+        sock.send(wire.pack(wire.HDR, Op.WELCOME, 0, 0, wire.WELCOME.itemsize) + b"half")
+
+
+KEPT: list[socket.socket] = []
+"""Connections that nobody closes before the test is over."""
+
+
 @contextmanager
-def mute(path: Path) -> Iterator[None]:
-    """Somebody who listens and never answers."""
+def listening(path: Path, serve: Serve) -> Iterator[None]:
+    def run() -> None:
+        with contextlib.suppress(OSError, wire.WireError):  # it is over
+            serve(listener)
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
         listener.listen(1)
+        thread = threading.Thread(target=run)
+        thread.start()
+        if serve is full:
+            thread.join()
         yield
+        listener.shutdown(socket.SHUT_RDWR)
+        for sock in KEPT:
+            sock.close()
+        thread.join()
+        KEPT.clear()
 
 
-SILENT = "unmerge 0\nsetns -1 Bad file descriptor\nunshare 0\nseccomp 1\nin time 1\nidle 1\n"
+SILENT = "unmerge 0\nmerge any 0\nmerge none 0\nsetns -1 Bad file descriptor\nunshare 0\nseccomp 1\nin time 1\nidle 1\n"
 
 
-def test_a_service_that_never_answers_holds_nobody_up(preload: Preload, start: str, tmp_path: Path) -> None:
-    with mute(tmp_path / "socket"):
+@pytest.mark.parametrize("serve", [mute, full, deaf, speechless, curious, stuttering], ids=lambda serve: serve.__name__)
+def test_a_service_that_never_answers_holds_nobody_up(
+    preload: Preload, start: str, tmp_path: Path, serve: Serve
+) -> None:
+    """Neither whoever unmerges, all or some, nor who must be alone in the process, nor who ends it."""
+    with listening(tmp_path / "socket", serve):
         assert preload.run([start, "silent-service"], socket=str(tmp_path / "socket")) == SILENT
 
 
