@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LIBRARIES = ("libsamepage.so", "libsamepage_scan.so", "libsamepage_inject.so")
 
 
 def run(*command: str | Path) -> str:
@@ -56,7 +57,7 @@ def test_the_wheel_holds_the_package_and_its_libraries_and_nothing_else(wheel: P
     tree = committed("src") or {str(path.relative_to(ROOT)) for path in (ROOT / "src").rglob("*")}
     modules = {name.removeprefix("src/") for name in tree if name.endswith((".py", ".html", "/py.typed"))}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names - {"samepage/samepage-sysfs"} == modules | {"samepage/libsamepage.so", "samepage/libsamepage_scan.so"}
+    assert names - {"samepage/samepage-sysfs"} == modules | {f"samepage/{library}" for library in LIBRARIES}
 
 
 @pytest.mark.skipif(shutil.which("pkg-config") is None, reason="needs pkg-config, and libraries for it to find")
@@ -77,7 +78,7 @@ def test_the_published_library_loads_into_any_program(unpacked: Path) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("as ever\n", "", 0)  # ld.so complains on stderr only
 
 
-@pytest.mark.parametrize("library", ["libsamepage.so", "libsamepage_scan.so"])
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_the_libraries_need_nothing_but_libc(unpacked: Path, library: str) -> None:
     dynamic = run("readelf", "--wide", "--dynamic", unpacked / "samepage" / library)
     needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line}
@@ -95,5 +96,4 @@ def test_the_library_shows_only_wrappers_of_libc_and_its_own_names(unpacked: Pat
 
 
 def test_the_installed_package_has_its_libraries() -> None:
-    assert (files("samepage") / "libsamepage.so").is_file()
-    assert (files("samepage") / "libsamepage_scan.so").is_file()
+    assert all((files("samepage") / library).is_file() for library in LIBRARIES)

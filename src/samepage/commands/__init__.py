@@ -62,6 +62,7 @@ def _in_one_line(error: CommandError | OSError) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from samepage.commands.attach import Attach, Detach
     from samepage.commands.daemon import Daemon
     from samepage.commands.doctor import Doctor
     from samepage.commands.knobs import Get, Set
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "get": Get(),
         "set": Set(),
         "unmerge": Unmerge(),
+        "attach": Attach(),
+        "detach": Detach(),
         "scan": Scan(),
         "doctor": Doctor(),
     }

@@ -13,6 +13,7 @@ from samepage.commands.streams import say
 from samepage.service import sockets
 
 if TYPE_CHECKING:
+    from samepage.kernel.unmerge import Outcome
     from samepage.service.control import Client
 
 MIB = 1 << 20
@@ -64,14 +65,24 @@ def _last(client: Client, pids: list[int]) -> dict[str, Any]:
 def _explain(outcome: dict[str, Any]) -> str:
     from samepage.service.control import blamed
 
-    done, left = outcome["pages_unmerged"], outcome["pages_remaining"]
-    why = ""
-    if outcome["limits_unseen"]:
-        why = f"nothing is risked, for {agent.UNSEEN}"
-    elif outcome["errno"] == "ENOMEM":
-        needed, there = outcome["bytes_needed"] / MIB, outcome["bytes_available"] / MIB
-        why = f"the next step needs {needed:.1f} MiB and there are {there:.1f}: free some memory and call again"
-    elif outcome["errno"] == "EINTR":
-        why = "interrupted; calling again goes on"
+    why = _why(outcome["errno"], outcome["bytes_needed"], outcome["bytes_available"], outcome["limits_unseen"])
     said = "; ".join(filter(None, [why, blamed(outcome["failed"])])) or outcome["errno"]
-    return f"{done} pages unmerged, {left} remain merged: {said}"
+    return f"{outcome['pages_unmerged']} pages unmerged, {outcome['pages_remaining']} remain merged: {said}"
+
+
+def explain(outcome: Outcome) -> str:
+    """How far an unmerge of the kernel's pages came, and what stopped it."""
+    why = _why(outcome.errno, outcome.bytes_needed, outcome.bytes_available, outcome.limits_unseen)
+    said = why or outcome.errno
+    return f"{outcome.pages_unmerged} pages unmerged, {outcome.pages_remaining} remain merged: {said}"
+
+
+def _why(errno: str | None, needed: int, there: int, unseen: bool) -> str:
+    if unseen:
+        return f"nothing is risked, for {agent.UNSEEN}"
+    if errno == "ENOMEM":
+        needed_mib, there_mib = needed / MIB, there / MIB
+        return (
+            f"the next step needs {needed_mib:.1f} MiB and there are {there_mib:.1f}: free some memory and call again"
+        )
+    return "interrupted; calling again goes on" if errno == "EINTR" else ""

@@ -1,0 +1,146 @@
+"""System calls made in the name of a running process: libsamepage_inject.so (`inject.h` tells how).
+
+Every call lets go of the GIL, and holds the process for as long as its calls take, some 0.2 ms.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+NAME = "libsamepage_inject.so"
+
+
+class Error(IntEnum):
+    """`enum inject_error`."""
+
+    OK, GONE, DENIED, STOPPED, OTHER_BITS, SILENT, BUSY, NO_WAY_BACK, NO_STACK, DISPATCHED, FAILED = range(11)
+
+
+REASONS = {
+    Error.GONE: "it has ended",
+    Error.DENIED: "permission denied: the kernel does not let this user trace it",
+    Error.STOPPED: "it is stopped by a signal",
+    Error.OTHER_BITS: "it is not a 64-bit program",
+    Error.SILENT: "it does not come out of the kernel: it sleeps there uninterruptibly",
+    Error.BUSY: "it was never found where it may be held",
+    Error.NO_WAY_BACK: "there is nothing in its code by which it could return if samepage were killed",
+    Error.NO_STACK: "there is no room below the stack of its first thread",
+    Error.DISPATCHED: "it handles its own system calls (PR_SET_SYSCALL_USER_DISPATCH), as Wine does",
+    Error.FAILED: "ptrace failed",
+}
+
+
+class InjectError(Exception):
+    """Nothing was done, and why: `args[0]` is the reason in words, `error` as the library has it."""
+
+    def __init__(self, error: Error) -> None:
+        super().__init__(REASONS[error])
+        self.error = error
+
+
+class _Call(ctypes.Structure):
+    """`struct inject_call`."""
+
+    _fields_ = (("nr", ctypes.c_int64), ("arg", ctypes.c_uint64 * 6), ("ret", ctypes.c_int64))
+
+
+Call = tuple[int, ...]
+"""The number of a system call, and its arguments."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library. OSError when it is missing."""
+    beside = Path(__file__).parents[1] / NAME
+    if not beside.exists():  # an editable install leaves it in the build folder
+        from importlib import resources
+
+        beside = Path(str(resources.files("samepage") / NAME))
+    library = ctypes.CDLL(str(beside))
+    library.samepage_inject_calls.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call), ctypes.c_size_t]
+    library.samepage_inject_unmerge.argtypes = [ctypes.POINTER(Unmerging)]
+    library.samepage_inject_headroom.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
+    library.samepage_inject_headroom.restype = ctypes.c_uint64
+    return library
+
+
+def make_calls(pid: int, calls: Sequence[Call]) -> list[int]:
+    """Make system calls in the name of a process, one after the other, until one fails; what the kernel answered to
+    each that was made, errors as -errno. `InjectError`: none was made, or the process ended."""
+    made = (_Call * len(calls))()
+    for n, (nr, *arguments) in enumerate(calls):
+        made[n].nr = nr
+        for i, argument in enumerate(arguments):
+            made[n].arg[i] = argument
+    pidfd = open_process(pid)
+    try:
+        error = load().samepage_inject_calls(pid, pidfd, made, len(calls))
+    finally:
+        os.close(pidfd)
+    if error:
+        raise InjectError(Error(error))
+    answers = []
+    for call in made:
+        answers.append(int(call.ret))
+        if call.ret < 0:
+            break
+    return answers
+
+
+def open_process(pid: int) -> int:
+    """A pidfd. `InjectError` when there is no such process."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as e:
+        raise InjectError(Error.GONE) from e
+
+
+class Range(ctypes.Structure):
+    """`struct range`: addresses of one mapping, and how many bytes of it are merged at most."""
+
+    _fields_ = (("start", ctypes.c_uint64), ("end", ctypes.c_uint64), ("merged", ctypes.c_uint64))
+
+
+class Unmerging(ctypes.Structure):
+    """`struct unmerging`."""
+
+    _fields_ = (
+        ("pid", ctypes.c_int),
+        ("pidfd", ctypes.c_int),
+        ("range", ctypes.POINTER(Range)),
+        ("n", ctypes.c_uint64),
+        ("reserve", ctypes.c_uint64),
+        ("hold_ns", ctypes.c_uint64),
+        ("keep", ctypes.c_uint64),
+        ("done", ctypes.c_uint64),
+        ("needed", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("error", ctypes.c_int64),
+        ("unseen", ctypes.c_uint64),
+    )
+
+
+def unmerge(pid: int, ranges: Sequence[tuple[int, int, int]], reserve: int, hold: float, keep: bool) -> Unmerging:
+    """MADV_UNMERGEABLE in the name of a process, range by range (start, end, bytes merged), each after a look for
+    memory that leaves `reserve` bytes; for `hold` seconds at most. `keep`: the ranges stay mergeable. `InjectError`."""
+    array = (Range * len(ranges))(*(Range(*each) for each in ranges))
+    pidfd = open_process(pid)
+    try:
+        asked = Unmerging(pid, pidfd, array, len(ranges), reserve, round(hold * 1e9), keep)
+        error = load().samepage_inject_unmerge(ctypes.byref(asked))
+    finally:
+        os.close(pidfd)
+    if error:
+        raise InjectError(Error(error))
+    return asked
+
+
+def headroom(pid: int) -> tuple[int, bool]:
+    """Bytes that a process could be given without the OOM killer, and whether a limit could not be read (then 0)."""
+    unseen = ctypes.c_int()
+    return int(load().samepage_inject_headroom(pid, ctypes.byref(unseen))), bool(unseen.value)

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What Python calls (inject/__init__.py). */
+#define _GNU_SOURCE
+#include "inject.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+struct calls {
+	pid_t pid;
+	int pidfd;
+	struct inject_call *call;
+	size_t n;
+};
+
+static enum inject_error make_calls(void *arg)
+{
+	static __thread struct tracee t;
+	struct calls *c = arg;
+	enum inject_error err;
+
+	t = (struct tracee){.pid = c->pid, .pidfd = c->pidfd};
+	err = begin(&t);
+	for (size_t i = 0; !err && i < c->n; i++) {
+		err = make_call(&t, &c->call[i]);
+		if (!err && c->call[i].ret < 0)
+			break;
+	}
+	if (!err)
+		err = end(&t);
+	forget(&t);
+	return err;
+}
+
+/* Makes calls in the name of a process, in order, until one fails. enum inject_error. */
+EXPORT int samepage_inject_calls(pid_t pid, int pidfd, struct inject_call *call, size_t n)
+{
+	struct calls c = {pid, pidfd, call, n};
+
+	return (int)on_own_thread(make_calls, &c);
+}

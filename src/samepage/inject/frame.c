@@ -1,0 +1,204 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The way back of a thread whose tracer was killed (inject.h): where its instructions are, and where its frame lies.
+ *
+ * The frame has to lie where nobody has anything. Below the first thread's stack pointer nobody has, as long as that thread is
+ * held, if it stands in the kernel's mapping for the stack: no program hands out parts of that. If it stands elsewhere (on a
+ * goroutine's stack, a coroutine's, that of a signal handler) what lies below may be anything. Then the frame lies in
+ * pages at the low end of the mapping that were never touched: the stack did not reach there yet. Afterwards they are
+ * filled with MARK, by which they are known the next time.
+ */
+#define _GNU_SOURCE
+#include "inject.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define TEXT_MAX (256UL << 20) /* bytes of code that are searched */
+#define CHUNK (256UL << 10)
+#define TOUCHED (3ULL << 62) /* of a pagemap entry: present, or swapped */
+#define MARK "samepage: unused"
+#define MARK_LEN (sizeof(MARK) - 1)
+
+struct map {
+	uint64_t start, end;
+	char perms[8];
+	char name[256];
+};
+
+bool read_from(const struct tracee *t, uint64_t at, void *to, size_t len)
+{
+	struct iovec local = {to, len}, remote = {(void *)at, len};
+
+	return process_vm_readv(t->pid, &local, 1, &remote, 1, 0) == (ssize_t)len;
+}
+
+static bool write_to(const struct tracee *t, uint64_t at, void *from, size_t len)
+{
+	struct iovec local = {from, len}, remote = {(void *)at, len};
+
+	return process_vm_writev(t->pid, &local, 1, &remote, 1, 0) == (ssize_t)len;
+}
+
+static FILE *open_maps(pid_t pid)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%d/maps", pid);
+	return fopen(path, "re");
+}
+
+static bool next_map(FILE *maps, struct map *m)
+{
+	char line[512];
+
+	m->name[0] = '\0';
+	if (!fgets(line, sizeof(line), maps))
+		return false;
+	if (sscanf(line, "%lx-%lx %7s %*s %*s %*s %255[^\n]", &m->start, &m->end, m->perms, m->name) < 3)
+		return false;
+	if (!strchr(line, '\n')) /* the rest of a long name */
+		while (fgets(line, sizeof(line), maps) && !strchr(line, '\n'))
+			;
+	return true;
+}
+
+/* ---- the instructions ------------------------------------------------------------------------------- */
+
+/* Code that stays where it is while the process has it: of a file, or of the kernel's. */
+static bool is_code(const struct map *m)
+{
+	return m->perms[0] == 'r' && m->perms[2] == 'x' && (m->name[0] == '/' || !strcmp(m->name, "[vdso]"));
+}
+
+static void search(struct tracee *t, const struct map *m, unsigned char *buffer)
+{
+	for (uint64_t at = m->start; at < m->end && !(t->syscall_ret && t->sigreturn); at += CHUNK - ARCH_LONGEST) {
+		size_t len = m->end - at < CHUNK ? m->end - at : CHUNK;
+
+		if (read_from(t, at, buffer, len))
+			arch_find(t, buffer, len, at);
+	}
+}
+
+enum inject_error find_instructions(struct tracee *t)
+{
+	FILE *maps = open_maps(t->pid);
+	unsigned char *buffer = malloc(CHUNK);
+	uint64_t searched = 0;
+	struct map m;
+
+	t->syscall_ret = t->sigreturn = 0;
+	while (maps && buffer && searched < TEXT_MAX && next_map(maps, &m)) {
+		if (!is_code(&m))
+			continue;
+		search(t, &m, buffer);
+		searched += m.end - m.start;
+	}
+	free(buffer);
+	if (!maps)
+		return errno == ENOENT || errno == ESRCH ? INJECT_GONE : INJECT_DENIED;
+	fclose(maps);
+	if (!searched) /* a process that has ended has an empty file */
+		return INJECT_GONE;
+	return t->syscall_ret && t->sigreturn ? INJECT_OK : INJECT_NO_WAY_BACK;
+}
+
+/* ---- the frame -------------------------------------------------------------------------------------- */
+
+static bool find_stack(const struct tracee *t, struct map *m)
+{
+	FILE *maps = open_maps(t->pid);
+	bool found = false;
+
+	while (maps && !found && next_map(maps, m))
+		found = !strcmp(m->name, "[stack]");
+	if (maps)
+		fclose(maps);
+	return found;
+}
+
+/* Whether a page was never touched. */
+static bool is_untouched(const struct tracee *t, uint64_t at)
+{
+	uint64_t entry = TOUCHED;
+	char path[64];
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", t->pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (pread(fd, &entry, sizeof(entry), (off_t)(at / PAGE_SIZE * sizeof(entry))) != sizeof(entry))
+		entry = TOUCHED;
+	if (fd >= 0)
+		close(fd);
+	return !(entry & TOUCHED);
+}
+
+static void fill_with_marks(unsigned char *page)
+{
+	for (size_t at = 0; at < PAGE_SIZE; at += MARK_LEN)
+		memcpy(page + at, MARK, MARK_LEN);
+}
+
+/* Whether a page is as an earlier frame left it. */
+static bool is_marked(const struct tracee *t, uint64_t at)
+{
+	unsigned char page[PAGE_SIZE], marks[PAGE_SIZE];
+
+	fill_with_marks(marks);
+	return read_from(t, at, page, sizeof(page)) && !memcmp(page, marks, sizeof(page));
+}
+
+static enum inject_error place(struct tracee *t, uint64_t *top)
+{
+	size_t need = arch_frame_size(t);
+	struct map m;
+
+	if (!find_stack(t, &m) || m.perms[1] != 'w')
+		return INJECT_NO_STACK;
+	*top = arch_stack_free(t);
+	t->low = 0;
+	if (t->regs.rsp > m.start && t->regs.rsp <= m.end)
+		return *top > m.start && *top - m.start >= need ? INJECT_OK : INJECT_NO_STACK;
+	*top = m.start + ((need + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1));
+	if (*top >= m.end)
+		return INJECT_NO_STACK;
+	for (uint64_t at = m.start; at < *top; at += PAGE_SIZE)
+		if (!is_untouched(t, at) && !is_marked(t, at))
+			return INJECT_NO_STACK;
+	t->low = m.start;
+	t->low_end = *top;
+	return INJECT_OK;
+}
+
+enum inject_error put_frame(struct tracee *t)
+{
+	uint64_t top;
+	enum inject_error err = arch_verify(t) ? place(t, &top) : INJECT_BUSY;
+
+	if (!err)
+		err = arch_frame(t, top);
+	if (!err &&
+	    (!read_from(t, t->frame, t->before, t->frame_len) || !write_to(t, t->frame, t->image, t->frame_len)))
+		err = INJECT_NO_STACK;
+	return err;
+}
+
+void remove_frame(struct tracee *t)
+{
+	unsigned char marks[PAGE_SIZE];
+
+	if (!t->low) {
+		if (t->before)
+			write_to(t, t->frame, t->before, t->frame_len);
+		return;
+	}
+	fill_with_marks(marks);
+	for (uint64_t at = t->low; at < t->low_end; at += PAGE_SIZE)
+		write_to(t, at, marks, sizeof(marks));
+}

@@ -1,0 +1,307 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Stopping a thread, having it make calls, and letting it go (inject.h). */
+#define _GNU_SOURCE
+#include "inject.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PATIENCE_NS 5000000000ULL /* for a thread to come out of the kernel */
+#define TRIES 200		  /* for a thread that is where it must not be held */
+#define SYSCALL_STOP (SIGTRAP | 0x80)
+#ifndef PTRACE_EVENT_STOP
+#define PTRACE_EVENT_STOP 128
+#endif
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+static void nap(long ns)
+{
+	nanosleep(&(struct timespec){0, ns}, NULL);
+}
+
+/* ---- stops ------------------------------------------------------------------------------------------ */
+
+/* The next stop of the thread, as waitpid() has it. */
+static enum inject_error next_stop(const struct tracee *t, int *status)
+{
+	uint64_t until = now_ns() + PATIENCE_NS;
+
+	for (int tries = 0;; tries++) {
+		pid_t found = waitpid(t->pid, status, __WALL | __WNOTHREAD | WNOHANG);
+
+		if (found == t->pid)
+			return WIFSTOPPED(*status) ? INJECT_OK : INJECT_GONE;
+		if (found < 0 && errno != EINTR)
+			return INJECT_GONE;
+		if (tries < 100)
+			sched_yield();
+		else if (now_ns() > until)
+			return INJECT_SILENT;
+		else
+			nap(tries < 200 ? 50000 : 1000000);
+	}
+}
+
+static bool is_event(int status)
+{
+	return status >> 16 == PTRACE_EVENT_STOP;
+}
+
+static bool is_syscall(int status)
+{
+	return !(status >> 16) && WSTOPSIG(status) == SYSCALL_STOP;
+}
+
+/* Has the thread go on from the stop `status`, with the signal that it was stopped for. */
+static enum inject_error resume(const struct tracee *t, int how, int status)
+{
+	bool signal = !(status >> 16) && WSTOPSIG(status) != SYSCALL_STOP;
+
+	if (ptrace(how, t->pid, 0, signal ? WSTOPSIG(status) : 0))
+		return errno == ESRCH ? INJECT_GONE : INJECT_FAILED;
+	return INJECT_OK;
+}
+
+/* Has the thread go on until it stops where it looks for signals: the only place where registers are restored. */
+static enum inject_error until_event(const struct tracee *t, int how, int *status)
+{
+	enum inject_error err;
+
+	for (;;) {
+		err = next_stop(t, status);
+		if (err || is_event(*status))
+			return err;
+		err = resume(t, how, *status);
+		if (err)
+			return err;
+	}
+}
+
+/* Has the thread go on from `*status` until the next stop at a system call. */
+static enum inject_error until_syscall(const struct tracee *t, int *status)
+{
+	enum inject_error err;
+
+	do {
+		err = resume(t, PTRACE_SYSCALL, *status);
+		if (!err)
+			err = next_stop(t, status);
+	} while (!err && !is_syscall(*status));
+	return err;
+}
+
+/* ---- registers -------------------------------------------------------------------------------------- */
+
+static bool get_regs(const struct tracee *t, struct user_regs_struct *regs)
+{
+	struct iovec iov = {regs, sizeof(*regs)};
+
+	return !ptrace(PTRACE_GETREGSET, t->pid, NT_PRSTATUS, &iov) && iov.iov_len == sizeof(*regs);
+}
+
+static bool set_regs(const struct tracee *t, const struct user_regs_struct *regs)
+{
+	struct iovec iov = {(void *)regs, sizeof(*regs)};
+
+	return !ptrace(PTRACE_SETREGSET, t->pid, NT_PRSTATUS, &iov);
+}
+
+static bool set_mask(const struct tracee *t, uint64_t mask)
+{
+	return !ptrace(PTRACE_SETSIGMASK, t->pid, sizeof(mask), &mask);
+}
+
+static enum inject_error get_state(struct tracee *t)
+{
+	struct iovec fp = {t->fp, sizeof(t->fp)};
+
+	if (!get_regs(t, &t->regs))
+		return INJECT_OTHER_BITS; /* a 32-bit thread has fewer */
+	if (ptrace(PTRACE_GETREGSET, t->pid, NT_X86_XSTATE, &fp) ||
+	    ptrace(PTRACE_GETSIGMASK, t->pid, sizeof(t->mask), &t->mask))
+		return INJECT_FAILED;
+	t->fp_len = fp.iov_len;
+	return INJECT_OK;
+}
+
+/* ---- the operation ---------------------------------------------------------------------------------- */
+
+/* Whether it is the process that was meant: its number could be another's by now. */
+static bool is_same(const struct tracee *t)
+{
+	return !syscall(SYS_pidfd_send_signal, t->pidfd, 0, NULL, 0);
+}
+
+static void let_go(const struct tracee *t)
+{
+	ptrace(PTRACE_DETACH, t->pid, 0, 0);
+}
+
+void forget(struct tracee *t)
+{
+	free(t->image);
+	free(t->before);
+	t->image = t->before = NULL;
+}
+
+static enum inject_error seize(struct tracee *t)
+{
+	enum inject_error err;
+	int status;
+
+	if (ptrace(PTRACE_SEIZE, t->pid, 0, PTRACE_O_TRACESYSGOOD))
+		return errno == ESRCH ? INJECT_GONE : INJECT_DENIED;
+	if (ptrace(PTRACE_INTERRUPT, t->pid, 0, 0))
+		return INJECT_GONE;
+	err = until_event(t, PTRACE_CONT, &status);
+	if (err)
+		return err;
+	if (WSTOPSIG(status) != SIGTRAP)
+		err = INJECT_STOPPED;
+	else if (!is_same(t))
+		err = INJECT_GONE;
+	else
+		err = get_state(t);
+	if (!err)
+		err = arch_check(t);
+	/* At once: until then a tracer that is killed leaves a call interrupted that says so. */
+	if (!err && !set_regs(t, &t->regs))
+		err = INJECT_FAILED;
+	if (err)
+		let_go(t);
+	return err;
+}
+
+/* From here on the thread, let go, makes `call` and returns by the frame. */
+static enum inject_error enter(struct tracee *t, const struct inject_call *call)
+{
+	struct user_regs_struct regs = arch_call(t, call);
+
+	if (!set_regs(t, &regs))
+		return INJECT_FAILED;
+	if (!t->entered && !set_mask(t, ~0ULL))
+		return INJECT_FAILED;
+	t->entered = true;
+	return INJECT_OK;
+}
+
+static enum inject_error hold(struct tracee *t)
+{
+	enum inject_error err = seize(t);
+
+	if (err)
+		return err;
+	err = put_frame(t);
+	if (err) {
+		forget(t);
+		let_go(t);
+	}
+	return err;
+}
+
+enum inject_error begin(struct tracee *t)
+{
+	enum inject_error err;
+
+	t->entered = false;
+	err = find_instructions(t);
+	if (err)
+		return err;
+	settle(t->pid);
+	for (int tries = 0; tries < TRIES; tries++) {
+		err = hold(t);
+		if (err != INJECT_BUSY && err != INJECT_NO_STACK)
+			break;
+		nap(tries < 100 ? 100000 : 1000000);
+	}
+	return err;
+}
+
+enum inject_error make_call(struct tracee *t, struct inject_call *call)
+{
+	struct user_regs_struct regs;
+	enum inject_error err;
+	int status = PTRACE_EVENT_STOP << 16 | SIGTRAP << 8 | 0x7f; /* as one that brings no signal */
+
+	err = enter(t, call);
+	if (!err)
+		err = until_syscall(t, &status);
+	if (!err)
+		err = until_syscall(t, &status);
+	if (!err && !get_regs(t, &regs))
+		err = INJECT_FAILED;
+	call->ret = err ? 0 : arch_result(&regs);
+	return err;
+}
+
+enum inject_error end(struct tracee *t)
+{
+	enum inject_error err = INJECT_OK;
+	int status = SYSCALL_STOP << 8 | 0x7f;
+
+	if (t->entered) {
+		if (ptrace(PTRACE_INTERRUPT, t->pid, 0, 0))
+			return INJECT_GONE;
+		err = resume(t, PTRACE_CONT, status);
+		if (!err)
+			err = until_event(t, PTRACE_CONT, &status);
+		/* In this order: a thread that is let go in between has its mask, and returns by the frame. */
+		if (!err && (!set_mask(t, t->mask) || !set_regs(t, &t->regs)))
+			err = INJECT_FAILED;
+		t->entered = false;
+	}
+	if (!err)
+		remove_frame(t);
+	if (!err)
+		let_go(t);
+	return err;
+}
+
+/* ---- a thread for it -------------------------------------------------------------------------------- */
+
+struct work {
+	enum inject_error (*work)(void *);
+	void *what;
+	enum inject_error err;
+};
+
+static void *do_work(void *arg)
+{
+	struct work *w = arg;
+
+	w->err = w->work(w->what);
+	return NULL;
+}
+
+enum inject_error on_own_thread(enum inject_error (*work)(void *), void *what)
+{
+	struct work w = {work, what, INJECT_FAILED};
+	sigset_t all, saved;
+	pthread_t thread;
+	int failed;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &saved);
+	failed = pthread_create(&thread, NULL, do_work, &w);
+	pthread_sigmask(SIG_SETMASK, &saved, NULL);
+	if (!failed)
+		pthread_join(thread, NULL);
+	return w.err;
+}

@@ -1,0 +1,329 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What of making a call in another's name is x86-64's (inject.h). */
+#define _GNU_SOURCE
+#include "inject.h"
+
+#include <cpuid.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+
+#define USER_CS 0x33	      /* of 64-bit code */
+#define USER_END (1ULL << 56) /* five levels of page tables; the vsyscall page lies above */
+#define RED_ZONE 128
+#define SYSCALL_LEN 2
+#define RESTART_NO_INTR 513
+#define RESTART_BLOCK 516
+#define SYS_EPOLL_PWAIT2 441
+#define ENTER_EXT_ARG 8 /* IORING_ENTER_EXT_ARG: the fifth argument has a timeout */
+
+/* include/uapi/linux/ptrace.h: Linux 5.13 and 6.4. */
+#define GET_RSEQ 0x420f
+#define GET_DISPATCH 0x4211
+
+struct rseq_config {
+	uint64_t pointer;
+	uint32_t size, signature, flags, pad;
+};
+
+struct dispatch_config {
+	uint64_t mode, selector, offset, len;
+};
+
+/* What the thread announces in struct rseq, when it is in a section that must not be interrupted. */
+struct section {
+	uint32_t version, flags;
+	uint64_t start, len, abort;
+};
+
+/* ---- where it was stopped --------------------------------------------------------------------------- */
+
+static bool in_syscall(const struct user_regs_struct *regs)
+{
+	return (int64_t)regs->orig_rax >= 0;
+}
+
+/* Whether the kernel is to make the call again when the thread goes on. */
+static bool restarts(const struct user_regs_struct *regs)
+{
+	int64_t ret = -(int64_t)regs->rax;
+
+	return in_syscall(regs) &&
+	       (ret == RESTART_SYSCALL || ret == RESTART_NO_INTR || ret == RESTART_NO_HANDLER || ret == RESTART_BLOCK);
+}
+
+/* Whether it is in a restartable sequence, which the kernel has start anew when a thread was stopped in it, going by the
+ * registers, and so by ours. */
+static bool in_section(const struct tracee *t)
+{
+	struct rseq_config config = {0};
+	struct section section;
+	uint64_t at;
+
+	if (ptrace(GET_RSEQ, t->pid, sizeof(config), &config) < 0 || !config.pointer)
+		return false;
+	if (!read_from(t, config.pointer + 8, &at, sizeof(at)) || !at)
+		return false;
+	return !read_from(t, at, &section, sizeof(section)) || t->regs.rip - section.start < section.len;
+}
+
+/* Calls that end with EINTR in a thread that was only stopped (signal(7)), though nothing was done yet: they may be made
+ * again. The argument that holds the time to wait, if there is one. */
+static const struct {
+	int64_t nr;
+	int timeout;
+	bool pointer;
+} interrupted[] = {
+	{SYS_read, -1, false},		 {SYS_readv, -1, false},	 {SYS_write, -1, false},
+	{SYS_writev, -1, false},	 {SYS_recvfrom, -1, false}, /* with SO_RCVTIMEO */
+	{SYS_recvmsg, -1, false},	 {SYS_sendto, -1, false},	 {SYS_sendmsg, -1, false},
+	{SYS_accept, -1, false},	 {SYS_accept4, -1, false},	 {SYS_epoll_wait, 3, false},
+	{SYS_epoll_pwait, 3, false},	 {SYS_EPOLL_PWAIT2, 3, true},	 {SYS_semop, -1, false},
+	{SYS_semtimedop, 3, true},	 {SYS_rt_sigtimedwait, 2, true}, {SYS_io_getevents, 4, true},
+	{SYS_io_uring_enter, -1, false},
+};
+
+#define INTERRUPTED (sizeof(interrupted) / sizeof(*interrupted))
+
+int arch_timeout(int64_t nr, const uint64_t arg[6])
+{
+	if (nr == SYS_io_uring_enter && arg[3] & ENTER_EXT_ARG)
+		return 4;
+	for (size_t i = 0; i < INTERRUPTED; i++) {
+		int n = interrupted[i].timeout;
+
+		if (interrupted[i].nr == nr && n >= 0)
+			return (interrupted[i].pointer ? arg[n] != 0 : (int32_t)arg[n] > 0) ? n : -1;
+	}
+	return -1;
+}
+
+static bool may_be_made_again(int64_t nr)
+{
+	for (size_t i = 0; i < INTERRUPTED; i++)
+		if (interrupted[i].nr == nr)
+			return true;
+	return false;
+}
+
+enum inject_error arch_check(struct tracee *t)
+{
+	struct user_regs_struct *regs = &t->regs;
+	struct dispatch_config dispatch = {0};
+	unsigned char insn[SYSCALL_LEN];
+
+	if (regs->cs != USER_CS)
+		return INJECT_OTHER_BITS;
+	if (regs->rip >= USER_END || regs->rsp >= USER_END)
+		return INJECT_BUSY; /* in a vsyscall, which the kernel makes for it */
+	if (!ptrace(GET_DISPATCH, t->pid, sizeof(dispatch), &dispatch) && dispatch.mode)
+		return INJECT_DISPATCHED;
+	if (in_syscall(regs)) {
+		/* The kernel has forgotten that it was `int $0x80` when the thread goes on from ours. */
+		if (!read_from(t, regs->rip - SYSCALL_LEN, insn, sizeof(insn)) || insn[0] != 0x0f || insn[1] != 0x05)
+			return INJECT_BUSY;
+		if ((int64_t)regs->rax == -EINTR && may_be_made_again((int64_t)regs->orig_rax))
+			regs->rax = (uint64_t)-RESTART_NO_HANDLER;
+	} else if (in_section(t)) {
+		return INJECT_BUSY;
+	}
+	return INJECT_OK;
+}
+
+/* ---- the call --------------------------------------------------------------------------------------- */
+
+struct user_regs_struct arch_call(const struct tracee *t, const struct inject_call *call)
+{
+	struct user_regs_struct regs = t->regs;
+
+	regs.rax = (uint64_t)call->nr;
+	regs.orig_rax = ~0ULL; /* nothing to be made again */
+	regs.rdi = call->arg[0];
+	regs.rsi = call->arg[1];
+	regs.rdx = call->arg[2];
+	regs.r10 = call->arg[3];
+	regs.r8 = call->arg[4];
+	regs.r9 = call->arg[5];
+	regs.rip = t->syscall_ret;
+	regs.rsp = t->frame;
+	return regs;
+}
+
+int64_t arch_result(const struct user_regs_struct *regs)
+{
+	return (int64_t)regs->rax;
+}
+
+/* ---- the instructions ------------------------------------------------------------------------------- */
+
+static const unsigned char syscall_ret[] = {0x0f, 0x05, 0xc3};
+/* mov $15, %rax; syscall, in two ways to write it: glibc's and musl's, Go's */
+static const unsigned char sigreturn_long[] = {0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05};
+static const unsigned char sigreturn_short[] = {0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05};
+
+static void look_for(uint64_t *found, const void *bytes, size_t n, const unsigned char *text, size_t len, uint64_t at)
+{
+	const unsigned char *p = *found ? NULL : memmem(text, len, bytes, n);
+
+	if (p)
+		*found = at + (uint64_t)(p - text);
+}
+
+void arch_find(struct tracee *t, const unsigned char *text, size_t len, uint64_t at)
+{
+	look_for(&t->syscall_ret, syscall_ret, sizeof(syscall_ret), text, len, at);
+	look_for(&t->sigreturn, sigreturn_long, sizeof(sigreturn_long), text, len, at);
+	look_for(&t->sigreturn, sigreturn_short, sizeof(sigreturn_short), text, len, at);
+}
+
+static bool stands(const struct tracee *t, uint64_t at, const unsigned char *bytes, size_t n)
+{
+	unsigned char there[ARCH_LONGEST];
+
+	return read_from(t, at, there, n) && !memcmp(there, bytes, n);
+}
+
+bool arch_verify(const struct tracee *t)
+{
+	return stands(t, t->syscall_ret, syscall_ret, sizeof(syscall_ret)) &&
+	       (stands(t, t->sigreturn, sigreturn_long, sizeof(sigreturn_long)) ||
+		stands(t, t->sigreturn, sigreturn_short, sizeof(sigreturn_short)));
+}
+
+/* ---- the frame -------------------------------------------------------------------------------------- */
+
+#define SW_RESERVED 464 /* in the FXSAVE area: struct _fpx_sw_bytes */
+#define XSTATE_BV 512	/* the first word of the XSAVE header */
+#define MAGIC1 0x46505853U
+#define MAGIC2 0x46505845U
+#define AMX (3ULL << 17)
+#define UC_FP_XSTATE 1
+#define UC_SIGCONTEXT_SS 2
+#define UC_STRICT_RESTORE_SS 4
+#define NO_SUCH_MODE 0x7fff /* for sigaltstack(2), which then changes nothing */
+
+struct sw_bytes {
+	uint32_t magic1, extended_size;
+	uint64_t xfeatures;
+	uint32_t xstate_size, padding[7];
+};
+
+/* What rt_sigreturn() reads: struct rt_sigframe of arch/x86, without the siginfo. */
+struct frame {
+	uint64_t pretcode;
+	uint64_t flags, link;
+	stack_t stack;
+	struct sigcontext mc;
+	uint64_t mask;
+};
+
+static uint64_t xfeatures(const struct tracee *t)
+{
+	uint64_t mask, used;
+
+	memcpy(&mask, t->fp + SW_RESERVED, sizeof(mask)); /* what the kernel has switched on */
+	memcpy(&used, t->fp + XSTATE_BV, sizeof(used));
+	return used & AMX ? mask : mask & ~AMX; /* the kernel takes no tiles of a process that has not asked for them */
+}
+
+/* Bytes of the image of these features: as long as the last of them reaches. */
+static uint32_t xstate_size(const struct tracee *t)
+{
+	uint64_t mask = xfeatures(t);
+	uint32_t end = XSTATE_BV + 64, size, offset, c, d;
+
+	for (unsigned int i = 2; i < 63; i++)
+		if (mask >> i & 1 && __get_cpuid_count(0xd, i, &size, &offset, &c, &d) && offset + size > end)
+			end = offset + size;
+	return end;
+}
+
+uint64_t arch_stack_free(const struct tracee *t)
+{
+	return t->regs.rsp - RED_ZONE;
+}
+
+size_t arch_frame_size(const struct tracee *t)
+{
+	return sizeof(struct frame) + xstate_size(t) + sizeof(uint32_t) + 64 + 16;
+}
+
+/* The number of the call that is made again. One that was interrupted twice is restart_syscall(2), which only the kernel
+ * can make again, and a return by a signal frame ends that with EINTR. What it was first stands in the code before it,
+ * where a compiler puts it: mov $nr, %eax. Its time to wait begins anew then. */
+static uint64_t first_number(const struct tracee *t)
+{
+	unsigned char code[5];
+	uint32_t nr;
+
+	if (t->regs.orig_rax != SYS_restart_syscall)
+		return t->regs.orig_rax;
+	if (!read_from(t, t->regs.rip - SYSCALL_LEN - sizeof(code), code, sizeof(code)) || code[0] != 0xb8)
+		return t->regs.orig_rax;
+	memcpy(&nr, code + 1, sizeof(nr));
+	if (nr == SYS_nanosleep || nr == SYS_clock_nanosleep || nr == SYS_poll || nr == SYS_futex)
+		return nr;
+	return t->regs.orig_rax;
+}
+
+/* The registers that the thread would have gone on with. A call that would have been made again is. */
+static struct sigcontext context(const struct tracee *t, uint64_t fp)
+{
+	const struct user_regs_struct *r = &t->regs;
+	bool again = restarts(r);
+
+	return (struct sigcontext){
+		.r8 = r->r8,
+		.r9 = r->r9,
+		.r10 = r->r10,
+		.r11 = r->r11,
+		.r12 = r->r12,
+		.r13 = r->r13,
+		.r14 = r->r14,
+		.r15 = r->r15,
+		.rdi = r->rdi,
+		.rsi = r->rsi,
+		.rbp = r->rbp,
+		.rbx = r->rbx,
+		.rdx = r->rdx,
+		.rax = again ? first_number(t) : r->rax,
+		.rcx = r->rcx,
+		.rsp = r->rsp,
+		.rip = again ? r->rip - SYSCALL_LEN : r->rip,
+		.eflags = r->eflags,
+		.cs = (unsigned short)r->cs,
+		.__pad0 = (unsigned short)r->ss,
+		.fpstate = (struct _fpstate *)fp,
+	};
+}
+
+enum inject_error arch_frame(struct tracee *t, uint64_t top)
+{
+	uint32_t size = xstate_size(t), magic2 = MAGIC2;
+	struct sw_bytes sw = {MAGIC1, size + (uint32_t)sizeof(magic2), xfeatures(t), size, {0}};
+	uint64_t fp = (top - size - sizeof(magic2)) & ~63ULL;
+	struct frame f = {
+		.pretcode = t->sigreturn,
+		.flags = UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS,
+		.stack = {.ss_flags = NO_SUCH_MODE},
+		.mc = context(t, fp),
+		.mask = t->mask,
+	};
+
+	if (t->fp_len < size)
+		return INJECT_FAILED;
+	t->frame = (fp - sizeof(f)) & ~15ULL;
+	t->frame_len = (size_t)(fp - t->frame) + size + sizeof(magic2);
+	t->image = calloc(1, t->frame_len);
+	t->before = malloc(t->frame_len);
+	if (!t->image || !t->before)
+		return INJECT_FAILED;
+	memcpy(t->image, &f, sizeof(f));
+	memcpy(t->image + (fp - t->frame), t->fp, size);
+	memcpy(t->image + (fp - t->frame) + SW_RESERVED, &sw, sizeof(sw));
+	memcpy(t->image + (fp - t->frame) + size, &magic2, sizeof(magic2));
+	return INJECT_OK;
+}

@@ -1,0 +1,79 @@
+"""Making the memory of a running process mergeable by the kernel's KSM, in its name."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from samepage import inject
+from samepage.kernel.target import TargetError, check
+from samepage.scan.process import NOT_COMPATIBLE
+
+SYS_MADVISE, SYS_PRCTL = 28, 157  # on x86-64
+PR_SET_MEMORY_MERGE = 67
+MADV_MERGEABLE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A private mapping: its addresses, and whether it is mergeable."""
+
+    start: int
+    end: int
+    mergeable: bool
+
+
+def mappings(pid: int) -> list[Mapping]:
+    """Those that KSM would look at. Empty when the process has ended."""
+    found: list[Mapping] = []
+    try:
+        smaps = Path(f"/proc/{pid}/smaps").read_text(errors="replace")
+    except OSError:
+        return found
+    start = end = 0
+    for line in smaps.splitlines():
+        if line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+            if NOT_COMPATIBLE.isdisjoint(flags):
+                found.append(Mapping(start, end, "mg" in flags))
+        elif line[0] in "0123456789abcdef":  # the others start with a capital
+            start, end = (int(address, 16) for address in line.partition(" ")[0].split("-"))
+    return found
+
+
+def calls(pid: int, made: list[inject.Call]) -> list[int]:
+    """`inject.make_calls` of a process that was checked. `TargetError`."""
+    check(pid)
+    try:
+        return inject.make_calls(pid, made)
+    except inject.InjectError as e:
+        raise TargetError(pid, e.args[0]) from e
+
+
+def attach(pid: int, prctl: bool = True) -> None:
+    """Make all of its memory mergeable, also what it maps later; where the kernel lacks PR_SET_MEMORY_MERGE (before
+    6.4; or not `prctl`), what it has now. `TargetError`: nothing was changed."""
+    answers = calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 1, 0, 0, 0)]) if prctl else [-errno.EINVAL]
+    if answers[-1] == -errno.EINVAL:
+        advise(pid)
+    elif answers[-1] < 0:
+        raise TargetError(pid, f"prctl(PR_SET_MEMORY_MERGE): {os.strerror(-answers[-1])}")
+
+
+def advise(pid: int) -> None:
+    """MADV_MERGEABLE for each of its mappings."""
+    wanted = [mapping for mapping in mappings(pid) if not mapping.mergeable]
+    while wanted:
+        answers = calls(pid, [(SYS_MADVISE, m.start, m.end - m.start, MADV_MERGEABLE) for m in wanted])
+        if answers[-1] < 0 and answers[-1] != -errno.ENOMEM:  # ENOMEM: it was unmapped meanwhile
+            raise TargetError(pid, f"madvise(MADV_MERGEABLE): {os.strerror(-answers[-1])}")
+        wanted = wanted[len(answers) :]
+
+
+def release(pid: int) -> None:
+    """What it maps from now on is not mergeable. For when nothing of it is merged: the kernel would copy it at once."""
+    answer = calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 0, 0, 0, 0)])[-1]
+    if answer < 0 and answer != -errno.EINVAL:
+        raise TargetError(pid, f"prctl(PR_SET_MEMORY_MERGE): {os.strerror(-answer)}")

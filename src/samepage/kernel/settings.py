@@ -1,0 +1,144 @@
+"""/sys/kernel/mm/ksm: switched on while somebody needs it, and put back as it was found.
+
+What was found is written down before anything is changed, together with the processes that need it (holders), so that
+whoever comes next can put it back when all of them have ended, however they did. That file is root's, as the knobs are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+KNOBS = Path("/sys/kernel/mm/ksm")
+STATE = Path("/run/samepage-kernel.json")
+
+
+class SettingsError(Exception):
+    """ksmd cannot be had, in one line."""
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in ticks, by which it is told from a later one of the same number. None: it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if stat[0] in "ZX" else int(stat[19])
+
+
+def tuner() -> int | None:
+    """The pid of a ksmtuned, which sets the same files."""
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            if comm.read_text() == "ksmtuned\n":
+                return int(comm.parent.name)
+    return None
+
+
+class Settings:
+    """The knobs. Other files than the kernel's are for tests."""
+
+    def __init__(self, knobs: Path = KNOBS, state: Path = STATE) -> None:
+        self._knobs, self._state = knobs, state
+
+    def available(self) -> None:
+        """`SettingsError` if this user cannot set them."""
+        if not (self._knobs / "run").exists():
+            raise SettingsError("this kernel has no KSM (CONFIG_KSM)")
+        if not os.access(self._knobs / "run", os.W_OK):
+            raise SettingsError("only root can start the kernel's ksmd")
+
+    def running(self) -> bool:
+        """Whether ksmd merges."""
+        return self._read("run") == "1"
+
+    def hold(self, pids: list[int], wanted: Mapping[str, str]) -> None:
+        """Set knobs for as long as one of these processes lives. Knobs that somebody holds already stay as they are."""
+        self.available()
+        if other := tuner():
+            raise SettingsError(f"ksmtuned (process {other}) sets the files of /sys/kernel/mm/ksm: stop it first")
+        with self._locked():
+            state = self._recovered()
+            if state is None:
+                found = {name: self._read(name) for name in wanted}
+                state = {"found": found, "set": {}, "holders": {}}
+            new = {name: value for name, value in wanted.items() if name not in state["set"]}
+            for name in new:
+                state["found"].setdefault(name, self._read(name))
+            state["set"] |= new
+            state["holders"] |= {str(pid): started for pid in pids if (started := start_time(pid)) is not None}
+            self._save(state)
+            for name, value in new.items():
+                self._write(name, value)
+
+    def release(self, pids: list[int]) -> None:
+        """These processes need it no more; the last one has what was found put back."""
+        self.recover(pids)
+
+    def recover(self, but: list[int] | None = None) -> None:
+        """Put back what a samepage that ended without doing so had found. Nothing for who is not root."""
+        if os.access(self._knobs / "run", os.W_OK) and self._state.exists():
+            with self._locked():
+                self._recovered(but or [])
+
+    def _recovered(self, but: list[int] | None = None) -> dict[str, Any] | None:
+        """The state, with those holders that live; None, and everything put back, when there are none."""
+        try:
+            with open(os.open(self._state, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+                state: dict[str, Any] = json.load(file)
+        except (OSError, ValueError):
+            return None
+        left = {
+            pid: started
+            for pid, started in state["holders"].items()
+            if int(pid) not in (but or []) and start_time(int(pid)) == started
+        }
+        if left:
+            if left != state["holders"]:
+                self._save(state | {"holders": left})
+            return state | {"holders": left}
+        for name, value in state["set"].items():
+            if self._read(name) == value:  # else somebody has set it since
+                found = state["found"][name]
+                # 2 would have the kernel unmerge what others merged, at once.
+                self._write(name, "0" if name == "run" and found == "2" else found)
+        self._state.unlink(missing_ok=True)
+        return None
+
+    def _read(self, name: str) -> str:
+        try:
+            text = (self._knobs / name).read_text().strip()
+        except OSError as e:
+            raise SettingsError(f"{name}: {e.strerror}") from e
+        chosen = text.partition("[")[2].partition("]")[0]
+        return chosen or text
+
+    def _write(self, name: str, value: str) -> None:
+        try:
+            (self._knobs / name).write_text(value)
+        except OSError as e:
+            raise SettingsError(f"cannot set {name} to {value}: {e.strerror}") from e
+
+    def _save(self, state: dict[str, Any]) -> None:
+        temporary = self._state.with_name(f".{self._state.name}.{os.urandom(8).hex()}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(fd, "w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._state)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self._state.with_suffix(".lock")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)

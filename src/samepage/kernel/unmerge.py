@@ -1,0 +1,148 @@
+"""Giving a process its own copies of what the kernel merged, batch by batch, as long as there is memory for them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from samepage import inject
+from samepage.kernel.attach import Mapping, mappings
+from samepage.kernel.target import TargetError, check
+from samepage.memory import PAGE_SIZE, U64
+from samepage.memory.pagemap import EXCLUSIVE, FILE, PRESENT
+from samepage.scan.process import KPF_KSM, KPF_ZERO_PAGE, PM_PFN, PageFlags
+
+BATCH = 1 << 20
+"""Bytes of addresses that one call is for."""
+
+HOLD, REST = 0.01, 0.002
+"""Seconds that a process is held at a time, and let go in between."""
+
+OVERHEAD = 256 << 10
+"""Bytes that the kernel needs besides (inject/unmerge.c)."""
+
+Ranges = list[tuple[int, int, int]]
+"""Addresses of parts of mappings, and the bytes of each that are merged."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How far an unmerge came. The names are those of the JSON of `samepage unmerge`."""
+
+    pid: int
+    errno: str | None = None
+    pages_unmerged: int = 0
+    pages_remaining: int = 0
+    bytes_needed: int = 0
+    bytes_available: int = 0
+    limits_unseen: bool = False
+
+
+class Merged:
+    """Finds the pages of processes that the kernel merged. Without root it takes for merged what may be."""
+
+    def __init__(self) -> None:
+        self._page_flags = PageFlags()
+
+    def close(self) -> None:
+        self._page_flags.close()
+
+    def ranges(self, pid: int) -> Ranges:
+        """Parts of its mergeable mappings with merged pages, of `BATCH` bytes at most. Empty when it has ended."""
+        found: Ranges = []
+        try:
+            pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return found
+        try:
+            for mapping in mappings(pid):
+                if mapping.mergeable:
+                    found += self._of(mapping, pagemap)
+        finally:
+            os.close(pagemap)
+        return found
+
+    def _of(self, mapping: Mapping, pagemap: int) -> Iterator[tuple[int, int, int]]:
+        for start in range(mapping.start, mapping.end, 256 * BATCH):
+            npages = (min(mapping.end, start + 256 * BATCH) - start) // PAGE_SIZE
+            entries = np.frombuffer(os.pread(pagemap, npages * 8, start // PAGE_SIZE * 8), np.uint64)
+            vpns = start // PAGE_SIZE + np.flatnonzero(self._merged(entries))
+            batches, counts = np.unique(vpns // (BATCH // PAGE_SIZE), return_counts=True)
+            for batch, count in zip(batches.tolist(), counts.tolist(), strict=True):
+                first, past = max(mapping.start, batch * BATCH), min(mapping.end, (batch + 1) * BATCH)
+                yield first, past, count * PAGE_SIZE
+
+    def _merged(self, entries: U64) -> np.typing.NDArray[np.bool_]:
+        merged: np.typing.NDArray[np.bool_] = (entries & PRESENT != 0) & (entries & (EXCLUSIVE | FILE) == 0)
+        if self._page_flags.available:
+            kpf = self._page_flags.flags(entries[merged] & PM_PFN)
+            merged[merged] = kpf & (KPF_KSM | KPF_ZERO_PAGE) != 0
+        return merged
+
+
+def unmerge(
+    pid: int,
+    merged: Merged,
+    reserve: int,
+    keep: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Break what of a process is merged, and leave `reserve` bytes to others. `keep`: its memory stays mergeable; else
+    none of it is afterwards. `TargetError`."""
+    outcome = Outcome(pid)
+    before, stuck = -1, 0
+    while True:
+        ranges = merged.ranges(pid)
+        remaining = sum(size for _, _, size in ranges)
+        if before < 0:
+            first = remaining
+        if not ranges:
+            break
+        stuck = stuck + 1 if remaining == before else 0
+        error = errno.EAGAIN if stuck >= 8 else _pass(pid, ranges, reserve, keep, cancelled, outcome)
+        before = remaining
+        if error:
+            outcome = _stopped(pid, merged, outcome, error, reserve)
+            # Of the range that it ended in a part may be done.
+            outcome.pages_unmerged = max(outcome.pages_unmerged, first // PAGE_SIZE - outcome.pages_remaining)
+            return outcome
+    if not keep:
+        whole = [(m.start, m.end, 0) for m in mappings(pid) if m.mergeable]
+        if error := _pass(pid, whole, reserve, keep, cancelled, outcome):
+            return _stopped(pid, merged, outcome, error, reserve)
+    return outcome
+
+
+def _pass(pid: int, ranges: Ranges, reserve: int, keep: bool, cancelled: Callable[[], bool], outcome: Outcome) -> int:
+    """Once over `ranges`; 0 or an errno."""
+    while ranges:
+        if cancelled():
+            return errno.EINTR
+        check(pid)
+        try:
+            step = inject.unmerge(pid, ranges, reserve, HOLD, keep)
+        except inject.InjectError as e:
+            raise TargetError(pid, e.args[0]) from e
+        outcome.pages_unmerged += sum(size for _, _, size in ranges[: step.done]) // PAGE_SIZE
+        outcome.bytes_available, outcome.limits_unseen = step.available, bool(step.unseen)
+        done = step.done
+        if step.error == errno.ENOMEM and step.available >= step.needed:
+            done += 1  # the kernel's own: it was unmapped meanwhile, or will be seen again
+        elif step.error and step.error != errno.EAGAIN:
+            return int(step.error)
+        ranges = ranges[done:]
+        if ranges:
+            time.sleep(REST)
+    return 0
+
+
+def _stopped(pid: int, merged: Merged, outcome: Outcome, error: int, reserve: int) -> Outcome:
+    outcome.errno = errno.errorcode[error]
+    outcome.pages_remaining = sum(size for _, _, size in merged.ranges(pid)) // PAGE_SIZE
+    outcome.bytes_needed = outcome.pages_remaining * PAGE_SIZE + OVERHEAD + reserve
+    return outcome
