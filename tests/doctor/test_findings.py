@@ -19,6 +19,7 @@ NEW = Facts(
     mbind=True,
     memfd=True,
     seccomp=0,
+    fatal_call=0,
     cgroup=2,
     memory_limit=-1,
     max_map_count=65530,
@@ -77,10 +78,12 @@ def test_where_all_is_well_nothing_is_to_be_changed() -> None:
 
 
 def test_what_is_less_than_it_could_be_says_what_that_means() -> None:
-    worse = replace(BULLSEYE, mbind=False, memfd=False, fuse=False, max_map_count=1000, cgroup=0, seccomp=2, ksm=1)
+    worse = replace(
+        BULLSEYE, mbind=False, memfd=False, fuse=False, max_map_count=1000, cgroup=0, seccomp=2, fatal_call=323, ksm=1
+    )
     findings = examine(worse)
     assert all(f.means for f in findings if f.state != "ok")
-    assert {"swap", "PAGEMAP_SCAN", "mbind", "memfd", "FUSE", "vm.max_map_count"} == {
+    assert {"swap", "PAGEMAP_SCAN", "mbind", "memfd", "FUSE", "vm.max_map_count", "seccomp"} == {
         f.name for f in findings if f.state != "ok"
     }
 

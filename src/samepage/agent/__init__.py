@@ -79,11 +79,13 @@ def load() -> ctypes.CDLL:
         "samepage_quiet": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
         "samepage_mode": [],
         "samepage_strmode": [ctypes.c_int],
+        "samepage_trial": [],
     }.items():
         function = getattr(library, name)
         function.argtypes = arguments
         function.restype = ctypes.c_int
     library.samepage_strmode.restype = ctypes.c_char_p
+    library.samepage_trial.restype = ctypes.c_long
     return library
 
 
@@ -91,6 +93,13 @@ def _check(result: int, what: str) -> int:
     if result < 0:
         raise OSError(-result, f"{what}: {os.strerror(-result)}")
     return result
+
+
+def trial() -> int:
+    """The number of a system call of the agent's that is fatal under the seccomp filters of this process, tried in a
+    child; 0: none is."""
+    result: int = load().samepage_trial()
+    return _check(result, "cannot try what seccomp filters forbid")
 
 
 def join(path: str) -> None:

@@ -29,7 +29,7 @@
  *
  * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c and block_set.c (its large blocks), mmap.c, mremap.c, madvise.c,
- * relief.c (what goes when the application is refused memory), attach.c, fork.c (processes and threads), exits.c (what the kernel writes when one ends), identity.c (users), sanitizer.c and wrappers.c (the rest); check.c (a build that checks
+ * relief.c (what goes when the application is refused memory), attach.c, fork.c (processes and threads), exits.c (what the kernel writes when one ends), identity.c (users), sanitizer.c and seccomp.c (who is left alone) and wrappers.c (the rest); check.c (a build that checks
  * all that); uffd.c, populate.c and holders.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
  * hash), donate.c, merge.c, swap.c, protect.c and home.c (donate and merge), unstopped.c (without being stopped), break.c (unmerge), restore.c (islands become memory like any
  * other), headroom.c and memcg.c (is there memory?); thread.c, call.c, descriptors.c, peer.c, wire.c, serve.c and

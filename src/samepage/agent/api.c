@@ -30,6 +30,9 @@ SP_EXPORT int samepage_join(const char *path)
 
 	if (strlen(path) >= sizeof(peer.path))
 		return -ENAMETOOLONG;
+	real_init();
+	if (!agent_configured() && !seccomp_allows_asked())
+		return -EPERM;
 	take_life(&saved);
 	if (atomic_load(&thread.state) == RUNNING && strcmp(path, peer.path)) {
 		err = -EBUSY;
@@ -46,6 +49,9 @@ SP_EXPORT int samepage_attach(int fd)
 	sigset_t saved;
 	int err = -EBUSY;
 
+	real_init();
+	if (!agent_configured() && !seccomp_allows_asked())
+		return -EPERM;
 	take_life(&saved);
 	if (atomic_load(&thread.state) == IDLE) {
 		peer.attached = fd;

@@ -27,16 +27,16 @@ const char *sanitizer(void)
 				      : NULL;
 }
 
-void say_left_alone(void)
+void say_left_alone(const char *why, const char *whose)
 {
-	char line[128] = "samepage: a program", *end = line + strlen("samepage: ");
+	char line[256] = "samepage: a program", *end = line + strlen("samepage: ");
 	int file = open("/proc/self/comm", O_RDONLY | O_CLOEXEC);
 	ssize_t got = file < 0 ? 0 : read(file, end, 32);
 
 	if (file >= 0)
 		close(file);
 	end = got > 1 ? end + got - 1 : line + strlen(line);
-	end = stpcpy(stpcpy(stpcpy(end, " was built with "), sanitizer()), ", and is left alone\n");
+	end = stpcpy(stpcpy(stpcpy(end, why), whose), ", and is left alone\n");
 	if (write(2, line, (size_t)(end - line)) < 0)
 		return; /* nobody listens */
 }

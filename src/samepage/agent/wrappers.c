@@ -385,9 +385,11 @@ __attribute__((constructor)) static void initialise(void)
 	if (!service || !*service)
 		return;
 	if (sanitizer()) {
-		say_left_alone();
+		say_left_alone(" was built with ", sanitizer());
 		return;
 	}
+	if (!seccomp_allows(secure_getenv("SAMEPAGE_SECCOMP")))
+		return;
 	merge_mapped = all || mapped;
 	agent_configure(service);
 	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */

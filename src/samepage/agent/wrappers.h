@@ -194,6 +194,11 @@ long syscall_away(long number, const long *arg);     /* makes it, with the agent
 /* ---- sanitizer.c ---- */
 
 const char *sanitizer(void); /* that the program was built with, or NULL */
-void say_left_alone(void);
+void say_left_alone(const char *why, const char *whose);
+
+/* Whether the filters that the process was started under are as many as were `tried` (seccomp.c); if not, it says so. Or, where the
+ * program itself asks for an agent: whether none of the agent's calls is fatal. */
+bool seccomp_allows(const char *tried);
+bool seccomp_allows_asked(void);
 
 #endif

@@ -13,8 +13,8 @@ from typing import Any
 from samepage import agent
 from samepage.commands import RESERVE, CommandError, add_mount, add_reserve, add_swap, child, size
 from samepage.commands.streams import say
-from samepage.doctor.facts import look
-from samepage.doctor.findings import hindrance, not_swapped, too_old
+from samepage.doctor.facts import Facts, look
+from samepage.doctor.findings import forbidden, hindrance, not_swapped, too_old
 from samepage.service import sockets
 from samepage.service.machine import LOOK_EVERY, MachineDaemon
 from samepage.service.private import PrivateService
@@ -90,32 +90,41 @@ class Run:
         report = _writable(args.json) if args.json else None
         library = _preloadable(agent.library_path())
         program = child.locate(command[0])
+        facts = look()
+        if why := forbidden(facts):
+            say(why)
+            return child.wait(child.start(program, command, dict(os.environ)))
         path = sockets.running()
         own = [option for option in ("set", "reserve", "swap", "mount", "sysfs") if getattr(args, option)]
         if path and not own:
             say(f"joined the daemon at {path}")
             daemon = MachineDaemon(path, report)
-            environment = _environment(library, path, args) | dict([daemon.variable])
+            environment = _environment(library, path, args, facts) | dict([daemon.variable])
             # Before UFFDIO_MOVE a daemon swaps by write-protection, if at all.
-            enter = None if look().move else agent.forbid_huge_pages
+            enter = None if facts.move else agent.forbid_huge_pages
             status = child.wait(child.start(program, command, environment, enter), daemon.look, LOOK_EVERY)
             say(_shared(daemon.finish()))
             return status
         if path:
             say(f"the daemon at {path} is not joined: --{own[0]} is for a ksmd of the command's own")
-        facts = look()
         if old := too_old(facts):
             raise CommandError(old)
         if why := hindrance(facts, args.swap or "move"):
             say(why)
-        return self._privately(args, report, library, program, command)
+        return self._privately(args, facts, report, library, program, command)
 
     def _privately(
-        self, args: argparse.Namespace, report: Path | None, library: Path, program: str, command: list[str]
+        self,
+        args: argparse.Namespace,
+        facts: Facts,
+        report: Path | None,
+        library: Path,
+        program: str,
+        command: list[str],
     ) -> int:
         """Run the command under a ksmd of its own."""
         service = PrivateService(args.set, report, args.reserve or RESERVE, args.swap == "wp")
-        environment = _environment(library, service.path, args)
+        environment = _environment(library, service.path, args, facts)
         status = None
         try:
             with _tree(args.mount, args.sysfs, service) as enter:
@@ -188,12 +197,13 @@ def _preloadable(library: Path) -> Path:
     return library
 
 
-def _environment(library: Path, socket: str, args: argparse.Namespace) -> dict[str, str]:
+def _environment(library: Path, socket: str, args: argparse.Namespace, facts: Facts) -> dict[str, str]:
     environment = dict(os.environ)
     others = environment.get("LD_PRELOAD", "")
     environment["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
     environment["SAMEPAGE_SOCKET"] = socket
     environment["SAMEPAGE_MEMORY"] = args.memory
+    environment["SAMEPAGE_SECCOMP"] = str(facts.seccomp)  # under so many filters it was tried (agent/seccomp.c)
     if args.min_alloc is not None:
         environment["SAMEPAGE_MIN_ALLOC"] = str(args.min_alloc)
     return environment

@@ -12,6 +12,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from samepage import agent
+
 SYS_USERFAULTFD, SYS_MBIND, SYS_MEMFD_CREATE = 323, 237, 319  # on x86-64
 
 # include/uapi/linux/userfaultfd.h
@@ -39,7 +41,9 @@ class Facts:
     mbind: bool
     memfd: bool
     seccomp: int
-    """Of /proc/self/status: 0 none, 2 a filter."""
+    """How many filters this process is under."""
+    fatal_call: int
+    """The number of a system call of the agent's that they do not let a process survive; 0: none."""
     cgroup: int
     """Version of the hierarchy that has the memory controller; 0: none."""
     memory_limit: int
@@ -61,7 +65,9 @@ class Facts:
 def look() -> Facts:
     """Look at this machine as this user."""
     libc = ctypes.CDLL(None, use_errno=True)
-    way, features = _userfaultfd(libc)
+    filters = _filters()
+    fatal = agent.trial() if filters else 0
+    way, features = ("none", 0) if fatal else _userfaultfd(libc)
     version, limit = _memory_cgroup()
     return Facts(
         kernel=os.uname().release,
@@ -70,9 +76,10 @@ def look() -> Facts:
         write_protect=bool(features & FEATURE_WP),
         write_protect_files=bool(features & FEATURE_WP_FILES),
         pagemap_scan=_pagemap_scan(),
-        mbind=libc.syscall(SYS_MBIND, 0, 0, 0, None, 0, 0) == 0,  # of nothing
-        memfd=_memfd(libc),
-        seccomp=_seccomp(),
+        mbind=not fatal and libc.syscall(SYS_MBIND, 0, 0, 0, None, 0, 0) == 0,  # of nothing
+        memfd=not fatal and _memfd(libc),
+        seccomp=filters,
+        fatal_call=fatal,
         cgroup=version,
         memory_limit=limit,
         max_map_count=_number("/proc/sys/vm/max_map_count"),
@@ -127,11 +134,11 @@ def _memfd(libc: ctypes.CDLL) -> bool:
     return False
 
 
-def _seccomp() -> int:
+def _filters() -> int:
     for line in _text("/proc/self/status").splitlines():
-        if line.startswith("Seccomp:"):
+        if line.startswith("Seccomp_filters:"):
             return int(line.split()[1])
-    return -1
+    return 0
 
 
 def _memory_cgroup() -> tuple[int, int]:

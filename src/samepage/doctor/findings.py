@@ -43,6 +43,16 @@ def too_old(facts: Facts) -> str:
     return f"Linux {facts.kernel} is too old: {OLDEST[0]}.{OLDEST[1]} is the oldest that samepage runs on"
 
 
+def forbidden(facts: Facts) -> str:
+    """Why nothing is done under the seccomp filters that there are; "" if they let an agent live."""
+    if not facts.fatal_call:
+        return ""
+    return (
+        f"nothing is merged, for a seccomp filter ends processes that make system call {facts.fatal_call} (systemd's "
+        "SystemCallFilter=, say), which samepage needs: allow it, or have an error answer it (SystemCallErrorNumber=)"
+    )
+
+
 def way_to_swap(facts: Facts, chosen: str) -> Swap:
     """What agents of this user come to (agent/uffd.c), if `chosen` is "move" or "wp"."""
     held_up = facts.userfaultfd in ("device", "syscall")
@@ -58,6 +68,8 @@ def hindrance(facts: Facts, chosen: str) -> str:
     way = way_to_swap(facts, chosen)
     if way in ("move", "wp"):
         return ""
+    if facts.fatal_call:
+        return forbidden(facts)
     if facts.userfaultfd == "user mode":
         return NOT_HELD_UP
     if way == "none":
@@ -134,8 +146,10 @@ def _swap(facts: Facts, chosen: str) -> Finding:
 
 
 def _seccomp(facts: Facts) -> Finding:
-    if facts.seccomp != 2:
+    if not facts.seccomp:
         return Finding("seccomp", "no filter", "ok")
+    if facts.fatal_call:
+        return Finding("seccomp", f"kills for system call {facts.fatal_call}", "stop", forbidden(facts))
     return Finding("seccomp", "a filter", "ok", "what it forbids is in the other lines")
 
 
