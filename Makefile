@@ -46,6 +46,7 @@ check: $(VENV)/installed $(VENV)/development
 	test -e build/check || meson setup -Dwerror=true build/check
 	meson compile -C build/check
 	mypy
+	PYTHONPATH=src lint-imports --no-logo
 
 # As root, with the kernel's KSM beside it. The figure and all that was measured go to build/.
 bench: $(VENV)/installed $(VENV)/development

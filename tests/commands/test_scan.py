@@ -20,8 +20,8 @@ import pytest
 
 from benchmarks import memory_cgroup
 from benchmarks.memory_cgroup import MemoryCgroup
-from samepage.scan.report import Report
-from tests.scan.subject import Subject
+from samepage.estimate.report import Report
+from tests.estimate.subject import Subject
 
 Scan = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMAND = [sys.executable, "-m", "samepage", "scan"]
@@ -188,8 +188,9 @@ import os, sys
 import samepage, rich.console, rich.table
 import samepage.commands.daemon, samepage.commands.knobs, samepage.commands.run, samepage.commands.scan
 import samepage.commands.status, samepage.commands.unmerge
-import samepage.scan.html, samepage.scan.pages, samepage.scan.selection, samepage.scan.text, samepage.scan.watch
-samepage.scan.pages.zero_checksum()
+import samepage.estimate.html, samepage.estimate.pages, samepage.estimate.selection
+import samepage.estimate.text, samepage.estimate.watch
+samepage.estimate.pages.zero_checksum()
 samepage.__version__ = samepage.__version__
 os.setgroups([])
 os.setgid(65534)

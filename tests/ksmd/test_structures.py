@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from samepage.arrays import expand, run_starts
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.index import ChecksumIndex, by_checksum
-from samepage.ksmd.rmap import Columns, RmapItems, expand, run_starts, sorted_refs
+from samepage.ksmd.rmap import Columns, RmapItems, sorted_refs
 from samepage.ksmd.stable import ADOPTED_NODES_MAX, SEGMENT_PAGES, SHARERS_MAX, StableTree
 from samepage.memory.simulated import SimulatedMachine
 

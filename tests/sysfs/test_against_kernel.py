@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kernel_ksm
-from samepage.sysfs import files
+from samepage.service.ksm_files import FILES
 from tests.sysfs.conftest import KSM, Tree, attempt, needs_fuse, needs_root
 
 pytestmark = [
@@ -146,7 +146,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in files.FILES if files.FILES[name].parse and name != "advisor_mode"])
+@pytest.mark.parametrize("name", [name for name in FILES if FILES[name].parse and name != "advisor_mode"])
 def test_every_value_that_the_kernel_takes_is_taken_and_reads_back_as_there(both: Both, name: str) -> None:
     for value in VALUES:
         before = b"2" if name == "max_page_sharing" else b"1" if name != "run" else b"0"

@@ -15,11 +15,11 @@ from samepage.commands import CommandError
 from samepage.commands.streams import say
 
 if TYPE_CHECKING:
-    from samepage.scan.look import Progress
-    from samepage.scan.process import PageFlags
-    from samepage.scan.report import Report
-    from samepage.scan.selection import Selection
-    from samepage.scan.source import Source
+    from samepage.estimate.look import Progress
+    from samepage.estimate.process import PageFlags
+    from samepage.estimate.report import Report
+    from samepage.estimate.selection import Selection
+    from samepage.estimate.source import Source
 
 
 class Scan:
@@ -82,7 +82,7 @@ class Scan:
         for file in filter(None, (args.html, None if args.json == "-" else args.json)):
             _check_writable(Path(file))
 
-        from samepage.scan.process import PageFlags
+        from samepage.estimate.process import PageFlags
 
         page_flags = PageFlags()
         try:
@@ -132,8 +132,8 @@ def _check_writable(file: Path) -> None:
 
 def _selection(args: argparse.Namespace, page_flags: PageFlags) -> tuple[Selection, list[str]]:
     """What was asked for, and what of it is not there."""
-    from samepage.scan.selection import Selection
-    from samepage.scan.source import ScanError
+    from samepage.estimate.selection import Selection
+    from samepage.estimate.source import ScanError
 
     selection = Selection(page_flags)
     problems = []
@@ -153,8 +153,8 @@ def _selection(args: argparse.Namespace, page_flags: PageFlags) -> tuple[Selecti
 def _scan(args: argparse.Namespace, selection: Selection, problems: list[str]) -> tuple[Report, str | None]:
     """Look as often as asked, and the report of it, with its page if one is wanted."""
     import samepage
-    from samepage.scan import predict, report, watch
-    from samepage.scan.look import look
+    from samepage.estimate import predict, report, watch
+    from samepage.estimate.look import look
 
     sources, sample = selection.sources, args.sample if args.sample != 1 else None
     began = time.monotonic()
@@ -182,7 +182,7 @@ def _scan(args: argparse.Namespace, selection: Selection, problems: list[str]) -
     result = report.build(latest, host, analysis, watched, samepage.__version__)
     page = None
     if args.html and result.sources:
-        from samepage.scan import html
+        from samepage.estimate import html
 
         page = html.page(result, html.cells(latest, analysis.classes))
     return result, page
@@ -227,7 +227,7 @@ def _write_json(file: str, report: Report) -> None:
 def _print(report: Report) -> None:
     from rich.console import Console
 
-    from samepage.scan.text import print_report
+    from samepage.estimate.text import print_report
 
     # When piped: no colours, and never cut to a width that nobody looks at.
     print_report(report, Console(width=None if sys.stdout.isatty() else 1000, highlight=False))

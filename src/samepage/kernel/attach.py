@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samepage import inject
+from samepage.estimate.process import NOT_COMPATIBLE
 from samepage.kernel.target import TargetError, check
-from samepage.scan.process import NOT_COMPATIBLE
 
 SYS_MADVISE, SYS_PRCTL = 28, 157  # on x86-64
 PR_SET_MEMORY_MERGE = 67

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from samepage import inject
+from samepage.estimate.process import KPF_KSM, KPF_ZERO_PAGE, PM_PFN, PageFlags
 from samepage.kernel.attach import Mapping, mappings
 from samepage.kernel.target import TargetError, check
 from samepage.memory import PAGE_SIZE, U64
 from samepage.memory.pagemap import EXCLUSIVE, FILE, PRESENT
-from samepage.scan.process import KPF_KSM, KPF_ZERO_PAGE, PM_PFN, PageFlags
 
 BATCH = 1 << 20
 """Bytes of addresses that one call is for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from samepage.ksmd.rmap import Ints
+from samepage.arrays import Ints
 from samepage.memory import U8, VPN_END
 
 BLOCK_PAGES = 512

@@ -14,10 +14,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from samepage.arrays import Ints
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.domain import CANDIDATE, Domain
 from samepage.ksmd.index import ChecksumIndex
-from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, Ints, PageState
+from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, PageState
 from samepage.memory import VPN_END
 
 

@@ -15,23 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from samepage.arrays import Ints, expand
 from samepage.ksmd.age import Ages
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.index import ChecksumIndex
 from samepage.ksmd.mm_slot import PIECE, MmSlot, Structured
 from samepage.ksmd.patience import Patience
-from samepage.ksmd.rmap import (
-    BLOCK,
-    HAS_CHECKSUM,
-    HAS_NODE,
-    IS_VOLATILE,
-    VOLATILE,
-    Ints,
-    PageState,
-    RmapItems,
-    expand,
-    sorted_refs,
-)
+from samepage.ksmd.rmap import BLOCK, HAS_CHECKSUM, HAS_NODE, IS_VOLATILE, VOLATILE, PageState, RmapItems, sorted_refs
 from samepage.ksmd.stable import StableTree
 from samepage.memory import AREA, U8, U32, U64
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from samepage.arrays import Bools, Ints, expand, run_starts
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
-from samepage.ksmd.rmap import Bools, Ints, expand, run_starts
 from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment
 from samepage.memory import AREA, DONE, EXTENT, U8, U32, U64, PageStatus, Segment
 

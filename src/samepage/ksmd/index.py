@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from samepage.ksmd.rmap import Bools, Ints
+from samepage.arrays import Bools, Ints
 from samepage.memory import U32, U64
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from samepage.arrays import Ints, run_starts
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.merge import MergeWork
 from samepage.ksmd.mm_slot import MmSlot, Structured
-from samepage.ksmd.rmap import Ints, PageState, run_starts
+from samepage.ksmd.rmap import PageState
 from samepage.memory import AREA, VPN_END
 
 QUIET_PASSES = 2

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from samepage.arrays import Bools, Ints
 from samepage.ksmd import books
 from samepage.ksmd import counters as show
 from samepage.ksmd import knobs as knob_rules
@@ -24,7 +25,7 @@ from samepage.ksmd.lost import Lost
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import MmSlot, Owed
 from samepage.ksmd.patience import A_MOMENT, Accounts
-from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, Bools, Ints, PageState, sorted_refs
+from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, PageState, sorted_refs
 from samepage.ksmd.scan import Look, Seen, heard, ingest, look, recount_zeros
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.ksmd.unmerge import Cancelled, ProcessBreak, UnmergeResult, move_out, retry_pending, unmerge_pages

@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from samepage.arrays import Bools, Ints, run_starts
 from samepage.ksmd.deferred import COLLIDED_LONGEST, LONGEST
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.exchange import COPY, UNASKED, Exchange, merge
 from samepage.ksmd.index import by_checksum
 from samepage.ksmd.mm_slot import MmSlot
-from samepage.ksmd.rmap import Bools, Ints, PageState, run_starts, sorted_refs
+from samepage.ksmd.rmap import PageState, sorted_refs
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import EXTENT, U8, U32, U64, ZERO_PAGE, AddressSpaceSilent, PageStatus
 

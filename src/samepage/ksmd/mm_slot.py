@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from samepage.arrays import Ints
 from samepage.ksmd.age import Ages
 from samepage.ksmd.patience import A_MOMENT, Patience
-from samepage.ksmd.rmap import HAS_CHECKSUM, Ints, PageState
+from samepage.ksmd.rmap import HAS_CHECKSUM, PageState
 from samepage.memory import AREA, U32, AddressSpace, AddressSpaceGone, AddressSpaceSilent, ScanResult
 
 if TYPE_CHECKING:

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from samepage.arrays import Bools, Ints, run_starts
 from samepage.memory import PAGE_SIZE, U8, U32, U64
-
-Bools = npt.NDArray[np.bool_]
-Ints = npt.NDArray[np.int64]
 
 REFS_MAX = 1 << 32
 """Refs are u32: so many pages can be known in one merge domain (16 TiB of 4 KiB pages)."""
@@ -240,26 +238,6 @@ class RmapItems(Columns):
     def state(self) -> U8:
         """`PageState` a ref."""
         return self.columns[1]
-
-
-def expand(starts: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> Ints:
-    """`[start, start + length)` of every run, one after the other."""
-    starts, lengths = starts.astype(np.int64), lengths.astype(np.int64)
-    if len(starts) == 1:
-        return np.arange(starts[0], starts[0] + lengths[0], dtype=np.int64)
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total, dtype=np.int64)
-
-
-def run_starts(*columns: npt.NDArray[Any]) -> Ints:
-    """Where runs begin in which every column goes up by one from row to row. Columns are of integers."""
-    n = len(columns[0])
-    starts = np.zeros(n, np.bool_)
-    starts[:1] = True
-    for column in columns:
-        starts[1:] |= column[1:] != column[:-1] + column.dtype.type(1)
-    return np.flatnonzero(starts)
 
 
 def sorted_refs(parts: list[U32]) -> U32:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from samepage.arrays import Bools, Ints, expand
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
-from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, Bools, Ints, PageState, expand
+from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, PageState
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import U64, VPN_END, AddressSpaceGone, AddressSpaceSilent, Areas, RunKind, ScanFlag, ScanResult
 

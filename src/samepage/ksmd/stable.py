@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from samepage.arrays import Bools, Ints
 from samepage.ksmd.index import ChecksumIndex
-from samepage.ksmd.rmap import Bools, Columns, Ints
+from samepage.ksmd.rmap import Columns
 from samepage.memory import U32, U64, Segment
 
 SEGMENT_PAGES = 2048

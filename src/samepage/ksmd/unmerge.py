@@ -15,10 +15,11 @@ from functools import partial
 
 import numpy as np
 
+from samepage.arrays import Ints
 from samepage.ksmd.domain import SLICE_PAGES, Domain
 from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
-from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, Ints, PageState
+from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, PageState
 from samepage.ksmd.scan import refresh_areas
 from samepage.memory import AREA, PAGE_SIZE, VPN_END, AddressSpaceGone, BreakResult
 

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Protocol
 
 import msgspec
 
+from samepage.service import ksm_files
 from samepage.service.sockets import Caller, ControlError, peer
-from samepage.sysfs import files
 
 PACKET_MAX = 128 << 10
 """Bytes of a control packet at most."""
@@ -201,13 +201,13 @@ def _perform(
         case Files(pid=None):
             yield {"ok": True, "files": scanner.files()}
         case Files(pid=int(pid)):
-            yield {"ok": True, "files": files.process_texts(scanner.row(pid))}
+            yield {"ok": True, "files": ksm_files.process_texts(scanner.row(pid))}
         case Processes():
             yield {"ok": True, "pids": scanner.pids()[:PIDS_MAX]}
         case Introduce():
             yield from _introduce(scanner, sock)
         case Write(file=file, data=data):
-            scanner.set(file, files.value(file, data), lambda: client_gone(sock))
+            scanner.set(file, ksm_files.value(file, data), lambda: client_gone(sock))
             yield {"ok": True}
         case Merge(vpn=vpn, npages=npages, pid=pid):
             user = None if caller.uid in (0, owner) else caller.uid

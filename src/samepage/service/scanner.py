@@ -23,9 +23,9 @@ from samepage.memory.agent import ENDED, AgentAddressSpace
 from samepage.memory.halt import SILENT
 from samepage.memory.identity import user_of
 from samepage.memory.segments import OPEN
+from samepage.service import ksm_files
 from samepage.service.control import Arrivals, blamed
 from samepage.service.log import log_once
-from samepage.sysfs import files
 
 Answer = dict[str, Any]
 
@@ -180,7 +180,7 @@ class Scanner:
 
     def files(self) -> dict[str, str]:
         """What is in the files of /sys/kernel/mm/ksm. Asked for ten times a second, so not by way of `counters`."""
-        return files.texts(self._ksmd.counters(), self._ksmd.get)
+        return ksm_files.texts(self._ksmd.counters(), self._ksmd.get)
 
     def row(self, pid: int) -> Answer | None:
         """That of one process; None when it has not joined. Of pages merged with the zero page it says how many there

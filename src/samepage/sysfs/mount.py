@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from samepage.sysfs.files import FILES
+from samepage.service.ksm_files import FILES
 
 PROGRAM = Path(__file__).parents[1] / "samepage-sysfs"
 

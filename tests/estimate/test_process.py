@@ -16,14 +16,14 @@ import pytest
 
 from benchmarks import kernel_ksm
 from samepage import agent
+from samepage.estimate import process
+from samepage.estimate.look import look
+from samepage.estimate.process import PageFlags, Process
+from samepage.estimate.report import Pages, Report
+from samepage.estimate.source import Kind, Left, PageFlag, ScanError
 from samepage.memory import PAGE_SIZE, pagemap
-from samepage.scan import process
-from samepage.scan.look import look
-from samepage.scan.process import PageFlags, Process
-from samepage.scan.report import Pages, Report
-from samepage.scan.source import Kind, Left, PageFlag, ScanError
-from tests.scan.conftest import report_of
-from tests.scan.subject import Subject, mapping_at
+from tests.estimate.conftest import report_of
+from tests.estimate.subject import Subject, mapping_at
 
 Scan = Callable[..., Report]
 PATIENCE = 60.0
@@ -198,7 +198,7 @@ def test_a_large_block_of_mallocs_is_an_allocation_that_samepage_run_would_take(
 
 
 def reach(folder: Path, *flags: str) -> Path:
-    """tests/scan/reach.c, compiled."""
+    """tests/estimate/reach.c, compiled."""
     program = folder / f"reach{''.join(flags)}"
     subprocess.run(["gcc", "-O1", "-pthread", *flags, REACH, "-o", program], check=True)
     return program

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from samepage.estimate import html, predict, report
+from samepage.estimate.look import look
+from samepage.estimate.process import Process
 from samepage.memory import PAGE_SIZE
-from samepage.scan import html, predict, report
-from samepage.scan.look import look
-from samepage.scan.process import Process
-from tests.scan.fake import FakeSource, Page
-from tests.scan.subject import Subject
+from tests.estimate.fake import FakeSource, Page
+from tests.estimate.subject import Subject
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs headless Chromium (Debian: chromium)")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from samepage.ksmd.rmap import Bools, Ints
+from samepage.arrays import Bools, Ints
+from samepage.estimate.pages import zero_checksum
+from samepage.estimate.source import PageFlag
 from samepage.memory import U8, U64
-from samepage.scan.pages import zero_checksum
-from samepage.scan.source import PageFlag
 
 Counts = dict[str, Ints]
 

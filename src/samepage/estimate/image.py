@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from samepage.estimate.source import BATCH_PAGES, Batch, Kind, Mapping, Opened, PageFlag, ScanError, with_stretch
 from samepage.memory import PAGE_SIZE
-from samepage.scan.source import BATCH_PAGES, Batch, Kind, Mapping, Opened, PageFlag, ScanError, with_stretch
 
 FOREIGN = {
     b"\x1f\x8b": "gzip data: decompress it first",

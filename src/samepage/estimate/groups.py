@@ -12,9 +12,9 @@ from enum import IntEnum
 
 import numpy as np
 
-from samepage.ksmd.rmap import Bools, Ints
+from samepage.arrays import Bools, Ints
+from samepage.estimate.source import PageFlag
 from samepage.memory import U8, U64
-from samepage.scan.source import PageFlag
 
 PARTS = 16
 """Power of two."""

@@ -13,7 +13,7 @@ from rich.text import Text
 from samepage.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from samepage.scan.report import Pages, Report, SourceReport
+    from samepage.estimate.report import Pages, Report, SourceReport
 
 ROWS = 15
 """Processes, and mappings, that are listed: the largest, by what they have that others have."""
@@ -227,7 +227,7 @@ def _mappings(report: Report) -> Group:
             entry = sums[mapping.kind, mapping.name]
             for i, name in enumerate(mapping.pages.__struct_fields__):
                 entry[i] += getattr(mapping.pages, name)
-    from samepage.scan.report import Pages
+    from samepage.estimate.report import Pages
 
     ranked = sorted(
         ((kind, name, Pages(*entry)) for (kind, name), entry in sums.items()),

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from samepage.estimate import predict
+from samepage.estimate.look import Look, SourceRows, look
+from samepage.estimate.sample import Sampler
+from samepage.estimate.source import PageFlag
 from samepage.memory import U8, U64
-from samepage.scan import predict
-from samepage.scan.look import Look, SourceRows, look
-from samepage.scan.sample import Sampler
-from samepage.scan.source import PageFlag
-from tests.scan.fake import FakeSource, Page
+from tests.estimate.fake import FakeSource, Page
 
 HOST = predict.Host("6.18.0", 256, False, 100, 20, 1 << 20)
 

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from samepage.estimate.groups import PageClass
+from samepage.estimate.look import Look, SourceRows
+from samepage.estimate.report import Pages, Report
+from samepage.estimate.text import headline
 from samepage.memory import PAGE_SIZE, U8
-from samepage.scan.groups import PageClass
-from samepage.scan.look import Look, SourceRows
-from samepage.scan.report import Pages, Report
-from samepage.scan.text import headline
 
 CELLS = 10_000
 """The map has at most about so many cells, however much memory there is."""
@@ -60,7 +60,7 @@ def _cells(rows: SourceRows, classes: U8, step: int) -> str:
 
 def page(report: Report, map_: Cells) -> str:
     """The whole page."""
-    template = (resources.files("samepage.scan") / "page.html").read_text(encoding="utf-8")
+    template = (resources.files("samepage.estimate") / "page.html").read_text(encoding="utf-8")
     data = {
         "report": msgspec.to_builtins(report) | {"sources": _sources(report)},
         "map": msgspec.to_builtins(map_),

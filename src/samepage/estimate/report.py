@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from samepage.arrays import Bools, Ints
+from samepage.estimate import predict
+from samepage.estimate.groups import BLOCK, PageClass
+from samepage.estimate.look import Look, MappingRows, SourceRows
+from samepage.estimate.sample import Estimate
+from samepage.estimate.source import Kind, Left, PageFlag
 from samepage.ksmd.knobs import Knobs
-from samepage.ksmd.rmap import Bools, Ints
 from samepage.memory import PAGE_SIZE, U8
-from samepage.scan import predict
-from samepage.scan.groups import BLOCK, PageClass
-from samepage.scan.look import Look, MappingRows, SourceRows
-from samepage.scan.sample import Estimate
-from samepage.scan.source import Kind, Left, PageFlag
 
 SCHEMA = 1
 """Goes up when a field changes its meaning or goes."""

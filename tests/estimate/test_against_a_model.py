@@ -9,12 +9,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from samepage.estimate import predict
+from samepage.estimate.groups import PageClass
+from samepage.estimate.look import Look, look
+from samepage.estimate.source import PageFlag
 from samepage.ksmd.stable import SEGMENT_PAGES
-from samepage.scan import predict
-from samepage.scan.groups import PageClass
-from samepage.scan.look import Look, look
-from samepage.scan.source import PageFlag
-from tests.scan.fake import FakeSource, Page
+from tests.estimate.fake import FakeSource, Page
 
 HOST = predict.Host("6.18.0", 3, False, 100, 20, 65530)
 """With a max_page_sharing that small numbers of pages come to."""

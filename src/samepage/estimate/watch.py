@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from samepage.ksmd.rmap import Bools, Ints
-from samepage.scan.groups import BLOCK
-from samepage.scan.look import Look
-from samepage.scan.source import PageFlag
+from samepage.arrays import Bools, Ints
+from samepage.estimate.groups import BLOCK
+from samepage.estimate.look import Look
+from samepage.estimate.source import PageFlag
 
 
 def unchanged(before: Look, now: Look, unchanged_before: Bools | None) -> Bools:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from samepage.estimate.image import Image
+from samepage.estimate.look import look
+from samepage.estimate.process import Process
+from samepage.estimate.source import Kind, Opened, ScanError
 from samepage.memory import PAGE_SIZE
-from samepage.scan.image import Image
-from samepage.scan.look import look
-from samepage.scan.process import Process
-from samepage.scan.source import Kind, Opened, ScanError
-from tests.scan.conftest import report_of
-from tests.scan.fake import page_bytes
-from tests.scan.subject import Subject, mapping_at
+from tests.estimate.conftest import report_of
+from tests.estimate.fake import page_bytes
+from tests.estimate.subject import Subject, mapping_at
 
 
 @dataclass

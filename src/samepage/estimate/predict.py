@@ -15,10 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from samepage.ksmd.rmap import Bools, Ints
-from samepage.ksmd.stable import SEGMENT_PAGES
-from samepage.memory import U8, U32, U64
-from samepage.scan.groups import (
+from samepage.arrays import Bools, Ints
+from samepage.estimate.groups import (
     BLOCK,
     Groups,
     base_classes,
@@ -28,10 +26,12 @@ from samepage.scan.groups import (
     mark_duplicates,
     representative,
 )
-from samepage.scan.look import Look, SourceRows
-from samepage.scan.pages import zero_checksum
-from samepage.scan.sample import Counts, Estimate, Tally
-from samepage.scan.source import PageFlag
+from samepage.estimate.look import Look, SourceRows
+from samepage.estimate.pages import zero_checksum
+from samepage.estimate.sample import Counts, Estimate, Tally
+from samepage.estimate.source import PageFlag
+from samepage.ksmd.stable import SEGMENT_PAGES
+from samepage.memory import U8, U32, U64
 
 KSM = Path("/sys/kernel/mm/ksm")
 

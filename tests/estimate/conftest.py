@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from samepage.scan import predict, report
-from samepage.scan.look import look
-from samepage.scan.process import PageFlags, Process
-from samepage.scan.report import Report
-from samepage.scan.source import Source
+from samepage.estimate import predict, report
+from samepage.estimate.look import look
+from samepage.estimate.process import PageFlags, Process
+from samepage.estimate.report import Report
+from samepage.estimate.source import Source
 
 
 @pytest.fixture

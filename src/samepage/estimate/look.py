@@ -23,12 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from samepage.ksmd.rmap import Bools, Ints
-from samepage.memory import PAGE_SIZE, U8, U32, U64
-from samepage.scan import pages
-from samepage.scan.process import MIN_ALLOC
-from samepage.scan.sample import Column, Sampler
-from samepage.scan.source import (
+from samepage.arrays import Bools, Ints
+from samepage.estimate import pages
+from samepage.estimate.process import MIN_ALLOC
+from samepage.estimate.sample import Column, Sampler
+from samepage.estimate.source import (
     Batch,
     Denied,
     Kind,
@@ -41,6 +40,7 @@ from samepage.scan.source import (
     Source,
     label,
 )
+from samepage.memory import PAGE_SIZE, U8, U32, U64
 
 Progress = Callable[[int, str], None]
 """Told of pages that were looked at since it was last told, and of whom they are."""

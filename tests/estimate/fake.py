@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from samepage.estimate.source import Batch, Kind, Mapping, Opened, PageFlag
 from samepage.memory import PAGE_SIZE
-from samepage.scan.source import Batch, Kind, Mapping, Opened, PageFlag
 
 
 @dataclass(frozen=True)

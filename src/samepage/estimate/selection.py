@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from samepage.scan.image import Image
-from samepage.scan.process import PageFlags, Process
-from samepage.scan.source import ScanError, Source
+from samepage.estimate.image import Image
+from samepage.estimate.process import PageFlags, Process
+from samepage.estimate.source import ScanError, Source
 
 CGROUP_ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified")
 

@@ -10,11 +10,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samepage.scan import predict, report, watch
-from samepage.scan.look import look
-from samepage.scan.process import Process
-from tests.scan.fake import FakeSource, Page
-from tests.scan.subject import Subject
+from samepage.estimate import predict, report, watch
+from samepage.estimate.look import look
+from samepage.estimate.process import Process
+from tests.estimate.fake import FakeSource, Page
+from tests.estimate.subject import Subject
 
 PLACES = st.dictionaries(st.integers(1, 30), st.integers(0, 5), max_size=20)
 """Contents, by page number."""

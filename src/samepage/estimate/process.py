@@ -18,11 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from samepage.ksmd.rmap import expand
-from samepage.memory import PAGE_SIZE, U64
-from samepage.memory.pagemap import PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_SWAPPED, regions
-from samepage.scan import pages
-from samepage.scan.source import (
+from samepage.arrays import expand
+from samepage.estimate import pages
+from samepage.estimate.source import (
     BATCH_PAGES,
     Batch,
     Denied,
@@ -35,6 +33,8 @@ from samepage.scan.source import (
     ScanError,
     with_stretch,
 )
+from samepage.memory import PAGE_SIZE, U64
+from samepage.memory.pagemap import PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_SWAPPED, regions
 
 MIN_ALLOC = 1 << 20
 """Bytes of the smallest allocation that `samepage run` serves, unless told otherwise. What is smaller is libc's."""

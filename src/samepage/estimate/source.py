@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from samepage.ksmd.rmap import Ints
+from samepage.arrays import Ints
 from samepage.memory import U8, U64
 
 BATCH_PAGES = 1 << 15
