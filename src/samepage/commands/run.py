@@ -56,11 +56,17 @@ class Run:
             help="set a knob before the first scan",
         )
         parser.add_argument(
+            "--engine",
+            choices=("user", "kernel"),
+            default="user",
+            help="who merges: samepage's agent (default), or the kernel's own ksmd, also statically linked programs; "
+            "KNOBs are then those of /sys/kernel/mm/ksm, which are put back at the end",
+        )
+        parser.add_argument(
             "--memory",
             choices=("large", "mapped", "all"),
-            default=MEMORY,
             help="what is merged: large allocations; what the program maps itself, too; or allocations from 64K on "
-            "besides (default: %(default)s)",
+            f"besides (default: {MEMORY})",
         )
         parser.add_argument(
             "--min-alloc",
@@ -88,6 +94,8 @@ class Run:
         if not command:
             self._parser.error("COMMAND is missing")
         report = _writable(args.json) if args.json else None
+        if args.engine == "kernel":
+            return self._by_the_kernel(args, report, command)
         library = _preloadable(agent.library_path())
         program = child.locate(command[0])
         facts = look()
@@ -112,6 +120,36 @@ class Run:
         if why := hindrance(facts, args.swap or "move"):
             say(why)
         return self._privately(args, facts, report, library, program, command)
+
+    def _by_the_kernel(self, args: argparse.Namespace, report: Path | None, command: list[str]) -> int:
+        """Run the command with all its memory mergeable by the kernel's ksmd."""
+        from samepage.kernel.attach import merge_all_of_this
+        from samepage.kernel.processes import KernelProcesses
+        from samepage.kernel.settings import Settings, SettingsError
+
+        options = ("memory", "min_alloc", "reserve", "swap", "mount", "sysfs")
+        if own := [option for option in options if getattr(args, option)]:
+            self._parser.error(f"--{own[0].replace('_', '-')} is for --engine user")
+        if look().version < (6, 7):
+            raise CommandError("--engine kernel needs Linux 6.7: before, a program that is executed is not mergeable")
+        program = child.locate(command[0])
+        settings, ours, held = Settings(), KernelProcesses(report), [os.getpid()]
+        try:
+            settings.hold(held, {"run": "1", **dict(args.set)})
+        except SettingsError as e:
+            if args.set or not settings.running():
+                raise CommandError(f"nothing would be merged: {e}") from e
+        try:
+            environment = os.environ | dict([ours.variable])
+            pid = child.start(program, command, environment, merge_all_of_this)
+            held.append(pid)
+            with contextlib.suppress(SettingsError):  # it goes on when this process is killed
+                settings.hold([pid], {})
+            status = child.wait(pid, ours.look, LOOK_EVERY)
+        finally:
+            settings.release(held)
+        say(_shared(ours.finish()))
+        return status
 
     def _privately(
         self,
@@ -202,7 +240,7 @@ def _environment(library: Path, socket: str, args: argparse.Namespace, facts: Fa
     others = environment.get("LD_PRELOAD", "")
     environment["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
     environment["SAMEPAGE_SOCKET"] = socket
-    environment["SAMEPAGE_MEMORY"] = args.memory
+    environment["SAMEPAGE_MEMORY"] = args.memory or MEMORY
     environment["SAMEPAGE_SECCOMP"] = str(facts.seccomp)  # under so many filters it was tried (agent/seccomp.c)
     if args.min_alloc is not None:
         environment["SAMEPAGE_MIN_ALLOC"] = str(args.min_alloc)
@@ -212,9 +250,11 @@ def _environment(library: Path, socket: str, args: argparse.Namespace, facts: Fa
 def _shared(summary: dict[str, Any]) -> str:
     """What processes of the command shared under a daemon, in plain words."""
     joined = summary["processes_joined"]
+    if not joined and "engine" in summary:
+        return "nothing was shared: the command ended at once"
     if not joined:
         return NOBODY_JOINED
-    if not summary["bytes_shared_peak"] and (why := not_swapped(summary["swap"])):
+    if not summary["bytes_shared_peak"] and (why := not_swapped(summary.get("swap", ()))):
         return f"nothing was shared: {why}"
     last, peak = summary["bytes_shared"] / MIB, summary["bytes_shared_peak"] / MIB
     processes = f"{joined} process{'' if joined == 1 else 'es'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from dataclasses import dataclass
@@ -41,6 +42,15 @@ def mappings(pid: int) -> list[Mapping]:
         elif line[0] in "0123456789abcdef":  # the others start with a capital
             start, end = (int(address, 16) for address in line.partition(" ")[0].split("-"))
     return found
+
+
+def merge_all_of_this() -> None:
+    """All memory of this process, its children, and the programs they become, is mergeable from now on. OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0):
+        number = ctypes.get_errno()
+        why = "this kernel has no PR_SET_MEMORY_MERGE" if number == errno.EINVAL else os.strerror(number)
+        raise OSError(number, f"the kernel cannot merge it: {why}")
 
 
 def calls(pid: int, made: list[inject.Call]) -> list[int]:

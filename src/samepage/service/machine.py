@@ -1,7 +1,7 @@
-"""The daemon that `samepage run` joins, and what it tells of the processes of one command.
+"""What the processes of one command share with others: told by the daemon that `samepage run` joins, or by the kernel.
 
-A daemon serves other commands too. Which processes are this command's their environment says, which they have from it.
-What they save cannot be told from what others save with the same pages; so what is counted is what they share.
+A daemon, or ksmd, serves other commands too. Which processes are this command's their environment says, which they have
+from it. What they save cannot be told from what others save with the same pages; so what is counted is what they share.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ LAST_SECONDS = 5.0
 SUMMED = ("merged", "ksm_merging_pages", "ksm_zero_pages", "pages_inherited", "pages_broken", "ksm_process_profit")
 
 
-class MachineDaemon:
-    """The daemon at `path`, for the processes that have `variable` in their environment. `report` is a file that is
-    kept up to date with what they share."""
+class SharedByCommand:
+    """What the processes share that have `variable` in their environment. `report` is a file that is kept up to date
+    with that."""
 
-    def __init__(self, path: str, report: Path | None) -> None:
-        self.path = path
+    SUMMED: tuple[str, ...]
+    """What is added up over all rows."""
+
+    def __init__(self, report: Path | None) -> None:
         self.variable = ("SAMEPAGE_RUN", os.urandom(8).hex())
         self._mark = f"{self.variable[0]}={self.variable[1]}\0".encode()
         self._report = report
@@ -53,7 +55,6 @@ class MachineDaemon:
         self._joined = 0
         self._peak = 0
         self._recent: deque[tuple[float, int]] = deque()
-        self._client: Client | None = None
 
     def look(self) -> None:
         """See how things stand. To be called every `LOOK_EVERY` seconds."""
@@ -68,18 +69,12 @@ class MachineDaemon:
         return self._summary()
 
     def _ask(self) -> list[dict[str, Any]]:
-        from samepage.service.control import Client
+        """A row for every process that is merged, this command's or not. `ControlError`: not known now."""
+        raise NotImplementedError
 
-        try:
-            if self._client is None:
-                self._client = Client(self.path, PATIENCE)
-            rows: list[dict[str, Any]] = self._client.ask("status", brief=True).get("processes", [])
-            return rows
-        except ControlError:
-            if self._client is not None:
-                self._client.close()
-            self._client = None
-            raise
+    def _about(self) -> dict[str, Any]:
+        """What else the report says."""
+        raise NotImplementedError
 
     def _take_in(self, rows: list[dict[str, Any]]) -> None:
         self._ours = {row["pid"]: self._ours.get(row["pid"]) or self._is_ours(row["pid"]) for row in rows}
@@ -102,13 +97,12 @@ class MachineDaemon:
     def _summary(self) -> dict[str, Any]:
         rows = self._rows.values()
         return {
-            "daemon": self.path,
             "bytes_shared": max((shared for _, shared in self._recent), default=0),
             "bytes_shared_peak": self._peak,
             "processes_joined": self._joined,
-            "swap": sorted({row["swap"] for row in [*self._ended, *rows]}),
             "wall_seconds": round(time.monotonic() - self._started, 3),
-            **{name: sum(row[name] for row in rows) for name in SUMMED},
+            **self._about(),
+            **{name: sum(row[name] for row in rows) for name in self.SUMMED},
         }
 
     def _write(self) -> None:
@@ -118,3 +112,32 @@ class MachineDaemon:
         rows = [row | {"ended": True} for row in self._ended] + [row | {"ended": False} for row in self._rows.values()]
         with contextlib.suppress(OSError):
             replace(self._report, json.dumps(self._summary() | {"processes": rows}, indent=1) + "\n")
+
+
+class MachineDaemon(SharedByCommand):
+    """The daemon at `path`."""
+
+    SUMMED = SUMMED
+
+    def __init__(self, path: str, report: Path | None) -> None:
+        super().__init__(report)
+        self.path = path
+        self._client: Client | None = None
+
+    def _ask(self) -> list[dict[str, Any]]:
+        from samepage.service.control import Client
+
+        try:
+            if self._client is None:
+                self._client = Client(self.path, PATIENCE)
+            rows: list[dict[str, Any]] = self._client.ask("status", brief=True).get("processes", [])
+            return rows
+        except ControlError:
+            if self._client is not None:
+                self._client.close()
+            self._client = None
+            raise
+
+    def _about(self) -> dict[str, Any]:
+        rows = [*self._ended, *self._rows.values()]
+        return {"daemon": self.path, "swap": sorted({row["swap"] for row in rows})}
