@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samepage.ksmd import Advisor, Knobs, Ksmd, exchange, merge
+from samepage import commands
+from samepage.ksmd import KNOBS, Advisor, Knobs, Ksmd, exchange, merge
 from samepage.ksmd.advisor import BREAK_SECONDS, BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
 from samepage.memory import VPN_END, PageStatus, ScanFlag, ScanResult
 from samepage.memory.simulated import SimulatedMachine
@@ -471,3 +472,11 @@ def test_without_processes_there_are_no_passes() -> None:
     ksmd = new_ksmd()
     assert ksmd.do_scan() == 0
     assert ksmd.counters().full_scans == 0
+
+
+def test_the_help_of_set_describes_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["set", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for knob in KNOBS.values():
+        assert f"{knob.name} {knob.range} (default: {knob.default})" in said
+        assert knob.help in said

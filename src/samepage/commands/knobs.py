@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
 from samepage.commands import add_socket
 from samepage.service import sockets
 
 
-class Get:
-    """Print what a knob is set to, or all of them.
+class _WithKnobs(argparse.HelpFormatter):
+    """Help that ends with all knobs. They are loaded, and numpy with them, only if somebody asks for it."""
 
-    The knobs mean what Documentation/admin-guide/mm/ksm.rst of the kernel says.
-    """
+    def format_help(self) -> str:
+        from samepage.ksmd.knobs import KNOBS
+
+        lines = ["", "knobs:"]
+        for knob in KNOBS.values():
+            lines.append(f"  {knob.name} {knob.range} (default: {knob.default})")
+            lines.append(textwrap.fill(knob.help, self._width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        return super().format_help() + "\n".join(lines) + "\n"
+
+
+class Get:
+    """Print what a knob is set to, or all of them. `samepage set --help` says what each means."""
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         add_socket(parser)
@@ -39,8 +50,9 @@ class Set:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         add_socket(parser)
-        parser.add_argument("knob", metavar="KNOB")
+        parser.add_argument("knob", metavar="KNOB", help="one of those below")
         parser.add_argument("value", metavar="VALUE")
+        parser.formatter_class = _WithKnobs
 
     def run(self, args: argparse.Namespace) -> int:
         from samepage.service.control import Client

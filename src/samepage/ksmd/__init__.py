@@ -42,14 +42,14 @@ always; so less than 16 bytes a page.
 
 from samepage.ksmd.advisor import Advisor
 from samepage.ksmd.counters import Counters, ProcessRow
-from samepage.ksmd.knobs import ADVISOR_MODES, Knobs, Run
+from samepage.ksmd.knobs import KNOBS, Knobs, Run
 from samepage.ksmd.ksmd import Ksmd, MergeOutcome, UnmergeFailed
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import PageState
 from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 
 __all__ = [
-    "ADVISOR_MODES",
+    "KNOBS",
     "Advisor",
     "Counters",
     "Knobs",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass, fields
-from enum import IntEnum
+from dataclasses import dataclass, field, fields
+from enum import Enum, IntEnum
+from typing import Any
 
 
 class Run(IntEnum):
@@ -17,42 +18,114 @@ class Run(IntEnum):
     UNMERGE = 2
 
 
-ADVISOR_MODES = ("none", "scan-time", "cpu")
+class Format(Enum):
+    """How the kernel reads what is written to the file of a knob (`samepage.service.ksm_files`)."""
+
+    UINT = "a u32; whatever is wrong with it is EINVAL"
+    ULONG = "a u64; whatever is wrong with it is EINVAL"
+    INT = "an int; ERANGE beyond that"
+    ULONG_RANGE = "a u64; ERANGE beyond that"
+    LOW_HALF = "a u64, of which the lower half is kept"
+    SWITCH = "kstrtobool(): 1, y, on, true, and so on"
+    WORD = "a word"
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """All there is to say of a knob: files, commands, their help and errors go by this."""
+
+    name: str
+    default: str | int
+    allowed: tuple[int, int] | tuple[str, ...]
+    """The least and the greatest number, or the words."""
+    format: Format | None
+    """None: it is samepage's alone, and no file has it."""
+    help: str
+
+    @property
+    def range(self) -> str:
+        """The values it takes, in words."""
+        if isinstance(self.allowed[0], int):
+            return f"{self.allowed[0]}..{self.allowed[1]}"
+        return "|".join(str(word) for word in self.allowed)
+
+    def parse(self, value: str | int) -> str | int:
+        """What it would be set to. OSError EINVAL: no such value."""
+        if isinstance(self.allowed[0], str):
+            if value not in self.allowed:
+                raise error(errno.EINVAL, f"{self.name}: {value!r} is not one of {self.range}")
+            return value
+        if isinstance(value, str) and not re.fullmatch("[+-]?[0-9]+", value):  # int() takes 1_000, too
+            raise error(errno.EINVAL, f"{self.name}: {value!r} is no number")
+        number = int(value)
+        low, high = self.allowed
+        if not int(low) <= number <= int(high):
+            raise error(errno.EINVAL, f"{self.name}: {number} is not in {self.range}")
+        return number
+
+
+def _knob(default: Any, allowed: tuple[Any, ...], file: Format | None, text: str) -> Any:
+    return field(default=default, metadata={"allowed": allowed, "format": file, "help": text})
+
+
+_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 
 
 @dataclass(slots=True)
 class Knobs:
-    """Their values; the defaults are the kernel's but for `use_zero_pages` and the advisor.
+    """Their values; the defaults are the kernel's but for `use_zero_pages` and the advisor, the limits those of
+    mm/ksm.c (6.18).
 
     Pages of zeros are merged with the zero page by default (the kernel does not): here that costs no mapping
     and no segment, so there is nothing to be weighed against it.
     """
 
-    run: int = Run.MERGE
-    pages_to_scan: int = 100
-    """Pages hashed in a batch when the advisor is "none" (or as "scan-time" found best)."""
-    sleep_millisecs: int = 20
-    """Milliseconds between batches; with the advisor "cpu", at least that between two passes."""
-    max_page_sharing: int = 256
-    """Pages that may be merged with one node; from the next on a second copy is made."""
-    use_zero_pages: int = 1
-    smart_scan: int = 1
-    """Pages not written since the last look are passed over, and what could not be merged is tried again ever more
-    rarely. 0: everything is looked at and tried in every pass."""
-    merge_across_nodes: int = 1
-    """0: only pages of the same NUMA node are merged, with a copy on that node."""
-    stable_node_chains_prune_millisecs: int = 2000
-    """How often segments are looked for that hold memory for nothing, and are given back."""
-    max_overcommit: int = 0
-    """Percent; 0 is off. Nothing is merged in a memory cgroup if what its processes would need, were all their merged
-    pages written at once, is then more than so many percent of what it has available."""
-    advisor_mode: str = "cpu"
-    advisor_max_cpu: int = 2
-    """Percent of one core that looking again at memory already seen may cost, ksmd and application together."""
-    advisor_target_scan_time: int = 200
-    """Seconds a pass is to take, in mode "scan-time"."""
-    advisor_min_pages_to_scan: int = 500
-    advisor_max_pages_to_scan: int = 30000
+    run: int = _knob(Run.MERGE, (0, 2), Format.UINT, "0: merge nothing more, 1: merge, 2: unmerge everything, and stop")
+    pages_to_scan: int = _knob(
+        100, (0, _U32), Format.UINT, 'pages hashed in a batch if the advisor is "none"; "scan-time" sets it by itself'
+    )
+    sleep_millisecs: int = _knob(
+        20,
+        (0, _U32),
+        Format.UINT,
+        'milliseconds between batches; between passes at least, with the advisor "cpu"',
+    )
+    max_page_sharing: int = _knob(
+        256, (2, (1 << 31) - 1), Format.INT, "pages that may share one copy; for more, a second copy is made"
+    )
+    use_zero_pages: int = _knob(1, (0, 1), Format.SWITCH, "1: pages of zeros become the kernel's zero page")
+    smart_scan: int = _knob(
+        1,
+        (0, 1),
+        Format.SWITCH,
+        "1: pages not written since the last look are passed over, and what could not be merged is tried again ever "
+        "more rarely; 0: everything is looked at and tried in every pass",
+    )
+    merge_across_nodes: int = _knob(
+        1, (0, 1), Format.ULONG_RANGE, "0: only pages of the same NUMA node are merged, with a copy on that node"
+    )
+    stable_node_chains_prune_millisecs: int = _knob(
+        2000, (0, _U32), Format.UINT, "how often copies are looked for that nobody needs, and given back"
+    )
+    max_overcommit: int = _knob(
+        0,
+        (0, _U32),
+        None,
+        "percent; in a memory cgroup nothing is merged if unmerging all of it would then take more than so many "
+        "percent of what is available there; 0: no such limit",
+    )
+    advisor_mode: str = _knob(
+        "cpu",
+        ("none", "scan-time", "cpu"),
+        Format.WORD,
+        "what settles how much is looked at: pages_to_scan or an advisor",
+    )
+    advisor_max_cpu: int = _knob(
+        2, (0, _U32), Format.LOW_HALF, "percent of a core that looking again at memory already seen may cost, in all"
+    )
+    advisor_target_scan_time: int = _knob(200, (1, _U64), Format.ULONG, 'seconds a pass is to take, for "scan-time"')
+    advisor_min_pages_to_scan: int = _knob(500, (0, _U64), Format.ULONG, 'the least "scan-time" sets pages_to_scan to')
+    advisor_max_pages_to_scan: int = _knob(30000, (0, _U64), Format.ULONG, "and the most")
 
     # What a value comes to here. The kernel takes any number, and scripts put back what they found; so do we, and use
     # the nearest that makes sense.
@@ -76,49 +149,13 @@ class Knobs:
 
 SHARING_MAX = 32768
 
-_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
-
-# The kernel's (mm/ksm.c, 6.18).
-_LIMITS = {
-    "run": (0, 2),
-    "pages_to_scan": (0, _U32),
-    "sleep_millisecs": (0, _U32),
-    "max_page_sharing": (2, (1 << 31) - 1),
-    "use_zero_pages": (0, 1),
-    "smart_scan": (0, 1),
-    "merge_across_nodes": (0, 1),
-    "stable_node_chains_prune_millisecs": (0, _U32),
-    "max_overcommit": (0, _U32),
-    "advisor_max_cpu": (0, _U32),
-    "advisor_target_scan_time": (1, _U64),
-    "advisor_min_pages_to_scan": (0, _U64),
-    "advisor_max_pages_to_scan": (0, _U64),
-}
-
-NAMES = tuple(f.name for f in fields(Knobs))
-"""All knobs, in the order they are shown."""
+KNOBS = {f.name: Knob(f.name, f.default, **f.metadata) for f in fields(Knobs)}  # type: ignore[arg-type]
+"""All of them by name, in the order in which they are shown."""
 
 
 def error(code: int, what: str) -> OSError:
     """An OSError with the errno's own text and what it is about."""
     return OSError(code, os.strerror(code), what)
-
-
-def parse(name: str, value: str | int) -> str | int:
-    """The value a knob would get. KeyError: no such knob; OSError EINVAL: no such value."""
-    if name not in NAMES:
-        raise KeyError(name)
-    if name == "advisor_mode":
-        if value not in ADVISOR_MODES:
-            raise error(errno.EINVAL, f"{name}: {value!r}")
-        return value
-    if isinstance(value, str) and not re.fullmatch("[+-]?[0-9]+", value):  # int() takes 1_000, too
-        raise error(errno.EINVAL, f"{name}: {value!r}")
-    number = int(value)
-    low, high = _LIMITS[name]
-    if not low <= number <= high:
-        raise error(errno.EINVAL, f"{name}: {number} is not in {low}..{high}")
-    return number
 
 
 def check_change(knobs: Knobs, name: str, value: str | int, merged: bool) -> None:

@@ -687,20 +687,20 @@ class Ksmd:
 
     def get(self, name: str) -> str:
         """The value of a knob, as its file would show it. KeyError: there is no such knob."""
-        if name not in knob_rules.NAMES:
+        if name not in knob_rules.KNOBS:
             raise KeyError(name)
         return str(getattr(self._knobs, name))
 
     def knobs(self) -> dict[str, str]:
         """All knobs."""
-        return {name: self.get(name) for name in knob_rules.NAMES}
+        return {name: self.get(name) for name in knob_rules.KNOBS}
 
     def set(self, name: str, value: str | int, cancelled: Cancelled = lambda: False) -> None:
         """Set a knob. KeyError: no such knob. OSError: EINVAL or EBUSY as the kernel has it.
 
         Setting `run` to 2 unmerges everything, and raises `UnmergeFailed` if that fails; `run` is 0 then.
         """
-        new = knob_rules.parse(name, value)
+        new = knob_rules.KNOBS[name].parse(value)
         with self._working(cancelled):
             merged = any(slot.merged for slot in self.slots())
             knob_rules.check_change(self._knobs, name, new, merged)

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from samepage.ksmd.knobs import KNOBS, Format
+
 Parse = Callable[[str], str]
 """Turns what was written into the value of a knob. OSError EINVAL or ERANGE, as the kernel has it."""
 
@@ -95,35 +97,34 @@ class File(NamedTuple):
         return 0o444 if self.parse is None else 0o644
 
 
-_COUNTER = File()
-_UINT = File(_number_or_einval(_U32))
-_ULONG = File(_number_or_einval(_U64))
+_PARSE = {
+    Format.UINT: _number_or_einval(_U32),
+    Format.ULONG: _number_or_einval(_U64),
+    Format.INT: _strictly(-(1 << 31), (1 << 31) - 1),
+    Format.ULONG_RANGE: _strictly(0, _U64),
+    Format.LOW_HALF: _low_half,
+    Format.SWITCH: _switch,
+    Format.WORD: _word,
+}
 
-FILES = {
-    "advisor_max_cpu": File(_low_half),
-    "advisor_max_pages_to_scan": _ULONG,
-    "advisor_min_pages_to_scan": _ULONG,
-    "advisor_mode": File(_word, _advisor_mode),
-    "advisor_target_scan_time": _ULONG,
-    "full_scans": _COUNTER,
-    "general_profit": _COUNTER,
-    "ksm_zero_pages": _COUNTER,
-    "max_page_sharing": File(_strictly(-(1 << 31), (1 << 31) - 1)),
-    "merge_across_nodes": File(_strictly(0, _U64)),
-    "pages_scanned": _COUNTER,
-    "pages_shared": _COUNTER,
-    "pages_sharing": _COUNTER,
-    "pages_skipped": _COUNTER,
-    "pages_to_scan": _UINT,
-    "pages_unshared": _COUNTER,
-    "pages_volatile": _COUNTER,
-    "run": _UINT,
-    "sleep_millisecs": _UINT,
-    "smart_scan": File(_switch),
-    "stable_node_chains": _COUNTER,
-    "stable_node_chains_prune_millisecs": _UINT,
-    "stable_node_dups": _COUNTER,
-    "use_zero_pages": File(_switch),
+_COUNTERS = (
+    "full_scans",
+    "general_profit",
+    "ksm_zero_pages",
+    "pages_scanned",
+    "pages_shared",
+    "pages_sharing",
+    "pages_skipped",
+    "pages_unshared",
+    "pages_volatile",
+    "stable_node_chains",
+    "stable_node_dups",
+)
+
+FILES = {name: File() for name in _COUNTERS} | {
+    name: File(_PARSE[knob.format], _advisor_mode if name == "advisor_mode" else _plain)
+    for name, knob in KNOBS.items()
+    if knob.format
 }
 """Each shows the counter or the knob of its name, and what is written to it is a value for that knob."""
 
