@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A guest of KVM that reads a word of each of its pages, again and again. `guest MIB SECONDS EVERY`: of its memory each page is
- * equal in all copies of this program, but every EVERY-th (0: none), which is like no other. It prints the address of the
+ * A guest of KVM that reads a word of each of its pages, again and again. `guest MIB SECONDS EVERY [PAUSE]`: of its memory each
+ * page is equal in all copies of this program, but every EVERY-th (0: none), which is like no other. With PAUSE the guest adds one to
+ * the words, and after each round rests for PAUSE ms. It prints the address of the
  * memory; when SECONDS are over how often the guest came round, the longest time that took in us, and the number of wrong pages.
  */
 #define _GNU_SOURCE
@@ -18,10 +19,12 @@
 
 #define PAGE 4096UL
 #define CODE 0x1000
+#define NEXT 5			/* in the code */
+#define FIRST (0x100000 / PAGE) /* page that the guest looks at */
 
 static const uint8_t code[] = {
 	0xbe, 0x00, 0x00, 0x10, 0x00,	    /* again: mov $0x100000, %esi */
-	0x8b, 0x06,			    /* next: mov (%esi), %eax */
+	0x8b, 0x06,			    /* next: mov (%esi), %eax; or ff 06: incl (%esi) */
 	0x81, 0xc6, 0x00, 0x10, 0x00, 0x00, /* add $0x1000, %esi */
 	0x39, 0xce,			    /* cmp %ecx, %esi */
 	0x72, 0xf4,			    /* jb next */
@@ -79,8 +82,9 @@ static int make_cpu(int kvm, uint8_t *memory, size_t size, struct kvm_run **run)
 
 int main(int argc, char **argv)
 {
-	size_t size = argc == 4 ? strtoul(argv[1], NULL, 10) << 20 : 0,
-	       every = argc == 4 ? strtoul(argv[3], NULL, 10) : 0;
+	size_t size = argc >= 4 ? strtoul(argv[1], NULL, 10) << 20 : 0,
+	       every = argc >= 4 ? strtoul(argv[3], NULL, 10) : 0;
+	const struct timespec pause = {.tv_nsec = argc == 5 ? atol(argv[4]) * 1000000 : 0};
 	uint64_t ends, last, longest = 0, rounds = 0, wrong = 0;
 	struct kvm_run *run;
 	uint8_t *memory;
@@ -92,6 +96,8 @@ int main(int argc, char **argv)
 	for (size_t page = 0; page < size / PAGE; page++)
 		*(uint64_t *)(memory + page * PAGE) = word(page, every);
 	memcpy(memory + CODE, code, sizeof(code));
+	if (pause.tv_nsec)
+		memory[CODE + NEXT] = 0xff;
 	cpu = make_cpu(kvm, memory, size, &run);
 	check(madvise(memory, size, MADV_MERGEABLE), "MADV_MERGEABLE");
 	printf("%lu\n", (unsigned long)memory);
@@ -108,9 +114,13 @@ int main(int argc, char **argv)
 		if (rounds++ > 2 && now - last > longest) /* the first ones fault everything in */
 			longest = now - last;
 		last = now;
+		if (pause.tv_nsec)
+			nanosleep(&pause, NULL);
 	}
 	for (size_t page = 0; page < size / PAGE; page++)
-		wrong += page != CODE / PAGE && *(uint64_t *)(memory + page * PAGE) != word(page, every);
+		wrong += page != CODE / PAGE &&
+			 *(uint32_t *)(memory + page * PAGE) !=
+				 (uint32_t)word(page, every) + (pause.tv_nsec && page >= FIRST ? rounds : 0);
 	printf("%lu %lu %lu\n", rounds, longest, wrong);
 	return 0;
 }

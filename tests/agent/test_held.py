@@ -113,3 +113,43 @@ def test_nor_is_anything_once_there_can_be_huge_pages(preload: Preload, tmp_path
         donated.segment.close()
     process.tell("end")
     process.end()
+
+
+PIPE = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+n = 64 << 12
+area = mmap.mmap(-1, n, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(0, n, 4096):
+    area[page : page + 4096] = bytes([page >> 12, 7]) * 2048
+address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+reading, writing = os.pipe()
+class Piece(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+assert libc.vmsplice(writing, ctypes.byref(Piece(address, 8 << 12)), ctypes.c_size_t(1), 0) == 8 << 12
+area.madvise(12)  # MADV_MERGEABLE
+print(address, flush=True)
+for line in sys.stdin:
+    area[0 : 8 << 12] = bytes(8 << 12)
+    got = os.read(reading, 8 << 12)
+    print(sum(got[p << 12 : (p + 1) << 12] != bytes([p, 7]) * 2048 for p in range(8)), flush=True)
+"""
+"""A process of whose 64 pages the first 8 are in a pipe."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pages_that_are_in_a_pipe_come_out_of_it_as_they_went_in(preload: Preload, tmp_path: Path, way: str) -> None:
+    process = Process(preload, tmp_path, PIPE, flags=WAYS[way])
+    if process.space.swap != (Swap.WP if WAYS[way] else Swap.MOVE):
+        pytest.skip(f"pages are not swapped this way here, but: {process.space.swap.name}")
+    first = process.address // 4096
+    donated = process.space.donate(np.array([(first, 64)], AREA))
+    assert donated.segment is not None
+    status = process.space.merge(donated.segment, np.array([(first, 64, 0)], EXTENT)).status
+    donated.segment.close()
+    if process.space.swap == Swap.MOVE:
+        assert (status == PageStatus.DONE).all()
+        assert process.tell("read") == "0\n"
+    else:
+        assert (status[:8] == PageStatus.BUSY).all()
+    process.end()
