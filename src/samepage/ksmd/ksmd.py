@@ -261,6 +261,9 @@ class Ksmd:
                     self._unmerge_owed(slot)
             except AddressSpaceGone as e:
                 slot.lose(e)
+            except Exception as e:  # a mistake that is about one process must not keep ksmd from all others
+                slot.lose(e)
+                self._mend()
         self._reap()
         self._work.wary = any(slot.silent for slot in slots if not slot.gone)
 
