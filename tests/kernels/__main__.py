@@ -1,6 +1,6 @@
-"""Run the main job on other kernels, and print and write what became of it: `make test-kernels`.
+"""What samepage does on other kernels: prints and writes a table of kernels and checks. `make test-kernels`.
 
-python -m tests.kernels [--json FILE] [PACKAGE|FILE.deb]...
+python -m tests.kernels [--json FILE] [--checks NAME,...] [VERSION|PACKAGE|FILE.deb]...
 """
 
 from __future__ import annotations
@@ -10,56 +10,90 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from tests.kernels.boot import available, boot, unpack
+from tests.kernels.archive import Archive
+from tests.kernels.boot import available, boot, emulator, unpack
 
 ROOT = Path(__file__).parents[2]
-META = ("linux-image-amd64",)
-"""What each of these depends on is the newest of its release."""
+FOLDER = ROOT / "build" / "kernels"
 
-PATIENCE = 300
-"""Seconds that a check may take in an emulated machine, which is some twenty times as slow."""
+VERSIONS = ("5.10", "6.1", "6.12", "6.18", "")
+"""The oldest that is supported, those of Debian's releases, that of the machine this was made on, and the newest."""
 
+MINUTE = 60
 
-def newest() -> list[str]:
-    """Names of Debian's newest kernel packages."""
-    found = []
-    for meta in META:
-        said = subprocess.run(["apt-cache", "depends", meta], capture_output=True, text=True).stdout
-        found += re.findall(r"Depends: (linux-image-\S+)", said)[:1]
-    return found
+Results = dict[str, dict[str, str]]
 
 
-def check(package: str, folder: Path) -> dict[str, dict[str, str]]:
+def check(
+    archive: Archive, qemu: list[str], package: str, ways: tuple[str, ...], checks: list[str], patience: float
+) -> Results:
     """What was said of each way to swap pages."""
-    kernel = unpack(package, folder / Path(package).name.removesuffix(".deb"))
-    results = {}
-    for way in ("move", "wp"):
-        command = f"cd {ROOT} && PYTHONDONTWRITEBYTECODE=1 {sys.executable} tests/kernels/job.py {way} {PATIENCE}"
-        status, said = boot(kernel, command, folder, timeout=4 * PATIENCE)
-        found = re.search(r"^SAID (.*)$", said, re.MULTILINE)
-        results[f"{kernel.release} {way}"] = json.loads(found[1]) if found else {"ended": f"{status}: {said[-2000:]}"}
+    kernel = unpack(archive, package, FOLDER / Path(package).name.removesuffix(".deb"))
+    tools = build(FOLDER)
+    results: Results = {}
+    for way in ways:
+        words = " ".join(f"'{name}'" for name in checks)
+        env = f"PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT} {tools}"
+        command = f"cd {ROOT} && {env} {sys.executable} tests/kernels/job.py {way} {words}"
+        began = time.monotonic()
+        status, said = boot(qemu, kernel, command, FOLDER, timeout=patience)
+        row: dict[str, str] = {}
+        for line in re.findall(r"^SAID (.*)$", said, re.MULTILINE):
+            row |= json.loads(line)
+        if status:
+            row["ended"] = f"{status}: {said[-1000:]}"
+        results[f"{kernel.release} {way}"] = row
+        print(f"{kernel.release} {way}: {time.monotonic() - began:.0f} s", flush=True)
     return results
+
+
+def build(folder: Path) -> str:
+    """What runs in there and is compiled out here; the environment that names it."""
+    programs = {"KERNELS_PROBE": "kernels/probe.c", "KERNELS_TORTURE": "agent/torture.c"}
+    for source in programs.values():
+        target = folder / Path(source).stem
+        command = ["gcc", "-std=gnu11", "-O2", "-pthread", str(ROOT / "tests" / source), "-o", str(target)]
+        subprocess.run(command, check=True)
+    return " ".join(f"{name}={folder / Path(source).stem}" for name, source in programs.items())
+
+
+def is_well(outcome: str) -> bool:
+    """Whether a check went as it should, or nothing was to be checked."""
+    return outcome.startswith(("ok", "left alone"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels", description=__doc__)
     parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("packages", metavar="PACKAGE", nargs="*")
+    parser.add_argument("--ways", metavar="WAY,...", default="move,wp")
+    parser.add_argument("--checks", metavar="NAME,...", default="")
+    parser.add_argument("--minutes", type=float, default=30.0, help="for one boot")
+    parser.add_argument("kernels", metavar="VERSION|PACKAGE|FILE", nargs="*")
     args = parser.parse_args()
     if missing := available():
         print(f"skipped: {missing} is missing")
         return 0
-    results: dict[str, dict[str, str]] = {}
-    for package in args.packages or newest():
-        results |= check(package, ROOT / "build" / "kernels")
-    for name, said in results.items():
-        for what, outcome in said.items():
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    archive = Archive(FOLDER)
+    qemu = emulator(archive)
+    print(subprocess.run([*qemu, "--version"], capture_output=True, text=True).stdout.splitlines()[0], flush=True)
+    results: Results = {}
+    for wanted in args.kernels or VERSIONS:
+        package = wanted if wanted.startswith("linux-") or wanted.endswith(".deb") else archive.newest(wanted)
+        if not package:
+            print(f"skipped: Linux {wanted}: no package of it is to be had here", flush=True)
+            continue
+        checks = [name for name in args.checks.split(",") if name]
+        results |= check(archive, qemu, package, tuple(args.ways.split(",")), checks, args.minutes * MINUTE)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+    for name, row in results.items():
+        for what, outcome in row.items():
             print(f"{name:32} {what:24} {outcome}")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    return int(any(not o.startswith(("ok", "left alone")) for said in results.values() for o in said.values()))
+    return int(not all(is_well(outcome) for row in results.values() for outcome in row.values()))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """A kernel of Debian's, booted in QEMU with this machine's own files for its root.
 
 The package is unpacked, not installed. The root is this machine's, read-only over 9p, under an overlay in memory; so
-what is installed here, the virtual environment too, is there at the same place. The processor is emulated, for KVM
-cannot be relied on in containers and virtual machines, and has no AVX2, which QEMU 7.2 emulates wrongly.
+what is installed here, the virtual environment too, is there at the same place. There are two NUMA nodes, and a disk
+for swap. The processor is emulated, for KVM cannot be relied on in containers and virtual machines, by the QEMU of
+bookworm-backports where that can be had: 7.2 emulates cmpxchg16b wrongly, on which newer kernels crash, and AVX2, so
+the processor has none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import lzma
 import os
@@ -17,12 +20,15 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.kernels.archive import Archive
+
 MODULES = [
     "virtio",
     "virtio_ring",
     "virtio_pci_legacy_dev",
     "virtio_pci_modern_dev",
     "virtio_pci",
+    "virtio_blk",
     "netfs",
     "fscache",
     "9pnet",
@@ -32,6 +38,11 @@ MODULES = [
     "fuse",
 ]
 """What the root needs and Debian builds as modules. Which needs which differs, so all are tried again."""
+
+SWAP = 256 << 20
+
+NICE = 15
+"""An emulated processor takes all it can get."""
 
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -47,6 +58,7 @@ mount -t tmpfs shm /root/dev/shm; mount -t tmpfs tmp /root/tmp; mount -t tmpfs r
 mount -t devpts pts /root/dev/pts
 mount -t cgroup2 cgroup /root/sys/fs/cgroup
 echo +memory > /root/sys/fs/cgroup/cgroup.subtree_control
+chmod 666 /root/dev/null /root/dev/zero /root/dev/urandom
 ip link set lo up
 chroot /root /bin/sh -c {command} 2>&1
 echo "ENDED $?"
@@ -65,45 +77,60 @@ class Kernel:
     modules: dict[str, Path]
 
 
-def unpack(package: str, folder: Path) -> Kernel:
-    """Fetch a package of Debian's by its name, or take a file, and unpack it into `folder` if it is not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+def unpack(archive: Archive, package: str, folder: Path) -> Kernel:
+    """A package of Debian's by its name, or a file, unpacked into `folder` if it is not there yet."""
     if not list(folder.glob("boot/vmlinuz-*")):
-        file = Path(package)
-        if not file.exists():
-            subprocess.run(["apt-get", "--quiet", "download", package], cwd=folder, check=True)
-            file = next(folder.glob("*.deb"))
-        subprocess.run(["dpkg-deb", "--extract", str(file), str(folder)], check=True)
+        archive.unpack(package, folder)
     image = next(folder.glob("boot/vmlinuz-*"))
     found = {path.name.partition(".ko")[0].replace("-", "_"): path for path in folder.rglob("*.ko*")}
     return Kernel(image.name.removeprefix("vmlinuz-"), image, {name: found[name] for name in MODULES if name in found})
 
 
+def emulator(archive: Archive) -> list[str]:
+    """The command that runs the newest QEMU to be had: what is installed, or, with its libraries, that of backports."""
+    root = archive.folder / "qemu"
+    program = root / "usr/bin/qemu-system-x86_64"
+    if not program.exists():
+        with contextlib.suppress(OSError):
+            for name in ("qemu-system-common", "qemu-system-data", "qemu-system-x86"):
+                archive.unpack(name, root, "bookworm-backports")
+    modules = f"QEMU_MODULE_DIR={root}/usr/lib/x86_64-linux-gnu/qemu"
+    command = ["env", modules, str(program), "-L", str(root / "usr/share/qemu"), "-L", "/usr/share/seabios"]
+    with contextlib.suppress(OSError):
+        if not subprocess.run([*command, "--version"], capture_output=True).returncode:
+            return command
+    return ["qemu-system-x86_64"]
+
+
 def boot(
-    kernel: Kernel,
-    command: str,
-    folder: Path,
-    memory: int = 2048,
-    timeout: float = 600,
-    options: str = "",
+    qemu: list[str], kernel: Kernel, command: str, folder: Path, timeout: float = 600, options: str = ""
 ) -> tuple[int, str]:
     """Run a shell command as root there. Its exit status, -1 if it did not end in time or the machine did not come up,
-    and what it printed."""
-    initrd = folder / f"initrd-{kernel.release}.gz"
+    and what it printed, which also is in a file of `folder` while it runs."""
+    initrd, swap = folder / f"initrd-{kernel.release}.gz", folder / "swap"
     _make_initrd(kernel, initrd, command)
+    with swap.open("wb") as file:
+        file.truncate(SWAP)
     machine = [
-        *("nice", "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "Westmere"),
-        *("-smp", "2", "-m", str(memory), "-nographic", "-no-reboot", "-nic", "none"),
+        *("nice", "-n", str(max(0, NICE - os.nice(0))), *qemu),
+        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "Westmere"),
+        *("-smp", "2", "-m", "2048", "-nographic", "-no-reboot", "-nic", "none"),
+        *("-object", "memory-backend-ram,size=1G,id=m0", "-object", "memory-backend-ram,size=1G,id=m1"),
+        *("-numa", "node,nodeid=0,cpus=0,memdev=m0", "-numa", "node,nodeid=1,cpus=1,memdev=m1"),
+        *("-drive", f"file={swap},format=raw,if=virtio,cache=unsafe"),
         *("-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"),
         *("-kernel", str(kernel.image), "-initrd", str(initrd)),
-        *("-append", f"console=ttyS0 quiet panic=-1 {options}"),
+        *("-append", f"console=ttyS0 quiet panic=-1 no_timer_check {options}"),
     ]
-    process = subprocess.Popen(machine, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        said, _ = process.communicate()
+    log = folder / f"{kernel.release}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(machine, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    said = log.read_bytes()
     ended = ENDED.search(said)
     return int(ended[1]) if ended else -1, said.decode(errors="replace").replace("\r", "")
 
