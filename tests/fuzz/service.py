@@ -28,6 +28,7 @@ from samepage.ksmd import Ksmd, books
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.index import ChecksumIndex
 from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.pieces import Pieces
 from samepage.ksmd.rmap import RmapItems
 from samepage.ksmd.stable import StableTree
 from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, PageStatus, RunKind, wire
@@ -240,11 +241,23 @@ class Mistake(Exception):
 
 
 CHANGING = {
-    Domain: ("set_state", "withdraw", "changed", "forget", "cut", "by_slot", "table", "end_pass", "_allocate"),
+    Domain: (
+        "set_state",
+        "withdraw",
+        "changed",
+        "forget",
+        "cut",
+        "by_slot",
+        "owners",
+        "end_pass",
+        "_allocate",
+        "_hold",
+    ),
     StableTree: ("add", "attach", "detach", "publish", "unpublish", "close", "found", "_recount"),
     ChecksumIndex: ("insert", "remove", "find", "lower_bound"),
-    RmapItems: ("allocate", "free", "touch"),
-    MmSlot: ("recut", "extend", "locate", "looked_at"),
+    RmapItems: ("allocate", "allocate_each", "free"),
+    Pieces: ("add", "remove", "missing", "locate"),
+    MmSlot: ("looked_at",),
 }
 
 

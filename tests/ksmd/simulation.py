@@ -10,6 +10,7 @@ import numpy as np
 from samepage.ksmd import Ksmd, PageState
 from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.rmap import IS_MERGED
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import PAGE_SIZE
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
@@ -85,7 +86,8 @@ def check(ksmd: Ksmd, machine: SimulatedMachine, spaces: dict[MmSlot, SimulatedA
         nodes: list[int] = []
         for slot in domain.slots:
             known = np.zeros(len(PageState), np.int64)
-            for _, npages, base in slot.pieces.tolist():
+            pieces = slot.pieces
+            for npages, base in zip((pieces.end - pieces.start).tolist(), pieces.base.tolist(), strict=True):
                 state = domain.state[base : base + npages]
                 known += np.bincount(state, minlength=len(PageState))
                 has_node = (state == PageState.MERGED) | (state == PageState.INHERITED)
@@ -114,10 +116,5 @@ def check(ksmd: Ksmd, machine: SimulatedMachine, spaces: dict[MmSlot, SimulatedA
 
 def assert_states_are_true(slot: MmSlot, space: SimulatedAddressSpace) -> None:
     """Every page that is merged by our hand is known to be (what came by fork may not have been found yet)."""
-    known = {
-        vpn + i
-        for vpn, npages, base in slot.pieces.tolist()
-        for i in range(npages)
-        if slot.domain.state[base + i] in (PageState.MERGED, PageState.INHERITED, PageState.ZERO)
-    }
+    known = {vpn for vpns, refs in slot.domain.known(slot) for vpn in vpns[IS_MERGED[slot.domain.state[refs]]].tolist()}
     assert space.merged_pages() & space._seen_merged <= known

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from samepage.ksmd import Ksmd
 from samepage.ksmd.advisor import IDLE_SECONDS
 from samepage.ksmd.age import BLOCK_PAGES, RESTLESS_PAGES, SKIPS, Ages
-from samepage.memory import AREA, VPN_END
+from samepage.memory import VPN_END
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
 from tests.ksmd.simulation import Clock, check, new_ksmd, passes
 
@@ -185,7 +185,8 @@ def test_skips_are_those_of_each_block_for_itself(changes: list[set[int]], gone:
         assert ages.remaining_skips(pages).tolist() == [remaining.get(b, 0) for b in range(41)]
         assert ages.remaining == any(remaining.values())
     ages.begin_pass(smart_scan=True)
-    ages.forget(np.array([(b * BLOCK_PAGES + 3, 2) for b in sorted(gone)], AREA))
+    first = np.array([b * BLOCK_PAGES + 3 for b in sorted(gone)], np.int64)
+    ages.forget(first, first + 2)
     left = [0 if b in gone else remaining.get(b, 0) for b in range(41)]
     assert ages.remaining_skips(np.arange(41) * BLOCK_PAGES).tolist() == left
     assert ages.ahead(42 * BLOCK_PAGES) == (42 * BLOCK_PAGES, VPN_END)

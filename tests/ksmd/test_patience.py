@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from samepage.ksmd import Ksmd, books, domain
+from samepage.ksmd import Ksmd, books, quota
 from samepage.ksmd import mm_slot as slots
 from samepage.ksmd.patience import Patience
 from samepage.memory import RUN, VPN_END, AddressSpaceGone, RunKind, ScanFlag, ScanResult
@@ -159,14 +159,14 @@ class Claiming(SimulatedAddressSpace):
 
 @pytest.mark.parametrize("kind", [RunKind.HASHED, RunKind.FOUND])
 def test_claims_of_pages_all_over_the_place_take_bounded_memory(monkeypatch: pytest.MonkeyPatch, kind: RunKind) -> None:
-    monkeypatch.setattr(domain, "RESIDENT_MAX", 8 << 20)
+    monkeypatch.setattr(quota, "RESIDENT_MAX", 8 << 20)
     machine, ksmd = SimulatedMachine(), Ksmd()
     claiming = Claiming(machine, 666)
     claiming.kind = kind
     claiming.map_area(BASE, (1 << 27) + (1 << 22))
     slot = ksmd.enter(claiming)
     ksmd.do_scan(20_000)
-    assert not slot.gone
+    assert not slot.gone, slot.lost
     assert ksmd.metadata_bytes() < 32 << 20
     (a, b), _ = processes(machine, ksmd, SAME, SAME, domain=1)
     passes(ksmd, 3)
@@ -232,7 +232,7 @@ def test_what_is_done_with_a_long_run_follows_from_what_is_known_of_it(kind: Run
         assert time.monotonic() - began < 20
     finally:
         tracemalloc.stop()
-    assert not slot.gone
+    assert not slot.gone, slot.lost
 
 
 def test_a_process_that_claims_more_pages_than_the_kernel_knows_of_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_a_process_that_claims_more_pages_than_the_kernel_knows_of_is_dropped(mo
 
 
 def test_areas_of_one_domain_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(domain, "AREAS_MAX", 50)
+    monkeypatch.setattr(quota, "AREAS_MAX", 50)
     machine, ksmd = SimulatedMachine(), new_ksmd()
     honest, many = process(machine, 1), SimulatedAddressSpace(machine, 2)
     for i in range(60):

@@ -149,3 +149,17 @@ def test_a_break_that_is_to_be_tried_again_is_not_forgotten_when_the_process_fal
     passes(ksmd, 70)
     assert merged(spaces)[0] == 0
     assert spaces[0].read(BASE) == 1
+
+
+def test_a_mistake_about_one_that_is_silent_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    ksmd, machine = new_ksmd(), SimulatedMachine()
+    spaces, _ = three(ksmd, machine)
+    spaces[0].halt = "stopped"
+    passes(ksmd, 1)
+
+    def mistaken() -> str:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(spaces[0], "catch_up", mistaken)
+    passes(ksmd, 3)
+    assert merged(spaces) == [0, N, N]

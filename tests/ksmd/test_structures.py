@@ -21,22 +21,54 @@ def u32(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
     return np.array(numbers, np.uint32)
 
 
-def test_rows_never_used_cost_no_memory_and_freed_ones_give_it_back() -> None:
+def test_freed_rows_give_their_memory_back() -> None:
     rmap = RmapItems()
-    base = rmap.allocate(1 << 26)
-    empty = rmap.resident()
-    assert empty <= (1 << 26) // 256
-    rows = np.arange(base + 5000, base + 5000 + (1 << 16))
-    rmap.touch(rows)
-    rmap.state[rows] = 7
-    rmap.checksum[rows] = 9
-    assert (1 << 16) * 9 <= rmap.resident() - empty <= (1 << 16) * 9 + 3 * 512 * 9
-    rmap.free(base, 1 << 26)
-    assert rmap.resident() == empty
-    again = rmap.allocate(1 << 20)
+    base = rmap.allocate(1 << 18)
+    rmap.state[base : base + (1 << 18)] = 7
+    rmap.checksum[base : base + (1 << 18)] = 9
+    assert rmap.resident() == (1 << 18) * 9
+    rmap.free(base, 1 << 17)
+    assert (1 << 17) * 9 <= rmap.resident() <= (1 << 17) * 9 + 16
+    rmap.free(base + (1 << 17), 1 << 17)
+    assert rmap.resident() == 0
+    again = rmap.allocate(1 << 18)
     assert again == base
-    assert not rmap.state[again : again + (1 << 20)].any()
-    assert not rmap.checksum[again : again + (1 << 20)].any()
+    assert not rmap.state[again : again + (1 << 18)].any()
+    assert not rmap.checksum[again : again + (1 << 18)].any()
+
+
+def test_rows_begin_where_they_are_asked_to() -> None:
+    rmap = RmapItems()
+    for rows, phase in ((7, 3), (1000, 517), (600, 511), (2000, 1)):
+        assert rmap.allocate(rows, phase, 4096) % 4096 == phase
+    assert rmap.allocate(1) == 0  # what was left free before them is used
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 1000)), min_size=1, max_size=60))
+def test_many_short_ranges_are_disjoint_and_use_what_was_freed(steps: list[tuple[int, int]]) -> None:
+    columns = Columns(np.uint8, rows=1 << 10)
+    held: list[tuple[int, int]] = []
+    most = 0
+    for n, seed in steps:
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 9, n)
+        bases = columns.allocate_each(lengths)
+        for base, length in zip(bases.tolist(), lengths.tolist(), strict=True):
+            assert not columns.columns[0][base : base + length].any()
+            columns.columns[0][base : base + length] += 1
+            held.append((base, length))
+        assert sorted(held) == sorted(set(held))
+        assert columns.columns[0].sum() == sum(length for _, length in held)
+        most = max(most, sum(length for _, length in held))
+        gone = rng.random(len(held)) < 0.5
+        freed = np.array([h for h, g in zip(held, gone, strict=True) if g], np.int64).reshape(-1, 2)
+        columns.free(freed[:, 0], freed[:, 1])
+        held = [h for h, g in zip(held, gone, strict=True) if not g]
+        assert columns.columns[0].sum() == sum(length for _, length in held)
+        first, last = columns.free_ranges()
+        assert (first < last).all()
+        assert (first[1:] > last[:-1]).all()
+    assert columns.top <= 2 * most + 400
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 5000)), max_size=40))
@@ -50,7 +82,6 @@ def test_ranges_are_disjoint_zero_and_used_again(steps: list[tuple[bool, int]]) 
             rows = np.arange(base, base + n)
             assert not columns.columns[0][rows].any()
             assert not columns.columns[1][rows].any()
-            columns.touch(rows)
             columns.columns[0][rows] = 255
             columns.columns[1][rows] = 255
             held.append((base, n))
@@ -64,7 +95,7 @@ def test_ranges_are_disjoint_zero_and_used_again(steps: list[tuple[bool, int]]) 
             assert (columns.columns[0][b : b + m] == 255).all()
     for b, m in held:
         columns.free(b, m)
-    assert columns.resident() == len(columns._touched)
+    assert columns.resident() == 0
 
 
 def test_short_free_ranges_do_not_make_it_slow_to_find_longer_ones() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +27,9 @@ HOLD, REST = 0.01, 0.002
 
 OVERHEAD = 256 << 10
 """Bytes that the kernel needs besides (inject/unmerge.c)."""
+
+PASSES = 8
+"""Times that a process is gone over: what changed meanwhile is left for the next time."""
 
 Ranges = list[tuple[int, int, int]]
 """Addresses of parts of mappings, and the bytes of each that are merged."""
@@ -92,30 +97,37 @@ def unmerge(
     keep: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Break what of a process is merged, and leave `reserve` bytes to others. `keep`: its memory stays mergeable; else
-    none of it is afterwards. `TargetError`."""
-    outcome = Outcome(pid)
-    before, stuck = -1, 0
-    while True:
+    """Break what of a process is merged, and leave `reserve` bytes to others. `keep`: its memory stays mergeable, and
+    ksmd may merge it again meanwhile; else none of it is afterwards. `TargetError`."""
+    outcome, first = Outcome(pid), -1
+    for _ in range(PASSES):
         ranges = merged.ranges(pid)
-        remaining = sum(size for _, _, size in ranges)
-        if before < 0:
-            first = remaining
+        if first < 0:
+            first = sum(size for _, _, size in ranges) // PAGE_SIZE
+        if not ranges and not keep:
+            ranges = [(m.start, m.end, 0) for m in mappings(pid) if m.mergeable]
         if not ranges:
-            break
-        stuck = stuck + 1 if remaining == before else 0
-        error = errno.EAGAIN if stuck >= 8 else _pass(pid, ranges, reserve, keep, cancelled, outcome)
-        before = remaining
-        if error:
-            outcome = _stopped(pid, merged, outcome, error, reserve)
-            # Of the range that it ended in a part may be done.
-            outcome.pages_unmerged = max(outcome.pages_unmerged, first // PAGE_SIZE - outcome.pages_remaining)
             return outcome
-    if not keep:
-        whole = [(m.start, m.end, 0) for m in mappings(pid) if m.mergeable]
-        if error := _pass(pid, whole, reserve, keep, cancelled, outcome):
-            return _stopped(pid, merged, outcome, error, reserve)
+        if error := _pass(pid, ranges, reserve, keep, cancelled, outcome):
+            break
+    else:
+        error = 0 if keep else errno.EAGAIN
+    outcome.errno = errno.errorcode.get(error)
+    outcome.pages_remaining = sum(size for _, _, size in merged.ranges(pid)) // PAGE_SIZE
+    # Of the range that it ended in a part may be done.
+    outcome.pages_unmerged = max(outcome.pages_unmerged, first - outcome.pages_remaining)
+    outcome.bytes_needed = outcome.pages_remaining * PAGE_SIZE + OVERHEAD + reserve
     return outcome
+
+
+def processes() -> list[int]:
+    """Those of which the kernel has merged something, and that may be told."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            if entry.isdecimal() and int(Path(f"/proc/{entry}/ksm_merging_pages").read_text()):
+                found.append(int(entry))
+    return sorted(found)
 
 
 def _pass(pid: int, ranges: Ranges, reserve: int, keep: bool, cancelled: Callable[[], bool], outcome: Outcome) -> int:
@@ -139,10 +151,3 @@ def _pass(pid: int, ranges: Ranges, reserve: int, keep: bool, cancelled: Callabl
         if ranges:
             time.sleep(REST)
     return 0
-
-
-def _stopped(pid: int, merged: Merged, outcome: Outcome, error: int, reserve: int) -> Outcome:
-    outcome.errno = errno.errorcode[error]
-    outcome.pages_remaining = sum(size for _, _, size in merged.ranges(pid)) // PAGE_SIZE
-    outcome.bytes_needed = outcome.pages_remaining * PAGE_SIZE + OVERHEAD + reserve
-    return outcome

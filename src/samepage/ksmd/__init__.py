@@ -35,9 +35,10 @@ takes memory, and there may be none. Then it stops, and says ENOMEM; what was no
 Merge domains (`domain`) have nothing in common but the cursor. `knobs`, `counters` and `advisor` are those of
 /sys/kernel/mm/ksm. `check` stands between ksmd and everything a process answers. `ksmd` puts it together.
 
-Memory: 9 bytes for each page ever looked at, 4 more while it stands in the unstable index (or waits to be looked at
-again), 13 for each stable node (14 once one has more than 255 sharers). A node has two sharers at least, nearly
-always; so less than 16 bytes a page.
+Memory: 9 bytes for each page that was told of, and as much for up to seven neighbours of one that lies alone, with 24
+to 40 for where it is (`pieces`); 4 more while it stands in the unstable index (or waits to be looked at again), 13 for
+each stable node (14 once one has more than 255 sharers). A node has two sharers at least, nearly always; so less than
+16 bytes a page where memory is in use as a whole.
 """
 
 from samepage.ksmd.advisor import Advisor

@@ -8,7 +8,6 @@ cheap, but every page that was looked at is write-protected, and a fault when th
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from samepage.arrays import Ints
 from samepage.memory import U8, VPN_END
@@ -115,13 +114,11 @@ class Ages:
         at = np.minimum(np.searchsorted(self._block, vpns // BLOCK_PAGES), len(self._block) - 1)
         return np.where(self._block[at] == vpns // BLOCK_PAGES, self._remaining[at], 0).astype(np.uint8)
 
-    def forget(self, runs: npt.NDArray[np.void]) -> None:
-        """Pages that were not there before (dtype `AREA`, ascending): what was in their blocks is of no interest."""
-        if not len(self._block) or not len(runs):
+    def forget(self, first: Ints, end: Ints) -> None:
+        """Pages [first, end) that were not there before (ascending): what was in their blocks is of no interest."""
+        if not len(self._block) or not len(first):
             return
-        first = runs["vpn"].astype(np.int64)
-        end = first + runs["npages"].astype(np.int64)
-        run = np.minimum(np.searchsorted(end, self._block * BLOCK_PAGES, "right"), len(runs) - 1)
+        run = np.minimum(np.searchsorted(end, self._block * BLOCK_PAGES, "right"), len(first) - 1)
         new = (first[run] < (self._block + 1) * BLOCK_PAGES) & (end[run] > self._block * BLOCK_PAGES)
         self._block, self._age, self._remaining = self._block[~new], self._age[~new], self._remaining[~new]
         self._settle()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 
@@ -18,6 +17,8 @@ from samepage.arrays import Ints
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.domain import CANDIDATE, Domain
 from samepage.ksmd.index import ChecksumIndex
+from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.pieces import NONE
 from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, PageState
 from samepage.memory import VPN_END
 
@@ -30,38 +31,53 @@ def problems(domain: Domain) -> list[str]:
 def _known(domain: Domain) -> Ints:
     """All refs whose state says anything, ascending."""
     whole = np.array([0]), np.array([domain.rmap.top])
-    return np.sort(np.concatenate([np.empty(0, np.int64), *domain.known(*whole)]))
+    return np.concatenate([NONE, *domain.known_refs(*whole)])
+
+
+def _ranges(domain: Domain) -> tuple[Ints, Ints]:
+    """The refs of all pieces, as ranges in ascending order; they overlap if the books are wrong."""
+    refs = [(NONE, NONE), *(slot.pieces.refs() for slot in domain.slots)]
+    first, last = (np.concatenate(part) for part in zip(*refs, strict=True))
+    order = np.argsort(first, kind="stable")
+    return first[order], last[order]
 
 
 def _of_pieces(domain: Domain) -> Iterator[str]:
-    taken = [(0, 0)]
     for slot in domain.slots:
-        vpn, npages = slot.pieces["vpn"].astype(np.int64), slot.pieces["npages"].astype(np.int64)
-        if len(vpn) and (npages.min() <= 0 or vpn.min() < 0 or (vpn + npages).max() > VPN_END):
-            yield f"{slot.pid}: impossible pieces"
-        if np.any(vpn[1:] < vpn[:-1] + npages[:-1]):
-            yield f"{slot.pid}: pieces overlap"
-        taken += [(base, base + n) for _, n, base in slot.pieces.tolist()]
-    taken += [(base, base + n) for base, n in domain.rmap.free_ranges()]
-    taken.sort()
-    if any(end != start for (_, end), (start, _) in pairwise(taken)):
+        start, end, areas = slot.pieces.start, slot.pieces.end, slot.areas
+        for first, past in ((start, end), (areas.start, areas.end)):
+            if len(first) and (np.any(first >= past) or first[0] < 0 or past[-1] > VPN_END):
+                yield f"{slot.pid}: impossible pieces or areas"
+            if np.any(first[1:] < past[:-1]):
+                yield f"{slot.pid}: pieces or areas overlap"
+        if not areas.count(start, end) == slot.pieces.npages == int((end - start).sum()):
+            yield f"{slot.pid}: pieces in no area"
+        if not np.array_equal(slot.pieces.refs_of(slot.pieces.vpns_of(slot.pieces.base)), slot.pieces.base):
+            yield f"{slot.pid}: refs of other pages"
+    first, last = _ranges(domain)
+    free_first, free_last = domain.rmap.free_ranges()
+    top = domain.rmap.top
+    starts, ends = (np.append(part, end) for part, end in ((first, top), (last, top)))
+    taken = np.argsort(np.append(starts, free_first), kind="stable")
+    starts, ends = np.append(starts, free_first)[taken], np.append(ends, free_last)[taken]
+    if not np.array_equal(np.append(0, ends[:-1]), starts):
         yield "refs that are nobody's, or two's"
-    if taken[-1][1] != domain.rmap.top:
-        yield f"refs end at {taken[-1][1]} instead of {domain.rmap.top}"
-    for base, n in domain.rmap.free_ranges():
-        if any(True for _ in domain.known(np.array([base]), np.array([n]))):
-            yield f"free refs from {base} on are in use"
+    if any(True for _ in domain.known_refs(free_first, free_last - free_first)):
+        yield "free refs are in use"
+    if domain.rmap.state[top:].any():
+        yield "refs from the end on are in use"
+    yield from domain.held_wrong()
 
 
 def _of_slots(domain: Domain) -> Iterator[str]:
     for slot in domain.slots:
-        if not np.array_equal(slot.counts[1:], _count(domain, slot.pieces["base"], slot.pieces["npages"])[1:]):
+        if not np.array_equal(slot.counts[1:], _count(domain, slot)[1:]):
             yield f"{slot.pid}: its pages are counted wrong"
 
 
-def _count(domain: Domain, bases: Ints, lengths: Ints) -> Ints:
+def _count(domain: Domain, slot: MmSlot) -> Ints:
     counts = np.zeros(len(PageState), np.int64)
-    for refs in domain.known(bases.astype(np.int64), lengths.astype(np.int64)):
+    for _, refs in domain.known(slot):
         counts += np.bincount(domain.state[refs], minlength=len(counts))
     return counts
 
@@ -115,9 +131,9 @@ def mend(domain: Domain) -> None:
 def _rebuild(domain: Domain) -> None:
     """Make everything anew that follows from the state of the pages. Those that could be merged are candidates again; a
     page merged with a node of no segment is not known to be merged any more, and is left alone until it is written."""
-    ranges = sorted((base, n) for slot in domain.slots for _, n, base in slot.pieces.tolist())
-    domain.rmap.keep_only(ranges)
-    domain.forget_table()
+    first, last = _ranges(domain)
+    domain.rmap.keep_only(first, last - first)
+    domain.recount()
     known = _known(domain)
     state = domain.state[known]
     refs = known[HAS_NODE[state]]
@@ -134,4 +150,4 @@ def _rebuild(domain: Domain) -> None:
     domain.changed_now, domain.skipped = [], []
     domain.changed_before = [known[CANDIDATE[state] & HAS_CHECKSUM[state]].astype(np.uint32)]
     for slot in domain.slots:
-        slot.counts[:] = _count(domain, slot.pieces["base"], slot.pieces["npages"])
+        slot.counts[:] = _count(domain, slot)

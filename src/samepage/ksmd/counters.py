@@ -128,7 +128,7 @@ def process_row(slot: MmSlot) -> ProcessRow:
         pages_deferred=n[PageState.DEFERRED],
         pages_unmerged_vma=n[PageState.OVER_BUDGET],
         ksm_merge_any=slot.merge_any,
-        ksm_mergeable=len(slot.pieces) > 0,
+        ksm_mergeable=len(slot.areas) > 0,
         ksm_process_profit=own * PAGE_SIZE - 9 * rmap_items,
         cpu_seconds=slot.cpu_ns / 1e9,
     )

@@ -7,33 +7,39 @@ compared: not by a check that could be forgotten, but because there is nothing t
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from samepage.arrays import Ints, expand
 from samepage.ksmd.age import Ages
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.index import ChecksumIndex
-from samepage.ksmd.mm_slot import PIECE, MmSlot, Structured
+from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.patience import Patience
-from samepage.ksmd.rmap import BLOCK, HAS_CHECKSUM, HAS_NODE, IS_VOLATILE, VOLATILE, PageState, RmapItems, sorted_refs
-from samepage.ksmd.stable import StableTree
-from samepage.memory import AREA, U8, U32, U64
+from samepage.ksmd.pieces import GRANULE, NONE, Pieces, Stretches, difference
+from samepage.ksmd.quota import Quota
+from samepage.ksmd.rmap import (
+    HAS_CHECKSUM,
+    HAS_NODE,
+    IS_VOLATILE,
+    SLICE_PAGES,
+    VOLATILE,
+    PageState,
+    RmapItems,
+    joined,
+    slices,
+    sorted_refs,
+)
+from samepage.ksmd.stable import SEGMENT_PAGES, StableTree
+from samepage.memory import U8, U32, U64, VPN_END
 
-SLICE_PAGES = 1 << 17
-"""Pages worked on at once (512 MiB of memory), so that temporaries stay small whatever the number of pages."""
+SWEEP_ROWS = 1 << 12
+"""So many refs a process may have for pages of which nothing is known any more, and some for each that is."""
 
-AREAS_MAX = 1 << 20
-"""Areas of all processes of one domain."""
-
-RESIDENT_MAX = 4 * 9 * os.sysconf("SC_PHYS_PAGES")
-"""Bytes that the pages known in one domain may take, or no new ones are: 9 for each, were every page of the machine in
-four processes. Whoever makes processes up must not fill the service's memory."""
+FEW = 256
+"""Runs of refs that are gone through one by one."""
 
 CANDIDATE = HAS_CHECKSUM.copy()
 """States a page that was put aside as a candidate may still be in when its turn comes."""
@@ -43,10 +49,18 @@ CANDIDATE[[PageState.UNSHARED, PageState.ALONE]] = False
 class Domain:
     """State of one merge domain. Everything is touched under `Ksmd.mutex` only."""
 
-    def __init__(self, number: int, patience: Patience | None = None, is_foreign: bool = False) -> None:
+    def __init__(
+        self,
+        number: int,
+        patience: Patience | None = None,
+        is_foreign: bool = False,
+        quota: Quota | None = None,
+    ) -> None:
         self.number = number
         self.slots: list[MmSlot] = []
         self.patience = patience or Patience(most=30.0, regain=0.05)
+        self.quota = quota or Quota()
+        self._held = (0, 0)  # of the quota: bytes, areas
         self.is_foreign = is_foreign
         """Of a user that the service has for guest."""
         self._begin()
@@ -64,7 +78,8 @@ class Domain:
             tuple[int, U32]
         ] = []  # refs that changed and are not looked at, until the pass of that number
         self.candidates: deque[U32] = deque()  # to be matched, in parts
-        self._table: tuple[Ints, Ints, Ints, list[MmSlot]] | None = None
+        self._owners: tuple[Ints, Ints, list[MmSlot]] | None = None
+        self._pieces_bytes = 0
 
     @property
     def checksum(self) -> U64:
@@ -80,16 +95,13 @@ class Domain:
         """Bytes of memory all this takes, temporaries aside."""
         lists = [*self.changed_now, *self.changed_before, *self.candidates, *(refs for _, refs in self.skipped)]
         indexes = self.unstable.nbytes() + self.stable.nbytes() + self.deferred.nbytes()
-        slots = sum(slot.pieces.nbytes + slot.counts.nbytes + slot.ages.nbytes() for slot in self.slots)
-        return self.rmap.resident() + indexes + slots + sum(part.nbytes for part in lists)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no page is to be known that was not yet."""
-        return self.rmap.resident() > RESIDENT_MAX
+        slots = sum(slot.areas.nbytes() + slot.counts.nbytes + slot.ages.nbytes() for slot in self.slots)
+        return self.rmap.resident() + self._pieces_bytes + indexes + slots + sum(part.nbytes for part in lists)
 
     def release(self) -> None:
         """The last of its processes has gone."""
+        self.quota.hold(-self._held[0], -self._held[1])
+        self._held = (0, 0)
         self.stable.release()
         self.rmap.release()
 
@@ -99,111 +111,179 @@ class Domain:
             self.release()
         self._begin()
         for slot in self.slots:
-            slot.pieces, slot.ages = slot.pieces[:0], Ages()
+            slot.areas, slot.pieces, slot.ages = Stretches(), Pieces(), Ages()
             slot.counts[:] = 0
+        self.recount()
 
     # -- areas and refs ---------------------------------------------------------------------------------
 
     def set_areas(self, slot: MmSlot, areas: Structured) -> None:
-        """Fit the refs of a slot to its areas. MemoryError when there are too many of either."""
-        if len(areas) + sum(len(s.pieces) for s in self.slots if s is not slot) > AREAS_MAX:
-            raise MemoryError(f"more than {AREAS_MAX} areas in one merge domain")
-        kept, fell_out, no_refs = slot.recut(areas)
-        new = self._allocate(no_refs)
-        self._forget_ranges(slot, fell_out["vpn"], fell_out["npages"])
-        slot.pieces = kept
-        self._table = None
-        slot.ages.forget(no_refs)
-        if new:
-            slot.extend(new)
+        """These are the areas of a slot now: what is known of pages elsewhere is forgotten. MemoryError when there are
+        too many."""
+        before, after = slot.areas, Stretches.of(areas)
+        if len(after) > len(before) and not self.quota.has_room(len(after) - len(before)):
+            raise MemoryError("more areas than one user may have")
+        low, high = before.cut(after.start, after.end)
+        self._forget_refs(slot, *difference(before.start, before.end, low, high))
+        slot.areas = after
+        slot.ages.forget(*difference(after.start, after.end, low, high))
+        self._hold(len(after) - len(before), 0)
 
-    def _allocate(self, runs: Structured) -> list[tuple[int, int, int]]:
-        """Refs for runs of pages: (vpn, npages, first ref). MemoryError, with none of them taken."""
-        new: list[tuple[int, int, int]] = []
+    def cover(self, slot: MmSlot, start: Ints, end: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Give refs to all pages of these runs (ascending, disjoint) that lie in areas, unless the user has so many
+        that no more are to be known. Returns the runs as `Pieces.locate` does. MemoryError when there is no room for so
+        many."""
+        located = slot.pieces.locate(start, end)
+        if int(located[3].sum()) == slot.areas.count(start, end) or self.quota.is_full:
+            return located
+        first, last = slot.pieces.missing(start, end, slot.areas)
+        if len(first):
+            before = slot.pieces.nbytes()
+            slot.pieces.add(first, last, self._allocate(slot, first, last - first))
+            self._hold(0, slot.pieces.nbytes() - before)
+        return slot.pieces.locate(start, end)
+
+    def _allocate(self, slot: MmSlot, vpn: Ints, npages: Ints) -> Ints:
+        """First refs for runs of pages. Of long ones the parity of blocks of refs, by which donors take turns, is that
+        of blocks of their area."""
+        base = np.full(len(vpn), -1, np.int64)
+        short = npages < SEGMENT_PAGES
         try:
-            for vpn, npages in runs.tolist():
-                new.append((vpn, npages, self.rmap.allocate(npages)))
+            for i in np.flatnonzero(~short).tolist():
+                base[i] = self.rmap.allocate(int(npages[i]), slot.areas.offset(int(vpn[i])), 2 * SEGMENT_PAGES)
+            if short.any():
+                base[short] = self.rmap.allocate_each(npages[short])
         except MemoryError:
-            for _, npages, base in reversed(new):
-                self.rmap.free(base, npages)
+            self.rmap.free(base[base >= 0], npages[base >= 0])
             raise
-        return new
+        return base
 
-    def _forget_ranges(self, slot: MmSlot, base: npt.NDArray[Any], npages: npt.NDArray[Any]) -> None:
-        """Forget disjoint ranges of refs, of which there may be very many that are short."""
-        order = np.argsort(base)
-        start, end = base[order].astype(np.int64), (base + npages)[order].astype(np.int64)
-        joined = np.flatnonzero(start[1:] == end[:-1])
-        start, end = np.delete(start, joined + 1), np.delete(end, joined)
-        for refs in self.known(start, end - start):
+    def _forget_refs(self, slot: MmSlot, start: Ints, end: Ints) -> None:
+        """Forget pages (ascending disjoint runs), and take their refs back."""
+        _, low, ref, npages = slot.pieces.locate(start, end)
+        if not len(ref):
+            return
+        for refs in self.known_refs(ref, npages):
             self.forget(slot, refs)
-        for first, last in zip(start.tolist(), end.tolist(), strict=True):
-            self.rmap.free(first, last - first)
+        before = slot.pieces.nbytes()
+        slot.pieces.remove(low, low + npages)
+        self.rmap.free(ref, npages)
+        self._hold(0, slot.pieces.nbytes() - before)
 
-    def known(self, base: Ints, npages: Ints) -> Iterator[Ints]:
-        """The refs of these ranges that stand for pages of which something is known, at most `SLICE_PAGES` at a time.
-        Ranges come from processes, which may claim what they like: nothing may be done for each page of a range."""
-        short = np.flatnonzero(npages <= BLOCK)
-        step = SLICE_PAGES // BLOCK
-        for part in (short[at : at + step] for at in range(0, len(short), step)):  # numpy is slow with one at a time
-            refs = expand(base[part], npages[part])
-            refs = refs[self.state[refs] != PageState.UNTOUCHED]
-            if len(refs):
-                yield refs
-        for i in np.flatnonzero(npages > BLOCK).tolist():
-            for first, last in self.known_slices(int(base[i]), int(base[i] + npages[i])):
-                refs = np.flatnonzero(self.state[first:last]) + first
-                if len(refs):
-                    yield refs
+    def _hold(self, areas: int, pieces_bytes: int) -> None:
+        """There are so many areas, and bytes for pieces, more, and refs may have been given or taken back."""
+        self._owners = None
+        self._pieces_bytes += pieces_bytes
+        held = self.rmap.resident() + self._pieces_bytes, self._held[1] + areas
+        self.quota.hold(held[0] - self._held[0], areas)
+        self._held = held
 
-    def known_slices(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """The slices of refs [first, last) with pages of which something may be known, ascending."""
-        for start, end in self.rmap.used(first, last):
-            for at in range(start, end, SLICE_PAGES):
-                yield at, min(at + SLICE_PAGES, end)
+    def recount(self) -> None:
+        """Whatever became of areas and pieces: this is what is held now."""
+        areas = sum(len(slot.areas) for slot in self.slots)
+        pieces_bytes = sum(slot.pieces.nbytes() for slot in self.slots)
+        self._hold(areas - self._held[1], pieces_bytes - self._pieces_bytes)
 
-    def known_parts(self, slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int, int]]:
-        """The same of a range of pages, as (vpn, ref, pages), in the order of memory."""
-        whole = np.array([(vpn, npages)], AREA)
-        _, low, ref, length = slot.locate(whole["vpn"], whole["npages"])
-        for at, base, n in zip(low.tolist(), ref.tolist(), length.tolist(), strict=True):
-            for first, last in self.known_slices(base, base + n):
-                yield at + first - base, first, last - first
+    def held_wrong(self) -> Iterator[str]:
+        """What does not agree with what the quota was told of."""
+        areas = sum(len(slot.areas) for slot in self.slots)
+        pieces_bytes = sum(slot.pieces.nbytes() for slot in self.slots)
+        if (pieces_bytes, areas) != (self._pieces_bytes, self._held[1]):
+            yield "areas and pieces are counted wrong"
+        if self._held[0] != self.rmap.resident() + pieces_bytes:
+            yield "what is held of the quota is counted wrong"
 
     def drop(self, slot: MmSlot) -> None:
         """Forget a slot and all its pages (remove_trailing_rmap_items)."""
-        self._forget_ranges(slot, slot.pieces["base"], slot.pieces["npages"])
-        slot.pieces = slot.pieces[:0]
+        self._forget_refs(slot, slot.pieces.start, slot.pieces.end)
+        self._hold(-len(slot.areas), 0)
         self.slots.remove(slot)
-        self._table = None
 
-    def forget_table(self) -> None:
-        """The pieces may have changed."""
-        self._table = None
+    def sweep(self, slot: MmSlot) -> None:
+        """Take back the refs of pages of which nothing is known any more, when there are many: a process may use page
+        after page of an area, and discard each."""
+        pieces = slot.pieces
+        if pieces.npages <= SWEEP_ROWS + 2 * GRANULE * slot.known:
+            return
+        granules = [np.unique(vpns // GRANULE) for vpns, _ in self.known(slot)]
+        keep = np.unique(np.concatenate([NONE, *granules])) * GRANULE
+        kept = Stretches(*joined(keep, keep + GRANULE)).cut(pieces.start, pieces.end)
+        self._forget_refs(slot, *difference(pieces.start, pieces.end, *kept))
 
-    def table(self) -> tuple[Ints, Ints, Ints, list[MmSlot]]:
-        """Every piece of the domain in the order of refs: first ref, ref past the last, first vpn, slot."""
-        if self._table is None:
-            pieces = np.concatenate([slot.pieces for slot in self.slots] or [np.empty(0, PIECE)])
-            whose = np.repeat(np.arange(len(self.slots)), [len(slot.pieces) for slot in self.slots])
-            order = np.argsort(pieces["base"], kind="stable")
-            vpn, npages, base = (pieces[name][order].astype(np.int64) for name in ("vpn", "npages", "base"))
-            self._table = (base, base + npages, vpn, [self.slots[i] for i in whose[order].tolist()])
-        return self._table
+    # -- which refs are whose ---------------------------------------------------------------------------
 
-    def cut(self, refs: U32 | Ints) -> Iterator[tuple[MmSlot, int, slice]]:
-        """Cut ascending refs along the pieces: the slot, what to add to a ref for its vpn, which of `refs`."""
-        bases, _, vpns, slots = self.table()
-        bounds = np.append(np.searchsorted(refs, bases.astype(refs.dtype)), len(refs))
-        for i in np.flatnonzero(np.diff(bounds)):
-            yield slots[i], int(vpns[i] - bases[i]), slice(int(bounds[i]), int(bounds[i + 1]))
+    def known(self, slot: MmSlot, vpn: int = 0, npages: int = VPN_END) -> Iterator[tuple[Ints, Ints]]:
+        """Pages of a range of which something is known, ascending, and their refs: of at most `SLICE_PAGES` at a
+        time."""
+        _, low, ref, length = slot.pieces.locate(np.array([vpn]), np.array([vpn + npages]))
+        ahead = low - ref
+        for part, first, n in slices(ref, length):
+            refs, at = self._known(first, n)
+            if len(at):
+                yield refs + (np.repeat(ahead[part], n)[at] if len(n) > 1 else ahead[part]), refs
+
+    def known_refs(self, base: Ints, npages: Ints) -> Iterator[Ints]:
+        """The same of ranges of refs."""
+        for _, first, n in slices(base, npages):
+            refs, _ = self._known(first, n)
+            if len(refs):
+                yield refs
+
+    def _known(self, base: Ints, npages: Ints) -> tuple[Ints, Ints]:
+        """The refs of these ranges whose state says anything, and their positions among all refs of the ranges."""
+        if len(base) == 1:
+            at = np.flatnonzero(self.state[base[0] : base[0] + npages[0]])
+            return at + base[0], at
+        refs = expand(base, npages)
+        at = np.flatnonzero(self.state[refs])
+        return refs[at], at
+
+    def owners(self) -> tuple[Ints, Ints, list[MmSlot]]:
+        """Whose refs are whose: the first refs of stretches that are one slot's, ascending; the position of that slot
+        in the list that comes last."""
+        if self._owners is None:
+            first = [slot.pieces.refs()[0] for slot in self.slots]
+            whose = np.repeat(np.arange(len(first)), [len(refs) for refs in first])
+            bases = np.concatenate([NONE, *first])
+            order = np.argsort(bases, kind="stable")
+            self._owners = bases[order], whose[order], list(self.slots)
+        return self._owners
+
+    def cut(self, refs: U32 | Ints) -> Iterator[tuple[MmSlot, slice | Ints]]:
+        """Whose ascending refs are whose: a slot, and which of `refs`. A slot may come more than once."""
+        first, whose, slots = self.owners()
+        bounds = np.append(np.searchsorted(refs, first.astype(refs.dtype)), len(refs))
+        count = np.diff(bounds)
+        stretches = np.flatnonzero(count)
+        if len(stretches) <= FEW:
+            for i in stretches.tolist():
+                yield slots[whose[i]], slice(int(bounds[i]), int(bounds[i + 1]))
+            return
+        of = np.repeat(whose[stretches], count[stretches])
+        order = np.argsort(of.astype(np.uint16) if len(slots) < 1 << 16 else of, kind="stable")
+        ends = np.cumsum(np.bincount(of, minlength=len(slots)))
+        for slot, at in zip(slots, np.split(order, ends[:-1]), strict=True):
+            if len(at):
+                yield slot, at + int(bounds[0])
 
     def by_slot(self, refs: U32 | Ints) -> dict[MmSlot, Ints]:
         """Positions of ascending `refs`, by slot, ascending."""
-        parts: dict[MmSlot, list[tuple[int, int]]] = {}
-        for slot, _, part in self.cut(refs):
-            parts.setdefault(slot, []).append((part.start, part.stop - part.start))
-        return {slot: expand(*np.array(runs, np.int64).T) for slot, runs in parts.items()}
+        parts: dict[MmSlot, list[Ints]] = {}
+        for slot, at in self.cut(refs):
+            parts.setdefault(slot, []).append(np.arange(at.start, at.stop) if isinstance(at, slice) else at)
+        return {slot: np.concatenate(part) if len(part) > 1 else part[0] for slot, part in parts.items()}
+
+    def by_memory(self, refs: U32 | Ints) -> dict[MmSlot, tuple[Ints, Ints]]:
+        """The same in the order of memory, with the pages that they are. Pages that were told of at different times may
+        lie in another order by their refs, and merged in that order would take more mappings."""
+        found = {}
+        for slot, at in self.by_slot(refs).items():
+            vpns = slot.pieces.vpns_of(refs[at].astype(np.int64))
+            if (vpns[1:] < vpns[:-1]).any():
+                order = np.argsort(vpns, kind="stable")
+                at, vpns = at[order], vpns[order]
+            found[slot] = at, vpns
+        return found
 
     # -- what a page is ---------------------------------------------------------------------------------
 
@@ -217,8 +297,8 @@ class Domain:
 
     def set_states(self, refs: U32 | Ints, state: PageState) -> None:
         """The same for ascending refs of any slots."""
-        for slot, _, part in self.cut(refs):
-            self.set_state(slot, refs[part], state)
+        for slot, at in self.cut(refs):
+            self.set_state(slot, refs[at], state)
 
     def forget(self, slot: MmSlot, refs: Ints) -> None:
         """Pages that are gone: nothing is known of them any more."""
@@ -244,12 +324,12 @@ class Domain:
         others = [s for s in self.slots if s is not slot]
         if not len(refs) or not any(s.counts[PageState.INHERITED] for s in others):
             return
-        vpns, nodes = slot.vpns_of(refs), self.checksum[refs]
+        vpns, nodes = slot.pieces.vpns_of(refs), self.checksum[refs]
         for state in (PageState.MERGED, PageState.INHERITED):
             for other in others:
                 if not other.counts[state]:
                     continue
-                theirs = other.refs_of(vpns)
+                theirs = other.pieces.refs_of(vpns)
                 at = np.flatnonzero(theirs >= 0)
                 at = at[(self.state[theirs[at]] == state) & (self.checksum[theirs[at]] == nodes[at])]
                 self.set_state(other, theirs[at], PageState.MERGED)
@@ -261,7 +341,7 @@ class Domain:
         for other in self.slots:
             if other is slot or not other.merged:
                 continue
-            theirs = other.refs_of(vpns)
+            theirs = other.pieces.refs_of(vpns)
             at = np.flatnonzero(theirs >= 0)
             refs = theirs[at]
             known[at] |= HAS_NODE[self.state[refs]] & (self.checksum[refs].astype(np.int64) == nodes[at])
@@ -269,7 +349,6 @@ class Domain:
 
     def changed(self, slot: MmSlot, refs: Ints, checksums: U64) -> None:
         """Pages (in neither tree) whose content is new: candidates if they stay so for a whole pass."""
-        self.rmap.touch(refs)
         self.checksum[refs] = checksums
         self.set_state(slot, refs, VOLATILE[self.parity])
         self.changed_now.append(refs.astype(np.uint32))
@@ -283,6 +362,8 @@ class Domain:
         self._set_skipped_aside(passes)
         self.changed_before, self.changed_now = self.changed_now, []
         self.parity ^= 1
+        for slot in self.slots:
+            self.sweep(slot)
 
     def _set_skipped_aside(self, passes: int) -> None:
         """What changed in this pass and is not looked at in the next waits for the look that tells whether it is still
@@ -290,10 +371,10 @@ class Domain:
         if any(slot.ages.remaining for slot in self.slots):
             parts, self.changed_now = self.changed_now, []
             for part in parts:
-                refs = np.sort(part)
+                refs = np.sort(part[IS_VOLATILE[self.state[part]]])
                 skips = np.zeros(len(refs), np.uint8)
-                for slot, vpn, at in self.cut(refs):
-                    skips[at] = slot.ages.remaining_skips(refs[at].astype(np.int64) + vpn)
+                for slot, at in self.by_slot(refs).items():
+                    skips[at] = slot.ages.remaining_skips(slot.pieces.vpns_of(refs[at].astype(np.int64)))
                 for skip in np.flatnonzero(np.bincount(skips)).tolist():
                     these = refs[skips == skip]
                     if skip:
@@ -332,7 +413,7 @@ class Domain:
         self.changed_now, self.changed_before, self.skipped = [], [], []
         for slot in self.slots:
             slot.ages, slot.aside = Ages(), []
-            for refs in self.known(slot.pieces["base"].astype(np.int64), slot.pieces["npages"].astype(np.int64)):
+            for _, refs in self.known(slot):
                 refs = refs[HAS_CHECKSUM[self.state[refs]]]
                 self.set_state(slot, refs, PageState.KNOWN)
                 if len(refs):

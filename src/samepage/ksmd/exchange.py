@@ -167,13 +167,22 @@ class _Share:
 
 
 class Exchange:
-    """Has copies made of `donors` and merges `refs` (both ascending) with their `target`s. Afterwards:
+    """Has copies made of `donors` and merges `refs` (both ascending) with their `target`s; `by_memory` is of `refs`.
+    Afterwards:
 
     `status` is what became of each ref, a `PageStatus` or `UNASKED`; `donor_status` the same for the donation of each
     donor, `node` its new node (-1: none). `segments` are the new ones.
     """
 
-    def __init__(self, domain: Domain, refs: U32, target: U64, donors: U32, passes: int) -> None:
+    def __init__(
+        self,
+        domain: Domain,
+        refs: U32,
+        by_memory: dict[MmSlot, tuple[Ints, Ints]],
+        target: U64,
+        donors: U32,
+        passes: int,
+    ) -> None:
         self._domain = domain
         self._donors = donors
         self._passes = passes
@@ -183,11 +192,11 @@ class Exchange:
         self.node: Ints = np.full(len(donors), -1, np.int64)
         self.segments: list[StableSegment] = []
         self._copies: list[_Copy] = []
-        self._plan(refs, target, donors)
+        self._plan(refs, by_memory, target, donors)
 
     # -- the plan ---------------------------------------------------------------------------------------
 
-    def _plan(self, refs: U32, target: U64, donors: U32) -> None:
+    def _plan(self, refs: U32, by_memory: dict[MmSlot, tuple[Ints, Ints]], target: U64, donors: U32) -> None:
         copied = target >= COPY
         self.rank: Ints = np.zeros(len(refs), np.int64)
         """For each ref that is to be merged with a copy, the position of its donor among the donors."""
@@ -199,8 +208,7 @@ class Exchange:
         own = np.full(len(donors), -1, np.int64)
         own[self.rank[donating]] = np.flatnonzero(donating)
         copy_of, place = np.empty(len(donors), np.int64), np.empty(len(donors), np.int64)
-        for slot, at in self._domain.by_slot(donors).items():
-            vpns = slot.vpns_of(donors[at].astype(np.int64))
+        for slot, (at, vpns) in self._domain.by_memory(donors).items():
             for part in _cut(vpns):
                 copy_of[at[part]] = len(self._copies)
                 place[at[part]] = np.arange(part.stop - part.start)
@@ -208,8 +216,7 @@ class Exchange:
         stable = self._domain.stable
         self._with_copies: list[list[_Share]] = [[] for _ in self._copies]
         self._with_nodes: list[tuple[Segment | None, _Share]] = []
-        for slot, at in self._domain.by_slot(refs).items():
-            vpns = slot.vpns_of(refs[at].astype(np.int64))
+        for slot, (at, vpns) in by_memory.items():
             others = copied[at] & ~donating[at]
             pages, their_vpns = at[others], vpns[others]
             rank = self.rank[pages]

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from samepage.arrays import Ints, run_starts
+from samepage.arrays import Ints, expand, run_starts
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.merge import MergeWork
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.rmap import PageState
-from samepage.memory import AREA, VPN_END
+from samepage.memory import AREA
 
 QUIET_PASSES = 2
 """Passes that a page must have been known to be broken for."""
@@ -53,7 +53,7 @@ def restore(domain: Domain, slots: Iterable[MmSlot], work: MergeWork) -> bool:
 
 def restore_range(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> bool:
     """The same for one process and all that is broken in a range, now."""
-    found = [run for part in domain.known_parts(slot, vpn, npages) for run in _broken_runs(domain, part, None)]
+    found = [run for pages in domain.known(slot, vpn, npages) for run in _broken_runs(domain, *pages, None)]
     return bool(found) and bool(_ask(slot, np.array(found, AREA)))
 
 
@@ -72,10 +72,8 @@ def _due(domain: Domain, slot: MmSlot, passes: int) -> Structured:
     """Long runs of pages that were broken long enough ago, as many as one batch takes."""
     runs: list[tuple[int, int]] = []
     pages = 0
-    for part in domain.known_parts(slot, 0, VPN_END):
-        for first, n in _broken_runs(domain, part, passes - QUIET_PASSES):
-            if n < RUN_PAGES:
-                continue
+    for known in domain.known(slot):
+        for first, n in _broken_runs(domain, *known, passes - QUIET_PASSES, RUN_PAGES):
             runs.append((first, min(n, BATCH_PAGES - pages)))
             pages += runs[-1][1]
             if pages == BATCH_PAGES or len(runs) == BATCH_RUNS:
@@ -83,23 +81,22 @@ def _due(domain: Domain, slot: MmSlot, passes: int) -> Structured:
     return np.array(runs, AREA)
 
 
-def _broken_runs(domain: Domain, part: tuple[int, int, int], before: int | None) -> list[tuple[int, int]]:
-    """Runs (vpn, pages) of broken pages, of those that broke in pass `before` or earlier unless that is None."""
-    vpn, ref, n = part
-    broken = domain.state[ref : ref + n] == PageState.BROKEN
+def _broken_runs(domain: Domain, vpns: Ints, refs: Ints, before: int | None, least: int = 1) -> list[tuple[int, int]]:
+    """Runs (vpn, pages) of `least` broken pages or more, of those that broke in pass `before` or earlier unless that is
+    None."""
+    broken = domain.state[refs] == PageState.BROKEN
     if before is not None:
-        broken &= domain.checksum[ref : ref + n] <= max(0, before)
-    at = np.flatnonzero(broken)
-    if not len(at):
-        return []
-    first = run_starts(at)
-    lengths = np.diff(np.append(first, len(at)))
-    return list(zip((at[first] + vpn).tolist(), lengths.tolist(), strict=True))
+        broken &= domain.checksum[refs] <= max(0, before)
+    vpns = vpns[broken]
+    first = run_starts(vpns)
+    lengths = np.diff(np.append(first, len(vpns)))
+    long = lengths >= least
+    return list(zip(vpns[first[long]].tolist(), lengths[long].tolist(), strict=True))
 
 
 def _asked(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
     """The next scan tells which of them were restored. Those that were not have their turn after all others."""
-    _, _, ref, length = slot.locate(runs["vpn"], runs["npages"])
-    for base, n in zip(ref.tolist(), length.tolist(), strict=True):
-        refs: Ints = np.flatnonzero(domain.state[base : base + n] == PageState.BROKEN) + base
-        domain.checksum[refs] = passes
+    start = runs["vpn"].astype(np.int64)
+    _, _, ref, length = slot.pieces.locate(start, start + runs["npages"].astype(np.int64))
+    refs = expand(ref, length)
+    domain.checksum[refs[domain.state[refs] == PageState.BROKEN]] = passes

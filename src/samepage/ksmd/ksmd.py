@@ -18,19 +18,20 @@ from samepage.ksmd import counters as show
 from samepage.ksmd import knobs as knob_rules
 from samepage.ksmd.advisor import Advisor
 from samepage.ksmd.counters import Counters, ProcessRow
-from samepage.ksmd.domain import SLICE_PAGES, Domain
+from samepage.ksmd.domain import Domain
 from samepage.ksmd.islands import restore, restore_range
 from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.lost import Lost
 from samepage.ksmd.merge import Concurrently, MergeWork, merge_candidates
 from samepage.ksmd.mm_slot import MmSlot, Owed
 from samepage.ksmd.patience import A_MOMENT, Accounts
-from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, PageState, sorted_refs
+from samepage.ksmd.pieces import NONE
+from samepage.ksmd.quota import Quotas
+from samepage.ksmd.rmap import HAS_CHECKSUM, IS_MERGED, SLICE_PAGES, PageState, sorted_refs
 from samepage.ksmd.scan import Look, Seen, heard, ingest, look, recount_zeros
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.ksmd.unmerge import Cancelled, ProcessBreak, UnmergeResult, move_out, retry_pending, unmerge_pages
 from samepage.memory import (
-    AREA,
     PAGE_SIZE,
     AddressSpace,
     AddressSpaceGone,
@@ -115,6 +116,7 @@ class Ksmd:
         self._advisor = Advisor(self._knobs)
         self._work = MergeWork(concurrently)
         self._accounts = Accounts(owner)
+        self._quotas = Quotas(owner)
         self._domains: dict[int, Domain] = {}
         self._mmlist_lock = threading.Lock()  # guards the next three, and is held for moments only
         self._slots: dict[int, MmSlot] = {}  # by number, ascending: the list of ksm_mm_head
@@ -148,7 +150,8 @@ class Ksmd:
             if domain is None:
                 user = user_of(space.domain)
                 account, foreign = self._accounts.of(user), self._accounts.is_foreign(user)
-                domain = self._domains[space.domain] = Domain(space.domain, account, foreign)
+                domain = Domain(space.domain, account, foreign, self._quotas.of(user))
+                self._domains[space.domain] = domain
             slot = MmSlot(space, domain, self._next_number, comm, swap)
             self._next_number += 1
             self._slots[slot.number] = slot
@@ -261,6 +264,9 @@ class Ksmd:
                     self._unmerge_owed(slot)
             except AddressSpaceGone as e:
                 slot.lose(e)
+            except Exception as e:  # a mistake that is about one process must not keep ksmd from all others
+                slot.lose(e)
+                self._mend()
         self._reap()
         self._work.wary = any(slot.silent for slot in slots if not slot.gone)
 
@@ -587,9 +593,7 @@ class Ksmd:
             self._pages_scanned += total.hashed
 
     def _refs_in(self, slot: MmSlot, vpn: int, npages: int) -> Ints:
-        whole = np.array([(vpn, npages)], AREA)
-        _, _, ref, length = slot.locate(whole["vpn"], whole["npages"])
-        return np.concatenate([np.empty(0, np.int64), *slot.domain.known(ref, length)])
+        return np.concatenate([NONE, *(refs for _, refs in slot.domain.known(slot, vpn, npages))])
 
     def unmerge(
         self,

@@ -1,8 +1,8 @@
 """Matching candidates, donating one copy of each, and merging (cmp_and_merge_page, stable_tree_search,
 unstable_tree_search_insert, try_to_merge_with_ksm_page; but for a hundred thousand pages at once).
 
-A slice of candidates goes through here in the order of refs, because that is the order of memory, and runs of
-pages that stay runs in a segment cost one mapping instead of thousands:
+A slice of candidates is cut and copied in the order of memory, for runs of pages that stay runs in a segment cost one
+mapping instead of thousands:
 
  1. pages of zeros are merged with the zero page, which costs neither mapping nor segment;
  2. `_match` gives every other page a *target*: a stable node, or the page (its *donor*) of which a copy is to be
@@ -146,7 +146,7 @@ def _settle_left(domain: Domain, refs: U32, work: MergeWork) -> None:
 def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
     """Merge pages of zeros with the zero page; returns the others."""
     zero = np.zeros(len(refs), np.bool_)
-    for slot, _, part in domain.cut(refs):
+    for slot, part in domain.cut(refs):
         zero[part] = domain.checksum[refs[part]] == np.uint64(slot.zero_checksum)
     if not zero.any():
         return refs
@@ -154,9 +154,8 @@ def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
     _defer(domain, refs[zero][~may], work, PageState.DEFERRED)
     pages = refs[zero][may]
     status: U8 = np.full(len(pages), PageStatus.BUSY, np.uint8)  # of who cannot be asked
-    by_slot = domain.by_slot(pages)
-    vpns = {slot: slot.vpns_of(pages[at].astype(np.int64)) for slot, at in by_slot.items()}
-    work.each(by_slot, lambda slot: _be_zeros(slot, vpns[slot], by_slot[slot], status))
+    by_memory = domain.by_memory(pages)
+    work.each(by_memory, lambda slot: _be_zeros(slot, *by_memory[slot], status))
     work.statuses += np.bincount(status, minlength=len(PageStatus))
     domain.set_states(pages[status == PageStatus.DONE], PageState.ZERO)
     _settle_failures(domain, pages, status, work)
@@ -164,7 +163,7 @@ def _merge_zero_pages(domain: Domain, refs: U32, work: MergeWork) -> U32:
     return refs[~zero]
 
 
-def _be_zeros(slot: MmSlot, vpns: Ints, pages: Ints, status: U8) -> None:
+def _be_zeros(slot: MmSlot, pages: Ints, vpns: Ints, status: U8) -> None:
     """Runs in any thread."""
     starts = run_starts(vpns)
     extents = np.empty(len(starts), EXTENT)
@@ -208,6 +207,7 @@ class _Round:
         self.again = again
         self.refs = refs
         self.target: U64 = np.empty(0, np.uint64)
+        self.by_memory: dict[MmSlot, tuple[Ints, Ints]] = {}  # as of `Domain`, of the refs that are merged
         self.left: list[U32] = []
 
     def run(self) -> U32:
@@ -322,21 +322,23 @@ class _Round:
         refs, target = self.refs, self.target
         to_copy = target >= COPY
         donors: U32 = refs[target == COPY + refs]
-        starts = self._extent_starts(target)
-        length = np.diff(np.append(starts, len(refs)))
-        wanted = np.ones(len(starts), np.bool_)
-        by_slot = self.domain.by_slot(refs[starts])
-        for slot, count in self.work.each(by_slot, _map_count).items():
-            mine = by_slot[slot]
-            cost = 2 * -(-length[mine] // SEGMENT_PAGES)  # a segment's end splits an extent
+        by_memory = self.domain.by_memory(refs)
+        keep = np.ones(len(refs), np.bool_)
+        for slot, count in self.work.each(by_memory, _map_count).items():
+            at, vpns = by_memory[slot]
+            starts = run_starts(vpns, target[at])
+            length = np.diff(np.append(starts, len(at)))
+            cost = 2 * -(-length // SEGMENT_PAGES)  # a segment's end splits an extent
             if int(cost.sum()) <= count:
                 continue
-            longest = np.argsort(-length[mine], kind="stable")
-            wanted[mine[longest]] = np.cumsum(cost[longest]) <= count
-        keep = np.repeat(wanted, length)
+            wanted = np.ones(len(starts), np.bool_)
+            longest = np.argsort(-length, kind="stable")
+            wanted[longest] = np.cumsum(cost[longest]) <= count
+            keep[at] = np.repeat(wanted, length)
         may = np.ones(len(refs), np.bool_)
         may[keep] = _may_merge(self.domain, refs[keep], target[keep], self.work)
-        if wanted.all() and may.all():
+        if keep.all() and may.all():
+            self.by_memory = by_memory
             return donors
         keep &= may
         rank = np.searchsorted(donors, (target & np.uint64(0xFFFFFFFF)).astype(np.uint32))
@@ -345,22 +347,16 @@ class _Round:
         _defer(self.domain, refs[~keep & may], self.work, PageState.OVER_BUDGET)
         _defer(self.domain, refs[~may], self.work, PageState.DEFERRED)
         self.refs, self.target = refs[keep], target[keep]
+        self.by_memory = self.domain.by_memory(self.refs)
         donors = donors[users[: len(donors)] >= 2]
         return donors
-
-    def _extent_starts(self, target: U64) -> Ints:
-        starts = np.zeros(len(self.refs), np.bool_)
-        starts[run_starts(self.refs, target)] = True
-        bounds = np.searchsorted(self.refs, self.domain.table()[0].astype(np.uint32))
-        starts[bounds[bounds < len(starts)]] = True
-        return np.flatnonzero(starts)
 
     # -- 4. and 5. donation and merging -----------------------------------------------------------------
 
     def _merge(self, donors: U32) -> U32:
         domain, refs, work = self.domain, self.refs, self.work
         stable = domain.stable
-        exchange = Exchange(domain, refs, self.target, donors, work.passes)
+        exchange = Exchange(domain, refs, self.by_memory, self.target, donors, work.passes)
         exchange.run(work.each)
         rank, status, donor_status = exchange.rank, exchange.status, exchange.donor_status
         work.statuses += np.bincount(status[status != UNASKED], minlength=len(PageStatus))

@@ -1,4 +1,4 @@
-"""One process, as ksmd keeps it: its areas, cut into pieces that own refs, and what its pages are."""
+"""One process, as ksmd keeps it: its areas, which of their pages have refs, and what its pages are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,12 @@ import numpy.typing as npt
 from samepage.arrays import Ints
 from samepage.ksmd.age import Ages
 from samepage.ksmd.patience import A_MOMENT, Patience
+from samepage.ksmd.pieces import Pieces, Stretches
 from samepage.ksmd.rmap import HAS_CHECKSUM, PageState
-from samepage.memory import AREA, U32, AddressSpace, AddressSpaceGone, AddressSpaceSilent, ScanResult
+from samepage.memory import U32, AddressSpace, AddressSpaceGone, AddressSpaceSilent, ScanResult
 
 if TYPE_CHECKING:
     from samepage.ksmd.domain import Domain
-
-PIECE = np.dtype([("vpn", "<u8"), ("npages", "<u8"), ("base", "<u8")])
-"""A stretch of an area whose page `vpn + i` is ref `base + i`."""
 
 Structured = npt.NDArray[np.void]
 
@@ -78,7 +76,8 @@ class MmSlot:
         self.areas_seq: int | None = None
         self.merge_any = False  # PR_SET_MEMORY_MERGE
         self.hash_all = False  # its checksums were made by other rules: until it was looked at to the end, all are
-        self.pieces: Structured = np.empty(0, PIECE)  # ascending by vpn, disjoint
+        self.areas = Stretches()
+        self.pieces = Pieces()  # of pages in areas only
         self.ages = Ages()
         self.counts: Ints = np.zeros(NSTATES, np.int64)  # pages by PageState
         self.passes = 0  # times all its areas were looked at
@@ -175,7 +174,7 @@ class MmSlot:
     @property
     def npages(self) -> int:
         """Pages of all its areas."""
-        return int(self.pieces["npages"].sum())
+        return self.areas.npages
 
     @property
     def merged(self) -> int:
@@ -195,6 +194,11 @@ class MmSlot:
         return int(sum(counts) - sum([counts[state] for state in NO_CHECKSUM]))
 
     @property
+    def known(self) -> int:
+        """Pages of which anything is known."""
+        return int(self.counts[PageState.UNTOUCHED + 1 :].sum())
+
+    @property
     def rmap_items(self) -> int:
         """Pages that are known. As in the kernel, not those that are the zero page by now, nor any after `run` = 2."""
         counts = self.counts.tolist()
@@ -207,66 +211,6 @@ class MmSlot:
         in_trees = counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.UNSHARED]
         return self.rmap_items - int(in_trees)
 
-    def locate(self, vpn: npt.NDArray[Any], npages: npt.NDArray[Any]) -> tuple[Ints, Ints, Ints, Ints]:
-        """Cut ascending disjoint runs of pages along the pieces.
-
-        Returns, for every part that lies in a piece: which run it is of, its first vpn, its first ref, its pages.
-        """
-        start, end = vpn.astype(np.int64), (vpn + npages).astype(np.int64)
-        piece_start = self.pieces["vpn"].astype(np.int64)
-        piece_end = piece_start + self.pieces["npages"].astype(np.int64)
-        first = np.searchsorted(piece_end, start, "right")
-        count = np.maximum(np.searchsorted(piece_start, end, "left") - first, 0)
-        run = np.repeat(np.arange(len(start)), count)
-        piece = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count) + first[run]
-        low = np.maximum(start[run], piece_start[piece])
-        high = np.minimum(end[run], piece_end[piece])
-        ref = self.pieces["base"].astype(np.int64)[piece] + low - piece_start[piece]
-        return run, low, ref, high - low
-
-    def refs_of(self, vpns: Ints) -> Ints:
-        """The ref of each page, or -1 where it is in no area."""
-        if not len(self.pieces):
-            return np.full(len(vpns), -1, np.int64)
-        piece = np.searchsorted(self.pieces["vpn"].astype(np.int64), vpns, "right") - 1
-        at = np.maximum(piece, 0)
-        inside = vpns - self.pieces["vpn"].astype(np.int64)[at]
-        refs = self.pieces["base"].astype(np.int64)[at] + inside
-        return np.where((piece >= 0) & (inside < self.pieces["npages"].astype(np.int64)[at]), refs, -1)
-
-    def vpns_of(self, refs: Ints) -> Ints:
-        """The virtual page number of each ref of this slot."""
-        pieces = self.pieces[np.argsort(self.pieces["base"])]
-        base = pieces["base"].astype(np.int64)
-        piece = np.searchsorted(base, refs, "right") - 1
-        return pieces["vpn"].astype(np.int64)[piece] + refs - base[piece]
-
-    def recut(self, areas: Structured) -> tuple[Structured, Structured, Structured]:
-        """How the pieces would have to be for a new list of areas, of which nothing is changed here.
-
-        Returns the pieces that are in both, the runs of refs (dtype AREA) that fell out, and the runs of pages
-        that have no refs yet.
-        """
-        _, vpn, ref, npages = self.locate(areas["vpn"], areas["npages"])
-        kept = np.empty(len(vpn), PIECE)
-        kept["vpn"], kept["base"], kept["npages"] = vpn, ref, npages
-        new = _difference(areas["vpn"], areas["npages"], kept["vpn"], kept["npages"])
-        old = _difference(self.pieces["base"], self.pieces["npages"], kept["base"], kept["npages"])
-        return kept, old, new
-
-    def extend(self, pieces: list[tuple[int, int, int]]) -> None:
-        """Add pieces (vpn, npages, base), joining those that are neighbours in both."""
-        both = np.concatenate([self.pieces, np.array(pieces, PIECE)])
-        both = both[np.argsort(both["vpn"])]
-        joins = np.zeros(len(both), np.bool_)
-        for field in ("vpn", "base"):
-            after = both[field] + both["npages"]
-            meets = both[field][1:] == after[:-1]
-            joins[1:] = meets if field == "vpn" else joins[1:] & meets
-        first = np.flatnonzero(~joins)
-        self.pieces = both[first]
-        self.pieces["npages"] = np.add.reduceat(both["npages"], first)
-
 
 def in_words(why: Exception) -> str:
     """AddressSpaceGone says why; any other exception is a mistake of ksmd's own."""
@@ -275,15 +219,3 @@ def in_words(why: Exception) -> str:
     frames = traceback.extract_tb(why.__traceback__)
     at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"a mistake of ksmd's own: {why!r}{at}"
-
-
-def _difference(
-    start: npt.NDArray[Any], length: npt.NDArray[Any], inner_start: npt.NDArray[Any], inner_length: npt.NDArray[Any]
-) -> Structured:
-    """The parts of disjoint runs that no inner run covers; every inner run lies within an outer one."""
-    begin = np.sort(np.concatenate([start, inner_start + inner_length]))
-    end = np.sort(np.concatenate([inner_start, start + length]))
-    keep = begin < end
-    runs = np.empty(int(keep.sum()), AREA)
-    runs["vpn"], runs["npages"] = begin[keep], end[keep] - begin[keep]
-    return runs

@@ -1,22 +1,21 @@
 """What ksmd remembers of each page: nine bytes, in parallel arrays.
 
-Where mm/ksm.c allocates an rmap_item for every page it meets, a page here is a row of two columns: a u64
-(`checksum`) and a u8 (`state`). The row number is called a *ref* and fits in 32 bits. Every area of every
-process owns one contiguous range of refs, so neighbours in memory are neighbours here.
+Where mm/ksm.c allocates an rmap_item for every page it meets, a page here is a row of two columns: a u64 (`checksum`)
+and a u8 (`state`). The row number is called a *ref* and fits in 32 bits. A page has one as soon as anything was told of
+it, and the pages around it do (`pieces`). Of what is reported together neighbours in memory are neighbours here.
 """
 
 from __future__ import annotations
 
-import bisect
 import mmap
+from collections.abc import Iterator
 from enum import IntEnum
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from samepage.arrays import Bools, Ints, run_starts
+from samepage.arrays import Bools, Ints, expand
 from samepage.memory import PAGE_SIZE, U8, U32, U64
 
 REFS_MAX = 1 << 32
@@ -24,6 +23,9 @@ REFS_MAX = 1 << 32
 
 BLOCK = 512
 """Rows for which resident memory is counted together: the checksums of one page of memory."""
+
+SLICE_PAGES = 1 << 17
+"""Pages worked on at once (512 MiB of memory), so that temporaries stay small whatever the number of pages."""
 
 
 class PageState(IntEnum):
@@ -69,26 +71,21 @@ class Columns:
     def __init__(self, *dtypes: type[np.generic], rows: int = 1 << 16) -> None:
         self._dtypes = [np.dtype(dtype) for dtype in dtypes]
         self._maps = [self._map(rows, dtype) for dtype in self._dtypes]
-        self._free: list[tuple[int, int]] = []  # (base, rows), ascending, never adjacent
-        self._longest = 0  # none of them has more rows
-        self._next = 0  # where to look first
+        self._first: Ints = np.empty(0, np.int64)  # free ranges [first, last) below `top`: ascending, never adjacent
+        self._last: Ints = np.empty(0, np.int64)
         self._top = 0
-        self._touched = np.zeros(0, np.bool_)
         self._attach(rows)
 
     @staticmethod
     def _map(rows: int, dtype: np.dtype[Any]) -> mmap.mmap:
         mapping = mmap.mmap(-1, rows * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_NOHUGEPAGE)  # one for one row of a sparse area is what must not happen
+        mapping.madvise(mmap.MADV_NOHUGEPAGE)  # one for one row is what must not happen
         return mapping
 
     def _attach(self, rows: int) -> None:
         self.columns: list[npt.NDArray[Any]] = [
             np.frombuffer(m, d, rows) for m, d in zip(self._maps, self._dtypes, strict=True)
         ]
-        touched = np.zeros(-(-rows // BLOCK), np.bool_)
-        touched[: len(self._touched)] = self._touched
-        self._touched = touched
 
     def _grow(self, rows: int) -> None:
         """Make room for `rows`. No view of a column may be held across this (`mmap.resize` would refuse)."""
@@ -111,95 +108,110 @@ class Columns:
         finally:
             self._attach(before)
 
-    def allocate(self, rows: int) -> int:
-        """First row of a range of `rows` rows, all zero. MemoryError when there is no room for it."""
-        i = self._fit(rows)
-        if i is not None:
-            base, length = self._free[i]
-            self._free[i : i + 1] = [(base + rows, length - rows)] if length > rows else []
+    def allocate(self, rows: int, phase: int = 0, of: int = 1) -> int:
+        """First row of a range of `rows` rows, all zero, that is `phase` by modulus `of`. MemoryError when there is no
+        room."""
+        first = self._first + (phase - self._first) % of if of > 1 else self._first
+        fits = np.flatnonzero(self._last - first >= rows)
+        if len(fits):
+            i = int(fits[0])
+            base = int(first[i])
+            self._replace(i, (int(self._first[i]), base), (base + rows, int(self._last[i])))
             return base
-        self._grow(self._top + rows)
-        base, self._top = self._top, self._top + rows
+        base = self._top + (phase - self._top) % of
+        self._grow(base + rows)
+        self._replace(len(self._first), (self._top, base))
+        self._top = base + rows
         return base
 
-    def _fit(self, rows: int) -> int | None:
-        """Which free range has room for `rows` rows. The search goes on where the last one ended, and is not begun
-        where none can be found: each of 100,000 areas would else look at what all others left over."""
-        if rows > self._longest:
-            return None
-        for i in chain(range(self._next, len(self._free)), range(min(self._next, len(self._free)))):
-            if self._free[i][1] >= rows:
-                self._next = i
-                return i
-        self._longest = rows - 1
-        return None
+    def _replace(self, i: int, *ranges: tuple[int, int]) -> None:
+        """Let these ranges take the place of free range `i`, as far as they are not empty."""
+        new = np.array([r for r in ranges if r[0] < r[1]], np.int64).reshape(-1, 2)
+        self._first = np.concatenate([self._first[:i], new[:, 0], self._first[i + 1 :]])
+        self._last = np.concatenate([self._last[:i], new[:, 1], self._last[i + 1 :]])
+
+    def allocate_each(self, lengths: Ints) -> Ints:
+        """First rows of several short ranges. They follow one another where there is room for all; but when a quarter
+        of the rows is free, what is free is used first, for else whoever gives some back and takes more makes holes of
+        it all."""
+        total = int(lengths.sum())
+        free = self._last - self._first
+        if 4 * int(free.sum()) > self._top and not (free >= total).any():
+            return self._fill(lengths)
+        return self.allocate(total) + np.cumsum(lengths) - lengths
+
+    def _fill(self, lengths: Ints) -> Ints:
+        ends = np.cumsum(lengths)
+        starts, bases, done = ends - lengths, np.empty(len(lengths), np.int64), 0
+        first = self._first.copy()
+        for i in np.flatnonzero(self._last - first >= lengths.min()).tolist():
+            at = starts[done]
+            fits = int(np.searchsorted(ends, at + self._last[i] - first[i], "right"))
+            if fits > done:
+                bases[done:fits] = first[i] + starts[done:fits] - at
+                first[i] += ends[fits - 1] - at
+                done = fits
+            if done == len(lengths):
+                break
+        if done < len(lengths):
+            self._grow(self._top + int(ends[-1] - starts[done]))
+            bases[done:] = self._top + starts[done:] - starts[done]
+            self._top = int(bases[-1] + lengths[-1])
+        left = first < self._last
+        self._first, self._last = first[left], self._last[left]
+        return bases
 
     @property
     def top(self) -> int:
         """Rows from here on are free, and zero."""
         return self._top
 
-    def free_ranges(self) -> list[tuple[int, int]]:
-        """(first, rows) of what is free before `top`, ascending."""
-        return list(self._free)
+    def free_ranges(self) -> tuple[Ints, Ints]:
+        """First rows of what is free before `top`, ascending, and the rows after the last."""
+        return self._first, self._last
 
-    def keep_only(self, ranges: list[tuple[int, int]]) -> None:
-        """Only these ranges (first, rows; ascending, disjoint) are in use; all other rows are free, and zero."""
-        top = self._top
-        self._free, self._top = [], ranges[-1][0] + ranges[-1][1] if ranges else 0
-        at = 0
-        for base, rows in [*ranges, (top, 0)]:
-            if at < base:
-                if base < self._top:
-                    self._free.append((at, base - at))
-                    self._longest = max(self._longest, base - at)
-                self._clear(at, base - at, at, base)
-            at = base + rows
+    def keep_only(self, base: Ints, rows: Ints) -> None:
+        """Only these ranges (ascending, disjoint) are in use; all other rows are free, and zero."""
+        top, end = self._top, base + rows
+        self._first = self._last = base[:0]
+        first, last = np.append(0, end), np.append(base, max(top, int(end[-1]) if len(end) else 0))
+        holes = first < last
+        self._top = int(last[-1])
+        self.free(first[holes], (last - first)[holes])
 
-    def touch(self, rows: Ints) -> None:
-        """Say that rows are about to be written (for `resident`)."""
-        self._touched[rows // BLOCK] = True
-
-    def used(self, first: int, last: int) -> list[tuple[int, int]]:
-        """The stretches of rows [first, last) that may have been written since they were allocated, ascending. The time
-        this takes depends on what was written: a bit for each `BLOCK` is all that is read of the rest."""
-        low = first // BLOCK
-        blocks = np.flatnonzero(self._touched[low : -(-last // BLOCK)]) + low
-        at = run_starts(blocks)
-        starts, ends = blocks[at] * BLOCK, (blocks[np.append(at[1:], len(blocks))[: len(at)] - 1] + 1) * BLOCK
-        return list(zip(np.maximum(starts, first).tolist(), np.minimum(ends, last).tolist(), strict=True))
-
-    def free(self, base: int, rows: int) -> None:
-        """Give a range (or part of one) back."""
-        at = bisect.bisect_left(self._free, (base, 0))
-        first, last = base, base + rows
-        if at < len(self._free) and self._free[at][0] == last:
-            last += self._free.pop(at)[1]
-        if at and sum(self._free[at - 1]) == first:
-            at -= 1
-            first = self._free.pop(at)[0]
-        if last == self._top:  # nothing is in use from here on
-            self._top = first
-            self._clear(base, rows, first, len(self.columns[0]))
+    def free(self, base: Ints | int, rows: Ints | int) -> None:
+        """Give disjoint ranges (or parts of them) back."""
+        first = np.atleast_1d(np.asarray(base, np.int64))
+        last = first + rows
+        first, last = joined(np.sort(first), np.sort(last))
+        if not len(first):
+            return
+        begin, end = joined(np.sort(np.append(self._first, first)), np.sort(np.append(self._last, last)))
+        within = np.searchsorted(begin, first, "right") - 1
+        if end[-1] == self._top:  # nothing is in use from here on
+            self._top = int(begin[-1])
+            self._first, self._last = begin[:-1], end[:-1]
+            end = np.append(end[:-1], len(self.columns[0]))
         else:
-            self._free.insert(at, (first, last - first))
-            self._longest = max(self._longest, last - first)
-            self._clear(base, rows, first, last)
+            self._first, self._last = begin, end
+        self._clear(first, last, begin[within], end[within])
 
-    def _clear(self, base: int, rows: int, first: int, last: int) -> None:
-        """Zero rows [base, base + rows); whole pages inside the free range [first, last) go back to the kernel."""
+    def _clear(self, first: Ints, last: Ints, begin: Ints, end: Ints) -> None:
+        """Zero rows [first, last); whole pages inside the free range [begin, end) go back to the kernel."""
         for column, mapping in zip(self.columns, self._maps, strict=True):
             per_page = PAGE_SIZE // column.itemsize
-            start = max(-(-first // per_page), base // per_page)
-            end = min(last // per_page, -(-(base + rows) // per_page))
-            if start < end:
-                mapping.madvise(mmap.MADV_DONTNEED, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
-            for lo, hi in ((base, min(base + rows, start * per_page)), (max(base, end * per_page), base + rows)):
-                if lo < hi and column[lo:hi].any():  # a look first: writing would make memory of nothing
-                    column[lo:hi] = 0
-        start, end = max(-(-first // BLOCK), base // BLOCK), min(last // BLOCK, -(-(base + rows) // BLOCK))
-        if start < end:
-            self._touched[start:end] = False
+            start = np.maximum(-(-begin // per_page), first // per_page)
+            stop = np.minimum(end // per_page, -(-last // per_page))
+            whole = start < stop
+            for at, past in zip(start[whole].tolist(), stop[whole].tolist(), strict=True):
+                mapping.madvise(mmap.MADV_DONTNEED, at * PAGE_SIZE, (past - at) * PAGE_SIZE)
+            head = np.where(whole, np.clip(start * per_page, first, last), last)
+            tail = np.where(whole, np.clip(stop * per_page, first, last), last)
+            for lo, hi in ((first, head), (tail, last)):
+                for _, at, n in slices(lo, hi - lo):
+                    rows = expand(at, n)
+                    rows = rows[column[rows] != 0]  # writing would make memory of nothing
+                    column[rows] = 0
 
     def widen(self, number: int, dtype: type[np.generic]) -> None:
         """Have a column hold larger numbers from now on. No view of a column may be held across this."""
@@ -218,9 +230,11 @@ class Columns:
             mapping.close()
 
     def resident(self) -> int:
-        """Bytes of memory behind the rows in use, at most."""
+        """Bytes of memory behind the rows in use, at most, and for knowing which those are."""
         row = sum(dtype.itemsize for dtype in self._dtypes)
-        return int(np.count_nonzero(self._touched)) * BLOCK * row + self._touched.nbytes
+        free = np.maximum(self._last // BLOCK - -(-self._first // BLOCK), 0)
+        blocks = -(-self._top // BLOCK) - int(free.sum())
+        return blocks * BLOCK * row + self._first.nbytes + self._last.nbytes
 
 
 class RmapItems(Columns):
@@ -238,6 +252,27 @@ class RmapItems(Columns):
     def state(self) -> U8:
         """`PageState` a ref."""
         return self.columns[1]
+
+
+def slices(starts: Ints, lengths: Ints, most: int = SLICE_PAGES) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """Runs a part at a time, of at most `most` in all, the longest cut: which of the runs, their starts, their
+    lengths."""
+    which = np.flatnonzero(lengths > 0)
+    ends = np.cumsum(lengths[which])
+    for at in range(0, int(ends[-1]) if len(ends) else 0, most):
+        i, j = int(np.searchsorted(ends, at, "right")), int(np.searchsorted(ends, at + most)) + 1
+        first, n = starts[which[i:j]], lengths[which[i:j]]
+        n[-1] -= max(0, int(ends[min(j, len(ends)) - 1]) - at - most)
+        skip = at - int(ends[i]) + int(lengths[which[i]])
+        first[0] += skip
+        n[0] -= skip
+        yield which[i:j], first, n
+
+
+def joined(starts: Ints, ends: Ints) -> tuple[Ints, Ints]:
+    """Ascending disjoint ranges, of which those that meet are made one."""
+    meets = np.flatnonzero(starts[1:] == ends[:-1])
+    return np.delete(starts, meets + 1), np.delete(ends, meets)
 
 
 def sorted_refs(parts: list[U32]) -> U32:

@@ -11,6 +11,7 @@ import numpy as np
 from samepage.arrays import Bools, Ints, expand
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.pieces import NONE, Stretches
 from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, PageState
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import U64, VPN_END, AddressSpaceGone, AddressSpaceSilent, Areas, RunKind, ScanFlag, ScanResult
@@ -50,7 +51,7 @@ def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_EN
     with slot.waited_for():
         reply = slot.space.scan(vpn, budget, flags, end)
     slot.idle_looks += 0 < reply.next_vpn < vpn + min(budget, STEP_MIN)
-    if slot.idle_looks > IDLE_LOOKS + 2 * len(slot.pieces):
+    if slot.idle_looks > IDLE_LOOKS + 2 * len(slot.areas):
         raise AddressSpaceGone("its scan hardly gets on")
     try:
         return heard(slot, reply, started)
@@ -68,10 +69,6 @@ def heard(slot: MmSlot, reply: ScanResult, started: int) -> Look:
     return Look(reply, areas, time.perf_counter_ns() - started)
 
 
-ORDER = (RunKind.GONE, RunKind.BROKEN, RunKind.FOUND, RunKind.HASHED)
-"""Of what a scan told, that comes first which ends something."""
-
-
 def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
     """Take in what a scan said. AddressSpaceGone if it makes no sense."""
     reply = seen.reply
@@ -82,36 +79,79 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
     # lie outside: their pages are gone.
     strict = reply.areas_seq == slot.areas_seq
     outcome = Seen()
-    runs = reply.runs
-    if not len(runs):
+    if not len(reply.runs):
         return outcome
-    by_kind = {kind: runs[runs["kind"] == kind] for kind in ORDER}
-    # All of it is looked at before anything is changed.
-    located = {kind: _located(slot, of_kind, strict) for kind, of_kind in by_kind.items() if len(of_kind)}
-    slot.expect(int(by_kind[RunKind.BROKEN]["npages"].sum(dtype=np.int64)))
-    for kind, (_, _, ref, npages) in located.items():
-        if kind != RunKind.HASHED:
-            outcome.turned += int(npages.sum())
-            if kind == RunKind.FOUND:
-                _found(domain, slot, by_kind[kind], passes)
-                continue
-            if kind == RunKind.GONE:
-                for refs in domain.known(ref, npages):
-                    domain.forget(slot, refs)
-            else:
-                outcome.broken += _broken(domain, slot, expand(ref, npages), passes)
-    if RunKind.HASHED in located:
-        hashed = by_kind[RunKind.HASHED]
-        run, low, ref, npages = located[RunKind.HASHED]
-        sums = reply.checksums
-        if len(sums) != int(npages.sum()):
-            lengths = hashed["npages"].astype(np.int64)
-            sums = sums[expand((np.cumsum(lengths) - lengths)[run] + low - hashed["vpn"].astype(np.int64)[run], npages)]
-        outcome.hashed = len(sums)
-        changed = _hashed(domain, slot, expand(ref, npages), sums, outcome)
-        if changed is not None:
-            outcome.changed -= slot.ages.changed(expand(low, npages)[changed])
+    if strict and not _lie_in(slot.areas, reply.runs):
+        raise AddressSpaceGone("talks nonsense: runs outside its areas")
+    is_gone = reply.runs["kind"] == RunKind.GONE
+    gone, runs = reply.runs[is_gone], reply.runs[~is_gone]
+    hashed = runs["kind"] == RunKind.HASHED
+    outcome.turned = int(gone["npages"].sum(dtype=np.int64) + runs["npages"][~hashed].sum(dtype=np.int64))
+    slot.expect(int(runs["npages"][runs["kind"] == RunKind.BROKEN].sum(dtype=np.int64)))
+    if outcome.turned:
+        runs = _as_far_as_found(runs)
+    start, end = _pages_of(runs)
+    try:
+        located = domain.cover(slot, start, end)
+    except MemoryError as error:
+        raise AddressSpaceGone("more pages than can be kept") from error
+    # All of it was looked at before anything is changed.
+    for refs in domain.known_refs(*slot.pieces.locate(*_pages_of(gone))[2:]):
+        domain.forget(slot, refs)
+    if outcome.turned:
+        located = _take_in_turned(domain, slot, runs, located, passes, outcome)
+    _take_in_hashed(domain, slot, runs, located, reply.checksums, outcome)
     return outcome
+
+
+Located = tuple[Ints, Ints, Ints, Ints]
+"""Runs along the pieces, as `Pieces.locate` returns them."""
+
+
+def _pages_of(runs: Structured) -> tuple[Ints, Ints]:
+    start = runs["vpn"].astype(np.int64)
+    return start, start + runs["npages"].astype(np.int64)
+
+
+def _lie_in(areas: Stretches, runs: Structured) -> bool:
+    return areas.count(*_pages_of(runs)) == int(runs["npages"].sum(dtype=np.int64))
+
+
+def _as_far_as_found(runs: Structured) -> Structured:
+    """Behind the end of a segment nothing can be merged with it."""
+    most = SEGMENT_PAGES - np.minimum(runs["offset"], SEGMENT_PAGES)
+    found = runs["kind"] == RunKind.FOUND
+    runs["npages"][found] = np.minimum(runs["npages"], most)[found]
+    return runs[runs["npages"] > 0]
+
+
+def _take_in_turned(
+    domain: Domain, slot: MmSlot, runs: Structured, located: Located, passes: int, outcome: Seen
+) -> Located:
+    """Runs of pages that are broken, or merged already. Returns what is left, those that were hashed."""
+    kind = runs["kind"][located[0]]
+    broken, found = kind == RunKind.BROKEN, kind == RunKind.FOUND
+    if broken.any():
+        outcome.broken = _broken(domain, slot, expand(located[2][broken], located[3][broken]), passes)
+    if found.any():
+        run, low, ref, npages = (column[found] for column in located)
+        _found(domain, slot, runs, run, (low, ref, npages), passes)
+    rest = kind == RunKind.HASHED
+    run, low, ref, npages = (column[rest] for column in located)
+    return run, low, ref, npages
+
+
+def _take_in_hashed(domain: Domain, slot: MmSlot, runs: Structured, located: Located, sums: U64, outcome: Seen) -> None:
+    run, low, ref, npages = located
+    if len(sums) != int(npages.sum()):
+        lengths = np.where(runs["kind"] == RunKind.HASHED, runs["npages"], 0).astype(np.int64)
+        sums = sums[expand((np.cumsum(lengths) - lengths)[run] + low - runs["vpn"].astype(np.int64)[run], npages)]
+    if not len(sums):
+        return
+    outcome.hashed = len(sums)
+    changed = _hashed(domain, slot, expand(ref, npages), sums, outcome)
+    if changed is not None:
+        outcome.changed -= slot.ages.changed(expand(low, npages)[changed])
 
 
 def _take_areas(domain: Domain, slot: MmSlot, areas: Areas) -> None:
@@ -139,20 +179,14 @@ def recount_zeros(domain: Domain, slot: MmSlot) -> None:
     refresh_areas(domain, slot)
     if slot.npages > RECOUNT_PAGES:
         return
-    for vpn, npages, base in slot.pieces.tolist():
-        zeros = np.flatnonzero(domain.state[base : base + npages] == PageState.ZERO)
-        if len(zeros):
-            there = slot.space.present(vpn + int(zeros[0]), int(zeros[-1] - zeros[0]) + 1)
-            _, _, ref, lengths = slot.locate(there["vpn"], there["npages"])
-            refs = expand(ref, lengths)
-            domain.set_state(slot, refs[domain.state[refs] == PageState.ZERO], PageState.BROKEN)
-
-
-def _located(slot: MmSlot, runs: Structured, strict: bool) -> tuple[Ints, Ints, Ints, Ints]:
-    located = slot.locate(runs["vpn"], runs["npages"].astype(np.uint64))
-    if strict and int(located[3].sum()) != int(runs["npages"].sum(dtype=np.int64)):
-        raise AddressSpaceGone("talks nonsense: runs outside its areas")
-    return located
+    known = [vpns[domain.state[refs] == PageState.ZERO] for vpns, refs in domain.known(slot)]
+    zeros = np.concatenate([NONE, *known])
+    first, past = np.searchsorted(zeros, slot.areas.start), np.searchsorted(zeros, slot.areas.end)
+    for i, j in zip(first[first < past].tolist(), past[first < past].tolist(), strict=True):
+        there = slot.space.present(int(zeros[i]), int(zeros[j - 1] - zeros[i]) + 1)
+        _, _, ref, lengths = slot.pieces.locate(*_pages_of(there))
+        refs = expand(ref, lengths)
+        domain.set_state(slot, refs[domain.state[refs] == PageState.ZERO], PageState.BROKEN)
 
 
 def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) -> Bools | None:
@@ -161,12 +195,9 @@ def _hashed(domain: Domain, slot: MmSlot, refs: Ints, sums: U64, outcome: Seen) 
     old = domain.state[refs]
     again = None
     outcome.first_looks = len(old) - int(np.count_nonzero(old))
-    full = outcome.first_looks > 0 and domain.is_full
-    if outcome.first_looks < len(old) or full:
+    if outcome.first_looks < len(old):
         new = domain.checksum[refs] != sums
         new |= ~HAS_CHECKSUM[old]
-        if full:
-            new &= old != PageState.UNTOUCHED
         refs, sums = refs[new], sums[new]
         domain.withdraw(slot, refs)
         again = new & (old != PageState.UNTOUCHED)
@@ -181,46 +212,48 @@ def _broken(domain: Domain, slot: MmSlot, refs: Ints, passes: int) -> int:
     many pages were known to be merged."""
     state = domain.state[refs]
     merged = IS_MERGED[state]
-    refs = refs[merged] if domain.is_full else refs[merged | (state == PageState.UNTOUCHED)]
+    refs = refs[merged | (state == PageState.UNTOUCHED)]
     if not len(refs):
         return 0
     domain.withdraw(slot, refs)
-    domain.rmap.touch(refs)
     domain.checksum[refs] = passes
     domain.set_state(slot, refs, PageState.BROKEN)
     slot.islands_due, slot.islands_attempts = 0, 0
     return int(np.count_nonzero(merged))
 
 
-def _found(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
-    """Pages that are merged already: by fork, by mremap, or by a service that went."""
-    runs = runs[runs["offset"] < SEGMENT_PAGES]  # behind the end of a segment nothing can be merged with it
-    runs["npages"] = np.minimum(runs["npages"], SEGMENT_PAGES - runs["offset"])
-    for found in runs:
-        offset, npages = int(found["offset"]), int(found["npages"])
-        segment = domain.stable.found(int(found["ino"]), offset, npages, passes)
-        _, low, ref, lengths = _located(slot, found.reshape(1), strict=False)
-        refs, vpns = expand(ref, lengths), expand(low, lengths)
-        room = np.zeros(len(refs), np.bool_)
+def _found(
+    domain: Domain, slot: MmSlot, runs: Structured, run: Ints, parts: tuple[Ints, Ints, Ints], passes: int
+) -> None:
+    """Pages that are merged already: by fork, by mremap, or by a service that went. `parts` of runs of those numbers:
+    where they begin, their first refs, their pages."""
+    low, ref, npages = parts
+    first_node, segments = np.full(len(runs), -1, np.int64), []
+    for i in dict.fromkeys(run.tolist()):
+        found = runs[i]
+        offset = int(found["offset"])
+        segment = domain.stable.found(int(found["ino"]), offset, int(found["npages"]), passes)
         if segment is not None:
-            nodes = segment.base + offset + vpns - int(found["vpn"])
-            new = ~(HAS_NODE[domain.state[refs]] & (domain.checksum[refs].astype(np.int64) == nodes))
-            refs, vpns, nodes = refs[new], vpns[new], nodes[new]
-            room = domain.stable.has_room(nodes)
-            if domain.is_full:
-                room &= domain.state[refs] != PageState.UNTOUCHED
-            _adopt(domain, slot, refs[room], vpns[room], nodes[room])
-            domain.stable.close_unused([segment])
-        _broken(domain, slot, refs[~room], passes)  # more than can be counted: not known to be merged, and left alone
+            first_node[i] = segment.base + offset
+            segments.append(segment)
+    node = np.where(first_node[run] >= 0, first_node[run] + low - runs["vpn"].astype(np.int64)[run], -1)
+    refs, vpns = expand(ref, npages), expand(low, npages)
+    known = np.repeat(node >= 0, npages)
+    nodes = np.where(known, expand(node, npages), -1)
+    is_same = HAS_NODE[domain.state[refs]] & (domain.checksum[refs].astype(np.int64) == nodes)
+    room = known & ~is_same
+    room[room] = domain.stable.has_room(nodes[room])
+    domain.stable.attach(nodes[room])  # before pages leave nodes of the same segments, lest these be closed
+    domain.stable.close_unused(list(dict.fromkeys(segments)))
+    _adopt(domain, slot, refs[room], vpns[room], nodes[room])
+    _broken(domain, slot, refs[~room & ~is_same], passes)  # more than can be counted: left alone
 
 
 def _adopt(domain: Domain, slot: MmSlot, refs: Ints, vpns: Ints, nodes: Ints) -> None:
     if not len(refs):
         return
-    domain.stable.attach(nodes)  # before the pages leave another node of the same segment, lest it be closed
     domain.withdraw(slot, refs)
     inherited = domain.inherited(slot, vpns, nodes)
-    domain.rmap.touch(refs)
     domain.checksum[refs] = nodes.astype(np.uint64)
     domain.set_state(slot, refs, PageState.MERGED)
     domain.set_state(slot, refs[inherited], PageState.INHERITED)

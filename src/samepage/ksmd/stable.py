@@ -106,7 +106,6 @@ class StableTree:
 
     def _register(self, ino: int, rows: int, handle: Segment | None, born: int) -> StableSegment:
         base = self._nodes.allocate(rows)
-        self._nodes.touch(np.arange(base, base + rows))
         segment = StableSegment(base, rows, 0, ino, handle, born)
         bisect.insort(self.segments, segment, key=lambda s: s.base)
         self._bases = np.array([s.base for s in self.segments], np.int64)
@@ -247,7 +246,8 @@ class StableTree:
             live, total, dead = live + counts[0], total + counts[1], dead + segment.dead
             adopted += segment.rows if segment.adopted else 0
             taken.append((segment.base, segment.base + segment.rows))
-        taken = sorted(taken + [(base, base + n) for base, n in self._nodes.free_ranges()])
+        free = np.stack(self._nodes.free_ranges(), axis=1)
+        taken = sorted(taken + [(first, last) for first, last in free.tolist()])
         if any(end != start for (_, end), (start, _) in pairwise(taken)):
             yield "nodes that are no segment's, or two's"
         if self._bases.tolist() != [s.base for s in self.segments] or not np.all(self._bases[1:] > self._bases[:-1]):
@@ -284,7 +284,7 @@ class StableTree:
         for segment in self.segments:
             if segment not in used and segment.handle is not None:
                 segment.handle.close()
-        self._nodes.keep_only([(s.base, s.rows) for s in used])
+        self._nodes.keep_only(*np.array([(s.base, s.rows) for s in used], np.int64).reshape(-1, 2).T)
         if self.sharers.dtype == np.uint8:
             self._nodes.widen(1, np.uint16)
         self.sharers[:] = 0

@@ -15,13 +15,14 @@ from functools import partial
 
 import numpy as np
 
-from samepage.arrays import Ints
-from samepage.ksmd.domain import SLICE_PAGES, Domain
+from samepage.arrays import Ints, run_starts
+from samepage.ksmd.domain import Domain
 from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
-from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, PageState
+from samepage.ksmd.pieces import NONE
+from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, SLICE_PAGES, PageState
 from samepage.ksmd.scan import refresh_areas
-from samepage.memory import AREA, PAGE_SIZE, VPN_END, AddressSpaceGone, BreakResult
+from samepage.memory import PAGE_SIZE, AddressSpaceGone, BreakResult
 
 BREAK_PAGES = 2048
 """Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
@@ -124,15 +125,13 @@ def unmerge_pages(
 
 def _pages_in(slot: MmSlot, vpn: int, npages: int) -> int:
     """How many pages of a range lie in areas."""
-    whole = np.array([(vpn, npages)], AREA)
-    return int(slot.locate(whole["vpn"], whole["npages"])[3].sum())
+    return slot.areas.count(np.array([vpn]), np.array([vpn + npages]))
 
 
 def _merged_refs(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Ints:
     """Refs of the merged pages of a range, in the order of memory."""
-    slices = domain.known_parts(slot, vpn, npages)
-    parts = [np.flatnonzero(IS_MERGED[domain.state[ref : ref + n]]) + ref for _, ref, n in slices]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    parts = [refs[IS_MERGED[domain.state[refs]]] for _, refs in domain.known(slot, vpn, npages)]
+    return np.concatenate([NONE, *parts])
 
 
 def _merged_in(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> int:
@@ -170,29 +169,30 @@ class _Runs:
 
 def _ranges(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> Iterator[tuple[int, int]]:
     """Runs of pages: of `BREAK_PAGES` at most where one of them is merged or was, and all that lies between them."""
-    whole = np.array([(vpn, npages)], AREA)
-    _, low, _, length = slot.locate(whole["vpn"], whole["npages"])
-    for start, n in zip(low.tolist(), length.tolist(), strict=True):
+    low, high = slot.areas.cut(np.array([vpn]), np.array([vpn + npages]))
+    blocks = deque(_merged_blocks(domain, slot, vpn, npages, low))
+    for start, end in zip(low.tolist(), high.tolist(), strict=True):
         pending = start
-        for at in _merged_blocks(domain, slot, start, n):
+        while blocks and blocks[0] < end:
+            at = blocks.popleft()
             if pending < at:
                 yield pending, at - pending
-            pending = min(at + BREAK_PAGES, start + n)
+            pending = min(at + BREAK_PAGES, end)
             yield at, pending - at
-        if pending < start + n:
-            yield pending, start + n - pending
+        if pending < end:
+            yield pending, end - pending
 
 
-def _merged_blocks(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> list[int]:
-    """Where, of the blocks of `BREAK_PAGES` from `vpn` on, those begin that have merged pages or broken ones, which are
-    restored on this occasion."""
-    found = []
-    for at, ref, n in domain.known_parts(slot, vpn, npages):
-        state = domain.state[ref : ref + n]
-        merged = np.flatnonzero(IS_MERGED[state] | (state == PageState.BROKEN))
-        found.append(np.unique((merged + (at - vpn)) // BREAK_PAGES))
-    blocks = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
-    return (blocks * BREAK_PAGES + vpn).tolist()  # type: ignore[no-any-return]
+def _merged_blocks(domain: Domain, slot: MmSlot, vpn: int, npages: int, low: Ints) -> list[int]:
+    """Where, of the blocks of `BREAK_PAGES` from each of `low` on, those begin that have merged pages or broken ones,
+    which are restored on this occasion."""
+    found = [NONE]
+    for vpns, refs in domain.known(slot, vpn, npages):
+        state = domain.state[refs]
+        vpns = vpns[IS_MERGED[state] | (state == PageState.BROKEN)]
+        start = low[np.searchsorted(low, vpns, "right") - 1]
+        found.append(np.unique(start + (vpns - start) // BREAK_PAGES * BREAK_PAGES))
+    return np.unique(np.concatenate(found)).tolist()  # type: ignore[no-any-return]
 
 
 def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:
@@ -299,11 +299,9 @@ def move_out(domain: Domain, slots: list[MmSlot], nodes: tuple[int, int]) -> boo
 
 def _users(domain: Domain, slot: MmSlot, nodes: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """Runs of pages (vpn, npages) of a process that are merged with the nodes."""
-    for vpn, ref, n in domain.known_parts(slot, 0, VPN_END):
-        node = domain.checksum[ref : ref + n]
-        of_these = HAS_NODE[domain.state[ref : ref + n]] & (node >= nodes[0]) & (node < nodes[1])
-        at = np.flatnonzero(of_these)
-        if len(at):
-            first = np.flatnonzero(np.concatenate(([True], np.diff(at) != 1)))
-            lengths = np.diff(np.append(first, len(at)))
-            yield from zip((at[first] + vpn).tolist(), lengths.tolist(), strict=True)
+    for vpns, refs in domain.known(slot):
+        node = domain.checksum[refs]
+        vpns = vpns[HAS_NODE[domain.state[refs]] & (node >= nodes[0]) & (node < nodes[1])]
+        first = run_starts(vpns)
+        lengths = np.diff(np.append(first, len(vpns)))
+        yield from zip(vpns[first].tolist(), lengths.tolist(), strict=True)

@@ -50,7 +50,7 @@ from samepage.memory import (
     proof,
     wire,
 )
-from samepage.memory.halt import SILENT, TRACED, Halt, agent_thread, halt_of
+from samepage.memory.halt import SILENT, TRACED, Halt, agent_thread, cgroups, halt_of
 from samepage.memory.identity import Identity, has_ended, identify, memory_of
 from samepage.memory.pagemap import occupied
 from samepage.memory.segments import OPEN, MemfdSegment, SegmentError
@@ -593,14 +593,18 @@ def _memory_cgroup(pid: int) -> str:
     """Path of the process's memory cgroup, from /proc/PID/cgroup: of v1's memory controller where that is mounted, else
     of the one hierarchy of v2. "" when the process is gone."""
     found = ""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup") as lines:
-        for line in lines:
-            _, controllers, path = line.rstrip("\n").split(":", 2)
+    with contextlib.suppress(OSError):
+        for _, controllers, path in cgroups(f"/proc/{pid}/cgroup"):
             if "memory" in controllers.split(","):
-                return path
+                return _printable(path)
             if not controllers:
                 found = path
-    return found
+    return _printable(found)
+
+
+def _printable(path: str) -> str:
+    """For JSON, which has no bytes that are not text."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _why(e: Exception) -> str:

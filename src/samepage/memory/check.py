@@ -30,7 +30,7 @@ AREAS_MAX = 1 << 18
 """Areas of one process: four times the mappings that it may have unless vm.max_map_count was raised."""
 
 AREA_PAGES_MAX = 1 << 31
-"""Pages one process may register (8 TiB): it must not use up the refs of its whole domain."""
+"""Pages one process may register (8 TiB)."""
 
 COMPARED = (np.uint8(PageStatus.DIFFERENT), np.uint8(PageStatus.NOMAP))
 """Statuses that a page which was to be donated cannot have: nothing is compared with it, nor mapped."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,13 +64,26 @@ def halt_of(pid: int, tid: int) -> Halt | None:
 def _is_frozen(path: str) -> bool:
     """Whether the cgroup that a file of /proc names, or one above it, is frozen."""
     with contextlib.suppress(OSError):
-        for line in Path(path).read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
+        for _, controllers, group in cgroups(path):
             if not controllers and _says(_mounts()[1], group, "cgroup.events", "frozen 1"):
                 return True
             if controllers == "freezer" and _says(_mounts()[0], group, "freezer.state", "FROZEN", "FREEZING"):
                 return True
     return False
+
+
+def cgroups(path: str) -> Iterator[tuple[str, str, str]]:
+    """The lines of /proc/PID/cgroup: hierarchy, controllers, path. OSError.
+
+    Users name the cgroups that were delegated to them, with any bytes but a slash and a newline."""
+    for line in lines_of(path):
+        hierarchy, controllers, group = line.split(":", 2)
+        yield hierarchy, controllers, group
+
+
+def lines_of(path: str) -> list[str]:
+    """The lines of a file of the kernel's, in which names may be anything: `os.fsencode` gives their bytes. OSError."""
+    return os.fsdecode(Path(path).read_bytes()).rstrip("\n").split("\n")
 
 
 def _says(mount: tuple[str, str] | None, group: str, name: str, *lines: str) -> bool:
@@ -78,7 +92,7 @@ def _says(mount: tuple[str, str] | None, group: str, name: str, *lines: str) -> 
     root, point = mount
     inside = group.removeprefix(root) if root != "/" else group
     try:
-        return not set(lines).isdisjoint(Path(f"{point}{inside.rstrip('/')}/{name}").read_text().splitlines())
+        return not set(lines).isdisjoint(lines_of(f"{point}{inside.rstrip('/')}/{name}"))
     except OSError:  # the root of the hierarchy has no such file; nor has a kernel before 5.2
         return False
 
@@ -88,10 +102,10 @@ def _mounts() -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
     """Where the freezer of cgroup v1 and the hierarchy of v2 are mounted: (what of them, where)."""
     v1 = v2 = None
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        for line in lines_of("/proc/self/mountinfo"):
             mount, _, kind = line.partition(" - ")
-            root, point = mount.split()[3:5]
-            name, _, options = kind.split(maxsplit=2)
+            root, point = mount.split(" ")[3:5]
+            name, _, options = kind.split(" ", maxsplit=2)
             if name == "cgroup" and "freezer" in options.split(","):
                 v1 = (root, point)
             elif name == "cgroup2":

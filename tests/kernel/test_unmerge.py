@@ -1,0 +1,124 @@
+"""What the kernel merged is unmerged without the OOM killer, where the kernel's own way wakes it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks import kernel_ksm
+from benchmarks.memory_cgroup import MemoryCgroup
+from benchmarks.oom import LIMIT, MIB, PAGE_SIZE, ROOMY, Neighbours, Worker, wait_kernel_merged
+from benchmarks.processes import wait_until
+from samepage import inject
+from tests.kernel.conftest import StartHolder, mergeable_mappings, needs_ksm, samepage
+from tests.oom.conftest import group
+
+__all__ = ["group"]
+
+pytestmark = needs_ksm
+
+ROUNDS = int(os.environ.get("SAMEPAGE_TEST_UNMERGES", "12"))
+KERNEL_ROUNDS = int(os.environ.get("SAMEPAGE_TEST_KERNEL_UNMERGES", "1"))
+
+
+@contextlib.contextmanager
+def too_small(group: MemoryCgroup) -> Iterator[tuple[list[Worker], Neighbours]]:
+    """Two workers of 512 MiB, merged by the kernel, in a cgroup of 300 MiB that neighbours fill and empty."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kernel_ksm.borrowed(**kernel_ksm.FASTEST))
+        group.set_limit(ROOMY)
+        workers = [Worker(group, None) for _ in range(2)]
+        for worker in workers:
+            stack.callback(worker.end)
+            worker.ask("advise")
+        wait_kernel_merged(workers)
+        kernel_ksm.write("run", 0)
+        group.set_limit(LIMIT)
+        neighbours = Neighbours(group)
+        stack.callback(neighbours.end)
+        yield workers, neighbours
+
+
+@pytest.mark.timeout(60 + 10 * ROUNDS)
+def test_in_a_cgroup_that_is_too_small_it_is_enomem_and_nobody_is_killed(group: MemoryCgroup) -> None:
+    with too_small(group) as (workers, neighbours):
+        for n in range(ROUNDS):
+            worker = workers[n % 2]
+            done = samepage("unmerge", "--engine", "kernel", "--pid", str(worker.pid), "--json")
+            answer = json.loads(done.stdout)
+            (row,) = answer["processes"]
+            assert (done.returncode, answer["errno"]) == (1, "ENOMEM"), (n, done.stderr)
+            assert row["bytes_needed"] > row["pages_remaining"] * PAGE_SIZE > 0
+            assert f"{row['pages_remaining']} remain merged" in done.stderr
+            assert group.killed() == 0, n
+            neighbours.wait_full()
+        assert all(worker.ask("verify") for worker in workers)
+        print(f"{neighbours.filled} times full, {group.refused()} refused")
+        neighbours.end()
+        group.set_limit(ROOMY)
+        for worker in workers:
+            assert mergeable_mappings(worker.pid)
+            done = samepage("unmerge", "--engine", "kernel", "--pid", str(worker.pid))
+            assert (done.returncode, done.stderr) == (0, "")
+            assert mergeable_mappings(worker.pid)
+        assert all(worker.ask("verify") for worker in workers)
+        assert group.killed() == 0
+
+
+def test_detach_in_a_cgroup_that_is_too_small_leaves_the_rest_mergeable_and_goes_on_later(group: MemoryCgroup) -> None:
+    with too_small(group) as (workers, neighbours):
+        worker = workers[0]
+        done = samepage("detach", str(worker.pid))
+        assert done.returncode == 1
+        assert "remain merged: the next step needs" in done.stderr
+        assert mergeable_mappings(worker.pid)
+        neighbours.end()
+        group.set_limit(ROOMY)
+        assert samepage("detach", str(worker.pid)).returncode == 0
+        assert not mergeable_mappings(worker.pid)
+        assert worker.ask("verify")
+        assert mergeable_mappings(workers[1].pid)
+        assert group.killed() == 0
+
+
+@pytest.mark.timeout(60 + 60 * KERNEL_ROUNDS)
+def test_the_kernels_own_run_2_kills_in_the_same_cgroup(group: MemoryCgroup) -> None:
+    killed = 0
+    for _ in range(KERNEL_ROUNDS):
+        before = group.killed()
+        with too_small(group) as (_, neighbours):
+            with contextlib.suppress(OSError):
+                kernel_ksm.write("run", 2)
+            neighbours.look()
+        killed += group.killed() > before
+    print(f"killed in {killed} of {KERNEL_ROUNDS} rounds")
+    assert killed == KERNEL_ROUNDS
+
+
+def test_a_look_at_another_process_sees_its_cgroup(group: MemoryCgroup, start: StartHolder) -> None:
+    holder = start(1)
+    far, unseen = inject.headroom(holder.pid)
+    assert not unseen
+    group.set_limit(64 * MIB)
+    (group.path / "cgroup.procs").write_text(str(holder.pid))
+    near, unseen = inject.headroom(holder.pid)
+    assert not unseen
+    assert near <= 64 * MIB < far
+
+
+def test_with_memory_enough_all_is_unmerged_and_stays_mergeable(start: StartHolder) -> None:
+    with kernel_ksm.borrowed(run=0, **kernel_ksm.FASTEST):
+        holders = [start() for _ in range(2)]
+        assert samepage("attach", *(str(holder.pid) for holder in holders)).returncode == 0
+        wait_until(lambda: all(holder.merged() >= 0.99 * holder.pages for holder in holders), "merged", 60)
+        kernel_ksm.write("run", 0)
+        done = samepage("unmerge", "--engine", "kernel", "--json")
+        assert done.returncode == 0
+        answer = json.loads(done.stdout)
+        assert answer["pages_unmerged"] >= sum(holder.pages for holder in holders) * 0.99
+        assert all(mergeable_mappings(holder.pid) and holder.intact() for holder in holders)
+        assert samepage("detach", *(str(holder.pid) for holder in holders)).returncode == 0
