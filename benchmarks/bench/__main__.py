@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -25,8 +26,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import kernel_ksm
-from benchmarks.bench import meters, report
-from benchmarks.bench.measures import EXPERIMENTS, FULL, MIB, QUICK, Bench, Record, Sizes, measure
+from benchmarks.bench import disturbances, measures, meters, report
+from benchmarks.bench.measures import FULL, MIB, QUICK, Bench, Record, Sizes, Skipped
 
 
 def machine() -> dict[str, Any]:
@@ -48,6 +49,27 @@ def machine() -> dict[str, Any]:
         "root": os.geteuid() == 0,
         "realtime": os.sched_getscheduler(0) == os.SCHED_RR,
     }
+
+
+EXPERIMENTS = measures.EXPERIMENTS | disturbances.EXPERIMENTS
+
+
+def measure(bench: Bench, names: list[str]) -> list[Record]:
+    """Do experiments; their records. One that breaks off does not keep others from being done: see `Bench.failed`."""
+    records: list[Record] = []
+    for name in names:
+        try:
+            for record in EXPERIMENTS[name](bench):
+                records.append(record)  # one by one: what was there before it failed is kept
+        except Skipped as why:
+            bench.skip(name, str(why))
+        except (
+            EOFError,
+            OSError,
+            subprocess.SubprocessError,
+        ) as why:  # a worker was killed, nothing was merged in time
+            bench.failed[name] = str(why)
+    return records
 
 
 def run(names: list[str], sizes: Sizes, repeats: int, console: Console) -> tuple[list[Record], Bench]:

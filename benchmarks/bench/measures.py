@@ -9,9 +9,7 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +28,6 @@ from benchmarks.bench import meters, sides
 from benchmarks.bench.process import PAGE_SIZE, WORDS, Run, fill, numbers
 from benchmarks.bench.sides import Side
 from benchmarks.memory_cgroup import MemoryCgroup
-from benchmarks.processes import Commanded, wait_until
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -72,7 +69,9 @@ class Sizes:
     throughput: int = 512
     stall: int = 256
     merging: float = 1.5
-    """Seconds of merging during which stalls are recorded, at least."""
+    """Seconds of merging during which stalls and holes are recorded, at least."""
+    guest: int = 128
+    guest_seconds: int = 12
     defaults_limit: float = 60.0
     """Seconds that ksmd at its defaults is given."""
     limit: float = 60.0
@@ -93,6 +92,8 @@ QUICK = Sizes(
     throughput=128,
     stall=128,
     merging=0.5,
+    guest=32,
+    guest_seconds=4,
     defaults_limit=15.0,
 )
 
@@ -139,12 +140,12 @@ class Bench:
             yield None
 
 
-def _memory(runs: list[Run]) -> list[str]:
+def memory_worker(runs: list[Run]) -> list[str]:
     """A worker's command."""
     return ["memory", json.dumps(runs)]
 
 
-def _pages(mib: int) -> int:
+def pages_of(mib: int) -> int:
     return mib * MIB // PAGE_SIZE
 
 
@@ -241,8 +242,8 @@ def _merging(
 
 def same(bench: Bench) -> Iterator[Record]:
     """Two processes with the same pages in the same order."""
-    npages = _pages(bench.sizes.same)
-    commands, goal = [_memory([(0, npages, 0)])] * 2, npages * PAGE_SIZE
+    npages = pages_of(bench.sizes.same)
+    commands, goal = [memory_worker([(0, npages, 0)])] * 2, npages * PAGE_SIZE
     makers = bench.both()
     if os.access(sides.SHMEM_ENABLED, os.W_OK):
         makers.append(sides.LargeFolios)
@@ -301,15 +302,15 @@ def _by_hand(kind: str, npages: int) -> Iterator[str]:
 
 def scattered(bench: Bench) -> Iterator[Record]:
     """Two processes with the same pages, in the second one at random places: extents are one page long."""
-    npages = _pages(bench.sizes.scattered)
-    commands = [_memory([(0, npages, 0)]), _memory([(0, npages, 1)])]
+    npages = pages_of(bench.sizes.scattered)
+    commands = [memory_worker([(0, npages, 0)]), memory_worker([(0, npages, 1)])]
     yield from _merging(bench, "scattered", commands, npages * PAGE_SIZE)
 
 
 def runs(bench: Bench) -> Iterator[Record]:
     """The same, with runs of 16 pages that stay together."""
-    npages = _pages(bench.sizes.runs)
-    commands = [_memory([(0, npages, 0)]), _memory([(0, npages, 16)])]
+    npages = pages_of(bench.sizes.runs)
+    commands = [memory_worker([(0, npages, 0)]), memory_worker([(0, npages, 16)])]
     yield from _merging(bench, "runs", commands, npages * PAGE_SIZE)
 
 
@@ -339,7 +340,7 @@ def unchanged(bench: Bench) -> Iterator[Record]:
         for make in makes:
             side = make()
             with sides.switches(bench.say), side:
-                (worker,) = side.start([_memory([(0, _pages(mib), 0)])], NUMPY_MADVISE_HUGEPAGE="0")
+                (worker,) = side.start([memory_worker([(0, pages_of(mib), 0)])], NUMPY_MADVISE_HUGEPAGE="0")
                 side.register()
                 side.run(1)
                 side.settle()
@@ -378,8 +379,8 @@ def nothing(bench: Bench) -> Iterator[Record]:
     memory lies) than what is to be seen.
     """
     sizes = bench.sizes
-    npages = _pages(sizes.nothing)
-    commands = [_memory([(OTHER + i * APART, npages, 0)]) for i in range(2)]
+    npages = pages_of(sizes.nothing)
+    commands = [memory_worker([(OTHER + i * APART, npages, 0)]) for i in range(2)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(sides.switches(bench.say))
         taking_turns: list[Side] = []
@@ -428,9 +429,9 @@ def throughput(bench: Bench) -> Iterator[Record]:
     application takes turns with a yardstick, which is the same in a process that nobody merges.
     """
     sizes = bench.sizes
-    npages = _pages(sizes.throughput)
+    npages = pages_of(sizes.throughput)
     own = npages // 16
-    commands = [_memory([(0, npages - own, 0), (OTHER + i * APART, own, 0)]) for i in range(2)]
+    commands = [memory_worker([(0, npages - own, 0), (OTHER + i * APART, own, 0)]) for i in range(2)]
     goal = round(NEARLY_ALL * (npages - own)) * PAGE_SIZE
     for repeat in range(bench.repeats):
         for make in bench.both():
@@ -457,79 +458,6 @@ def _in_turn(side: Side, alone: Side, sizes: Sizes) -> list[dict[str, Record]]:
     return [{name: _work(one, sizes.window, after=0)[0] for name, one in looks} for _ in range(sizes.turns)]
 
 
-# ---- stalls ----------------------------------------------------------------------------------------------------------
-
-
-def stall(bench: Bench) -> Iterator[Record]:
-    """How long a write takes while its page is being merged. The writer has a CPU of its own, all that merges the
-    others. What is merged is unmerged and merged again until there is enough to see."""
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < 2:
-        raise Skipped("needs a CPU for the writer alone, and another")
-    if not shutil.which("cc"):
-        raise Skipped("needs cc, to compile the writer")
-    if os.geteuid() != 0:
-        bench.skip("priority for the writer", "needs root; others run on its CPU as they please")
-    npages = _pages(bench.sizes.stall)
-    commands, goal = [_memory([(0, npages, 0)])] * 2, npages * PAGE_SIZE
-    with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder:
-        library = str(Path(folder) / "writer.so")
-        source = str(Path(__file__).with_name("writer.c"))
-        subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", source, "-o", library], check=True)
-        for repeat in range(bench.repeats):
-            for make in (Side, *bench.both()):
-                side = make()
-                with sides.switches(bench.say), bench.group() as group, side:
-                    worker, _ = side.start(commands, group, NUMPY_MADVISE_HUGEPAGE="0")
-                    side.register()
-                    with _kept_to(set(cpus[:-1]), [0, *side.busy()]):
-                        worker.ask("writer_start", library, cpus[-1])
-                        time.sleep(0.2)
-                        merging = _stalls(bench, side, meters.Memory(group, side.pids()), goal, worker)
-                        record = worker.ask("writer_stop")
-                bench.say(
-                    f"stalls, {side.name}, {repeat + 1} of {bench.repeats}: longest {record['longest_us']:.0f} µs"
-                )
-                yield {"experiment": "stall", "side": side.name, "repeat": repeat, "seconds": merging, **record}
-
-
-def _stalls(bench: Bench, side: Side, memory: meters.Memory, goal: int, worker: Commanded) -> float:
-    """Merge again and again, with the writer's record on; returns the seconds it was."""
-    merging, ends = 0.0, time.monotonic() + bench.sizes.limit
-    while merging < bench.sizes.merging and time.monotonic() < ends:
-        before = memory.used()
-        side.run(1)
-        worker.ask("writer_record", True)
-        started = time.perf_counter()
-        if type(side) is Side:
-            time.sleep(bench.sizes.merging)
-        else:
-            # What the writer touched is not merged any more, so not all will be.
-            with contextlib.suppress(TimeoutError):
-                wait_until(lambda: before - memory.used() >= 0.75 * goal, "merged", 5, memory.every)  # noqa: B023
-        merging += time.perf_counter() - started
-        worker.ask("writer_record", False)
-        side.run(2)
-        side.run(0)
-    return merging
-
-
-@contextlib.contextmanager
-def _kept_to(cpus: set[int], ids: list[int]) -> Iterator[None]:
-    """Keep processes and threads (0: this one) to some CPUs; those that are there at the end get back what they had."""
-    before: dict[int, set[int]] = {}
-    try:
-        for i in ids:
-            with contextlib.suppress(ProcessLookupError):  # a thread that answered a question is soon gone
-                before[i] = os.sched_getaffinity(i)
-                os.sched_setaffinity(i, cpus)
-        yield
-    finally:
-        for i, had in before.items():
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(i, had)
-
-
 EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Record]]] = {
     "same": same,
     "model": model,
@@ -538,23 +466,4 @@ EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Record]]] = {
     "nothing": nothing,
     "unchanged": unchanged,
     "throughput": throughput,
-    "stall": stall,
 }
-
-
-def measure(bench: Bench, names: list[str]) -> list[Record]:
-    """Do experiments; their records. One that breaks off does not keep others from being done: see `Bench.failed`."""
-    records: list[Record] = []
-    for name in names:
-        try:
-            for record in EXPERIMENTS[name](bench):
-                records.append(record)  # one by one: what was there before it failed is kept
-        except Skipped as why:
-            bench.skip(name, str(why))
-        except (
-            EOFError,
-            OSError,
-            subprocess.SubprocessError,
-        ) as why:  # a worker was killed, nothing was merged in time
-            bench.failed[name] = str(why)
-    return records

@@ -185,6 +185,10 @@ class Memory(Worker):
         """MADV_MERGEABLE for all of them."""
         return advise(self._words)
 
+    def address(self) -> int:
+        """Of the first of them."""
+        return self._words.ctypes.data
+
     def rewrite(self, share: float) -> int:
         """Give that share of the pages, at random, a new content; returns how many."""
         pages = self._chance.choice(len(self._words), round(share * len(self._words)), replace=False)

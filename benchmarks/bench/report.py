@@ -22,6 +22,8 @@ PASSES = "CPU of a pass over memory that was seen before"
 NOTHING = "two processes with nothing in common"
 THROUGHPUT = "an application in one of two processes with the same pages"
 STALLS = "a write to a page while pages are merged"
+HOLES = "pages away from their place, seen from outside"
+GUESTS = "a guest of KVM while it is merged with another"
 TITLES = {
     "same": "two processes, the same pages",
     "model": "workers of one model",
@@ -93,6 +95,8 @@ def rows(records: list[Record]) -> list[Row]:
         ("nothing", _nothing),
         ("throughput", _throughput),
         ("stall", _stalls),
+        ("holes", _holes),
+        ("guest", _guests),
     ):
         if of := [record for record in records if record["experiment"] == name]:
             found += build(of)
@@ -270,6 +274,40 @@ def _stalls(records: list[Record]) -> list[Row]:
     return [
         row(STALLS, "99.9th percentile", "µs", tail, at_most=200),
         row(STALLS, "longest", "µs", longest),
+    ]
+
+
+# ---- holes, guests ---------------------------------------------------------------------------------------------------
+
+
+def _holes(records: list[Record]) -> list[Row]:
+    """Of looks at all pages of a process while it was merged and unmerged, how many found a page away; of these, how
+    many pages at once; and how long a block of 2 MiB had one that was away."""
+
+    def away(record: Record, share: float) -> float | None:
+        counts = [(n, times) for n, times in zip(*record["away_at_once"], strict=True) if n]
+        return percentile_us([list(column) for column in zip(*counts, strict=True)], share) - 1 if counts else None
+
+    def lasted(record: Record, share: float) -> float | None:
+        return percentile_us(record["lasted_us"], share) if record["lasted_us"][0] else None
+
+    def share(record: Record) -> float:
+        none = sum(times for n, times in zip(*record["away_at_once"], strict=True) if n == 0)
+        return 100.0 - 100.0 * float(none) / float(record["looks"])
+
+    made = [row(HOLES, "looks that find a page away", "%", by_side(records, share))]
+    for name, unit, read in (("pages away at once", "", away), ("lasting", "µs", lasted)):
+        for word, part in (("median", 0.5), ("99th percentile", 0.99), ("most", 1.0)):
+            if found := by_side(records, functools.partial(read, share=part)):
+                made.append(row(HOLES, f"{name}, {word}", unit, found))
+    return made
+
+
+def _guests(records: list[Record]) -> list[Row]:
+    return [
+        row(GUESTS, "longest round over all of its memory", "ms", by_side(records, lambda r: r["longest_us"] / 1000)),
+        row(GUESTS, "rounds a second", "", by_side(records, lambda r: r["rounds"])),
+        row(GUESTS, "saved meanwhile", "MiB", by_side(records, lambda r: r["saved"] / MIB)),
     ]
 
 

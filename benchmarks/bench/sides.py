@@ -85,11 +85,16 @@ class Side:
 
     def start(self, commands: list[list[str]], group: MemoryCgroup | None = None, **more: str) -> list[Commanded]:
         """Start workers (process.py), all at once, and wait until they are ready. They end with this side."""
+        python = [sys.executable, "-m", "benchmarks.bench.process"]
+        return self.start_programs([[*python, *command] for command in commands], group, **more)
+
+    def start_programs(
+        self, commands: list[list[str]], group: MemoryCgroup | None = None, **more: str
+    ) -> list[Commanded]:
+        """The same with any programs that say when they are ready."""
         started = []
         for command in commands:
-            started.append(
-                Commanded([sys.executable, "-m", "benchmarks.bench.process", *command], group, self.socket, **more)
-            )
+            started.append(Commanded(command, group, self.socket, **more))
             self._stack.callback(started[-1].end)
         for worker in started:
             worker.answer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ GUEST_SECONDS = 0.03
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("needs /dev/kvm")
-    return compile_c(ROOT / "tests" / "agent" / "guest.c", tmp_path_factory.mktemp("guest") / "guest")
+    return compile_c(ROOT / "benchmarks" / "bench" / "guest.c", tmp_path_factory.mktemp("guest") / "guest")
 
 
 def test_a_guest_has_most_of_the_time_to_itself_while_its_memory_is_merged(
@@ -39,7 +40,7 @@ def test_a_guest_has_most_of_the_time_to_itself_while_its_memory_is_merged(
     assert (merged.status == PageStatus.DONE).all()
     assert took > 3 * GUEST_SECONDS
     assert merged.cpu_ns / 1e9 < took / 2
-    rounds, _, wrong = (int(word) for word in process.line().split())
+    rounds, _, wrong = json.loads(process.line())
     assert (rounds > 0, wrong) == (True, 0)
     process.end()
 
@@ -64,7 +65,7 @@ def test_no_word_is_lost_that_a_guest_writes_while_its_memory_is_merged_and_unme
         different += int(np.count_nonzero(status == PageStatus.DIFFERENT))
         process.space.break_ksm(first, pages)
         donation.segment.close()
-    rounds, _, wrong = (int(word) for word in process.line().split())
+    rounds, _, wrong = json.loads(process.line())
     assert wrong == 0
     assert merged > pages / 8  # on a busy machine it gets no further
     assert different > 0, "the guest wrote to none of them meanwhile"

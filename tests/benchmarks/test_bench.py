@@ -34,6 +34,8 @@ TINY = Sizes(
     throughput=16,
     stall=8,
     merging=0.1,
+    guest=16,
+    guest_seconds=3,
     defaults_limit=1.0,
     limit=30.0,
 )
@@ -43,7 +45,7 @@ TINY = Sizes(
 @pytest.mark.timeout(300)  # others may have borrowed the kernel's KSM
 def test_it_measures_both_sides_and_the_kernels_switches_are_put_back() -> None:
     before = {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200}
-    names = ["same", "nothing", "throughput", "unchanged", "stall"]
+    names = ["same", "nothing", "throughput", "unchanged", "stall", "holes", "guest"]
     records, bench = run(names, TINY, 1, Console(stderr=True))
     if kernel_ksm.available() and not kernel_ksm.in_use():
         assert {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200} == before

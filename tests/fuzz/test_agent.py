@@ -13,6 +13,9 @@ from tests.fuzz import agent, model
 def test_whatever_a_service_asks_not_a_byte_changes_and_nothing_ends_or_hangs(tmp_path: Path) -> None:
     tally: Counter[str] = Counter()
     program, library = model.build(tmp_path)
-    assert agent.run_case(program, library, tmp_path, seed=20, seconds=8, tally=tally) == ""
+    for seed in range(20, 26):
+        assert agent.run_case(program, library, tmp_path, seed=seed, seconds=8, tally=tally) == ""
+        if tally["requests"] > 30 and tally["merged"]:  # on a busy machine that may take longer
+            break
     assert tally["requests"] > 30, "hardly anything was asked, so nothing was tested"
     assert tally["merged"], "nothing was merged, so nothing was tested"

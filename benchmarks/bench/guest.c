@@ -3,7 +3,7 @@
  * A guest of KVM that reads a word of each of its pages, again and again. `guest MIB SECONDS EVERY [PAUSE]`: of its memory each
  * page is equal in all copies of this program, but every EVERY-th (0: none), which is like no other. With PAUSE the guest adds one to
  * the words, and after each round rests for PAUSE ms. It prints the address of the
- * memory; when SECONDS are over how often the guest came round, the longest time that took in us, and the number of wrong pages.
+ * memory; when SECONDS are over, in brackets, how often the guest came round, the longest time that took in us, and the number of wrong pages.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -121,6 +121,6 @@ int main(int argc, char **argv)
 		wrong += page != CODE / PAGE &&
 			 *(uint32_t *)(memory + page * PAGE) !=
 				 (uint32_t)word(page, every) + (pause.tv_nsec && page >= FIRST ? rounds : 0);
-	printf("%lu %lu %lu\n", rounds, longest, wrong);
+	printf("[%lu, %lu, %lu]\n", rounds, longest, wrong);
 	return 0;
 }
