@@ -17,7 +17,7 @@ import pytest
 from benchmarks import kernel_ksm
 from benchmarks.processes import wait_until
 from samepage.kernel.attach import attach
-from samepage.kernel.target import TargetError, check
+from samepage.kernel.target import TargetError, check, name
 from tests.kernel.conftest import StartHolder, mergeable, mergeable_mappings, needs_ksm, samepage
 
 FAST = {"pages_to_scan": "100000", "sleep_millisecs": "1", "advisor_mode": "none"}
@@ -118,6 +118,7 @@ def test_a_process_that_has_ended_is_left_alone(process: subprocess.Popen[bytes]
     assert refusal(process.pid) == f"process {process.pid}: no such process"
 
 
+@pytest.mark.skipif(name(2) != "kthreadd", reason="needs to see kernel threads: not in a PID namespace")
 def test_a_kernel_thread_is_left_alone() -> None:
     assert "it is a kernel thread" in refusal(2)
 

@@ -89,3 +89,23 @@ def test_after_sigkill_the_command_goes_on_merged_and_the_next_start_puts_everyt
 
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_new_memory_is_merged_at_once_though_ksmd_is_at_its_defaults(holder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    go = tmp_path / "go"
+    wait = f"while ! test -e {go}; do sleep 0.2; done; echo check"
+    script = f"({wait}) | {holder} 128 & ({wait}) | {holder} 128; wait"
+    with kernel_ksm.borrowed(run=0, **(kernel_ksm.DEFAULTS | {"advisor_mode": "none"})):
+        before = knobs()
+        command = [sys.executable, "-m", "samepage", "run", "--engine", "kernel", "--json", str(report)]
+        run = subprocess.Popen([*command, "--", "sh", "-c", script], stdout=subprocess.PIPE, text=True)
+        merged = 0.95 * (256 << 20)
+        wait_until(
+            lambda: report.exists() and json.loads(report.read_text())["bytes_shared_peak"] >= merged, "merged", 90
+        )
+        wait_until(lambda: knobs() == [1, *before[1:]], "as slow as before", 60)
+        go.touch()
+        said, _ = run.communicate(timeout=30)
+        assert knobs() == before
+    assert sorted(said.split()) == ["0", "0", "ready", "ready"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from samepage.kernel.pace import QUICK, Pace
 from samepage.kernel.settings import Settings
 
 
@@ -75,6 +76,60 @@ def test_run_2_is_never_written(settings: Settings, knobs: Path, processes: list
     settings.hold([processes[0].pid], {"run": "1"})
     settings.release([processes[0].pid])
     assert read(knobs, "run") == "0"
+
+
+def test_new_memory_is_scanned_quickly_and_then_as_it_was_before(
+    settings: Settings, knobs: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    (knobs / "advisor_mode").write_text("[none] scan-time")
+    (knobs / "sleep_millisecs").write_text("20")
+
+    def pace_at(scans: int, pages: int) -> tuple[str, str]:
+        (knobs / "full_scans").write_text(str(scans))
+        pace.look(pages)
+        return read(knobs, "pages_to_scan"), read(knobs, "sleep_millisecs")
+
+    settings.hold([processes[0].pid], {"run": "1"})
+    pace = Pace(settings)
+    quick, idle = (QUICK["pages_to_scan"], QUICK["sleep_millisecs"]), ("100", "20")
+    assert pace_at(5, 100) == idle  # too little
+    assert pace_at(5, 100000) == quick
+    assert pace_at(7, 100000) == quick
+    assert pace_at(8, 100000) == idle
+    assert pace_at(9, 104000) == idle
+    assert pace_at(9, 110000) == quick
+    assert pace_at(12, 0) == idle
+    assert pace_at(12, 50000) == quick
+    settings.release([processes[0].pid])
+    assert (read(knobs, "run"), read(knobs, "pages_to_scan"), read(knobs, "sleep_millisecs")) == ("0", "100", "20")
+
+
+def test_the_pace_that_somebody_else_sets_is_left_to_them(
+    settings: Settings, knobs: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    (knobs / "advisor_mode").write_text("[none] scan-time")
+    (knobs / "sleep_millisecs").write_text("20")
+    (knobs / "full_scans").write_text("0")
+    settings.hold([processes[0].pid], {"run": "1"})
+    pace = Pace(settings)
+    pace.look(100000)
+    (knobs / "pages_to_scan").write_text("777")
+    (knobs / "full_scans").write_text("9")
+    pace.look(100000)
+    pace.look(900000)
+    assert read(knobs, "pages_to_scan") == "777"
+    settings.release([processes[0].pid])
+    assert read(knobs, "pages_to_scan") == "777"
+
+
+def test_where_the_kernels_advisor_sets_the_pace_it_is_left_to_it(
+    settings: Settings, knobs: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    (knobs / "full_scans").write_text("0")
+    (knobs / "sleep_millisecs").write_text("20")
+    settings.hold([processes[0].pid], {"run": "1"})
+    Pace(settings).look(100000)
+    assert read(knobs, "pages_to_scan") == "100"
 
 
 def test_a_link_in_place_of_the_state_is_not_followed(

@@ -124,6 +124,7 @@ class Run:
     def _by_the_kernel(self, args: argparse.Namespace, report: Path | None, command: list[str]) -> int:
         """Run the command with all its memory mergeable by the kernel's ksmd."""
         from samepage.kernel.attach import merge_all_of_this
+        from samepage.kernel.pace import Pace
         from samepage.kernel.processes import KernelProcesses
         from samepage.kernel.settings import Settings, SettingsError
 
@@ -133,12 +134,14 @@ class Run:
         if look().version < (6, 7):
             raise CommandError("--engine kernel needs Linux 6.7: before, a program that is executed is not mergeable")
         program = child.locate(command[0])
-        settings, ours, held = Settings(), KernelProcesses(report), [os.getpid()]
+        settings, held, pace = Settings(), [os.getpid()], None
         try:
             settings.hold(held, {"run": "1", **dict(args.set)})
+            pace = None if args.set else Pace(settings)
         except SettingsError as e:
             if args.set or not settings.running():
                 raise CommandError(f"nothing would be merged: {e}") from e
+        ours = KernelProcesses(report, pace)
         try:
             environment = os.environ | dict([ours.variable])
             pid = child.start(program, command, environment, merge_all_of_this)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from samepage.kernel.pace import Pace
 from samepage.kernel.settings import start_time
 from samepage.kernel.target import name
 from samepage.service.machine import SharedByCommand
@@ -20,13 +21,19 @@ class KernelProcesses(SharedByCommand):
 
     SUMMED = ("merged", *FIELDS)
 
-    def __init__(self, report: Path | None) -> None:
+    def __init__(self, report: Path | None, pace: Pace | None = None) -> None:
         super().__init__(report)
+        self._pace = pace
         self._since = start_time(os.getpid()) or 0
 
     def _ask(self) -> list[dict[str, Any]]:
         pids = (int(entry) for entry in os.listdir("/proc") if entry.isdecimal())
         return [row for pid in pids if self._is_new(pid) and (row := _row(pid)) is not None]
+
+    def look(self) -> None:
+        super().look()
+        if self._pace is not None:
+            self._pace.look(sum(_anonymous(pid) for pid in self._rows))
 
     def _is_new(self, pid: int) -> bool:
         """Whether it started after this one. Those that did not are not asked: to answer, the kernel may have to wait
@@ -36,6 +43,14 @@ class KernelProcesses(SharedByCommand):
 
     def _about(self) -> dict[str, Any]:
         return {"engine": "kernel"}
+
+
+def _anonymous(pid: int) -> int:
+    """Its pages of anonymous memory, merged or not."""
+    with contextlib.suppress(OSError):
+        resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
+        return int(resident) - int(shared)
+    return 0
 
 
 def _row(pid: int) -> dict[str, Any] | None:

@@ -76,6 +76,29 @@ class Settings:
             for name, value in new.items():
                 self._write(name, value)
 
+    def change(self, values: Mapping[str, str]) -> None:
+        """Set knobs anew while they are held. `SettingsError`: somebody else has set one since, and none is changed."""
+        with self._locked():
+            state = self._recovered()
+            if state is None:
+                return
+            for name in values:
+                now = self._read(name)
+                if now != state["set"].setdefault(name, now):
+                    raise SettingsError(f"somebody else has set {name}")
+                state["found"].setdefault(name, now)
+            state["set"] |= values
+            self._save(state)
+            for name, value in values.items():
+                self._write(name, value)
+
+    def read(self, name: str, otherwise: str) -> str:
+        """A file of the kernel's; `otherwise` where it has none."""
+        try:
+            return self._read(name)
+        except SettingsError:
+            return otherwise
+
     def release(self, pids: list[int]) -> None:
         """These processes need it no more; the last one has what was found put back."""
         self.recover(pids)
