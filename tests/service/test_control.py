@@ -76,8 +76,8 @@ class FakeScanner:
             time.sleep(0.01)
         return {"ok": True, "errno": None, "pages_unmerged": self.steps}
 
-    def merge(self, pid: int, vpn: int, npages: int, user: int | None = None) -> dict[str, Any]:
-        self.asked.append(("merge", pid, vpn, npages))
+    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> dict[str, Any]:
+        self.asked.append(("merge", pid, vpn, npages, domain))
         return {"pages_merged": npages}
 
 
@@ -171,8 +171,9 @@ def test_another_user_may_see_the_rows_of_their_own_processes(scanner: FakeScann
 
 
 def test_another_user_may_have_their_own_process_merged(scanner: FakeScanner) -> None:
-    assert ask(b'{"op": "merge", "vpn": 1, "npages": 2}', scanner, OTHER, pid=8)[-1]["pages_merged"] == 2
-    assert scanner.asked == [("merge", 8, 1, 2)]
+    pid = os.getpid()
+    assert ask(b'{"op": "merge", "vpn": 1, "npages": 2}', scanner, OTHER, pid)[-1]["pages_merged"] == 2
+    assert scanner.asked == [("merge", pid, 1, 2, OTHER)]
 
 
 def test_a_status_longer_than_a_packet_comes_whole(path: str) -> None:

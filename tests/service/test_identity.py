@@ -23,6 +23,7 @@ from samepage.memory.identity import OWN_USERNS, identify, user_of
 from samepage.service.control import Client
 from tests.service import fake_agent
 from tests.service.fake_agent import FakeAgent
+from tests.service.test_same_number import _fork_as as fork_as
 from tests.service.test_server import folder, in_child, path, short_timeout, status, until
 
 __all__ = ["folder", "path", "short_timeout"]
@@ -64,7 +65,8 @@ def served(path: str, before: Callable[[], object] = lambda: None, after: Callab
 
 def joined(client: Client, path: str) -> set[int]:
     client.ask("set", knob="sleep_millisecs", value="20")  # while `run` is 0, only then are the rows made anew
-    return set(status(path))
+    # Not what is available to them: to ask for that finds out who changed.
+    return {row["pid"] for row in client.ask("status", brief=True).get("processes", [])}
 
 
 def become_nobody_by_the_kernel_alone() -> None:
@@ -205,6 +207,53 @@ def test_nothing_is_told_of_a_program_executed_by_a_process_whose_connection_liv
             os.kill(child, signal.SIGKILL)
             os.close(ours)
             os.close(theirs)
+
+
+@contextlib.contextmanager
+def inherited(path: str, clone: int) -> Iterator[tuple[socket.socket, int]]:
+    """A connection whose process, of another user namespace, has ended, and the process that has its number by now."""
+    ours, theirs = socket.socketpair()
+
+    def work() -> None:
+        unshare_users()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(path)
+            socket.send_fds(theirs, [b"x"], [sock.fileno()])
+
+    ended = in_child(clone, work)
+    _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    os.waitpid(ended, 0)
+    time.sleep(0.05)  # so that the next one did not start in the same hundredth of a second
+    with socket.socket(fileno=fds[0]) as sock, ours, theirs:
+        other = fork_as(ended)
+        try:
+            yield sock, other
+        finally:
+            os.kill(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+
+
+@pytest.mark.parametrize("kernel", ["tells", "does not tell"])
+def test_the_number_of_a_process_that_has_ended_lets_nobody_join(
+    path: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who passed its connection on would let others into the user namespace of whoever has the number next."""
+    if kernel == "does not tell":  # before Linux 6.5
+        monkeypatch.setattr("samepage.memory.identity.SO_PEERPIDFD", 9999)
+    with process(lambda: served(path)) as victim, inherited(path, 0) as (sock, other):
+        until(lambda: victim in status(path))
+        assert identify(other).userns == OWN_USERNS
+        sock.settimeout(1)  # who has the number was forked here, and keeps it open
+        with pytest.raises(OSError, match="timed out"):
+            FakeAgent(sock, PAGES).join()
+        assert set(status(path)) == {victim}
+
+
+def test_nobody_is_told_what_is_merged_in_a_process_that_has_the_number_of_one_that_has_ended(path: str) -> None:
+    with inherited(path, NOBODY) as (sock, _):
+        for request in (b'{"op": "stats"}', b'{"op": "status"}', b'{"op": "merge", "vpn": 0, "npages": 1}'):
+            sock.send(request)
+            assert b"ESRCH" in sock.recv(1000)
 
 
 def test_the_identity_of_a_process_that_ended_is_an_error() -> None:

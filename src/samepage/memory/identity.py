@@ -7,9 +7,17 @@ else keeps its connection open.
 
 from __future__ import annotations
 
+import errno
 import os
+import select
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+SO_PEERPIDFD = 77
+"""include/uapi/asm-generic/socket.h, Linux 6.5."""
+
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,33 @@ def identify(pid: int) -> Identity:
         )
     finally:
         os.close(folder)
+
+
+def identify_peer(sock: socket.socket, pid: int, connected: float) -> Identity:
+    """Who process `pid` is, which had connected `sock` by `connected` (seconds since the machine was started).
+
+    OSError: it has ended, and others may have its connection. Its number may be another process's by now, of another
+    user namespace perhaps."""
+    who = identify(pid)
+    if who.started > connected * TICKS or _has_peer_ended(sock):
+        raise ProcessLookupError(errno.ESRCH, "who connected has ended")
+    return who
+
+
+def _has_peer_ended(sock: socket.socket) -> bool:
+    """False also where the kernel cannot tell."""
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as e:
+        if e.errno == errno.ENOPROTOOPT:
+            return False
+        raise
+    try:
+        ended = select.poll()
+        ended.register(pidfd, select.POLLIN)
+        return bool(ended.poll(0))
+    finally:
+        os.close(pidfd)
 
 
 def _ids(status: bytes, name: bytes) -> tuple[int, ...]:

@@ -131,7 +131,7 @@ class Controlled(Protocol):
     def knobs(self) -> dict[str, str]: ...
     def set(self, knob: str, value: str, cancelled: Callable[[], bool]) -> None: ...
     def unmerge(self, pids: list[int], progress: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer: ...
-    def merge(self, pid: int, vpn: int, npages: int, user: int | None = None) -> Answer: ...
+    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer: ...
 
 
 def handle(sock: socket.socket, data: bytes, caller: Caller, scanner: Controlled, owner: int) -> None:
@@ -175,7 +175,7 @@ def _perform(
 ) -> Iterator[Answer]:
     match request:
         case Status(brief=brief):
-            domain = None if caller.uid in (0, owner) else _domain(caller)
+            domain = None if caller.uid in (0, owner) else _domain(caller, sock)
             if brief or domain is not None:
                 rows, groups = scanner.rows(), list[dict[str, Any]]()
             else:
@@ -188,7 +188,10 @@ def _perform(
                 yield {"cgroups": groups[start : start + ROWS_MAX]}
             yield {"ok": True, "counters": counters}
         case Stats():
-            yield {"ok": True, "counters": scanner.counters(None if caller.uid in (0, owner) else _domain(caller))}
+            yield {
+                "ok": True,
+                "counters": scanner.counters(None if caller.uid in (0, owner) else _domain(caller, sock)),
+            }
         case Get(knob=None):
             yield {"ok": True, "knobs": scanner.knobs()}
         case Get(knob=str(knob)):
@@ -210,16 +213,16 @@ def _perform(
             scanner.set(file, ksm_files.value(file, data), lambda: client_gone(sock))
             yield {"ok": True}
         case Merge(vpn=vpn, npages=npages, pid=pid):
-            user = None if caller.uid in (0, owner) else caller.uid
-            yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages, user)
+            domain = None if caller.uid in (0, owner) else _domain(caller, sock)
+            yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages, domain)
 
 
-def _domain(caller: Caller) -> int:
+def _domain(caller: Caller, sock: socket.socket) -> int:
     """The merge domain of who asks: the user who connected, in the namespace of now."""
-    from samepage.memory.identity import domain_of, identify
+    from samepage.memory.identity import domain_of, identify_peer
 
     try:
-        return domain_of(caller.uid, identify(caller.pid))
+        return domain_of(caller.uid, identify_peer(sock, caller.pid, caller.connected))
     except OSError:
         raise ProcessLookupError(errno.ESRCH, "it cannot be seen who asks") from None
 

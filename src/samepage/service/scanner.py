@@ -21,7 +21,6 @@ from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import ENDED, AgentAddressSpace
 from samepage.memory.halt import SILENT
-from samepage.memory.identity import user_of
 from samepage.memory.segments import OPEN
 from samepage.service import ksm_files
 from samepage.service.control import Arrivals, blamed
@@ -315,10 +314,10 @@ class Scanner:
         finally:
             self._hang_up_on_the_gone()
 
-    def merge(self, pid: int, vpn: int, npages: int, user: int | None = None) -> Answer:
-        """Merge pages of one process now. OSError ESRCH when it has not joined, is not of `user`, or goes meanwhile."""
+    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer:
+        """Merge pages of a process now. OSError ESRCH when it has not joined, is not of `domain`, or goes meanwhile."""
         slot = self._of_pid(pid)[-1]
-        if user not in (None, user_of(slot.domain.number)):
+        if domain not in (None, slot.domain.number):
             raise ProcessLookupError(errno.ESRCH, f"process {pid} has not joined")
         with self._gate:
             outcome = self._ksmd.merge_range(slot, vpn, npages)

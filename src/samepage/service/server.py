@@ -22,7 +22,7 @@ from functools import partial
 
 from samepage.memory import AddressSpaceGone, wire
 from samepage.memory.agent import ENDED, TIMEOUT, AgentAddressSpace, Terms, greet
-from samepage.memory.identity import Identity, identify, user_of
+from samepage.memory.identity import Identity, identify_peer, user_of
 from samepage.service import control
 from samepage.service.closing import close_all, close_one
 from samepage.service.descriptors import shares
@@ -309,7 +309,7 @@ class Server:
         if self._doubtful[caller.uid] >= DOUBTFUL_MAX:
             raise AddressSpaceGone(f"process {caller.pid} may not join: its user sent what no agent sends")
         try:
-            who = identify(caller.pid)
+            who = identify_peer(connection.sock, caller.pid, caller.connected)
         except (FileNotFoundError, ProcessLookupError):
             raise ConnectionResetError(errno.ECONNRESET, ENDED) from None  # no news
         except OSError as e:

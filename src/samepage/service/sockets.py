@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import socket
 import stat
 import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +34,14 @@ class Caller(NamedTuple):
     pid: int
     uid: int
     gid: int = 0
+    connected: float = math.inf
+    """It had by then, in seconds since the machine was started."""
 
 
 def peer(sock: socket.socket) -> Caller:
     """Who connected; on the client's side, who listens."""
-    return Caller(*struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+    pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Caller(pid, uid, gid, time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def groups(sock: socket.socket) -> set[int]:
