@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,15 @@ def test_nobody_is_told_what_is_merged_in_a_process_that_has_the_number_of_one_t
         for request in (b'{"op": "stats"}', b'{"op": "status"}', b'{"op": "merge", "vpn": 0, "npages": 1}'):
             sock.send(request)
             assert b"ESRCH" in sock.recv(1000)
+
+
+def test_each_process_that_hides_its_user_namespace_has_a_domain_to_itself() -> None:
+    """Also those that were started within the same hundredth of a second."""
+    hidden = replace(identify(os.getpid()), userns=0)
+    others = [replace(hidden, pid=pid) for pid in (1, hidden.pid + 1, (1 << 22) - 1)]
+    assert len({who.domain for who in (hidden, *others)}) == 4
+    assert {user_of(who.domain) for who in (hidden, *others)} == {os.getuid()}
+    assert all(who.domain >> 32 < 0xEFFFFFF8 for who in others)  # the least inode of a namespace
 
 
 def test_the_identity_of_a_process_that_ended_is_an_error() -> None:

@@ -31,6 +31,7 @@ class Identity:
     started: int
     stack: int
     userns: int
+    pid: int
 
     @property
     def domain(self) -> int:
@@ -61,7 +62,7 @@ def domain_of(uid: int, who: Identity) -> int:
     hides its namespace, for it is protected from its own user, has a domain to itself."""
     if who.userns == OWN_USERNS:
         return uid
-    return uid | (who.userns or 1 << 31 | who.started & 0x7FFFFFFF) << 32
+    return uid | (who.userns or 1 << 31 | who.pid) << 32  # no namespace has so small an inode
 
 
 def user_of(domain: int) -> int:
@@ -77,7 +78,7 @@ def identify(pid: int) -> Identity:
         stat = _read("stat", folder).rpartition(b")")[2].split()
         status = _read("status", folder)
         return Identity(
-            _ids(status, b"\nUid:"), _ids(status, b"\nGid:"), int(stat[22 - 3]), int(stat[28 - 3]), _userns(folder)
+            _ids(status, b"\nUid:"), _ids(status, b"\nGid:"), int(stat[22 - 3]), int(stat[28 - 3]), _userns(folder), pid
         )
     finally:
         os.close(folder)
