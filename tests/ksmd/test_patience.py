@@ -11,6 +11,7 @@ import pytest
 from samepage.ksmd import Ksmd, books, quota
 from samepage.ksmd import mm_slot as slots
 from samepage.ksmd.patience import Patience
+from samepage.ksmd.scan import STEP_MIN
 from samepage.memory import RUN, VPN_END, AddressSpaceGone, RunKind, ScanFlag, ScanResult
 from samepage.memory.check import AREA_PAGES_MAX
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
@@ -70,6 +71,33 @@ def test_merging_on_request_is_not_kept_by_it_either() -> None:
     slot = ksmd.enter(crawling)
     with pytest.raises(AddressSpaceGone, match="hardly gets on"):
         ksmd.merge_range(slot, 0, 1 << 40)
+
+
+class Hollow(SimulatedAddressSpace):
+    """Gets on, by a little, and has nothing to tell."""
+
+    clock: Clock
+
+    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
+        self.clock.now += 0.01
+        after = max(vpn, BASE) + STEP_MIN
+        return ScanResult(np.empty(0, RUN), np.empty(0, np.uint64), after, self._areas_seq, 0)
+
+
+@pytest.mark.parametrize(
+    ("domain", "error", "seconds"), [(0, "keeps everybody waiting", 25), (1, "kept waiting for too long", 11)]
+)
+def test_merging_on_request_does_not_go_on_for_ever(domain: int, error: str, seconds: float) -> None:
+    machine, clock = SimulatedMachine(), Clock()
+    ksmd = Ksmd(owner=0, clock=clock, cpu_clock=lambda: 0.0)
+    space = Hollow(machine, 666, domain=domain)
+    space.clock = clock
+    space.map_area(BASE, 1 << 20)
+    slot = ksmd.enter(space)
+    began = clock.now
+    with pytest.raises(OSError, match=error):
+        ksmd.merge_range(slot, 0, 1 << 40)
+    assert clock.now - began < seconds
 
 
 def test_a_process_that_is_slow_is_put_off_and_one_that_stays_so_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from samepage.arrays import Ints, expand, run_starts
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.merge import MergeWork
 from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.rmap import PageState
 from samepage.memory import AREA
 
@@ -28,6 +29,9 @@ RUN_PAGES = 16
 
 BATCH_PAGES, BATCH_RUNS = 1 << 14, 256
 """Pages and runs at most of one process in one pass: 64 MiB, which take it some 60 ms."""
+
+RESTORE_RATE = 1 << 14
+"""Pages a second, at worst, that a process restores (64 MiB)."""
 
 PATIENCE_MAX = 64
 """Passes at most from one attempt that was in vain to the next."""
@@ -61,7 +65,8 @@ def _ask(slot: MmSlot, runs: Structured) -> int:
     started, restored = time.perf_counter_ns(), 0
     for at in range(0, len(runs), BATCH_RUNS):
         part = runs[at : at + BATCH_RUNS]
-        result = slot.space.restore(part)
+        with slot.waited_for(A_MOMENT + int(part["npages"].sum()) / RESTORE_RATE):
+            result = slot.space.restore(part)
         restored += result.pages_restored
         slot.cpu_ns += min(result.cpu_ns, time.perf_counter_ns() - started)
         started = time.perf_counter_ns()

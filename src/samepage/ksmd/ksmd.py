@@ -73,6 +73,10 @@ FOREIGN_SECONDS = 0.05
 """So long, or as long as the owner's own processes took, those of other users are looked at in a pass, and their pages
 merged. Then the pass ends without the rest, which has its turn in the next: their owner waits no longer for them."""
 
+LOOK_RATE = 1 << 14
+"""Pages a second, at worst, of which a process tells the checksums (64 MiB) while it is merged on request: nobody else
+is looked at meanwhile, so whatever takes longer is taken off its account."""
+
 WHOLE = (0, 1 << 52)
 """All pages an address space can have: (vpn, npages)."""
 
@@ -531,8 +535,6 @@ class Ksmd:
         with self._working(), self._charged(slot.domain):
             if self._knobs.run == Run.UNMERGE:
                 raise knob_rules.error(errno.EBUSY, "run is 2: nothing is to be merged")
-            if slot.domain.is_foreign and slot.domain.patience.is_spent:
-                raise knob_rules.error(errno.EBUSY, "others were kept waiting for too long")
             self._scan_range(slot, vpn, npages)
             self._keep_room_for_segments()
             self._verify(slot.domain)
@@ -548,6 +550,7 @@ class Ksmd:
             candidates &= domain.state[refs] != PageState.UNSHARED
             candidates &= domain.state[refs] != PageState.COLLIDED
             for part in np.array_split(refs[candidates], 1 + int(candidates.sum()) // SLICE_PAGES):
+                self._refuse_guests_that_kept_others_waiting(domain)
                 self._allow()
                 merge_candidates(domain, sorted_refs([part.astype(np.uint32)]), self._work)
             if slot.gone:
@@ -565,6 +568,10 @@ class Ksmd:
             if domain.is_foreign:
                 domain.patience.spend(self._clock() - began)
 
+    def _refuse_guests_that_kept_others_waiting(self, domain: Domain) -> None:
+        if domain.is_foreign and domain.patience.is_spent:
+            raise knob_rules.error(errno.EBUSY, "others were kept waiting for too long")
+
     def recount_zeros(self, slot: MmSlot) -> None:
         """Have the row of a process count the pages that are merged with the zero page at this moment, as the kernel's
         counter does. All others are as they were when last looked at. Where there are many, so are these."""
@@ -581,8 +588,11 @@ class Ksmd:
             while at < vpn + npages:
                 if slot.gone:
                     raise AddressSpaceGone("has left")
+                self._refuse_guests_that_kept_others_waiting(slot.domain)
+                began = self._clock()
                 seen = look(slot, at, vpn + npages - at, self._flags(slot))
                 self._take_in(slot, seen, total)
+                slot.kept_waiting(self._clock() - began - len(seen.reply.checksums) / LOOK_RATE)
                 if not seen.reply.next_vpn:
                     break
                 at = seen.reply.next_vpn

@@ -127,10 +127,13 @@ class MmSlot:
         try:
             yield wait
         finally:
-            over = time.monotonic() - began - wait.free
-            if over > 0:
-                self.patience.spend(over)
-                self.domain.patience.spend(over)
+            self.kept_waiting(time.monotonic() - began - wait.free)
+
+    def kept_waiting(self, seconds: float) -> None:
+        """Take it off the accounts, if it is any time at all."""
+        if seconds > 0:
+            self.patience.spend(seconds)
+            self.domain.patience.spend(seconds)
 
     def expect(self, npages: int) -> None:
         """It says of so many pages that they are its own. AddressSpaceGone: it cannot have as many."""
