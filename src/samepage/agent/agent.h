@@ -29,7 +29,7 @@
  *
  * Files, in the order of the story: lock.c, area.c, area_set.c, planes.c, maps.c (whose memory, and what is known of it);
  * in front of libc (wrappers.h): alloc.c (the malloc family), blocks.c and block_set.c (its large blocks), mmap.c, mremap.c, madvise.c,
- * relief.c (what goes when the application is refused memory), attach.c, fork.c (processes and threads), exits.c (what the kernel writes when one ends), identity.c (users), sanitizer.c and seccomp.c (who is left alone) and wrappers.c (the rest); check.c (a build that checks
+ * relief.c and rejoin.c (what goes when the application is refused memory, or mappings), attach.c, fork.c (processes and threads), exits.c (what the kernel writes when one ends), identity.c (users), sanitizer.c and seccomp.c (who is left alone) and wrappers.c (the rest); check.c (a build that checks
  * all that); uffd.c, populate.c and holders.c (the kernel's calls, one function each), window.c (where the agent maps), scan.c and hash.c (look and
  * hash), donate.c, merge.c, swap.c, protect.c and home.c (donate and merge), unstopped.c (without being stopped), break.c (unmerge), restore.c (islands become memory like any
  * other), headroom.c and memcg.c (is there memory?); thread.c, call.c, descriptors.c, peer.c, wire.c, serve.c and
@@ -349,6 +349,8 @@ void huge_reset(void);
 /* Empties a part of the scratch. mlockall(2) locks and fills windows, too: it unlocks them where it finds that. False: what
  * was there still is. */
 bool window_drop(uintptr_t start, size_t len);
+/* Takes mappings that nobody needs, or gives them up, so that some are left for rejoin() when there is none. */
+void window_ballast(bool on);
 void windows_unlock(void);
 /*
  * Puts [from, from + len) of a window, page tables and all, over whatever stands at `to`, and leaves a hole in the window: for
@@ -428,6 +430,10 @@ void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp
 /* Makes islands of [start, end) anonymous memory again, where nobody holds them (for DMA, say): max_pages of them, or some more.
  * Adds to `out`. Where it stopped. The agent thread only. */
 uintptr_t restore_islands(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_restored *out);
+
+/* If the process has nearly as many mappings as it may, joins some again that merging cut (rejoin.c). *joined: some were. The
+ * agent thread only, by agent_call(). */
+void rejoin(void *joined);
 
 /* Bytes this process could still be given before anybody would have to be killed: the least over its
  * memory cgroup, every ancestor, and MemAvailable. Needs the lock, for its buffers' sake. */

@@ -316,13 +316,17 @@ int sp_madvise(void *addr, size_t len, int advice)
 		errno = ENOMEM;
 		return -1;
 	}
-	mmap_lock(&saved);
-	if (area_overlaps(start, end))
-		ret = advise(start, end, advice);
-	else
-		ret = real.madvise(addr, len, advice);
-	mmap_unlock(&saved);
-	return ret;
+	for (int tries = 0;; tries++) {
+		mmap_lock(&saved);
+		if (area_overlaps(start, end))
+			ret = advise(start, end, advice);
+		else
+			ret = real.madvise(addr, len, advice);
+		mmap_unlock(&saved);
+		/* What the kernel says when it has no mapping for a cut. */
+		if (!ret || errno != EAGAIN || tries || !relieve_mappings())
+			return ret;
+	}
 }
 
 SP_EXPORT int madvise(void *addr, size_t len, int advice)

@@ -388,6 +388,7 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 			answered(&rest, left);
 		} else if (rest.at.extent < rest.at.last) {
 			let_guest_run();
+			segment.end = 0; /* a call that was taken meanwhile may have used the view */
 		}
 	}
 	scratch_drop();

@@ -201,7 +201,7 @@ void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 	return p != MAP_FAILED || errno != ENOMEM || !relieve(len) ? p : map(addr, len, prot, flags, fd, offset);
 }
 
-int sp_munmap(void *addr, size_t len)
+static int unmap(void *addr, size_t len)
 {
 	uintptr_t start = (uintptr_t)addr;
 	sigset_t saved;
@@ -217,6 +217,13 @@ int sp_munmap(void *addr, size_t len)
 	}
 	mmap_unlock(&saved);
 	return ret;
+}
+
+int sp_munmap(void *addr, size_t len)
+{
+	int ret = unmap(addr, len);
+
+	return ret && errno == ENOMEM && relieve_mappings() ? unmap(addr, len) : ret;
 }
 
 /* Some calls want private copies of all pages. For merged ones that takes memory, and a break knows beforehand
@@ -245,7 +252,7 @@ static int real_mprotect(void *addr, size_t len, int prot, int pkey)
 	return (int)real.syscall(SYS_pkey_mprotect, addr, len, prot, pkey);
 }
 
-int sp_mprotect(void *addr, size_t len, int prot, int pkey)
+static int protect(void *addr, size_t len, int prot, int pkey)
 {
 	uintptr_t start = PAGE_ALIGN_DOWN(addr), end = PAGE_ALIGN_UP((uintptr_t)addr + len);
 	sigset_t saved;
@@ -271,6 +278,13 @@ int sp_mprotect(void *addr, size_t len, int prot, int pkey)
 	if (!ret && merges_mapped() && !is_reservation(len, prot))
 		agent_start_unnamed(len);
 	return ret;
+}
+
+int sp_mprotect(void *addr, size_t len, int prot, int pkey)
+{
+	int ret = protect(addr, len, prot, pkey);
+
+	return ret && errno == ENOMEM && !no_areas() && relieve_mappings() ? protect(addr, len, prot, pkey) : ret;
 }
 
 /* ---- policies and limits ---------------------------------------------------------------------------- */

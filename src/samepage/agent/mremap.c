@@ -336,8 +336,8 @@ void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new
 		return real.mremap(addr, old_len, new_len, flags, new_addr);
 	p = remap_locked(addr, old_len, new_len, flags, new_addr);
 	/* What shrinks may have done so before the rest failed. */
-	if (p == MAP_FAILED && errno == ENOMEM && flags & MREMAP_MAYMOVE && new_len > old_len &&
-	    relieve(new_len - old_len))
+	if (p == MAP_FAILED && errno == ENOMEM && flags & MREMAP_MAYMOVE &&
+	    (new_len > old_len ? relieve(new_len - old_len) : new_len == old_len && relieve_mappings()))
 		p = remap_locked(addr, old_len, new_len, flags, new_addr);
 	return p;
 }

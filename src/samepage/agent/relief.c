@@ -3,11 +3,22 @@
 #include "peer.h"
 #include "wrappers.h"
 
+bool relieve_mappings(void)
+{
+	int err = errno;
+	bool joined = false;
+
+	if (segment_dev && thread_is_here())
+		agent_call(rejoin, &joined);
+	errno = err;
+	return joined;
+}
+
 bool relieve(size_t bytes)
 {
 	int err = errno;
 	sigset_t saved;
-	bool any;
+	bool any, joined = relieve_mappings();
 
 	mmap_lock(&saved);
 	any = blocks_release();
@@ -18,5 +29,5 @@ bool relieve(size_t bytes)
 		any = true;
 	}
 	errno = err;
-	return any;
+	return any || joined;
 }

@@ -96,8 +96,8 @@ static size_t do_scan(const struct sp_scan *req)
 
 /*
  * How many mappings the process has, and how many merging may bring it to. A third of vm.max_map_count is left to the program, and
- * never less than as many again as it has itself: nothing takes a mapping back from what was merged, for what is broken
- * afterwards stays cut. A page that is merged alone takes two more than there were.
+ * never less than as many again as it has itself: what is broken afterwards stays cut, and to take mappings back (rejoin.c) is
+ * for want alone. A page that is merged alone takes two more than there were.
  */
 static struct sp_map_count count_mappings(void)
 {

@@ -11,7 +11,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define WINDOWS (2 * WINDOW + VIEW_SPACE + COPY_WINDOW)
+#define BALLAST 32 /* mappings of a page each */
+#define WINDOWS (2 * WINDOW + VIEW_SPACE + COPY_WINDOW + BALLAST * PAGE_SIZE)
 #define GIVE_TRIES 16
 
 static bool holed; /* a part of the windows is not ours any more: they are left where they are, for good */
@@ -144,6 +145,17 @@ static bool new_scratch(uintptr_t start)
 	return kernel.move < 0 || !uffd_register(kernel.move, start, WINDOW, UFFDIO_REGISTER_MODE_WP);
 }
 
+void window_ballast(bool on)
+{
+	uintptr_t start = kernel.copy + COPY_WINDOW;
+
+	if (!kernel.copy)
+		return;
+	real.mprotect((void *)start, BALLAST * PAGE_SIZE, PROT_NONE);
+	for (size_t i = 0; on && i < BALLAST; i += 2)
+		real.mprotect((void *)(start + i * PAGE_SIZE), PAGE_SIZE, PROT_READ);
+}
+
 void huge_reset(void)
 {
 	if (kernel.huge && !new_scratch(kernel.huge))
@@ -192,6 +204,7 @@ bool windows_open(void)
 	real.madvise((void *)kernel.scratch, WINDOWS, MADV_DONTFORK);
 	huge_reset();
 	kernel.views_stay = views_stay();
+	window_ballast(true);
 	return new_scratch(kernel.scratch);
 }
 

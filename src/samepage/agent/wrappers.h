@@ -104,6 +104,8 @@ bool blocks_release(void);
 /* The application is about to be refused so many bytes, or a mapping: gives back what the agent keeps for itself and that may help
  * (relief.c). Whether it is worth another try; errno stays. Not under the lock. */
 bool relieve(size_t bytes);
+/* The same for a call that takes no memory, but may have to cut a mapping. */
+bool relieve_mappings(void);
 /* mallopt(3) */
 void blocks_set(int param, size_t value);
 
