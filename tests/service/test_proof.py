@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from samepage.memory import PAGE_SIZE, PageStatus, wire
+from samepage.memory import PAGE_SIZE, ZERO_PAGE, PageStatus, wire
 from samepage.memory.proof import AT_FIRST, expected
 from samepage.memory.wire import Op
 from samepage.service.control import Client
@@ -78,6 +78,18 @@ def test_of_pages_that_are_all_different_each_is_refuted_and_the_process_stays(m
     assert space.merge(donation.segment, extents((0, 100, 0))).status.tolist() == [DIFFERENT] * 100
     assert asked(agent, Op.MERGE) == 0
     assert asked(agent, Op.PROVE) <= 3
+    donation.close()
+
+
+def test_of_zeros_nothing_is_proved_nor_is_a_segment_given_for_them(make: Make) -> None:
+    donation = make(npages=4)[0].donate(runs((0, 4)))
+    space, agent = make(npages=8, seed=2)
+    agent.pages[1] = 0
+    zeros = extents((0, 1, 0), (1, 2, ZERO_PAGE), (4, 1, 2))
+    assert space.merge(donation.segment, zeros).status.tolist() == [DIFFERENT, 0, DIFFERENT, DIFFERENT]
+    assert space.merge(donation.segment, zeros[1:2]).status.tolist() == [0, DIFFERENT]
+    agent.pages[4] = some_pages(1, 4)[2]
+    assert space.merge(donation.segment, zeros).status.tolist() == [DIFFERENT, 0, DIFFERENT, 0]
     donation.close()
 
 

@@ -372,7 +372,7 @@ class AgentAddressSpace:
         return donation
 
     def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
-        """As the protocol says. A segment must be a `MemfdSegment`, of which are all extents then, and is not passed
+        """As the protocol says. A segment must be a `MemfdSegment`, and is not passed
         before the process proved that it has a page of it. Many extents go in several packets, and when the process
         goes between two of them, what the earlier ones did is not told."""
         fd = -1
@@ -381,11 +381,13 @@ class AgentAddressSpace:
             if not isinstance(segment, MemfdSegment):
                 raise TypeError(f"{segment!r} cannot be passed to a process")
             fd = segment.fileno()
-            if segment not in self._has:
-                refuted = proof.refuted(fd, extents, self._prove)
+            named = extents["offset"] != ZERO_PAGE
+            if segment not in self._has and named.any():
+                refuted = proof.refuted(fd, extents[named], self._prove)
                 if refuted is not None:
-                    return MergeResult(refuted)
+                    return self._merge_zeros(extents, named, refuted)
                 self._has.add(segment)
+            fd = fd if named.any() else -1
         statuses: list[U8] = []
         for part in _packets(extents):
             with self._ask(Op.MERGE, part.tobytes(), fd=fd) as answer:
@@ -396,6 +398,14 @@ class AgentAddressSpace:
             cpu_ns += ns
         status = np.concatenate(statuses) if statuses else np.empty(0, np.uint8)
         return MergeResult(status, _credible(cpu_ns, started))
+
+    def _merge_zeros(self, extents: npt.NDArray[np.void], named: npt.NDArray[np.bool_], refuted: U8) -> MergeResult:
+        """What is left of a request to merge, all but what is `named` of a segment: that was `refuted`."""
+        result = self.merge(None, extents[~named]) if not named.all() else MergeResult(np.empty(0, np.uint8))
+        status = np.empty(int(extents["npages"].sum()), np.uint8)
+        pages = np.repeat(named, extents["npages"].astype(np.int64))
+        status[pages], status[~pages] = refuted, result.status
+        return MergeResult(status, result.cpu_ns)
 
     def _prove(self, key: bytes, vpns: U64) -> tuple[U8, list[bytes]]:
         """See `proof.Ask`."""
