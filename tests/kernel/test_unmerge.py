@@ -14,6 +14,7 @@ from benchmarks.memory_cgroup import MemoryCgroup
 from benchmarks.oom import LIMIT, MIB, PAGE_SIZE, ROOMY, Neighbours, Worker, wait_kernel_merged
 from benchmarks.processes import wait_until
 from samepage import inject
+from samepage.kernel.unmerge import processes
 from tests.kernel.conftest import StartHolder, mergeable_mappings, needs_ksm, samepage
 from tests.oom.conftest import group
 
@@ -116,7 +117,10 @@ def test_with_memory_enough_all_is_unmerged_and_stays_mergeable(start: StartHold
         assert samepage("attach", *(str(holder.pid) for holder in holders)).returncode == 0
         wait_until(lambda: all(holder.merged() >= 0.99 * holder.pages for holder in holders), "merged", 60)
         kernel_ksm.write("run", 0)
-        done = samepage("unmerge", "--engine", "kernel", "--json")
+        assert {holder.pid for holder in holders} <= set(processes())
+        # By number: without, it is for all processes of the machine.
+        pids = [argument for holder in holders for argument in ("--pid", str(holder.pid))]
+        done = samepage("unmerge", "--engine", "kernel", "--json", *pids)
         assert done.returncode == 0
         answer = json.loads(done.stdout)
         assert answer["pages_unmerged"] >= sum(holder.pages for holder in holders) * 0.99

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from samepage.estimate.process import KPF_KSM, KPF_ZERO_PAGE, PM_PFN, PageFlags
 from samepage.kernel.attach import Mapping, mappings
 from samepage.kernel.target import TargetError, check
 from samepage.memory import PAGE_SIZE, U64
-from samepage.memory.pagemap import EXCLUSIVE, FILE, PRESENT
+from samepage.memory.pagemap import FILE, PRESENT
 
 BATCH = 1 << 20
 """Bytes of addresses that one call is for."""
@@ -49,10 +50,11 @@ class Outcome:
 
 
 class Merged:
-    """Finds the pages of processes that the kernel merged. Without root it takes for merged what may be."""
+    """Finds the pages of processes that the kernel merged. Without root (not `exact`) every page there is may be."""
 
     def __init__(self) -> None:
         self._page_flags = PageFlags()
+        self.exact = self._page_flags.available
 
     def close(self) -> None:
         self._page_flags.close()
@@ -64,30 +66,43 @@ class Merged:
             pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return found
+        wanted = KPF_KSM | KPF_ZERO_PAGE if _has_zero_pages(pid) else KPF_KSM
         try:
             for mapping in mappings(pid):
                 if mapping.mergeable:
-                    found += self._of(mapping, pagemap)
+                    found += self._of(mapping, pagemap, wanted)
         finally:
             os.close(pagemap)
         return found
 
-    def _of(self, mapping: Mapping, pagemap: int) -> Iterator[tuple[int, int, int]]:
+    def _of(self, mapping: Mapping, pagemap: int, wanted: np.uint64) -> Iterator[tuple[int, int, int]]:
         for start in range(mapping.start, mapping.end, 256 * BATCH):
             npages = (min(mapping.end, start + 256 * BATCH) - start) // PAGE_SIZE
             entries = np.frombuffer(os.pread(pagemap, npages * 8, start // PAGE_SIZE * 8), np.uint64)
-            vpns = start // PAGE_SIZE + np.flatnonzero(self._merged(entries))
+            vpns = start // PAGE_SIZE + np.flatnonzero(self._merged(entries, wanted))
             batches, counts = np.unique(vpns // (BATCH // PAGE_SIZE), return_counts=True)
             for batch, count in zip(batches.tolist(), counts.tolist(), strict=True):
                 first, past = max(mapping.start, batch * BATCH), min(mapping.end, (batch + 1) * BATCH)
                 yield first, past, count * PAGE_SIZE
 
-    def _merged(self, entries: U64) -> np.typing.NDArray[np.bool_]:
-        merged: np.typing.NDArray[np.bool_] = (entries & PRESENT != 0) & (entries & (EXCLUSIVE | FILE) == 0)
-        if self._page_flags.available:
+    def _merged(self, entries: U64, wanted: np.uint64) -> np.typing.NDArray[np.bool_]:
+        # Not by EXCLUSIVE: the pagemap calls a merged page so, too, once nobody else has it mapped.
+        merged: np.typing.NDArray[np.bool_] = (entries & PRESENT != 0) & (entries & FILE == 0)
+        if self.exact:
             kpf = self._page_flags.flags(entries[merged] & PM_PFN)
-            merged[merged] = kpf & (KPF_KSM | KPF_ZERO_PAGE) != 0
+            merged[merged] = kpf & wanted != 0
         return merged
+
+
+def _has_zero_pages(pid: int) -> bool:
+    """Whether ksmd replaced pages with the kernel's page of zeros (`use_zero_pages`, counted since Linux 6.6). Else it
+    was the process that read there before it wrote, and there is nothing to undo."""
+    try:
+        return (
+            re.search(r"^ksm_zero_pages:? [1-9]", Path(f"/proc/{pid}/ksm_stat").read_text(), re.MULTILINE) is not None
+        )
+    except OSError:
+        return True
 
 
 def unmerge(
@@ -99,15 +114,17 @@ def unmerge(
 ) -> Outcome:
     """Break what of a process is merged, and leave `reserve` bytes to others. `keep`: its memory stays mergeable, and
     ksmd may merge it again meanwhile; else none of it is afterwards. `TargetError`."""
-    outcome, first = Outcome(pid), -1
-    for _ in range(PASSES):
+    outcome, first, before = Outcome(pid), -1, 1 << 63
+    for _ in range(PASSES if merged.exact or not keep else 1):
         ranges = merged.ranges(pid)
         if first < 0:
             first = sum(size for _, _, size in ranges) // PAGE_SIZE
         if not ranges and not keep:
             ranges = [(m.start, m.end, 0) for m in mappings(pid) if m.mergeable]
-        if not ranges:
+        remaining = sum(size for _, _, size in ranges)
+        if not ranges or (keep and remaining >= before):  # ksmd merges as fast as it is undone
             return outcome
+        before = remaining
         if error := _pass(pid, ranges, reserve, keep, cancelled, outcome):
             break
     else:
