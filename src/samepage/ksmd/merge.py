@@ -222,7 +222,9 @@ class _Round:
     def _match(self) -> None:
         """Give every page its target; put those without a partner into the unstable index and drop them here."""
         domain, refs = self.domain, self.refs
-        order, in_order = by_checksum(domain.checksum[refs])
+        in_memory = self._in_memory()
+        order, in_order = by_checksum(domain.checksum[refs[in_memory]])
+        order = in_memory[order]
         first = np.flatnonzero(np.concatenate(([True], in_order[1:] != in_order[:-1])))
         size = np.diff(np.append(first, len(refs)))
         key = in_order[first]
@@ -230,7 +232,7 @@ class _Round:
 
         node = domain.stable.index.find(key)
         mate = domain.unstable.find(key)
-        lowest = refs[order[first]].astype(np.int64)  # refs ascend, and of one checksum the order is theirs
+        lowest = refs[order[first]].astype(np.int64)  # of one checksum the order is that of processes
         highest = refs[order[first + size - 1]].astype(np.int64)
         donor = np.where(mate >= 0, mate, lowest)
         # Every other segment comes from another process, where there is one: donating and merging then keep both busy.
@@ -260,6 +262,12 @@ class _Round:
                 mates.append(np.array(others, np.uint32))
                 mate_targets.append(goals[:1])
         self._take_part(np.concatenate(mates), np.concatenate(mate_targets), target)
+
+    def _in_memory(self) -> Ints:
+        """The positions of refs by process, and in the order of its memory: then neighbours have donors that are
+        neighbours, whatever the order in which processes told of them."""
+        by_memory = self.domain.by_memory(self.refs)
+        return np.concatenate([by_memory[slot][0] for slot in sorted(by_memory, key=lambda slot: slot.number)])
 
     def _take_part(self, mates: U32, mate_targets: U64, target: U64) -> None:
         domain, refs = self.domain, self.refs
