@@ -12,7 +12,7 @@ from samepage.ksmd import Ksmd, books, quota
 from samepage.ksmd import mm_slot as slots
 from samepage.ksmd.patience import Patience
 from samepage.ksmd.scan import STEP_MIN
-from samepage.memory import RUN, VPN_END, AddressSpaceGone, RunKind, ScanFlag, ScanResult
+from samepage.memory import RUN, VPN_END, AddressSpaceGone, MergeResult, RunKind, ScanFlag, ScanResult, Segment
 from samepage.memory.check import AREA_PAGES_MAX
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
@@ -71,6 +71,35 @@ def test_merging_on_request_is_not_kept_by_it_either() -> None:
     slot = ksmd.enter(crawling)
     with pytest.raises(AddressSpaceGone, match="hardly gets on"):
         ksmd.merge_range(slot, 0, 1 << 40)
+
+
+class Dawdling(SimulatedAddressSpace):
+    """Is just in time with every merge."""
+
+    def merge(self, segment: Segment | None, extents: np.ndarray) -> MergeResult:
+        time.sleep(0.09)
+        return super().merge(segment, extents)
+
+
+def test_nobody_waits_for_a_guest_whose_pages_are_in_many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samepage.ksmd.ksmd.FOREIGN_SLICE_SECONDS", 0.2)
+    machine, ksmd = SimulatedMachine(), Ksmd(owner=0)
+    for content in range(1, 21):
+        for n in range(2):
+            ksmd.enter(process(machine, 2 * content + n, [content], domain=1))
+        passes(ksmd, 3)
+    dawdling = Dawdling(machine, 666, domain=1)
+    dawdling.map_area(BASE, 20)
+    dawdling.write(BASE, *range(1, 21))
+    ksmd.enter(dawdling)
+    longest = 0.0
+    ends = time.monotonic() + 20
+    while len(dawdling.merged_pages()) < 20 and time.monotonic() < ends:  # the rest have their turn later
+        began = time.monotonic()
+        ksmd.do_scan()
+        longest = max(longest, time.monotonic() - began)
+    assert len(dawdling.merged_pages()) == 20
+    assert longest < 1.0  # not two seconds
 
 
 class Hollow(SimulatedAddressSpace):

@@ -18,6 +18,7 @@ import numpy as np
 from samepage.arrays import Bools, Ints, expand, run_starts
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
+from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment
 from samepage.memory import AREA, DONE, EXTENT, U8, U32, U64, PageStatus, Segment
 
@@ -32,7 +33,7 @@ AHEAD = 2
 """Copies that a process makes (8 MiB each) before others have tried the ones before."""
 
 MUCH_WORK = 1.0
-"""Seconds that a process may take for a copy, or for merging with one, before it counts as waiting."""
+"""Seconds that a process may take for a whole copy, or for merging with one, before it counts as waiting."""
 
 UNASKED = 255
 """Status of a page that was not to be merged: there is no copy of it."""
@@ -46,7 +47,7 @@ Each = Callable[[Iterable[MmSlot], Callable[[MmSlot], Any]], dict[MmSlot, Any]]
 
 @dataclass(slots=True)
 class _Task:
-    """One thing to ask a process; `drop` instead when it has gone, or is silent."""
+    """One thing to ask a process; `drop` instead when it has gone, or is silent, or time is up."""
 
     do: Callable[[], None]
     drop: Callable[[], None]
@@ -74,8 +75,9 @@ class _Queue:
 class _Queues:
     """What is still to be asked of each process. No thread rests while there is somebody to ask."""
 
-    def __init__(self, each: Each) -> None:
+    def __init__(self, each: Each, is_over: Callable[[], bool]) -> None:
         self._each = each
+        self._is_over = is_over
         self._changed = threading.Condition()
         self._queues: dict[MmSlot, _Queue] = {}
 
@@ -112,7 +114,7 @@ class _Queues:
             slot, task = taken
             done = False
             try:
-                if not slot.is_away:
+                if not slot.is_away and not self._is_over():
                     task.do()
                     done = True
             except Exception as e:
@@ -234,9 +236,9 @@ class Exchange:
 
     # -- the work, in any thread ------------------------------------------------------------------------
 
-    def run(self, each: Each) -> None:
-        """Do it all."""
-        queues = _Queues(each)
+    def run(self, each: Each, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Do it all, or as much as is begun before `is_over`; the rest is as if its processes were silent."""
+        queues = _Queues(each, is_over)
         for segment, share in self._with_nodes:
             queues.merge(share.slot, self._joining(segment, share))
         for copy, shares in zip(self._copies, self._with_copies, strict=True):
@@ -308,7 +310,7 @@ class Exchange:
         starts = run_starts(copy.vpns)
         runs = np.empty(len(starts), AREA)
         runs["vpn"], runs["npages"] = copy.vpns[starts], np.diff(np.append(starts, len(copy.vpns)))
-        with copy.slot.waited_for(MUCH_WORK):
+        with copy.slot.waited_for(_may_take(len(copy.vpns))):
             donation = copy.slot.space.donate(runs)
         with self._lock:
             copy.slot.cpu_ns += donation.cpu_ns
@@ -331,10 +333,15 @@ class Exchange:
 def merge(slot: MmSlot, segment: Segment | None, extents: Structured, pages: Ints, status: U8) -> int:
     """Have a process merge; what became of each page goes to its position in `status`. Returns the CPU time it took, in
     ns. AddressSpaceGone."""
-    with slot.waited_for(MUCH_WORK):
+    with slot.waited_for(_may_take(len(pages))):
         result = slot.space.merge(segment, extents)
     status[pages] = result.status
     return result.cpu_ns
+
+
+def _may_take(npages: int) -> float:
+    """Seconds for so many pages. There may be very many copies of a few pages each."""
+    return min(MUCH_WORK, A_MOMENT + MUCH_WORK * npages / SEGMENT_PAGES)
 
 
 def _cut(vpns: Ints) -> Iterator[slice]:

@@ -73,6 +73,10 @@ FOREIGN_SECONDS = 0.05
 """So long, or as long as the owner's own processes took, those of other users are looked at in a pass, and their pages
 merged. Then the pass ends without the rest, which has its turn in the next: their owner waits no longer for them."""
 
+FOREIGN_SLICE_SECONDS = 1.0
+"""So long a slice of other users' pages is merged at most, however many answers that takes: who has few pages in each
+of very many segments need be late with none of them."""
+
 LOOK_RATE = 1 << 14
 """Pages a second, at worst, of which a process tells the checksums (64 MiB) while it is merged on request: nobody else
 is looked at meanwhile, so whatever takes longer is taken off its account."""
@@ -305,7 +309,7 @@ class Ksmd:
                     continue
                 refs = domain.next_candidates()
                 self._pass_changed |= bool(len(refs))
-                self._allow()
+                self._begin_slice(domain)
                 started, merged = self._cpu_clock(), self._work.statuses[PageStatus.DONE]
                 try:
                     merge_candidates(domain, refs, self._work)
@@ -354,6 +358,10 @@ class Ksmd:
                 except AddressSpaceGone as e:
                     slot.lose(e)
         self._reap()
+
+    def _begin_slice(self, domain: Domain) -> None:
+        self._work.ends = time.monotonic() + FOREIGN_SLICE_SECONDS if domain.is_foreign else math.inf
+        self._allow()
 
     def _allow(self) -> None:
         """How much may be merged in each memory cgroup by `max_overcommit`, as things stand."""
@@ -551,7 +559,7 @@ class Ksmd:
             candidates &= domain.state[refs] != PageState.COLLIDED
             for part in np.array_split(refs[candidates], 1 + int(candidates.sum()) // SLICE_PAGES):
                 self._refuse_guests_that_kept_others_waiting(domain)
-                self._allow()
+                self._begin_slice(domain)
                 merge_candidates(domain, sorted_refs([part.astype(np.uint32)]), self._work)
             if slot.gone:
                 raise AddressSpaceGone("gone while it was merged")

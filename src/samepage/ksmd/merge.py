@@ -16,6 +16,8 @@ mapping instead of thousands:
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +64,8 @@ class MergeWork:
     wary: bool = False
     """A process is silent. There may be more (of a frozen cgroup, say): each is looked at before it is asked anything,
     for to find out by asking takes a tenth of a second."""
+    ends: float = math.inf
+    """When nothing more of this slice is asked of anybody, in `time.monotonic`: the rest is tried again."""
     statuses: Ints = field(default_factory=lambda: np.zeros(len(PageStatus), np.int64))
 
     def each(self, slots: Iterable[MmSlot], work: Callable[[MmSlot], Any]) -> dict[MmSlot, Any]:
@@ -365,7 +369,7 @@ class _Round:
         domain, refs, work = self.domain, self.refs, self.work
         stable = domain.stable
         exchange = Exchange(domain, refs, self.by_memory, self.target, donors, work.passes)
-        exchange.run(work.each)
+        exchange.run(work.each, lambda: time.monotonic() >= work.ends)
         rank, status, donor_status = exchange.rank, exchange.status, exchange.donor_status
         work.statuses += np.bincount(status[status != UNASKED], minlength=len(PageStatus))
         work.statuses += np.bincount(donor_status[donor_status != PageStatus.DONE], minlength=len(PageStatus))
