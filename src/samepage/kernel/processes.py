@@ -11,7 +11,7 @@ from typing import Any
 from samepage.kernel.pace import Pace
 from samepage.kernel.settings import start_time
 from samepage.kernel.target import name
-from samepage.service.machine import SharedByCommand
+from samepage.service.machine import SharedByCommand, is_near
 
 FIELDS = ("ksm_merging_pages", "ksm_zero_pages", "ksm_process_profit")
 
@@ -36,10 +36,12 @@ class KernelProcesses(SharedByCommand):
             self._pace.look(sum(_anonymous(pid) for pid in self._rows))
 
     def _is_new(self, pid: int) -> bool:
-        """Whether it started after this one. Those that did not are not asked: to answer, the kernel may have to wait
-        for whatever they do with their memory."""
+        """Whether it started after this one, and could be the command's. Others are not asked: to answer, the kernel
+        may have to wait for whatever they do with their memory."""
         started = start_time(pid)
-        return started is not None and started >= self._since and pid != os.getpid()
+        with contextlib.suppress(OSError):
+            return started is not None and started >= self._since and pid != os.getpid() and is_near(pid)
+        return False
 
     def _about(self) -> dict[str, Any]:
         return {"engine": "kernel"}

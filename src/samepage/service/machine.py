@@ -37,6 +37,24 @@ LAST_SECONDS = 5.0
 SUMMED = ("merged", "ksm_merging_pages", "ksm_zero_pages", "pages_inherited", "pages_broken", "ksm_process_profit")
 
 
+def is_near(pid: int) -> bool:
+    """Whether a process is this user's, or descends from this one. Nothing else may be asked what the kernel reads in
+    the process's memory: who keeps that locked keeps the reader waiting for as long as they like. OSError."""
+    uids, parent = _status(pid)
+    if uids == {os.getuid()}:
+        return True
+    while parent > 1 and parent != os.getpid():
+        parent = _status(parent)[1]
+    return parent == os.getpid()
+
+
+def _status(pid: int) -> tuple[set[int], int]:
+    """User ids, and the parent."""
+    lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
+    found = {name: value.split() for name, _, value in (line.partition(b":") for line in lines)}
+    return set(map(int, found[b"Uid"])), int(found[b"PPid"][0])
+
+
 class SharedByCommand:
     """What the processes share that have `variable` in their environment. `report` is a file that is kept up to date
     with that."""
@@ -91,7 +109,7 @@ class SharedByCommand:
 
     def _is_ours(self, pid: int) -> bool:
         with contextlib.suppress(OSError):
-            return self._mark in Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+            return is_near(pid) and self._mark in Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
         return False
 
     def _summary(self) -> dict[str, Any]:
