@@ -315,3 +315,15 @@ def test_areas_of_one_domain_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     slots = [ksmd.enter(honest), ksmd.enter(many)]
     passes(ksmd, 2)
     assert [slot.gone for slot in slots] == [False, True]
+
+
+def test_ksmd_reads_nothing_in_the_memory_of_a_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who keeps that locked, by a fault that waits for FUSE say, would keep ksmd for ever."""
+    machine, ksmd = SimulatedMachine(), Ksmd(owner=0)
+    space = process(machine, 1, [0] * 50, domain=1)
+    slot = ksmd.enter(space)
+    passes(ksmd, 3)
+    assert ksmd.rows()[0].ksm_zero_pages == 50
+    monkeypatch.setattr(space, "present", lambda vpn, npages: pytest.fail("it was"))
+    ksmd.recount_zeros(slot)
+    assert ksmd.rows()[0].ksm_zero_pages == 50

@@ -582,7 +582,10 @@ class Ksmd:
 
     def recount_zeros(self, slot: MmSlot) -> None:
         """Have the row of a process count the pages that are merged with the zero page at this moment, as the kernel's
-        counter does. All others are as they were when last looked at. Where there are many, so are these."""
+        counter does. All others are as they were when last looked at. Where there are many, so are these, and those of
+        a guest: the kernel looks them up in its memory, which it can keep locked for as long as it likes."""
+        if slot.domain.is_foreign:
+            return
         with self._working():
             try:
                 if not slot.is_away:
