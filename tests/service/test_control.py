@@ -126,6 +126,8 @@ def ask(request: bytes, scanner: FakeScanner, uid: int = OWNER, pid: int = 7) ->
         b'{"op": "merge", "vpn": "x", "npages": 1}',
         b'{"op": "unmerge", "pids": [1, "2"]}',
         b"{\xff}",
+        b'{"op": "\xff"}',
+        b'{"op": ' + b"[" * 50_000,
         b'{"op": "merge", "vpn": 1, "npages": 100000000000000000000000}',
     ],
 )

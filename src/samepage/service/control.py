@@ -148,7 +148,7 @@ def answers(data: bytes, caller: Caller, scanner: Controlled, owner: int, sock: 
         request = _decode.decode(data)
         _may(request, caller, owner)
         yield from _perform(request, caller, scanner, owner, sock)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         yield refusal(errno.EINVAL, f"not a request: {e}")
     except OSError as e:
         yield refusal(e.errno or errno.EIO, e.strerror or str(e))
