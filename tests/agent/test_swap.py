@@ -138,6 +138,16 @@ def test_extents_beyond_all_memory_are_refused(process: Process) -> None:
     assert process.tell("check") == "0\n"
 
 
+def test_pages_in_a_row_take_one_mapping_however_often_the_lock_is_let_go(process: Process) -> None:
+    first = process.address // 4096
+    donation = process.space.donate(np.array([(first, PAGES)], AREA))
+    before = process.space.map_count()[0]
+    assert (
+        process.space.merge(donation.segment, np.array([(first, PAGES, 0)], EXTENT)).status == PageStatus.DONE
+    ).all()
+    assert process.space.map_count()[0] - before <= 2
+
+
 def test_a_segment_larger_than_the_view_of_it(process: Process) -> None:
     """An agent takes any sealed segment; an extent may begin anywhere in it, and cross where one view of it ends."""
     first = process.address // 4096

@@ -275,10 +275,12 @@ static void merge_slice(void *arg)
  * Each swap has KVM take pages out of its own page tables some times over: a guest stands still meanwhile, and then faults
  * on every page. So it has most of the time to itself. The application's calls are taken meanwhile.
  */
-static void let_guest_run(void)
+static void let_guest_run(struct segment *segment)
 {
-	if (atomic_load_explicit(&has_guest, memory_order_relaxed))
-		wait_for(-1, 0, GUEST_MS);
+	if (!atomic_load_explicit(&has_guest, memory_order_relaxed))
+		return;
+	wait_for(-1, 0, GUEST_MS);
+	segment->end = 0; /* a call that was taken may have used the view */
 }
 
 /* False: who did it was killed. */
@@ -387,8 +389,7 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status)
 			memset(rest.status, why_not, left);
 			answered(&rest, left);
 		} else if (rest.at.extent < rest.at.last) {
-			let_guest_run();
-			segment.end = 0; /* a call that was taken meanwhile may have used the view */
+			let_guest_run(&segment);
 		}
 	}
 	scratch_drop();
