@@ -20,9 +20,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, wire
+from samepage.memory import (
+    AREA,
+    EXTENT,
+    PAGE_SIZE,
+    RUN,
+    ZERO_PAGE,
+    AddressSpaceGone,
+    AddressSpaceSilent,
+    PageStatus,
+    RunKind,
+    wire,
+)
 from samepage.memory import agent as module
 from samepage.memory.agent import DONATE_MAX, MERGE_MAX, RUNS_MAX, AgentAddressSpace, Terms
+from samepage.memory.identity import identify
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op
 from tests.service import fake_agent
@@ -533,3 +545,15 @@ def test_a_descriptor_that_would_block_whoever_closes_it_blocks_nobody(make: Mak
                 ask(space)
             assert time.monotonic() - started < 2
             assert space.doubtful
+
+
+def test_nobody_waits_long_for_a_break_of_more_pages_than_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samepage.memory.agent.memory_of", lambda pid: 4000)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ready = {"swap": 1, "tracking": 1, "zero_checksum": 0}
+    space = AgentAddressSpace(ours, os.getpid(), 0, "guest", ready, identify(os.getpid()))
+    space.hurry = 0.1
+    began = time.monotonic()
+    with ours, theirs, pytest.raises(AddressSpaceSilent):
+        space.break_ksm(1, 1 << 24)  # for which a process may take seventeen minutes
+    assert time.monotonic() - began < 5.0

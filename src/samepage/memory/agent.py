@@ -422,6 +422,8 @@ class AgentAddressSpace:
 
     def break_ksm(self, vpn: int, npages: int) -> BreakResult:
         patience = npages * PAGE_SIZE / BREAK_RATE
+        if patience > 1.0:  # areas may be of any size, but what is copied it has
+            patience = min(patience, 1.0 + self.pages_max() * PAGE_SIZE / BREAK_RATE)
         with self._ask(Op.BREAK, wire.pack(AREA, vpn, npages), patience=patience) as answer:
             reader = answer.reader()
             broken = reader.one(wire.BROKEN)
