@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -353,3 +354,23 @@ def test_userfaultfd_is_for_the_group_alone_if_there_is_one(folder: Path, groups
     server.stop()
     thread.join(10)
     assert os.waitstatus_to_exitcode(outcome) == 10 + (bool(groups) and os.path.exists("/dev/userfaultfd"))
+
+
+@pytest.mark.parametrize(
+    ("had", "user", "welcome"),
+    [
+        ({1000: 49}, 1000, True),
+        ({1000: 50}, 1000, False),
+        ({1000: 50, 1001: 24}, 1001, True),
+        ({1000: 50, 1001: 25}, 1001, False),  # of another's ids, perhaps
+        ({1000: 50, 1001: 25}, 0, True),
+        ({1000: 50, 1001: 25, 0: 25}, 0, False),
+        ({0: 100}, 1000, False),
+    ],
+)
+def test_all_guests_together_leave_a_quarter_of_the_descriptors_to_the_owner(
+    had: dict[int, int], user: int, welcome: bool
+) -> None:
+    server = Server.__new__(Server)
+    server._owner = 0
+    assert server._has_room(Counter(had), user, 100) == welcome

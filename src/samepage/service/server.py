@@ -211,9 +211,9 @@ class Server:
             self._turned_away.append(sock)
             return True
         connection = _Connection(sock, caller, sock.fileno(), time.monotonic() + TIMEOUT)
-        most = min(CONNECTIONS_MAX, self._share_of(caller.uid, self._shares.connections))
         with self._lock:
-            welcome = len(self._connections) < self._shares.connections and self._connected[caller.uid] < most
+            welcome = self._connected[caller.uid] < CONNECTIONS_MAX
+            welcome &= self._has_room(self._connected, caller.uid, self._shares.connections)
             if welcome:
                 self._connected[caller.uid] += 1
                 self._connections[connection.fd] = connection
@@ -234,9 +234,13 @@ class Server:
             return False
         return True
 
-    def _share_of(self, user: int, descriptors: int) -> int:
-        """Where a service has many users, none of them may have more than half."""
-        return descriptors // 2 if self._owner == 0 != user else descriptors
+    def _has_room(self, had: Counter[int], user: int, descriptors: int) -> bool:
+        """Where a service has many users, none of them may have more than half of these, nor all but the owner more
+        than three quarters: a user may have the ids of others at hand (subuid(5))."""
+        room = had.total() < descriptors
+        if self._owner == 0 != user:
+            room &= had[user] < descriptors // 2 and had.total() - had[0] < descriptors - descriptors // 4
+        return room
 
     def _turn_away(self) -> None:
         """Hang up on who is first in the queue, with the descriptor kept for that: else they wait, and this spins."""
@@ -325,10 +329,9 @@ class Server:
 
     def _take_room(self, caller: Caller) -> None:
         """ConnectionRefusedError: there is no descriptor for one process more."""
-        most = self._share_of(caller.uid, self._shares.processes)
         with self._lock:
             have = self._processes.total()
-            room = have < self._shares.processes and self._processes[caller.uid] < most
+            room = self._has_room(self._processes, caller.uid, self._shares.processes)
             self._processes[caller.uid] += room
         if not room:
             why = f"{have} have, and this service may open {self._shares.limit} descriptors"
