@@ -345,8 +345,12 @@ static unsigned char *before;
 
 static void *without_leader(void *arg)
 {
+	unsigned char *last = before + SIZE - 4096;
+
 	nap(200);
-	printf("mprotect %d\n", mprotect(before, 1UL << 40, PROT_READ | PROT_WRITE)); /* not all of it is mapped */
+	munmap(last, 4096);
+	printf("mprotect %d\n", mprotect(before, SIZE, PROT_READ | PROT_WRITE)); /* not all of it is mapped */
+	mmap(last, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 	printf("discard %d", madvise(before, SIZE, MADV_DONTNEED));
 	printf(" leaves %d\n", before[0] + before[SIZE - 1]);
 	before = begin();

@@ -319,7 +319,7 @@ class SimulatedAddressSpace:
     def exit(self) -> None:
         """The process ends: its memory is free, and every call from now on finds it gone."""
         self.discard(0, 1 << 62)
-        self.alive = False
+        self.alive, self.halt = False, ""
 
     def pages(self) -> dict[int, int]:
         """Content of every page that is present."""
