@@ -58,6 +58,7 @@ def test_who_compares_with_holes_fills_none_that_there_is_no_memory_for(
 ) -> None:
     monkeypatch.setattr(MemfdSegment, "_check", lambda self: os.fstat(self.fileno()).st_ino)  # this service believes it
     segment = MemfdSegment(holes(blocks), PAGES)
+    cramped.space._has.add(segment)  # and that the process has proved to have a page of it
     extents = np.array([(cramped.address // 4096 + 1, PAGES - 1, 0)], EXTENT)  # the first is of zeros
     try:
         status = cramped.space.merge(segment, extents).status
