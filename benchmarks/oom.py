@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,23 +230,32 @@ def wait_kernel_merged(workers: list[Worker]) -> None:
     wait_until(merged, "merged by the kernel")
 
 
+@contextlib.contextmanager
+def merged_by_the_kernel(group: MemoryCgroup) -> Iterator[tuple[list[Worker], Neighbours]]:
+    """Two workers of 512 MiB, merged by the kernel, in a cgroup of 300 MiB that neighbours fill and empty."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kernel_ksm.borrowed(**kernel_ksm.FASTEST))
+        group.set_limit(ROOMY)
+        workers = [Worker(group, None) for _ in range(2)]
+        for worker in workers:
+            stack.callback(worker.end)
+            worker.ask("advise")
+        wait_kernel_merged(workers)
+        kernel_ksm.write("run", 0)
+        group.set_limit(LIMIT)
+        neighbours = Neighbours(group)
+        stack.callback(neighbours.end)
+        yield workers, neighbours
+
+
 def kernel_under_a_limit(rounds: int) -> Outcome:
     """The same with the kernel's MADV_UNMERGEABLE, and new processes for every round."""
     out = Outcome("kernel madvise")
     started = time.monotonic()
     for _ in range(rounds):
         with contextlib.ExitStack() as stack:
-            stack.enter_context(kernel_ksm.borrowed(**kernel_ksm.FASTEST))
-            group = stack.enter_context(MemoryCgroup("ksm", ROOMY))
-            workers = [Worker(group, None) for _ in range(2)]
-            for worker in workers:
-                stack.callback(worker.end)
-                worker.ask("advise")
-            wait_kernel_merged(workers)
-            kernel_ksm.write("run", 0)
-            group.set_limit(LIMIT)
-            neighbours = Neighbours(group)
-            stack.callback(neighbours.end)
+            group = stack.enter_context(MemoryCgroup("ksm"))
+            workers, neighbours = stack.enter_context(merged_by_the_kernel(group))
             refused = group.refused()
             try:
                 answer = workers[0].ask("madvise")

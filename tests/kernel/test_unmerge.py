@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 
 import pytest
 
 from benchmarks import kernel_ksm
 from benchmarks.memory_cgroup import MemoryCgroup
-from benchmarks.oom import LIMIT, MIB, PAGE_SIZE, ROOMY, Neighbours, Worker, wait_kernel_merged
+from benchmarks.oom import MIB, PAGE_SIZE, ROOMY, merged_by_the_kernel
 from benchmarks.processes import wait_until
 from samepage import inject
 from samepage.kernel.unmerge import processes
@@ -26,27 +25,9 @@ ROUNDS = int(os.environ.get("SAMEPAGE_TEST_UNMERGES", "12"))
 KERNEL_ROUNDS = int(os.environ.get("SAMEPAGE_TEST_KERNEL_UNMERGES", "1"))
 
 
-@contextlib.contextmanager
-def too_small(group: MemoryCgroup) -> Iterator[tuple[list[Worker], Neighbours]]:
-    """Two workers of 512 MiB, merged by the kernel, in a cgroup of 300 MiB that neighbours fill and empty."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(kernel_ksm.borrowed(**kernel_ksm.FASTEST))
-        group.set_limit(ROOMY)
-        workers = [Worker(group, None) for _ in range(2)]
-        for worker in workers:
-            stack.callback(worker.end)
-            worker.ask("advise")
-        wait_kernel_merged(workers)
-        kernel_ksm.write("run", 0)
-        group.set_limit(LIMIT)
-        neighbours = Neighbours(group)
-        stack.callback(neighbours.end)
-        yield workers, neighbours
-
-
 @pytest.mark.timeout(60 + 10 * ROUNDS)
 def test_in_a_cgroup_that_is_too_small_it_is_enomem_and_nobody_is_killed(group: MemoryCgroup) -> None:
-    with too_small(group) as (workers, neighbours):
+    with merged_by_the_kernel(group) as (workers, neighbours):
         for n in range(ROUNDS):
             worker = workers[n % 2]
             done = samepage("unmerge", "--engine", "kernel", "--pid", str(worker.pid), "--json")
@@ -71,7 +52,7 @@ def test_in_a_cgroup_that_is_too_small_it_is_enomem_and_nobody_is_killed(group: 
 
 
 def test_detach_in_a_cgroup_that_is_too_small_leaves_the_rest_mergeable_and_goes_on_later(group: MemoryCgroup) -> None:
-    with too_small(group) as (workers, neighbours):
+    with merged_by_the_kernel(group) as (workers, neighbours):
         worker = workers[0]
         done = samepage("detach", str(worker.pid))
         assert done.returncode == 1
@@ -91,7 +72,7 @@ def test_the_kernels_own_run_2_kills_in_the_same_cgroup(group: MemoryCgroup) -> 
     killed = 0
     for _ in range(KERNEL_ROUNDS):
         before = group.killed()
-        with too_small(group) as (_, neighbours):
+        with merged_by_the_kernel(group) as (_, neighbours):
             with contextlib.suppress(OSError):
                 kernel_ksm.write("run", 2)
             neighbours.look()

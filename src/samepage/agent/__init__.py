@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from samepage.libraries import installed
+
 NAME = "libsamepage.so"
 
 UNSEEN = "what limits the process (its memory cgroup, or the machine) cannot be read from inside of it"
@@ -44,18 +46,10 @@ class Step(NamedTuple):
 
 
 def library_path() -> Path:
-    """Where libsamepage.so is, existing or not: `$SAMEPAGE_LIBRARY`, else beside the package.
-
-    An editable install leaves the library in its build folder; only importlib knows where.
-    """
+    """Where libsamepage.so is, existing or not: `$SAMEPAGE_LIBRARY`, else as `installed` says."""
     if path := os.environ.get("SAMEPAGE_LIBRARY"):
         return Path(path).absolute()
-    beside = Path(__file__).parents[1] / NAME
-    if beside.exists():
-        return beside
-    from importlib import resources  # slow to load, and rarely needed
-
-    return Path(str(resources.files("samepage") / NAME))
+    return installed(NAME)
 
 
 def forbid_huge_pages() -> None:

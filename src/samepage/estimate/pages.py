@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from samepage.libraries import installed
 from samepage.memory import PAGE_SIZE, U8, U64
 
 NAME = "libsamepage_scan.so"
@@ -28,12 +28,7 @@ Runs = npt.NDArray[np.void]
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    beside = Path(__file__).parents[1] / NAME
-    if not beside.exists():  # an editable install leaves it in the build folder
-        from importlib import resources
-
-        beside = Path(str(resources.files("samepage") / NAME))
-    library = ctypes.CDLL(str(beside))
+    library = ctypes.CDLL(str(installed(NAME)))
     pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
     library.samepage_scan_hash.argtypes = [ctypes.c_int, pointer, u64, pointer, pointer]
     library.samepage_scan_hash.restype = ctypes.c_int64

@@ -10,7 +10,8 @@ import functools
 import os
 from collections.abc import Sequence
 from enum import IntEnum
-from pathlib import Path
+
+from samepage.libraries import installed
 
 NAME = "libsamepage_inject.so"
 
@@ -56,12 +57,7 @@ Call = tuple[int, ...]
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library. OSError when it is missing."""
-    beside = Path(__file__).parents[1] / NAME
-    if not beside.exists():  # an editable install leaves it in the build folder
-        from importlib import resources
-
-        beside = Path(str(resources.files("samepage") / NAME))
-    library = ctypes.CDLL(str(beside))
+    library = ctypes.CDLL(str(installed(NAME)))
     library.samepage_inject_calls.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call), ctypes.c_size_t]
     library.samepage_inject_unmerge.argtypes = [ctypes.POINTER(Unmerging)]
     library.samepage_inject_headroom.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
