@@ -193,6 +193,9 @@ extern uint64_t areas_seq;	       /* changes whenever the set of mergeable range
 extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: what the program mapped or will map is mergeable */
 extern _Atomic bool merge_mapped;      /* the same, by `samepage run --memory`; set before anything is mapped */
 bool merges_mapped(void);	       /* one of the two */
+/* Where the kernel's KSM serves the processes that have no agent (`run --engine auto`), it is not to serve this one, too: the
+ * kernel's own PR_SET_MEMORY_MERGE is off here. Set before anything is mapped. */
+extern bool kernel_serves_others;
 
 /* All need the lock. area_next: the first area that ends after `addr`, or NULL; valid until the set changes. */
 struct area *area_next(uintptr_t addr);

@@ -9,6 +9,7 @@ _Atomic unsigned long nr_areas;
 uint64_t areas_seq = 1;
 
 _Atomic bool merge_any, merge_mapped;
+bool kernel_serves_others;
 
 bool merges_mapped(void)
 {

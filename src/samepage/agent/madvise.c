@@ -197,7 +197,8 @@ int sp_set_memory_merge(bool on)
 	}
 	mmap_unlock(&saved);
 	/* The kernel keeps it for us over an exec (see initialise() in wrappers.c). Where its own ksmd runs, that merges, too. */
-	real.prctl(PR_SET_MEMORY_MERGE, (unsigned long)on, 0, 0, 0);
+	if (!kernel_serves_others)
+		real.prctl(PR_SET_MEMORY_MERGE, (unsigned long)on, 0, 0, 0);
 	if (start)
 		agent_start();
 	return 0;

@@ -377,7 +377,7 @@ SP_EXPORT long syscall(long number, ...)
 __attribute__((constructor)) static void initialise(void)
 {
 	const char *service = secure_getenv("SAMEPAGE_SOCKET"), *least = secure_getenv("SAMEPAGE_MIN_ALLOC");
-	const char *memory = secure_getenv("SAMEPAGE_MEMORY");
+	const char *memory = secure_getenv("SAMEPAGE_MEMORY"), *engine = secure_getenv("SAMEPAGE_ENGINE");
 	bool all = memory && !strcmp(memory, "all"), mapped = memory && !strcmp(memory, "mapped");
 	unsigned long bytes = all ? MIN_ALLOC_LEAST : MIN_ALLOC_DEFAULT;
 
@@ -392,9 +392,13 @@ __attribute__((constructor)) static void initialise(void)
 		return;
 	merge_mapped = all || mapped;
 	agent_configure(service);
+	kernel_serves_others = engine && !strcmp(engine, "auto");
 	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */
-	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1)
+	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1) {
 		area_merge_any(true);
+		if (kernel_serves_others) /* at once: after an exec nothing is merged that the kernel would copy */
+			real.prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0);
+	}
 	if (least && *least)
 		bytes = strtoul(least, NULL, 10);
 	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
