@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import grp
+import importlib.util
 import os
 import signal
 import socket
@@ -12,11 +13,19 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from samepage.commands import CommandError, add_mount, add_reserve, add_swap, streams
 from samepage.doctor.facts import look
 from samepage.doctor.findings import hindrance, too_old
 from samepage.service import sockets
+
+if TYPE_CHECKING:
+    from samepage.service.scanner import Scanner
+
+METRICS = "127.0.0.1:19453"
+"""Where metrics are served unless an address says otherwise: no exporter of Prometheus' list has this port, and the
+kernel gives out none so low."""
 
 
 class Daemon:
@@ -37,6 +46,14 @@ class Daemon:
         add_reserve(parser)
         add_swap(parser)
         add_mount(parser)
+        parser.add_argument(
+            "--metrics",
+            metavar="ADDRESS",
+            nargs="?",
+            const=METRICS,
+            help="serve metrics in Prometheus' format at HOST:PORT, or at the path of a Unix socket, for this user "
+            f"alone (without ADDRESS: {METRICS}); whoever can connect can read them, of all users",
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         facts = look()
@@ -50,7 +67,8 @@ class Daemon:
             with _tree(args.mount, path):
                 if why := hindrance(facts, args.swap or "move"):
                     streams.say(why)
-                _serve(listener, path, args.reserve, args.swap == "wp", args.userfaultfd_group)
+                with _metrics(args.metrics) as metrics:
+                    _serve(listener, path, args.reserve, args.swap == "wp", args.userfaultfd_group, metrics)
         finally:
             Path(path).unlink(missing_ok=True)
         return 0
@@ -71,6 +89,23 @@ def _tree(directory: str | None, socket: str) -> Iterator[None]:
         tree.end()
 
 
+@contextlib.contextmanager
+def _metrics(address: str | None) -> Iterator[socket.socket | None]:
+    """Where metrics are to be served, if they are asked for."""
+    if address is None:
+        yield None
+        return
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise CommandError("--metrics needs the Python package prometheus_client: pip install 'samepage[metrics]'")
+    from samepage.service import exposition
+
+    listener = exposition.listen(address)
+    try:
+        yield listener
+    finally:
+        exposition.remove(address)
+
+
 def _group(name: str) -> int:
     try:
         return grp.getgrnam(name).gr_gid
@@ -84,6 +119,7 @@ def _serve(
     reserve: int,
     write_protect: bool = False,
     userfaultfd_group: int | None = None,
+    metrics: socket.socket | None = None,
 ) -> None:
     # Imported once the socket is ours: numpy takes longer to load than to refuse.
     from samepage.memory.agent import Terms
@@ -103,12 +139,24 @@ def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     threading.Thread(target=scanner.run, name="ksmd", daemon=True).start()
+    if metrics is not None:
+        _expose(metrics, scanner)
     with contextlib.suppress(OSError):  # the processes it is for do not read that
         print(f"samepage: listening at {path}")
     streams.flush()
     server.run()
     signal.set_wakeup_fd(-1)
     scanner.stop()
+
+
+def _expose(listener: socket.socket, scanner: Scanner) -> None:
+    from prometheus_client.exposition import generate_latest
+
+    from samepage.service.exposition import Exposition
+    from samepage.service.metrics import Metrics
+
+    metrics = Metrics(scanner)
+    Exposition(listener, lambda: generate_latest(metrics))
 
 
 def _private_parent(folder: Path) -> None:

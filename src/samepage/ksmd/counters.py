@@ -102,6 +102,29 @@ class Counters:
     """Failures so far, by name of `PageStatus`."""
 
 
+@dataclass(slots=True, frozen=True)
+class DomainRow:
+    """One merge domain. Over all domains each of these adds up to the counter of that name."""
+
+    domain: int
+    pages_shared: int
+    pages_sharing: int
+    pages_inherited: int
+    pages_dead: int
+    ksm_zero_pages: int
+    bytes_saved: int
+    metadata_bytes: int
+
+
+@dataclass(slots=True, frozen=True)
+class Snapshot:
+    """All that is shown, of one moment."""
+
+    counters: Counters = field(default_factory=Counters)
+    domains: tuple[DomainRow, ...] = ()
+    processes: tuple[ProcessRow, ...] = ()
+
+
 FAILURES = [(int(status), status.name) for status in PageStatus if status != PageStatus.DONE]
 
 
@@ -134,8 +157,29 @@ def process_row(slot: MmSlot) -> ProcessRow:
     )
 
 
-def total(domains: list[Domain], metadata_bytes: int) -> dict[str, int]:
-    """The counters that are sums over the pages known now."""
+def domain_row(domain: Domain) -> DomainRow:
+    """A snapshot of one domain."""
+    inherited = sum(int(slot.counts[PageState.INHERITED]) for slot in domain.slots)
+    zero = sum(int(slot.counts[PageState.ZERO]) for slot in domain.slots)
+    tree = domain.stable
+    sharing = tree.sharers_total - tree.pages_shared
+    return DomainRow(
+        domain=domain.number,
+        pages_shared=tree.pages_shared,
+        pages_sharing=sharing,
+        pages_inherited=inherited,
+        pages_dead=tree.dead_nodes,
+        ksm_zero_pages=zero,
+        bytes_saved=(sharing - inherited - tree.dead_nodes + zero) * PAGE_SIZE,
+        metadata_bytes=domain.nbytes(),
+    )
+
+
+SUMMED = ("pages_shared", "pages_sharing", "pages_inherited", "pages_dead", "ksm_zero_pages", "bytes_saved")
+
+
+def total(domains: list[Domain], rows: tuple[DomainRow, ...]) -> dict[str, int]:
+    """The counters that are sums over the pages known now. `rows` are those of the domains."""
     n = [0] * len(PageState)
     volatile = 0
     for domain in domains:
@@ -143,27 +187,19 @@ def total(domains: list[Domain], metadata_bytes: int) -> dict[str, int]:
             n = [a + b for a, b in zip(n, slot.counts.tolist(), strict=True)]
             volatile += slot.in_no_tree
     trees = [domain.stable for domain in domains]
-    shared = sum(tree.pages_shared for tree in trees)
-    sharing = sum(tree.sharers_total for tree in trees) - shared
-    dead = sum(tree.dead_nodes for tree in trees)
-    saved = (sharing - n[PageState.INHERITED] - dead + n[PageState.ZERO]) * PAGE_SIZE
-    return {
-        "pages_shared": shared,
-        "pages_sharing": sharing,
+    sums = {name: sum(getattr(row, name) for row in rows) for name in SUMMED}
+    metadata_bytes = sum(row.metadata_bytes for row in rows)
+    return sums | {
         "pages_unshared": n[PageState.UNSHARED],
         "pages_volatile": volatile,
-        "pages_inherited": n[PageState.INHERITED],
-        "pages_dead": dead,
         "pages_broken": n[PageState.BROKEN],
         "pages_deferred": n[PageState.DEFERRED],
         "pages_unmerged_vma": n[PageState.OVER_BUDGET],
         "pages_collided": n[PageState.COLLIDED],
-        "ksm_zero_pages": n[PageState.ZERO],
         "stable_node_chains": sum(tree.chains for tree in trees),
         "stable_node_dups": sum(tree.dups for tree in trees),
         "segments": sum(len(tree.segments) for tree in trees),
-        "bytes_saved": saved,
-        "general_profit": saved - metadata_bytes,
+        "general_profit": sums["bytes_saved"] - metadata_bytes,
         "metadata_bytes": metadata_bytes,
     }
 

@@ -17,7 +17,7 @@ from samepage.ksmd import books
 from samepage.ksmd import counters as show
 from samepage.ksmd import knobs as knob_rules
 from samepage.ksmd.advisor import Advisor
-from samepage.ksmd.counters import Counters, ProcessRow
+from samepage.ksmd.counters import Counters, ProcessRow, Snapshot
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.islands import restore, restore_range
 from samepage.ksmd.knobs import Knobs, Run
@@ -143,8 +143,7 @@ class Ksmd:
         self._pruned = -math.inf
         self._cpu = 0.0
         self._departed_cpu_ns = 0
-        self._counters = Counters(run=self._knobs.run)
-        self._rows: tuple[ProcessRow, ...] = ()
+        self._shown = Snapshot(Counters(run=self._knobs.run))
         self._urgent = False
 
     # -- who takes part ---------------------------------------------------------------------------------
@@ -774,9 +773,13 @@ class Ksmd:
             return max(0.0, self._joins_until - self._clock())
         return self._advisor.wait(self._clock(), self._urgent or bool(self._joining))
 
+    def snapshot(self) -> Snapshot:
+        """How things stood after the last batch: counters and all rows, of the same moment."""
+        return self._shown
+
     def counters(self) -> Counters:
-        """How things stood after the last batch."""
-        return self._counters
+        """Those of the snapshot."""
+        return self._shown.counters
 
     def lost(self, pids: Collection[int] = ()) -> list[ProcessBreak]:
         """A row for each process, of `pids` or all, with merged pages that nothing can be asked of."""
@@ -788,11 +791,11 @@ class Ksmd:
 
     def rows(self) -> tuple[ProcessRow, ...]:
         """A row for every process, of the same moment."""
-        return self._rows
+        return self._shown.processes
 
     def metadata_bytes(self) -> int:
         """Bytes of memory that knowing pages takes, of the same moment (temporaries of a batch are not in it)."""
-        return self._counters.metadata_bytes
+        return self._shown.counters.metadata_bytes
 
     def _publish(self) -> None:
         """Make a new snapshot, for readers that must not wait."""
@@ -801,8 +804,8 @@ class Ksmd:
             slots = list(self._slots.values())
         self._urgent = any(domain.candidates and not domain.patience.is_spent for domain in domains)
         self._urgent |= any(not slot.passes and not slot.is_put_off for slot in slots)
-        self._rows = tuple(show.process_row(slot) for slot in slots)
-        self._counters = Counters(
+        rows = tuple(show.domain_row(domain) for domain in domains)
+        counters = Counters(
             run=self._knobs.run,
             # A pass has not done its work before its candidates are merged: who waits for two passes, as KSM's users
             # do, wants to see what came of them.
@@ -811,8 +814,9 @@ class Ksmd:
             pages_skipped=self._pages_skipped,
             cpu_seconds=self._cpu + (self._departed_cpu_ns + sum(slot.cpu_ns for slot in slots)) / 1e9,
             merge_failures=show.failures(self._work.statuses.tolist()),
-            **show.total(domains, sum(domain.nbytes() for domain in domains)),
+            **show.total(domains, rows),
         )
+        self._shown = Snapshot(counters, rows, tuple(show.process_row(slot) for slot in slots))
 
 
 class UnmergeFailed(OSError):

@@ -475,7 +475,7 @@ class AgentAddressSpace:
             reader = answer.reader()
             found = reader.one(wire.HEADROOM)
             reader.end()
-        group = _memory_cgroup(self._pid)
+        group = memory_cgroup(self._pid)
         self.verify()
         return group, found["available"]
 
@@ -601,7 +601,7 @@ def greet(sock: socket.socket, hello: Packet, pid: int, terms: Terms, userfaultf
     return comm
 
 
-def _memory_cgroup(pid: int) -> str:
+def memory_cgroup(pid: int) -> str:
     """Path of the process's memory cgroup, from /proc/PID/cgroup: of v1's memory controller where that is mounted, else
     of the one hierarchy of v2. "" when the process is gone."""
     found = ""

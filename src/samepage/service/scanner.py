@@ -14,6 +14,7 @@ from typing import Any
 
 from samepage import agent
 from samepage.ksmd import Ksmd, ProcessRow, UnmergeFailed
+from samepage.ksmd.counters import Snapshot
 from samepage.ksmd.ksmd import headroom, hold
 from samepage.ksmd.merge import Concurrently
 from samepage.ksmd.mm_slot import MmSlot, in_words
@@ -25,6 +26,7 @@ from samepage.memory.segments import OPEN
 from samepage.service import ksm_files
 from samepage.service.control import Arrivals, blamed
 from samepage.service.log import log_once
+from samepage.service.tally import Tally
 
 Answer = dict[str, Any]
 
@@ -33,6 +35,9 @@ WORKERS = max(4, os.cpu_count() or 1)
 
 AFTER_ERROR = 1.0
 """Seconds that ksmd rests after a mistake of its own, so as not to fill the log."""
+
+DONE = "done"
+"""Outcome of an unmerge without an error."""
 
 INTRODUCE_TIMEOUT = 1.0
 """Seconds that somebody may take to be ready for a process that joins."""
@@ -89,6 +94,8 @@ class Scanner:
             concurrently = _threads()
         self._status = ThreadPoolExecutor(WORKERS, "status")
         self._ksmd = Ksmd(concurrently=concurrently, owner=os.getuid())
+        self.tally = Tally(os.getuid())
+        """What is counted for metrics."""
         self._slots: dict[AgentAddressSpace, MmSlot] = {}
         self._slots_lock = threading.Lock()
         self._introductions: list[Arrivals] = []
@@ -136,6 +143,7 @@ class Scanner:
         slot = self._ksmd.enter(space, space.comm, space.swap.name.lower())
         with self._slots_lock:
             self._slots[space] = slot
+        self.tally.enter(slot.pid, slot.domain.number)
         self._wake.set()
 
     @contextlib.contextmanager
@@ -159,12 +167,18 @@ class Scanner:
         """A process left."""
         with self._slots_lock:
             slot = self._slots.pop(space)
+        why = space.gone if space.gone != ENDED else None
+        self.tally.leave(slot.pid, slot.cpu_ns / 1e9, why)
         if space.gone not in (None, ENDED):
             slot.lose(AddressSpaceGone(space.gone or ""))
         try:
             self._ksmd.exit(slot)
         except Exception as e:  # whoever accepts connections must not end with it
             log_once("a mistake of ksmd's own", f"ksmd: {in_words(e)}")
+
+    def snapshot(self) -> Snapshot:
+        """Counters and all rows, of one moment. Waits for nobody."""
+        return self._ksmd.snapshot()
 
     def counters(self, domain: int | None = None) -> dict[str, Any]:
         """ksmd's counters, by name. Of one domain: sums over its processes (`SUMMED`), and how many there are."""
@@ -255,9 +269,13 @@ class Scanner:
         `Ksmd.unmerge`), with the numbers in its text; `run` is 0 then."""
         try:
             with hold(self._gate, cancelled), self._known(knob):
+                merged = [row for row in self._ksmd.rows() if row.merged and (knob, value) == ("run", "2")]
                 self._ksmd.set(knob, value, cancelled)
+            for row in merged:
+                self.tally.unmerged(row.pid, row.domain, DONE)
         except UnmergeFailed as e:
             result = e.result
+            self._count(result, {row.pid: row.domain for row in self._ksmd.rows()})
             slots = self._ksmd.slots()
             known = {slot.pid for slot in slots}
             left = sum(slot.merged for slot in slots)
@@ -308,11 +326,19 @@ class Scanner:
     def _unmerge(self, slot: MmSlot, cancelled: Callable[[], bool]) -> UnmergeResult:
         try:
             with hold(self._gate, cancelled):
-                return self._ksmd.unmerge(slot, cancelled=cancelled)
+                result = self._ksmd.unmerge(slot, cancelled=cancelled)
+            self._count(result, {slot.pid: slot.domain.number})
+            return result
         except InterruptedError:  # before its turn came
             return UnmergeResult(errno.EINTR, pages_remaining=slot.merged)
         finally:
             self._hang_up_on_the_gone()
+
+    def _count(self, result: UnmergeResult, domains: dict[int, int]) -> None:
+        for row in result.processes:
+            if row.pid in domains:
+                outcome = errno.errorcode[row.errno] if row.errno else DONE
+                self.tally.unmerged(row.pid, domains[row.pid], outcome)
 
     def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer:
         """Merge pages of a process now. OSError ESRCH when it has not joined, is not of `domain`, or goes meanwhile."""

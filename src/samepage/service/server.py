@@ -208,6 +208,7 @@ class Server:
         caller = peer(sock)
         if caller.uid == self._anybody:  # who that is cannot be told, and so not whose pages are whose
             log_once("users without an id", "processes of users that have no id in this user namespace may not join")
+            self._scanner.tally.refuse("no user id")
             self._turned_away.append(sock)
             return True
         connection = _Connection(sock, caller, sock.fileno(), time.monotonic() + TIMEOUT)
@@ -223,6 +224,7 @@ class Server:
         if welcome:
             self._forget(connection)
             self._connected_less(caller.uid)
+        self._scanner.tally.refuse("too many connections")
         log_once("a connection turned away", f"too many connections: one of user {caller.uid} is turned away")
         return True
 
@@ -269,6 +271,7 @@ class Server:
         except (AddressSpaceGone, wire.WireError) as e:
             if not isinstance(e.__cause__, ConnectionError):  # to end, or to exec, in the middle of it is no news
                 why = e.strerror or str(e) if isinstance(e, OSError) else f"process {caller.pid} did not join: {e}"
+                self._scanner.tally.refuse("not allowed" if "may not join" in why else "protocol")
                 log_once(f"who may not join (user {caller.uid})", why)
         except OSError:
             pass  # it went, or does not take in what it asked for
@@ -335,6 +338,7 @@ class Server:
             self._processes[caller.uid] += room
         if not room:
             why = f"{have} have, and this service may open {self._shares.limit} descriptors"
+            self._scanner.tally.refuse("no descriptors")
             log_once(f"no room for a process (user {caller.uid})", f"process {caller.pid} may not join: {why}")
             raise ConnectionRefusedError(errno.ECONNREFUSED, why)
 

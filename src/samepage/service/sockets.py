@@ -80,15 +80,15 @@ def find(path: str | None = None) -> str:
     return path or os.environ.get("SAMEPAGE_SOCKET") or running() or default_path()
 
 
-def listen(path: str, everybody: bool = False) -> socket.socket:
+def listen(path: str, everybody: bool = False, kind: int = socket.SOCK_SEQPACKET) -> socket.socket:
     """A listening socket at `path`, which only this user can connect to, or `everybody`.
 
     Removes the stale socket of a service that ended without. Raises `ControlError`: EADDRINUSE when a service answers
     there, or what the system says.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock = socket.socket(socket.AF_UNIX, kind)
     try:
-        _remove_stale(path)
+        _remove_stale(path, kind)
         umask = os.umask(0o111 if everybody else 0o177)
         try:
             sock.bind(path)
@@ -103,14 +103,14 @@ def listen(path: str, everybody: bool = False) -> socket.socket:
     return sock
 
 
-def _remove_stale(path: str) -> None:
+def _remove_stale(path: str, kind: int) -> None:
     try:
         mode = Path(path).lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
         raise ControlError(errno.EEXIST, f"{path} is there already, and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.settimeout(1)
         try:
             probe.connect(path)

@@ -1,0 +1,186 @@
+"""What a service counts for its metrics, by merge domain and cgroup: CPU time, unmerges, processes that were dropped.
+
+A pair of domain and cgroup is a *place*. Users make cgroups and user namespaces as they like, and each place is a
+time series in somebody's database, so there are `PLACES_MAX` of them; all others are one, `OTHERS`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from samepage.ksmd import ProcessRow
+from samepage.memory.agent import memory_cgroup
+from samepage.memory.identity import user_of
+
+PLACES_MAX = 100
+
+PLACES_OF_A_GUEST = 10
+"""Of a user who does not own the service."""
+
+IDLE = 600.0
+"""Seconds after which a place without a process makes room for another."""
+
+CGROUP_EVERY = 30.0
+"""Seconds between two looks at the cgroup of a process."""
+
+SETTLED = 1.0
+"""Seconds after which a row is that of the process that joined, not of what it was before an exec."""
+
+NAME_MAX = 200
+"""Characters of a cgroup's path that are shown: of a longer one the last."""
+
+OTHERS = ("others", "others")
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Processes of one domain in one cgroup. What is counted here only grows."""
+
+    domain: str
+    cgroup: str
+    user: int | None = None
+    used: float = 0.0
+    """When it last had a process, in `time.monotonic`."""
+    cpu_seconds: float = 0.0
+    """CPU time of the agents."""
+    unmerges: Counter[str] = field(default_factory=Counter)
+    """By outcome: "done", or the name of an errno."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Processes that are not served any more though they did not end, by reason."""
+
+
+@dataclass(slots=True)
+class _Process:
+    place: Place
+    entered: float
+    looked: float
+    cpu_seconds: float = 0.0
+
+
+def domain_name(domain: int) -> str:
+    """A merge domain for people: the user id, and the user namespace if it is not the service's own."""
+    namespace = domain >> 32
+    return f"{user_of(domain)}@{namespace}" if namespace else str(user_of(domain))
+
+
+class Tally:
+    """Any thread may call any method, and none waits for ksmd or for a process. `owner` runs the service."""
+
+    def __init__(
+        self,
+        owner: int,
+        clock: Callable[[], float] = time.monotonic,
+        cgroup_of: Callable[[int], str] = memory_cgroup,
+    ) -> None:
+        self._owner = owner
+        self._clock = clock
+        self._cgroup_of = cgroup_of
+        self._lock = threading.Lock()
+        self._places: dict[tuple[int, str], Place] = {}
+        self._others = Place(*OTHERS)
+        self._processes: dict[int, _Process] = {}
+        self._refused: Counter[str] = Counter()
+
+    def enter(self, pid: int, domain: int) -> None:
+        """A process joined."""
+        with self._lock:
+            now = self._clock()
+            self._processes[pid] = _Process(self._place(pid, domain), now, now)
+
+    def look(self, rows: Iterable[ProcessRow]) -> list[Place]:
+        """Take in the CPU time of processes, and whether they are in another cgroup. The place of each, in order."""
+        with self._lock:
+            return [self._look(row) for row in rows]
+
+    def leave(self, pid: int, cpu_seconds: float, why: str | None) -> None:
+        """A process left; `why`, if it did not end."""
+        with self._lock:
+            process = self._processes.pop(pid, None)
+            if process is not None:
+                _spend(process, cpu_seconds)
+                if why is not None:
+                    process.place.dropped[kind_of(why)] += 1
+
+    def unmerged(self, pid: int, domain: int, outcome: str) -> None:
+        """Somebody asked for an unmerge of a process."""
+        with self._lock:
+            process = self._processes.get(pid)
+            place = process.place if process else self._place(pid, domain)
+            place.unmerges[outcome] += 1
+
+    def refuse(self, why: str) -> None:
+        """A process may not join. `why` is one of few words."""
+        with self._lock:
+            self._refused[why] += 1
+
+    def refused(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._refused)
+
+    def places(self) -> list[Place]:
+        """All of them, `OTHERS` if anybody was counted there."""
+        with self._lock:
+            others = [self._others] if self._others.used else []
+            return [*self._places.values(), *others]
+
+    def _look(self, row: ProcessRow) -> Place:
+        process, now = self._processes.get(row.pid), self._clock()
+        if process is None:  # it has just left
+            return self._place(row.pid, row.domain)
+        if now - process.looked >= CGROUP_EVERY:
+            process.place, process.looked = self._place(row.pid, row.domain, process.place), now
+        process.place.used = now
+        if now - process.entered >= SETTLED:
+            _spend(process, row.cpu_seconds)
+        return process.place
+
+    def _place(self, pid: int, domain: int, before: Place | None = None) -> Place:
+        cgroup = self._cgroup_of(pid)
+        if before is not None and not cgroup:  # it has just ended
+            return before
+        cgroup = cgroup if len(cgroup) <= NAME_MAX else "..." + cgroup[-NAME_MAX:]
+        place = self._places.get((domain, cgroup))
+        if place is None:
+            user = user_of(domain)
+            if not self._has_room(user):
+                place = self._others
+            else:
+                place = self._places[domain, cgroup] = Place(domain_name(domain), cgroup, user)
+        place.used = self._clock()
+        return place
+
+    def _has_room(self, user: int) -> bool:
+        if self._may_have_one_more(user):
+            return True
+        before, busy = self._clock() - IDLE, {process.place for process in self._processes.values()}
+        for key, place in list(self._places.items()):
+            if place.used < before and place not in busy:
+                del self._places[key]
+        return self._may_have_one_more(user)
+
+    def _may_have_one_more(self, user: int) -> bool:
+        had = sum(place.user == user for place in self._places.values())
+        return len(self._places) < PLACES_MAX and (user == self._owner or had < PLACES_OF_A_GUEST)
+
+
+def _spend(process: _Process, cpu_seconds: float) -> None:
+    process.place.cpu_seconds += max(0.0, cpu_seconds - process.cpu_seconds)
+    process.cpu_seconds = max(process.cpu_seconds, cpu_seconds)
+
+
+def kind_of(why: str) -> str:
+    """Why a process was dropped, in one of few words."""
+    kinds = {
+        "it changed its": "another user",
+        "it entered another user namespace": "another user",
+        "it executed another program": "another program",
+        "its pid is another": "another program",
+        "no answer in time": "no answer",
+        "it keeps everybody waiting": "too slow",
+        "it tells of more pages": "false claims",
+    }
+    return next((kind for begin, kind in kinds.items() if why.startswith(begin)), "protocol")
