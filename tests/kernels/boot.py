@@ -79,11 +79,21 @@ class Kernel:
 
 def unpack(archive: Archive, package: str, folder: Path) -> Kernel:
     """A package of Debian's by its name, or a file, unpacked into `folder` if it is not there yet."""
-    if not list(folder.glob("boot/vmlinuz-*")):
+    if not _image(folder):
         archive.unpack(package, folder)
-    image = next(folder.glob("boot/vmlinuz-*"))
+        if not _image(folder):  # from 7.0 on it is in packages of its own
+            for part in ("linux-modules", "linux-binary"):
+                archive.unpack(Path(package).name.replace("linux-image", part), folder)
+    image = _image(folder)
+    if image is None:
+        raise OSError(f"{package}: there is no kernel in it")
+    release = image.name.removeprefix("vmlinuz-") if image.name != "vmlinuz" else image.parent.name
     found = {path.name.partition(".ko")[0].replace("-", "_"): path for path in folder.rglob("*.ko*")}
-    return Kernel(image.name.removeprefix("vmlinuz-"), image, {name: found[name] for name in MODULES if name in found})
+    return Kernel(release, image, {name: found[name] for name in MODULES if name in found})
+
+
+def _image(folder: Path) -> Path | None:
+    return next((path for form in ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz") for path in folder.glob(form)), None)
 
 
 def emulator(archive: Archive) -> list[str]:
