@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Executes a program under a seccomp filter: filter ACTION NUMBER,... COMMAND [ARG]... */
+/* Executes a program under a seccomp filter: filter ACTION NUMBER[!BIT],... COMMAND [ARG]...; with BIT the call is let through
+ * that has this bit in its second argument. */
 #include <errno.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
@@ -36,7 +37,19 @@ int main(int argc, char **argv)
 		if (!strcmp(argv[1], actions[i].name))
 			action = actions[i].value;
 	for (char *at = strtok(argv[2], ","); at; at = strtok(NULL, ",")) {
-		code[program.len++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (unsigned)atoi(at), 0, 1);
+		const char *bit = strchr(at, '!');
+		const struct sock_filter unless[] = {
+			BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1])),
+			BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, bit ? (unsigned)atoi(bit + 1) : 0, 0, 1),
+			BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+		};
+
+		code[program.len++] =
+			(struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (unsigned)atoi(at), 0, bit ? 4 : 1);
+		if (bit) {
+			memcpy(code + program.len, unless, sizeof(unless));
+			program.len += 3;
+		}
 		code[program.len++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, action);
 	}
 	code[program.len++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);

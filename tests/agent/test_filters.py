@@ -12,6 +12,7 @@ import pytest
 
 from samepage import agent
 from samepage.doctor.facts import look
+from samepage.doctor.findings import hindrance
 from tests.agent.preload import ROOT, Preload, build_agent, compile_c
 
 NUMBERS = {
@@ -99,6 +100,18 @@ def test_under_a_filter_that_answers_with_an_error_the_command_ends_as_it_would(
     if call in NOT_OURS:
         saved = json.loads(report.read_text())
         assert saved["bytes_saved_peak"] > 20 << 20 or "move" not in saved["swap"], (saved, err)
+
+
+@pytest.mark.parametrize("way", ["move", "wp"])
+def test_where_no_memfd_may_be_executable_pages_are_merged_all_the_same(programs: Path, way: str) -> None:
+    """vm.memfd_noexec=2 refuses all others; Linux 6.3 to 6.5 also those that say nothing of it."""
+    report = programs / "saved.json"
+    command = ["samepage", "run", "--swap", way, "--json", str(report), "--set", "sleep_millisecs=0"]
+    noexec = [str(programs / "filter"), "errno", f"{NUMBERS['memfd_create']}!8"]  # MFD_NOEXEC_SEAL
+    status, out, err = run([*noexec, *command, "--", str(programs / "filtered")])
+    assert (status, out) == run([str(programs / "filtered")])[:2], err
+    saved = json.loads(report.read_text())
+    assert saved["bytes_saved_peak"] > 20 << 20 or hindrance(look(), way), (saved, err)
 
 
 def test_what_was_tried_holds_for_as_many_filters(tmp_path: Path, programs: Path) -> None:

@@ -415,6 +415,8 @@ void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run
 void scan_disturb(void);
 uint64_t page_checksum(const void *page); /* hash.c */
 
+/* A memfd, as vm.memfd_noexec=2 wants it; or -1. */
+int new_memfd(void);
 /* Copies pages to a new sealed memfd: the descriptor, -1 when no page could be had. One PageStatus a page. */
 int donate(const struct sp_area *runs, size_t n, uint8_t *status);
 

@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static int new_segment(void)
+int new_memfd(void)
 {
 	int fd = (int)real.syscall(SYS_memfd_create, "samepage", 1 | 2 | 8); /* CLOEXEC, ALLOW_SEALING, NOEXEC_SEAL */
 
@@ -119,7 +119,7 @@ int donate(const struct sp_area *runs, size_t n, uint8_t *status)
 	for (size_t i = 0; i < n; i++)
 		pages += runs[i].npages;
 	agent_mmap_lock();
-	fd = room_for(0, pages * PAGE_SIZE + settings.reserve) ? new_segment() : -1;
+	fd = room_for(0, pages * PAGE_SIZE + settings.reserve) ? new_memfd() : -1;
 	agent_mmap_unlock();
 	if (fd < 0) {
 		memset(status, NOMEM, pages);

@@ -99,7 +99,7 @@ bool migration_tells(void)
 	if (known >= 0)
 		return known;
 	known = 0;
-	fd = (int)real.syscall(SYS_memfd_create, "samepage", 1U /* MFD_CLOEXEC */);
+	fd = new_memfd();
 	if (fd < 0)
 		return false;
 	known = !real.syscall(SYS_ftruncate, fd, PAGE_SIZE) && tells(fd) && tells(-1);

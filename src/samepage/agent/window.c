@@ -167,7 +167,7 @@ void huge_reset(void)
 static bool views_stay(void)
 {
 	bool old = settings.flags & SP_WELCOME_LIKE_5_10;
-	int fd = old ? -1 : (int)real.syscall(SYS_memfd_create, "samepage", 1U /* MFD_CLOEXEC */);
+	int fd = old ? -1 : new_memfd();
 	void *to = (void *)kernel.copy;
 	bool stays;
 
