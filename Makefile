@@ -84,7 +84,7 @@ $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	touch $@
 
 $(VENV)/development: pyproject.toml | $(VENV)/installed
-	$(INSTALL_SELF) '.[bench,dev,test]'
+	$(INSTALL_SELF) '.[bench,dev,fleet,test]'
 	touch $@
 
 $(VENV)/tools: pyproject.toml .ci/packages

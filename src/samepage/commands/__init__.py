@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     from samepage.commands.daemon import Daemon
     from samepage.commands.doctor import Doctor
     from samepage.commands.knobs import Get, Set
+    from samepage.commands.record import Record
     from samepage.commands.run import Run
     from samepage.commands.scan import Scan
     from samepage.commands.status import Status
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "attach": Attach(),
         "detach": Detach(),
         "scan": Scan(),
+        "record": Record(),
         "doctor": Doctor(),
     }
     parser = argparse.ArgumentParser(

@@ -34,33 +34,13 @@ class Scan:
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "targets",
-            metavar="PID|FILE",
-            nargs="*",
-            help="a process, or a memory image or core dump (a file named by a number: ./NUMBER)",
-        )
-        parser.add_argument("--all", action="store_true", help="every process that this user may look at")
-        parser.add_argument(
-            "--cgroup",
-            metavar="PATH",
-            action="append",
-            default=[],
-            help="the processes of a cgroup, and of those below it",
-        )
-        parser.add_argument(
-            "--name",
-            metavar="GLOB",
-            action="append",
-            default=[],
-            help="processes with a name that matches a shell pattern; may be repeated, as --cgroup may",
-        )
+        add_targets(parser)
         parser.add_argument("--json", metavar="FILE", help="write the report as JSON (docs/scan.md); -: to stdout")
         parser.add_argument(
             "--html", metavar="FILE", type=Path, help="write a page with a map of the memory, to look at"
         )
         parser.add_argument(
-            "--watch", metavar="SECONDS", type=_seconds, help="look again after so long, and say what stayed the same"
+            "--watch", metavar="SECONDS", type=seconds, help="look again after so long, and say what stayed the same"
         )
         parser.add_argument(
             "--looks", metavar="N", type=_looks, help="with --watch: look N times in all, that far apart (default: 2)"
@@ -68,7 +48,7 @@ class Scan:
         parser.add_argument(
             "--sample",
             metavar="FRACTION",
-            type=_fraction,
+            type=fraction,
             help="keep only so much of what was seen, and say how far off that may be: less memory, not less reading",
         )
         self._parser = parser
@@ -86,7 +66,7 @@ class Scan:
 
         page_flags = PageFlags()
         try:
-            selection, problems = _selection(args, page_flags)
+            selection, problems = selected(args, page_flags)
             for problem in problems:
                 say(problem)
             report, page = _scan(args, selection, problems)
@@ -105,7 +85,33 @@ class Scan:
         return 0
 
 
-def _seconds(text: str) -> float:
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """The arguments by which people say what is to be looked at."""
+    parser.add_argument(
+        "targets",
+        metavar="PID|FILE",
+        nargs="*",
+        help="a process, or a memory image or core dump (a file named by a number: ./NUMBER)",
+    )
+    parser.add_argument("--all", action="store_true", help="every process that this user may look at")
+    parser.add_argument(
+        "--cgroup",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="the processes of a cgroup, and of those below it",
+    )
+    parser.add_argument(
+        "--name",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="processes with a name that matches a shell pattern; may be repeated, as --cgroup may",
+    )
+
+
+def seconds(text: str) -> float:
+    """A type for an argument."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1e6:
             return float(text)
@@ -118,7 +124,8 @@ def _looks(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of looks: 2 or more")
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
+    """A type for an argument."""
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1:
             return float(text)
@@ -130,7 +137,7 @@ def _check_writable(file: Path) -> None:
         raise CommandError(f"cannot write {file}")
 
 
-def _selection(args: argparse.Namespace, page_flags: PageFlags) -> tuple[Selection, list[str]]:
+def selected(args: argparse.Namespace, page_flags: PageFlags) -> tuple[Selection, list[str]]:
     """What was asked for, and what of it is not there."""
     from samepage.estimate.selection import Selection
     from samepage.estimate.source import ScanError
