@@ -341,7 +341,7 @@ class Case:
 
     def _check(self) -> None:
         """Mends nothing and makes no mistakes."""
-        for domain in self._ksmd._domains.values():
+        for domain in self._ksmd.mm_list.domains():
             found = books.problems(domain)
             assert not found, found
         agents = [space._sock._agent for space in self._spaces.values()]  # type: ignore[attr-defined]
@@ -406,7 +406,7 @@ class Case:
     def end(self) -> None:
         for slot in list(self._spaces):
             self._leave(slot)
-        assert not self._ksmd._domains, "a domain that nobody is in"
+        assert not self._ksmd.mm_list.domains(), "a domain that nobody is in"
 
 
 def run_case(seed: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from samepage.ksmd import Ksmd, PageState
-from samepage.ksmd.merge import Concurrently
+from samepage.ksmd.merge_work import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import IS_MERGED
 from samepage.ksmd.stable import SEGMENT_PAGES
@@ -60,7 +60,7 @@ def passes(ksmd: Ksmd, n: int = 1) -> None:
         ksmd.do_scan()
         if not ksmd.slots():
             return  # and no pass either
-        if ksmd.counters().full_scans >= goal and not any(d.candidates for d in ksmd._domains.values()):
+        if ksmd.counters().full_scans >= goal and not any(d.candidates for d in ksmd.mm_list.domains()):
             return
     raise AssertionError("a pass that never ends")
 
@@ -76,7 +76,7 @@ def check(ksmd: Ksmd, machine: SimulatedMachine, spaces: dict[MmSlot, SimulatedA
     assert counters.bytes_saved == saved * PAGE_SIZE
     assert counters.general_profit == counters.bytes_saved - counters.metadata_bytes
     unshared = sharers = 0
-    for domain in ksmd._domains.values():
+    for domain in ksmd.mm_list.domains():
         stable, order = domain.stable, domain.unstable.order
         sums = domain.checksum[order]
         assert (np.diff(order.astype(np.int64))[sums[1:] == sums[:-1]] > 0).all()
@@ -107,7 +107,7 @@ def check(ksmd: Ksmd, machine: SimulatedMachine, spaces: dict[MmSlot, SimulatedA
     assert unshared == counters.pages_unshared
     assert sharers == counters.pages_shared + counters.pages_sharing
     open_segments = [segment for segment in machine.segments.values() if segment.is_open]
-    handles = [s.handle for d in ksmd._domains.values() for s in d.stable.segments if s.handle]
+    handles = [s.handle for d in ksmd.mm_list.domains() for s in d.stable.segments if s.handle]
     assert {id(s) for s in handles} == {id(s) for s in open_segments}
     for slot, space in spaces.items():
         if space.alive and not slot.gone:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from samepage import commands
-from samepage.ksmd import KNOBS, Advisor, Knobs, Ksmd, exchange, merge
+from samepage.ksmd import KNOBS, Advisor, Knobs, Ksmd, budget, exchange, match
 from samepage.ksmd.advisor import BREAK_SECONDS, BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
 from samepage.memory import VPN_END, PageStatus, ScanFlag, ScanResult
 from samepage.memory.simulated import SimulatedMachine
@@ -398,7 +398,6 @@ def test_status_and_joining_never_wait_for_a_batch() -> None:
         assert len(ksmd.rows()) == 2
         ksmd.get("run")
         ksmd.next_wait()
-        ksmd.metadata_bytes()
         ksmd.enter(process(machine, 300, SAME))
         ksmd.exit(slot)
 
@@ -434,7 +433,8 @@ def test_processes_are_asked_at_the_same_time() -> None:
 def test_copies_are_made_ahead_of_who_merges_with_them_but_not_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process has two at a time that the other has not tried; and neither waits until the other is through."""
     monkeypatch.setattr(exchange, "SEGMENT_PAGES", 8)
-    monkeypatch.setattr(merge, "SEGMENT_PAGES", 8)
+    monkeypatch.setattr(match, "SEGMENT_PAGES", 8)
+    monkeypatch.setattr(budget, "SEGMENT_PAGES", 8)
     ksmd = new_ksmd()
     spaces, _ = processes(SimulatedMachine(), ksmd, range(1, 257), range(1, 257), npages=256)
     events: list[tuple[int, str]] = []

@@ -622,7 +622,7 @@ def test_two_hundred_joins_and_exits_leave_nothing_behind(machine: SimulatedMach
             ksmd.exit(slot)
             space.exit()
         passes(ksmd, 1)
-        sizes.append((ksmd.metadata_bytes(), len(next(iter(ksmd._domains.values())).rmap.columns[0])))
+        sizes.append((ksmd.counters().metadata_bytes, len(next(iter(ksmd.mm_list.domains())).rmap.columns[0])))
     assert max(sizes[100:]) <= max(sizes[:10])
     assert machine.saved == 0
 
@@ -680,7 +680,7 @@ def test_a_whole_gigabyte_takes_less_than_sixteen_bytes_a_page_and_one_extent_a_
     passes(ksmd, 2)
     assert ksmd.counters().pages_sharing == n
     assert [space.extents_merged for space in spaces] == [n // SEGMENT_PAGES] * 2
-    assert ksmd.metadata_bytes() / (2 * n) < 15.7  # and the objects that stand for 64 segments are in it
+    assert ksmd.counters().metadata_bytes / (2 * n) < 15.7  # and the objects that stand for 64 segments are in it
 
 
 def test_pages_merged_with_the_zero_page_can_be_recounted_at_any_time(machine: SimulatedMachine, ksmd: Ksmd) -> None:
@@ -705,7 +705,7 @@ def test_pages_merged_with_the_zero_page_can_be_recounted_at_any_time(machine: S
 def test_where_there_are_many_pages_none_is_recounted(
     machine: SimulatedMachine, ksmd: Ksmd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("samepage.ksmd.scan.RECOUNT_PAGES", 255)
+    monkeypatch.setattr("samepage.ksmd.look.RECOUNT_PAGES", 255)
     (a,), (slot,) = processes(machine, ksmd, [0] * 21)
     passes(ksmd, 2)
     a.write(BASE, 1)
@@ -724,7 +724,7 @@ def test_a_process_that_goes_while_it_is_recounted_is_dropped(machine: Simulated
 def test_where_segments_are_scarce_old_ones_are_retired_and_merging_goes_on(
     machine: SimulatedMachine, ksmd: Ksmd
 ) -> None:
-    ksmd.segments_max = 4
+    ksmd.slices.segments_max = 4
     (a, b), slots = processes(machine, ksmd, SAME, SAME)
     for n in range(2, 10):
         passes(ksmd, 3)
@@ -733,14 +733,14 @@ def test_where_segments_are_scarce_old_ones_are_retired_and_merging_goes_on(
         assert sum(segment.is_open for segment in machine.segments.values()) <= 4
         for space in (a, b):
             space.write(BASE + 25 * n, *range(100 * n, 100 * n + 25))
-    assert ksmd.segments_retired > 0
+    assert ksmd.slices.segments_retired > 0
     assert ksmd.unmerge(slots[0]).pages_remaining == 0
     assert not a.merged_pages()
     check_books(ksmd)
 
 
 def check_books(ksmd: Ksmd) -> None:
-    assert [books.problems(domain) for domain in ksmd._domains.values()] == [[]]
+    assert [books.problems(domain) for domain in ksmd.mm_list.domains()] == [[]]
 
 
 def test_a_domain_whose_processes_all_turn_out_to_have_ended_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -751,7 +751,7 @@ def test_a_domain_whose_processes_all_turn_out_to_have_ended_is_no_mistake(monke
     ksmd = new_ksmd(clock)
     machine = SimulatedMachine()
     processes(machine, ksmd, [5, 6, 7, 8], [5, 6, 7, 8])
-    while not any(domain.candidates for domain in ksmd._domains.values()):
+    while not any(domain.candidates for domain in ksmd.mm_list.domains()):
         clock.now += ksmd.next_wait()
         ksmd.do_scan()
     monkeypatch.setattr(SimulatedAddressSpace, "verify", verify)

@@ -10,8 +10,8 @@ import pytest
 
 from samepage.ksmd import Ksmd, books, quota
 from samepage.ksmd import mm_slot as slots
+from samepage.ksmd.look import STEP_MIN
 from samepage.ksmd.patience import Patience
-from samepage.ksmd.scan import STEP_MIN
 from samepage.memory import RUN, VPN_END, AddressSpaceGone, MergeResult, RunKind, ScanFlag, ScanResult, Segment
 from samepage.memory.check import AREA_PAGES_MAX
 from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
@@ -82,7 +82,7 @@ class Dawdling(SimulatedAddressSpace):
 
 
 def test_nobody_waits_for_a_guest_whose_pages_are_in_many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("samepage.ksmd.ksmd.FOREIGN_SLICE_SECONDS", 0.2)
+    monkeypatch.setattr("samepage.ksmd.slices.FOREIGN_SLICE_SECONDS", 0.2)
     machine, ksmd = SimulatedMachine(), Ksmd(owner=0)
     for content in range(1, 21):
         for n in range(2):
@@ -224,11 +224,11 @@ def test_claims_of_pages_all_over_the_place_take_bounded_memory(monkeypatch: pyt
     slot = ksmd.enter(claiming)
     ksmd.do_scan(20_000)
     assert not slot.gone, slot.lost
-    assert ksmd.metadata_bytes() < 32 << 20
+    assert ksmd.counters().metadata_bytes < 32 << 20
     (a, b), _ = processes(machine, ksmd, SAME, SAME, domain=1)
     passes(ksmd, 3)
     assert len(a.merged_pages()) == len(b.merged_pages()) == 50
-    assert [books.problems(d) for d in ksmd._domains.values()] == [[], []]
+    assert [books.problems(d) for d in ksmd.mm_list.domains()] == [[], []]
 
 
 class Boasting(SimulatedAddressSpace):
@@ -275,7 +275,7 @@ def test_what_is_done_with_a_long_run_follows_from_what_is_known_of_it(kind: Run
             ksmd.do_scan()
         assert not slot.gone, slot.lost
         ksmd.merge_range(slot, 0, VPN_END)
-        (the_domain,) = ksmd._domains.values()
+        (the_domain,) = ksmd.mm_list.domains()
         assert books.problems(the_domain) == []
         slot.counts[1] += 1
         books.mend(the_domain)

@@ -182,7 +182,7 @@ def test_a_page_alone_takes_less_than_two_hundred_bytes(every: int) -> None:
     slot = ksmd.enter(space)
     passes(ksmd, 3)
     assert slot.known == 20_000
-    assert ksmd.metadata_bytes() < 200 * 20_000
+    assert ksmd.counters().metadata_bytes < 200 * 20_000
 
 
 def test_claims_of_memory_cost_nothing() -> None:
@@ -194,9 +194,9 @@ def test_claims_of_memory_cost_nothing() -> None:
         ksmd.enter(space)
     passes(ksmd, 3)
     assert ksmd.counters().pages_shared == 3
-    (domain,) = ksmd._domains.values()
+    (domain,) = ksmd.mm_list.domains()
     assert domain.rmap.top <= 20 * 2 * GRANULE
-    assert ksmd.metadata_bytes() < 100_000
+    assert ksmd.counters().metadata_bytes < 100_000
 
 
 def test_pages_that_were_told_of_in_any_order_are_merged_in_that_of_memory() -> None:
@@ -260,7 +260,7 @@ def test_what_was_discarded_one_after_the_other_is_not_kept_for_ever() -> None:
             space.discard(at[0], 6400)
         passes(ksmd, 1)
     assert all(slot.pieces.npages <= domains.SWEEP_ROWS + 100 * 2 * GRANULE for slot in ksmd.slots())
-    assert [books.problems(domain) for domain in ksmd._domains.values()] == [[]]
+    assert [books.problems(domain) for domain in ksmd.mm_list.domains()] == [[]]
 
 
 def test_namespaces_do_not_multiply_what_a_user_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,15 +279,15 @@ def test_namespaces_do_not_multiply_what_a_user_may_hold(monkeypatch: pytest.Mon
     passes(ksmd, 3)
     assert machine.saved == 10
     held = sum(
-        domain.rmap.resident() + sum(s.pieces.nbytes() for s in domain.slots) for domain in ksmd._domains.values()
+        domain.rmap.resident() + sum(s.pieces.nbytes() for s in domain.slots) for domain in ksmd.mm_list.domains()
     )
     assert held < 2 << 20
-    assert ksmd.metadata_bytes() < 4 << 20
+    assert ksmd.counters().metadata_bytes < 4 << 20
     for slot in ksmd.slots():
         if slot.pid < 100:
             ksmd.exit(slot)
     ksmd.do_scan()
-    (left,) = {domain.quota for domain in ksmd._domains.values()}
+    (left,) = {domain.quota for domain in ksmd.mm_list.domains()}
     assert left.nbytes < 2 * PAGE_SIZE
     assert left.areas == 2
 

@@ -2,14 +2,14 @@
 
 How it works, in the order the modules should be read:
 
-Every process that takes part is an *mm_slot* (`mm_slot`) in a list that a cursor goes round. When all of them were
-looked at, that is a *pass*, and `full_scans` (seqnr) goes up by one. Looking (`scan`) costs little: a process hashes
-only the pages that were written since it was last looked at, so a pass over memory in which nothing happened is one
-message a process, and no work at all a page.
+Every process that takes part is an *mm_slot* (`mm_slot`) in a list that a cursor goes round (`mm_list`). When all of
+them were looked at, that is a *pass* (`passes`), and `full_scans` (seqnr) goes up by one. A *look* (`look`) costs
+little: a process hashes only the pages that were written since it was last looked at, so a pass over memory in which
+nothing happened is one message a process, and no work at all a page.
 
 What is remembered of a page is nine bytes (`rmap`): a checksum and a state. A page whose checksum is new is
 *volatile*; if it stays the same for one whole pass, it is a *candidate*. Candidates are matched when the pass is over
-(`merge`), a hundred thousand at once and in the order of memory, in two indexes (`index`):
+(`slices`, `match`, `merge`), a hundred thousand at once and in the order of memory, in two indexes (`index`):
 
 - the *stable* one holds pages of *segments* (`stable`): sealed copies, which can never change, of pages that were
   found more than once. A page in it is a stable node, and it is there to be merged with.
@@ -29,11 +29,12 @@ what a process has least of (`vm.max_map_count`), so if they do not suffice, the
 could not be merged for this or another passing reason is tried again after one pass, then two, then four (`deferred`).
 
 Merged pages become private again when the process writes them (the kernel sees to that, and the next scan tells us),
-or when somebody asks for it (`unmerge`): a process for its own memory, or whoever sets `run` to 2 for all. That
-takes memory, and there may be none. Then it stops, and says ENOMEM; what was not done stays merged and stays known.
+or when somebody asks for it (`unmerge`, `unmerge_all`): a process for its own memory, or whoever sets `run` to 2 for
+all. That takes memory, and there may be none. Then it stops, and says ENOMEM; what was not done stays merged and stays
+known.
 
 Merge domains (`domain`) have nothing in common but the cursor. `knobs`, `counters` and `advisor` are those of
-/sys/kernel/mm/ksm. `check` stands between ksmd and everything a process answers. `ksmd` puts it together.
+/sys/kernel/mm/ksm. `memory.check` stands between ksmd and everything a process answers. `ksmd` puts it together.
 
 Memory: 9 bytes for each page that was told of, and as much for up to seven neighbours of one that lies alone, with 24
 to 40 for where it is (`pieces`); 4 more while it stands in the unstable index (or waits to be looked at again), 13 for
@@ -44,8 +45,9 @@ each stable node (14 once one has more than 255 sharers). A node has two sharers
 from samepage.ksmd.advisor import Advisor
 from samepage.ksmd.counters import Counters, ProcessRow
 from samepage.ksmd.knobs import KNOBS, Knobs, Run
-from samepage.ksmd.ksmd import Ksmd, MergeOutcome, UnmergeFailed
+from samepage.ksmd.ksmd import Ksmd, UnmergeFailed
 from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.on_request import MergeOutcome
 from samepage.ksmd.rmap import PageState
 from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 

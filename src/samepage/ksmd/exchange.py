@@ -148,7 +148,7 @@ class _Copy:
     vpns: Ints
     donors: Ints
     own: Ints
-    """Positions of these pages among the refs."""
+    """Positions of these pages among the refs; -1 where one is not to be merged itself."""
     waiting: int = 0
     """Processes that have not tried to merge with it yet."""
     segment: Segment | None = None
@@ -169,70 +169,91 @@ class _Share:
 
 
 class Exchange:
-    """Has copies made of `donors` and merges `refs` (both ascending) with their `target`s; `by_memory` is of `refs`.
-    Afterwards:
+    """Has copies made of `donors`, and merges `refs` (both ascending) with their `target`s.
 
-    `status` is what became of each ref, a `PageStatus` or `UNASKED`; `donor_status` the same for the donation of each
-    donor, `node` its new node (-1: none). `segments` are the new ones.
+    `status` is then what became of each ref, a `PageStatus` or `UNASKED`. Of refs that were to be merged with a copy
+    `donation_of` and `node_of` tell what became of that. `segments` are the new ones.
     """
 
-    def __init__(
-        self,
-        domain: Domain,
-        refs: U32,
-        by_memory: dict[MmSlot, tuple[Ints, Ints]],
-        target: U64,
-        donors: U32,
-        passes: int,
-    ) -> None:
+    def __init__(self, domain: Domain, refs: U32, target: U64, donors: U32, passes: int) -> None:
         self._domain = domain
-        self._donors = donors
         self._passes = passes
         self._lock = threading.Lock()  # guards what copies know of those who merge with them
         self.status: U8 = np.full(len(refs), UNASKED, np.uint8)
-        self.donor_status: U8 = np.full(len(donors), PageStatus.BUSY, np.uint8)  # of who cannot be asked
-        self.node: Ints = np.full(len(donors), -1, np.int64)
         self.segments: list[StableSegment] = []
+        self._donors = donors
+        self._donation: U8 = np.full(len(donors), PageStatus.BUSY, np.uint8)  # of processes that cannot be asked
+        self._node: Ints = np.full(len(donors), -1, np.int64)
         self._copies: list[_Copy] = []
-        self._plan(refs, by_memory, target, donors)
+        self._with_copies: list[list[_Share]] = []
+        self._with_nodes: list[tuple[Segment | None, _Share]] = []
+        self._plan(refs, target)
+
+    def donation_of(self, at: Ints) -> U8:
+        """What became of the donations that these refs were to be merged with: a `PageStatus`."""
+        return self._donation[self._rank[at]]
+
+    def node_of(self, at: Ints) -> Ints:
+        """The nodes of the copies that these refs were to be merged with; -1: there is none."""
+        return self._node[self._rank[at]]
+
+    def new_nodes(self) -> Ints:
+        """All of them."""
+        return self._node[self._node >= 0]
+
+    def counts(self) -> Ints:
+        """How often each `PageStatus` was answered: of merges, and of donations that failed."""
+        asked, failed = self.status != UNASKED, self._donation != PageStatus.DONE
+        merges = np.bincount(self.status[asked], minlength=len(PageStatus))
+        return merges + np.bincount(self._donation[failed], minlength=len(PageStatus))
 
     # -- the plan ---------------------------------------------------------------------------------------
 
-    def _plan(self, refs: U32, by_memory: dict[MmSlot, tuple[Ints, Ints]], target: U64, donors: U32) -> None:
-        copied = target >= COPY
-        self.rank: Ints = np.zeros(len(refs), np.int64)
+    def _plan(self, refs: U32, target: U64) -> None:
+        copied, donors = target >= COPY, self._donors
+        self._rank: Ints = np.zeros(len(refs), np.int64)
         """For each ref that is to be merged with a copy, the position of its donor among the donors."""
         theirs = (target[copied] - COPY).astype(np.uint32)
         starts = run_starts(theirs)  # donors that follow one another do so among the donors, too
         lengths = np.diff(np.append(starts, len(theirs)))
-        self.rank[copied] = expand(np.searchsorted(donors, theirs[starts]), lengths)
+        self._rank[copied] = expand(np.searchsorted(donors, theirs[starts]), lengths)
         donating = target == COPY + refs
         own = np.full(len(donors), -1, np.int64)
-        own[self.rank[donating]] = np.flatnonzero(donating)
-        copy_of, place = np.empty(len(donors), np.int64), np.empty(len(donors), np.int64)
-        for slot, (at, vpns) in self._domain.by_memory(donors).items():
+        own[self._rank[donating]] = np.flatnonzero(donating)
+        copy_of, place = self._plan_copies(own)
+        for slot, (at, vpns) in self._domain.by_memory(refs).items():
+            with_copy = copied[at]
+            others = with_copy & ~donating[at]
+            self._plan_copies_of_others(slot, at[others], vpns[others], copy_of, place)
+            self._plan_nodes(slot, at[~with_copy], vpns[~with_copy], target)
+
+    def _plan_copies(self, own: Ints) -> tuple[Ints, Ints]:
+        """Which copy each donor goes into, and where in it. `own` are the donors' positions among the refs."""
+        copy_of, place = np.empty(len(self._donors), np.int64), np.empty(len(self._donors), np.int64)
+        for slot, (at, vpns) in self._domain.by_memory(self._donors).items():
             for part in _cut(vpns):
                 copy_of[at[part]] = len(self._copies)
                 place[at[part]] = np.arange(part.stop - part.start)
                 self._copies.append(_Copy(slot, vpns[part], at[part], own[at[part]]))
+        self._with_copies = [[] for _ in self._copies]
+        return copy_of, place
+
+    def _plan_copies_of_others(self, slot: MmSlot, pages: Ints, vpns: Ints, copy_of: Ints, place: Ints) -> None:
+        """Pages of one process that are to be merged with copies of other pages."""
+        rank = self._rank[pages]
+        their_place = place[rank]
+        for number, these in _groups(copy_of[rank]):
+            self._with_copies[number].append(_Share(slot, vpns[these], pages[these], their_place[these]))
+            self._copies[number].waiting += 1
+
+    def _plan_nodes(self, slot: MmSlot, pages: Ints, vpns: Ints, target: U64) -> None:
+        """Pages of one process that are to be merged with nodes that are there."""
         stable = self._domain.stable
-        self._with_copies: list[list[_Share]] = [[] for _ in self._copies]
-        self._with_nodes: list[tuple[Segment | None, _Share]] = []
-        for slot, (at, vpns) in by_memory.items():
-            others = copied[at] & ~donating[at]
-            pages, their_vpns = at[others], vpns[others]
-            rank = self.rank[pages]
-            their_place = place[rank]
-            for number, these in _groups(copy_of[rank]):
-                share = _Share(slot, their_vpns[these], pages[these], their_place[these])
-                self._with_copies[number].append(share)
-                self._copies[number].waiting += 1
-            there = ~copied[at]
-            nodes = target[at[there]].astype(np.int64)
-            for number, these in _groups(stable.which(nodes)):
-                known = stable.segments[number]
-                share = _Share(slot, vpns[there][these], at[there][these], nodes[these] - known.base)
-                self._with_nodes.append((known.handle, share))
+        nodes = target[pages].astype(np.int64)
+        for number, these in _groups(stable.which(nodes)):
+            segment = stable.segments[number]
+            share = _Share(slot, vpns[these], pages[these], nodes[these] - segment.base)
+            self._with_nodes.append((segment.handle, share))
 
     # -- the work, in any thread ------------------------------------------------------------------------
 
@@ -251,7 +272,7 @@ class Exchange:
                     checksums = self._domain.checksum[self._donors[done]]
                     new = self._domain.stable.add(copy.segment, checksums, self._passes)
                     copy.segment = None  # not ours any more
-                    self.node[done] = new.base + np.arange(len(done))
+                    self._node[done] = new.base + np.arange(len(done))
                     self.segments.append(new)
         finally:
             for copy in self._copies:
@@ -318,7 +339,7 @@ class Exchange:
         copy.offset = np.where(done, np.cumsum(done) - 1, -1)
         copy.used = np.zeros(len(done), np.bool_)
         copy.segment = donation.segment
-        self.donor_status[copy.donors] = donation.status
+        self._donation[copy.donors] = donation.status
 
     def _merge(self, segment: Segment | None, slot: MmSlot, vpns: Ints, offset: Ints, pages: Ints) -> None:
         starts = run_starts(vpns, offset)

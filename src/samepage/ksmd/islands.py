@@ -15,7 +15,7 @@ import numpy as np
 
 from samepage.arrays import Ints, expand, run_starts
 from samepage.ksmd.domain import Domain
-from samepage.ksmd.merge import MergeWork
+from samepage.ksmd.merge_work import MergeWork
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.rmap import PageState

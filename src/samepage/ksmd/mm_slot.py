@@ -37,6 +37,10 @@ STILL_MAX = 8
 """Passes at most in which broken pages of a process are not looked for."""
 
 
+WHOLE = (0, 1 << 52)
+"""All pages an address space can have: (vpn, npages)."""
+
+
 @dataclass(slots=True, frozen=True)
 class Owed:
     """An unmerge of pages [vpn, vpn + npages); `leave_alone` as in `unmerge_pages`: False if it was `run` = 2."""

@@ -17,11 +17,11 @@ import numpy as np
 
 from samepage.arrays import Ints, run_starts
 from samepage.ksmd.domain import Domain
-from samepage.ksmd.merge import Concurrently
+from samepage.ksmd.look import refresh_areas
+from samepage.ksmd.merge_work import Concurrently
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.pieces import NONE
 from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, SLICE_PAGES, PageState
-from samepage.ksmd.scan import refresh_areas
 from samepage.memory import PAGE_SIZE, AddressSpaceGone, BreakResult
 
 BREAK_PAGES = 2048
@@ -33,6 +33,10 @@ BREAK_RATE = 64 << 20
 FAULTS_MAX = 1024
 """So often in one unmerge what is left of a range is halved to find the page that cannot be mapped: who says so of all
 its pages would keep ksmd busy with every single one."""
+
+SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
+"""A segment is sparse when less than this share of its pages is in use after so many passes. When at least so many
+pages (1 MiB) are held for nothing in sparse segments, their last users are moved out."""
 
 Cancelled = Callable[[], bool]
 
@@ -278,12 +282,29 @@ def retry_pending(domain: Domain, slot: MmSlot, passes: int) -> None:
         slot.pending_attempts = 0
 
 
-def move_out(domain: Domain, slots: list[MmSlot], nodes: tuple[int, int]) -> bool:
+def free_sparse_segments(domain: Domain, passes: int) -> None:
+    """Free the segments that are mostly dead, if that is worth the trouble. (The kernel does the like to stale stable
+    nodes, each of which holds one page; here a segment holds many.)"""
+    if domain.stable.dead_nodes < SPARSE_PAGES:
+        return
+    sparse = [
+        (segment.base, segment.base + segment.rows, segment.dead)
+        for segment in domain.stable.segments
+        if segment.handle and segment.live < SPARSE_SHARE * segment.size and passes - segment.born > SPARSE_PASSES
+    ]
+    if sum(dead for _, _, dead in sparse) < SPARSE_PAGES:
+        return
+    for first, past, _ in sparse:
+        if not _move_out(domain, (first, past)):
+            return
+
+
+def _move_out(domain: Domain, nodes: tuple[int, int]) -> bool:
     """Break the last users of the nodes [first, past the last) of a segment that is mostly dead.
 
     They become candidates again, and the segment is freed. Returns False at the first error.
     """
-    for slot in slots:
+    for slot in [s for s in domain.slots if not s.is_away]:
         for vpn, npages in list(_users(domain, slot, nodes)):
             if slot.is_away:
                 break

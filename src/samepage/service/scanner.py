@@ -15,9 +15,10 @@ from typing import Any
 from samepage import agent
 from samepage.ksmd import Ksmd, ProcessRow, UnmergeFailed
 from samepage.ksmd.counters import Snapshot
-from samepage.ksmd.ksmd import headroom, hold
-from samepage.ksmd.merge import Concurrently
-from samepage.ksmd.mm_slot import MmSlot, in_words
+from samepage.ksmd.ksmd import hold
+from samepage.ksmd.merge_work import Concurrently
+from samepage.ksmd.mm_slot import WHOLE, MmSlot, Owed, in_words
+from samepage.ksmd.slices import headroom
 from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 from samepage.memory import AddressSpaceGone
 from samepage.memory.agent import ENDED, AgentAddressSpace
@@ -124,12 +125,12 @@ class Scanner:
 
     def limit_segments(self, most: int) -> None:
         """Hold no more of them at a time: each takes a descriptor."""
-        self._ksmd.segments_max = OPEN.most = most
+        self._ksmd.slices.segments_max = OPEN.most = most
 
     def _tell_of_limits(self) -> None:
-        if self._ksmd.segments_retired or OPEN.lost:
+        if self._ksmd.slices.segments_retired or OPEN.lost:
             message = f"{OPEN.most} descriptors for copies are all in use: old copies are not shared with newcomers"
-            if self._told != (told := (self._ksmd.segments_retired, OPEN.lost)):
+            if self._told != (told := (self._ksmd.slices.segments_retired, OPEN.lost)):
                 log_once("descriptors for copies", message)
                 self._told = told
 
@@ -314,8 +315,8 @@ class Scanner:
                 total["pages_remaining"] += self._merged_after(slot, pids)
                 break
         if total["errno"] is None:
-            self._ksmd.owe_lost(pids)
-        for row in self._ksmd.lost(pids):
+            self._ksmd.mm_list.lost.owe(pids, Owed(*WHOLE, leave_alone=True))
+        for row in self._ksmd.mm_list.lost.rows(pids):
             if row.pid not in failed:
                 failed[row.pid] = row
                 total["pages_remaining"] += row.pages_remaining
@@ -359,7 +360,7 @@ class Scanner:
     def _each(self, pids: list[int]) -> Iterator[MmSlot]:
         """The processes asked for, or all, those included that join meanwhile."""
         if pids:
-            lost = {row.pid for row in self._ksmd.lost(pids)}
+            lost = {row.pid for row in self._ksmd.mm_list.lost.rows(pids)}
             yield from [slot for pid in pids if pid not in lost for slot in self._of_pid(pid)]
             return
         last = 0
