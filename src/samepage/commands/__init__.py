@@ -70,12 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     from samepage.commands.run import Run
     from samepage.commands.scan import Scan
     from samepage.commands.status import Status
+    from samepage.commands.top import Top
     from samepage.commands.unmerge import Unmerge
 
     commands: dict[str, Command] = {
         "run": Run(),
         "daemon": Daemon(),
         "status": Status(),
+        "top": Top(),
         "get": Get(),
         "set": Set(),
         "unmerge": Unmerge(),

@@ -63,7 +63,7 @@ class Unmerge:
         elif outcome["errno"] is None:
             print(f"{outcome['pages_unmerged']} pages unmerged")
         if outcome["errno"] is not None:
-            say(_explain(outcome))
+            say(how_far(outcome))
         return 0 if outcome["errno"] is None else 1
 
     def _of_the_kernel(self, args: argparse.Namespace) -> int:
@@ -104,7 +104,8 @@ def _last(client: Client, pids: list[int]) -> dict[str, Any]:
         signal.signal(signal.SIGINT, cancel)
 
 
-def _explain(outcome: dict[str, Any]) -> str:
+def how_far(outcome: dict[str, Any]) -> str:
+    """How far an unmerge by a service came, and what stopped it."""
     from samepage.service.control import blamed
 
     why = _why(outcome["errno"], outcome["bytes_needed"], outcome["bytes_available"], outcome["limits_unseen"])

@@ -112,6 +112,7 @@ def _of_all(snapshot: Snapshot) -> Iterator[Metric]:
     yield waiting
     yield _counter("samepage_cpu_seconds", "CPU time of ksmd and, for it, of all agents.", counters.cpu_seconds)
     yield _counter("samepage_service_cpu_seconds", "CPU time of the service, ksmd's included.", time.process_time())
+    yield _counter("samepage_metrics_cpu_seconds", "CPU time of the thread that serves metrics.", time.thread_time())
     failures = {name.lower(): value for name, value in counters.merge_failures.items()}
     yield _labelled_counter("samepage_merge_failures", "Pages that were not merged, by reason.", failures)
 
