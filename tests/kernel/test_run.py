@@ -48,7 +48,7 @@ def test_static_programs_and_what_they_start_are_merged(holder: Path, tmp_path: 
     assert sorted(said.split()) == ["0", "0", "ready", "ready"]
     found = json.loads(report.read_text())
     assert found["engine"] == "kernel"
-    names = {row["name"] for row in found["processes"]}
+    names = {row["comm"] for row in found["processes"]}
     assert names >= {"sh", "holder"}
     assert "shared 3" in errors
 

@@ -13,7 +13,7 @@ from benchmarks.memory_cgroup import MemoryCgroup
 from benchmarks.oom import MIB, PAGE_SIZE, ROOMY, merged_by_the_kernel
 from benchmarks.processes import wait_until
 from samepage import inject
-from samepage.kernel.unmerge import processes
+from samepage.kernel.rows import processes
 from tests.kernel.conftest import StartHolder, mergeable_mappings, needs_ksm, samepage
 from tests.oom.conftest import group
 

@@ -35,6 +35,9 @@ class FakeScanner:
         self.asked.append(("counters", domain))
         return {"pages_sharing": 5}
 
+    def by_engine(self, domain: int | None = None) -> dict[str, dict[str, int]]:
+        return {"user": {"pages_sharing": 5}}
+
     def commitments(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return self.rows(), [{"cgroup": "/", "processes": len(self.rows())}]
 

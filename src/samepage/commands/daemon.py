@@ -11,14 +11,15 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samepage.commands import CommandError, add_mount, add_reserve, add_swap, streams
+from samepage.commands import CommandError, add_mount, add_reserve, add_swap, engines, streams
 from samepage.doctor.facts import look
 from samepage.doctor.findings import hindrance, too_old
 from samepage.service import sockets
+from samepage.service.engine import Engine
 
 if TYPE_CHECKING:
     from samepage.service.scanner import Scanner
@@ -43,6 +44,13 @@ class Daemon:
             type=_group,
             help="hand /dev/userfaultfd to processes of this group alone (default: to all that join)",
         )
+        parser.add_argument(
+            "--engine",
+            choices=("user", "auto"),
+            default="user",
+            help="auto: have the kernel's ksmd run as well, for processes that the agent cannot be in "
+            "(`samepage attach`, `samepage run --engine auto`), and show these, too",
+        )
         add_reserve(parser)
         add_swap(parser)
         add_mount(parser)
@@ -64,11 +72,11 @@ class Daemon:
             _private_parent(Path(path).parent)
         listener = sockets.listen(path, everybody=os.getuid() == 0)
         try:
-            with _tree(args.mount, path):
+            with engines.others(args.engine, args.reserve) as others, _tree(args.mount, path):
                 if why := hindrance(facts, args.swap or "move"):
                     streams.say(why)
                 with _metrics(args.metrics) as metrics:
-                    _serve(listener, path, args.reserve, args.swap == "wp", args.userfaultfd_group, metrics)
+                    _serve(listener, path, args.reserve, args.swap == "wp", args.userfaultfd_group, metrics, others)
         finally:
             Path(path).unlink(missing_ok=True)
         return 0
@@ -120,6 +128,7 @@ def _serve(
     write_protect: bool = False,
     userfaultfd_group: int | None = None,
     metrics: socket.socket | None = None,
+    others: Sequence[Engine] = (),
 ) -> None:
     # Imported once the socket is ours: numpy takes longer to load than to refuse.
     from samepage.memory.agent import Terms
@@ -132,7 +141,7 @@ def _serve(
     keep_freed_memory()
     scanner = Scanner()
     terms = Terms(reserve=reserve, flags=Flags.SWAP_WP if write_protect else 0)
-    server = Server(listener, scanner, terms, userfaultfd_group=userfaultfd_group)
+    server = Server(listener, scanner, terms, userfaultfd_group=userfaultfd_group, others=others)
     # Python writes a byte there for every signal that it handles, and that ends the server. A handler would not do: it
     # runs when this thread wakes, and a signal that comes between two polls does not wake it.
     signal.set_wakeup_fd(server.wake_fd)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from samepage.commands import add_socket
-from samepage.service import sockets
+from samepage.commands import add_socket, engines
 
 
 class _WithKnobs(argparse.HelpFormatter):
@@ -27,37 +26,36 @@ class Get:
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         add_socket(parser)
+        engines.add_engine(parser, "whose knobs: those of the service (default)")
         parser.add_argument("knob", metavar="KNOB", nargs="?")
+        self._parser = parser
 
     def run(self, args: argparse.Namespace) -> int:
-        from samepage.service.control import Client
-
-        with Client(sockets.find(args.socket)) as client:
-            knobs = client.ask("get", knob=args.knob)["knobs"]
-        if args.knob:
-            print(knobs[args.knob])
-        else:
-            for knob, value in knobs.items():
-                print(f"{knob} {value}")
+        with engines.chosen(self._parser, args) as engine:
+            if args.knob:
+                print(engine.get(args.knob))
+            else:
+                for knob, value in engine.knobs().items():
+                    print(f"{knob} {value}")
         return 0
 
 
 class Set:
     """Change a knob of ksmd.
 
-    `set run 2` unmerges everything and returns when that is done; when it fails, run is 0.
+    `set run 2` unmerges everything and returns when that is done; when it fails, run is 0. So it does with --engine
+    kernel: samepage never writes 2 to /sys/kernel/mm/ksm/run, for that ends in the OOM killer.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
         add_socket(parser)
+        engines.add_engine(parser, "whose knob: one of the service's (default)")
         parser.add_argument("knob", metavar="KNOB", help="one of those below")
         parser.add_argument("value", metavar="VALUE")
         parser.formatter_class = _WithKnobs
+        self._parser = parser
 
     def run(self, args: argparse.Namespace) -> int:
-        from samepage.service.control import Client
-
-        # No timeout: `run` = 2 takes as long as copying all that is merged.
-        with Client(sockets.find(args.socket), timeout=None) as client:
-            client.ask("set", knob=args.knob, value=args.value)
+        with engines.chosen(self._parser, args) as engine:
+            engine.set(args.knob, args.value, lambda: False)  # Ctrl-C ends this process, and what was done stays done
         return 0

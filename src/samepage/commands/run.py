@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from samepage import agent
-from samepage.commands import RESERVE, CommandError, add_mount, add_reserve, add_swap, child, size
+from samepage.commands import RESERVE, CommandError, add_mount, add_reserve, add_swap, child, engines, size
 from samepage.commands.streams import say
 from samepage.doctor.facts import Facts, look
 from samepage.doctor.findings import forbidden, hindrance, not_swapped, too_old
@@ -57,10 +57,11 @@ class Run:
         )
         parser.add_argument(
             "--engine",
-            choices=("user", "kernel"),
+            choices=("user", "kernel", "auto"),
             default="user",
-            help="who merges: samepage's agent (default), or the kernel's own ksmd, also statically linked programs; "
-            "KNOBs are then those of /sys/kernel/mm/ksm, which are put back at the end",
+            help="who merges: samepage's agent (default), or the kernel's own ksmd, also statically linked programs "
+            "(KNOBs are then those of /sys/kernel/mm/ksm, which are put back at the end); auto: the kernel's for those "
+            "processes alone that the agent cannot be in",
         )
         parser.add_argument(
             "--memory",
@@ -94,25 +95,18 @@ class Run:
         if not command:
             self._parser.error("COMMAND is missing")
         report = _writable(args.json) if args.json else None
-        if args.engine == "kernel":
-            return self._by_the_kernel(args, report, command)
+        facts = look()
+        if engines.by_the_kernel_alone(args.engine, facts):
+            return self._by_the_kernel(args, facts, report, command)
         library = _preloadable(agent.library_path())
         program = child.locate(command[0])
-        facts = look()
         if why := forbidden(facts):
             say(why)
             return child.wait(child.start(program, command, dict(os.environ)))
         path = sockets.running()
         own = [option for option in ("set", "reserve", "swap", "mount", "sysfs") if getattr(args, option)]
         if path and not own:
-            say(f"joined the daemon at {path}")
-            daemon = MachineDaemon(path, report)
-            environment = _environment(library, path, args, facts) | dict([daemon.variable])
-            # Before UFFDIO_MOVE a daemon swaps by write-protection, if at all.
-            enter = None if facts.move else agent.forbid_huge_pages
-            status = child.wait(child.start(program, command, environment, enter), daemon.look, LOOK_EVERY)
-            say(_shared(daemon.finish()))
-            return status
+            return self._under_the_daemon(args, facts, report, path, library, program, command)
         if path:
             say(f"the daemon at {path} is not joined: --{own[0]} is for a ksmd of the command's own")
         if old := too_old(facts):
@@ -121,37 +115,50 @@ class Run:
             say(why)
         return self._privately(args, facts, report, library, program, command)
 
-    def _by_the_kernel(self, args: argparse.Namespace, report: Path | None, command: list[str]) -> int:
+    def _by_the_kernel(self, args: argparse.Namespace, facts: Facts, report: Path | None, command: list[str]) -> int:
         """Run the command with all its memory mergeable by the kernel's ksmd."""
         from samepage.kernel.attach import merge_all_of_this
-        from samepage.kernel.pace import Pace
-        from samepage.kernel.processes import KernelProcesses
-        from samepage.kernel.settings import Settings, SettingsError
 
         options = ("memory", "min_alloc", "reserve", "swap", "mount", "sysfs")
         if own := [option for option in options if getattr(args, option)]:
             self._parser.error(f"--{own[0].replace('_', '-')} is for --engine user")
-        if look().version < (6, 7):
+        if facts.version < (6, 7):
             raise CommandError("--engine kernel needs Linux 6.7: before, a program that is executed is not mergeable")
         program = child.locate(command[0])
-        settings, held, pace = Settings(), [os.getpid()], None
+        kernel = engines.ByTheKernel(report, args.set)
         try:
-            settings.hold(held, {"run": "1", **dict(args.set)})
-            pace = None if args.set else Pace(settings)
-        except SettingsError as e:
-            if args.set or not settings.running():
-                raise CommandError(f"nothing would be merged: {e}") from e
-        ours = KernelProcesses(report, pace)
-        try:
-            environment = os.environ | dict([ours.variable])
-            pid = child.start(program, command, environment, merge_all_of_this)
-            held.append(pid)
-            with contextlib.suppress(SettingsError):  # it goes on when this process is killed
-                settings.hold([pid], {})
-            status = child.wait(pid, ours.look, LOOK_EVERY)
+            pid = child.start(program, command, os.environ | kernel.environment, merge_all_of_this)
+            kernel.started(pid)
+            status = child.wait(pid, kernel.look, LOOK_EVERY)
         finally:
-            settings.release(held)
-        say(_shared(ours.finish()))
+            summary = kernel.finish()
+        _tell_of_shared(summary)
+        return status
+
+    def _under_the_daemon(
+        self,
+        args: argparse.Namespace,
+        facts: Facts,
+        report: Path | None,
+        path: str,
+        library: Path,
+        program: str,
+        command: list[str],
+    ) -> int:
+        """Run the command with its processes joining the daemon at `path`."""
+        say(f"joined the daemon at {path}")
+        daemon, beside = MachineDaemon(path, report), engines.beside(args.engine, daemon=True)
+        environment = _environment(library, path, args, facts) | dict([daemon.variable]) | beside.environment
+        # Before UFFDIO_MOVE a daemon swaps by write-protection, if at all.
+        enter = None if facts.move else agent.forbid_huge_pages
+        try:
+            pid = child.start(program, command, environment, enter)
+            beside.started(pid)
+            status = child.wait(pid, _both(daemon.look, beside.look), LOOK_EVERY)
+        finally:
+            adopted = beside.finish()
+        say(_shared(daemon.finish()))
+        _tell_of_shared(adopted, "the kernel: ")
         return status
 
     def _privately(
@@ -164,20 +171,25 @@ class Run:
         command: list[str],
     ) -> int:
         """Run the command under a ksmd of its own."""
-        service = PrivateService(args.set, report, args.reserve or RESERVE, args.swap == "wp")
-        environment = _environment(library, service.path, args, facts)
+        reserve, beside = args.reserve or RESERVE, engines.beside(args.engine, daemon=False)
+        service = PrivateService(args.set, report, reserve, args.swap == "wp", lambda: beside.others(reserve))
+        environment = _environment(library, service.path, args, facts) | beside.environment
         status = None
         try:
             with _tree(args.mount, args.sysfs, service) as enter:
                 forbid = agent.forbid_huge_pages if args.swap == "wp" else None
-                status = child.wait(child.start(program, command, environment, _both(forbid, enter)))
+                pid = child.start(program, command, environment, _both(forbid, enter))
+                beside.started(pid)
+                status = child.wait(pid, beside.look, LOOK_EVERY)
         except OSError as e:
             if status is None:
                 raise
             say(f"{e.strerror or e}")  # something of ours did not end as it should: the command did
         finally:
             summary = service.finish()
+            adopted = beside.finish()
         say(_saved(summary))
+        _tell_of_shared(adopted, "the kernel: ")
         return status
 
 
@@ -248,6 +260,11 @@ def _environment(library: Path, socket: str, args: argparse.Namespace, facts: Fa
     if args.min_alloc is not None:
         environment["SAMEPAGE_MIN_ALLOC"] = str(args.min_alloc)
     return environment
+
+
+def _tell_of_shared(summary: dict[str, Any] | None, of: str = "") -> None:
+    if summary is not None:
+        say(f"{of}{_shared(summary)}")
 
 
 def _shared(summary: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -80,6 +81,13 @@ def advise(pid: int) -> None:
         if answers[-1] < 0 and answers[-1] != -errno.ENOMEM:  # ENOMEM: it was unmapped meanwhile
             raise TargetError(pid, f"madvise(MADV_MERGEABLE): {os.strerror(-answers[-1])}")
         wanted = wanted[len(answers) :]
+
+
+def release_unmerged(pid: int) -> None:
+    """PR_SET_MEMORY_MERGE off again, right after `attach` saw a program that has ended: the agent is in the one that
+    took its place."""
+    with contextlib.suppress(inject.InjectError):
+        inject.make_calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 0, 0, 0, 0)])
 
 
 def release(pid: int) -> None:

@@ -21,6 +21,10 @@ STATE = Path("/run/samepage-kernel.json")
 class SettingsError(Exception):
     """ksmd cannot be had, in one line."""
 
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
 
 def start_time(pid: int) -> int | None:
     """When a process started, in ticks, by which it is told from a later one of the same number. None: it has ended."""
@@ -40,6 +44,11 @@ def tuner() -> int | None:
     return None
 
 
+def _chosen(text: str) -> str:
+    """Of several values, the one in brackets."""
+    return text.partition("[")[2].partition("]")[0] or text.strip()
+
+
 class Settings:
     """The knobs. Other files than the kernel's are for tests."""
 
@@ -52,6 +61,46 @@ class Settings:
             raise SettingsError("this kernel has no KSM (CONFIG_KSM)")
         if not os.access(self._knobs / "run", os.W_OK):
             raise SettingsError("only root can start the kernel's ksmd")
+
+    def usable(self) -> bool:
+        """Whether ksmd runs, or can be started by this user."""
+        try:
+            self.available()
+        except SettingsError:
+            return (self._knobs / "run").exists() and self.running()
+        return True
+
+    def files(self) -> dict[str, str]:
+        """What is in the kernel's files."""
+        found = {}
+        for file in sorted(self._knobs.iterdir()):
+            with contextlib.suppress(OSError):
+                found[file.name] = file.read_text()
+        return found
+
+    def counters(self) -> dict[str, int]:
+        """All that it counts, by name."""
+        return {name: int(text) for name, text in self.files().items() if not self._is_knob(name)}
+
+    def knobs(self) -> dict[str, str]:
+        """All that can be set, by name."""
+        return {name: _chosen(text) for name, text in self.files().items() if self._is_knob(name)}
+
+    def write(self, name: str, value: str) -> None:
+        """Set a knob, for good. `SettingsError` with the kernel's errno."""
+        self.available()
+        self._write(name, value)
+
+    def holders(self) -> set[int]:
+        """The processes for which knobs are held. Empty for who may not know."""
+        try:
+            with open(os.open(self._state, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+                return {int(pid) for pid in json.load(file)["holders"]}
+        except (OSError, ValueError):
+            return set()
+
+    def _is_knob(self, name: str) -> bool:
+        return bool((self._knobs / name).stat().st_mode & 0o200)
 
     def running(self) -> bool:
         """Whether ksmd merges."""
@@ -138,14 +187,13 @@ class Settings:
             text = (self._knobs / name).read_text().strip()
         except OSError as e:
             raise SettingsError(f"{name}: {e.strerror}") from e
-        chosen = text.partition("[")[2].partition("]")[0]
-        return chosen or text
+        return _chosen(text)
 
     def _write(self, name: str, value: str) -> None:
         try:
             (self._knobs / name).write_text(value)
         except OSError as e:
-            raise SettingsError(f"cannot set {name} to {value}: {e.strerror}") from e
+            raise SettingsError(f"cannot set {name} to {value}: {e.strerror}", e.errno) from e
 
     def _save(self, state: dict[str, Any]) -> None:
         temporary = self._state.with_name(f".{self._state.name}.{os.urandom(8).hex()}")

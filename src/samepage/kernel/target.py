@@ -20,6 +20,7 @@ class TargetError(Exception):
     """Why a process is left alone, in one line that names it."""
 
     def __init__(self, pid: int, why: str) -> None:
+        self.why = why
         super().__init__(f"process {pid} ({name(pid)}): {why}" if os.path.exists(f"/proc/{pid}") else _no_such(pid))
 
 
@@ -33,6 +34,11 @@ def name(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
     except OSError:
         return "?"
+
+
+def has_agent(pid: int) -> bool:
+    """Whether samepage's agent is in a process. OSError."""
+    return "/libsamepage.so" in Path(f"/proc/{pid}/maps").read_text(errors="replace")
 
 
 def check(pid: int) -> None:
@@ -86,7 +92,7 @@ def _of_its_program(pid: int, status: dict[str, str]) -> str | None:
         with open(f"/proc/{pid}/exe", "rb") as program:
             if program.read(5)[4:] != b"\2":  # ELFCLASS64
                 return "it is not a 64-bit program"
-        if "/libsamepage.so" in Path(f"/proc/{pid}/maps").read_text(errors="replace"):
+        if has_agent(pid):
             return "samepage's agent is in it: a process is served by one engine"
     except OSError:
         return "permission denied: the kernel does not let this user look at it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -135,16 +134,6 @@ def unmerge(
     outcome.pages_unmerged = max(outcome.pages_unmerged, first - outcome.pages_remaining)
     outcome.bytes_needed = outcome.pages_remaining * PAGE_SIZE + OVERHEAD + reserve
     return outcome
-
-
-def processes() -> list[int]:
-    """Those of which the kernel has merged something, and that may be told."""
-    found = []
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            if entry.isdecimal() and int(Path(f"/proc/{entry}/ksm_merging_pages").read_text()):
-                found.append(int(entry))
-    return sorted(found)
 
 
 def _pass(pid: int, ranges: Ranges, reserve: int, keep: bool, cancelled: Callable[[], bool], outcome: Outcome) -> int:

@@ -17,13 +17,14 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, Protocol
 
 import msgspec
 
 from samepage.service import ksm_files
+from samepage.service.engine import Answer, Cancelled, Progress
 from samepage.service.sockets import Caller, ControlError, peer
 
 PACKET_MAX = 128 << 10
@@ -41,16 +42,14 @@ BLAMED_MAX = 5
 CANCEL_PATIENCE = 2.0
 """Seconds that a service has for its last packet after a cancellation."""
 
-Answer = dict[str, Any]
-
-
 Page = Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
 """A page number, or a number of pages."""
 
 
 class Status(msgspec.Struct, tag_field="op", tag="status", forbid_unknown_fields=True):
-    """Counters, a row for every process, and one for every memory cgroup of them; to a user who does not own the
-    service, those of their own processes. `brief`: not what is available to each, for which they have to be asked."""
+    """Counters, also of each engine, a row for every process, and one for every memory cgroup of them; to a user who
+    does not own the service, those of their own processes. `brief`: not what is available to each, for which they have
+    to be asked."""
 
     brief: bool = False
 
@@ -118,19 +117,20 @@ Arrivals = queue.SimpleQueue[tuple[int, threading.Event]]
 
 
 class Controlled(Protocol):
-    """What control requests act on: the thread that runs ksmd (`samepage.service.scanner`)."""
+    """What control requests act on (`samepage.service.engine.Engines`)."""
 
     def counters(self, domain: int | None = None) -> dict[str, Any]: ...
-    def rows(self) -> list[dict[str, Any]]: ...
-    def commitments(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]: ...
+    def by_engine(self, domain: int | None = None) -> dict[str, dict[str, Any]]: ...
+    def rows(self) -> list[Answer]: ...
+    def commitments(self) -> tuple[list[Answer], list[Answer]]: ...
     def files(self) -> dict[str, str]: ...
-    def row(self, pid: int) -> dict[str, Any] | None: ...
+    def row(self, pid: int) -> Answer | None: ...
     def pids(self) -> list[int]: ...
     def introductions(self) -> AbstractContextManager[Arrivals]: ...
     def get(self, knob: str) -> str: ...
     def knobs(self) -> dict[str, str]: ...
-    def set(self, knob: str, value: str, cancelled: Callable[[], bool]) -> None: ...
-    def unmerge(self, pids: list[int], progress: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer: ...
+    def set(self, knob: str, value: str, cancelled: Cancelled) -> None: ...
+    def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer: ...
     def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer: ...
 
 
@@ -186,7 +186,7 @@ def _perform(
                 yield {"processes": rows[start : start + ROWS_MAX]}
             for start in range(0, len(groups), ROWS_MAX):
                 yield {"cgroups": groups[start : start + ROWS_MAX]}
-            yield {"ok": True, "counters": counters}
+            yield {"ok": True, "counters": counters, "engines": scanner.by_engine(domain)}
         case Stats():
             yield {
                 "ok": True,
@@ -336,10 +336,10 @@ def blamed(failed: list[Answer]) -> str:
         "ETIMEDOUT": "does not answer{}, and is unmerged as soon as it does",
         "EFAULT": "has pages that cannot be mapped any more",
     }
-    rows = [row for row in failed if row["errno"] in why]
+    rows = [row for row in failed if row["errno"] in why or "why" in row]
     names = [
         f"process {row['pid']} ({row['comm']}) "
-        + why[row["errno"]].format(f" (it is {row['state']})" if row["state"] else "")
+        + (row.get("why") or why[row["errno"]].format(f" (it is {row['state']})" if row["state"] else ""))
         for row in rows[:BLAMED_MAX]
     ]
     if len(rows) > BLAMED_MAX:

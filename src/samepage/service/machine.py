@@ -37,15 +37,25 @@ LAST_SECONDS = 5.0
 SUMMED = ("merged", "ksm_merging_pages", "ksm_zero_pages", "pages_inherited", "pages_broken", "ksm_process_profit")
 
 
-def is_near(pid: int) -> bool:
-    """Whether a process is this user's, or descends from this one. Nothing else may be asked what the kernel reads in
-    the process's memory: who keeps that locked keeps the reader waiting for as long as they like. OSError."""
+def is_near(pid: int, of: int | None = None) -> bool:
+    """Whether a process is this user's, or descends from this one, or `of` that. Nothing else may be asked what the
+    kernel reads in the process's memory: who keeps that locked keeps the reader waiting for as long as they like.
+    OSError."""
     uids, parent = _status(pid)
     if uids == {os.getuid()}:
         return True
-    while parent > 1 and parent != os.getpid():
+    of = os.getpid() if of is None else of
+    while parent > 1 and parent != of:
         parent = _status(parent)[1]
-    return parent == os.getpid()
+    return parent == of
+
+
+def is_marked(pid: int, variable: tuple[str, str], of: int | None = None) -> bool:
+    """Whether a process that is near has this variable in its environment."""
+    mark = f"{variable[0]}={variable[1]}\0".encode()
+    with contextlib.suppress(OSError):
+        return is_near(pid, of) and mark in Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+    return False
 
 
 def _status(pid: int) -> tuple[set[int], int]:
@@ -64,7 +74,6 @@ class SharedByCommand:
 
     def __init__(self, report: Path | None) -> None:
         self.variable = ("SAMEPAGE_RUN", os.urandom(8).hex())
-        self._mark = f"{self.variable[0]}={self.variable[1]}\0".encode()
         self._report = report
         self._started = self._written = time.monotonic()
         self._ours: dict[int, bool] = {}
@@ -108,9 +117,7 @@ class SharedByCommand:
                 self._recent.popleft()
 
     def _is_ours(self, pid: int) -> bool:
-        with contextlib.suppress(OSError):
-            return is_near(pid) and self._mark in Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
-        return False
+        return is_marked(pid, self.variable)
 
     def _summary(self) -> dict[str, Any]:
         rows = self._rows.values()
@@ -149,7 +156,7 @@ class MachineDaemon(SharedByCommand):
             if self._client is None:
                 self._client = Client(self.path, PATIENCE)
             rows: list[dict[str, Any]] = self._client.ask("status", brief=True).get("processes", [])
-            return rows
+            return [row for row in rows if "swap" in row]  # of agents: what the kernel merges is counted by itself
         except ControlError:
             if self._client is not None:
                 self._client.close()

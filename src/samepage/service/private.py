@@ -16,10 +16,12 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from samepage.service import sockets
+from samepage.service.engine import Engine
 from samepage.service.sockets import ControlError
 
 PACKET_MAX = 64 << 10
@@ -33,12 +35,18 @@ class PrivateService:
     """A service for the processes that are given `path` as `$SAMEPAGE_SOCKET`.
 
     `knobs` are set before the first scan. `report` is a file that is kept up to date with what is saved. `reserve`, in
-    bytes, is what unmerging and merging leave available. `write_protect`: pages are swapped that way.
-    The constructor starts it; raises `ControlError` for knobs it does not know or values it does not accept.
+    bytes, is what unmerging and merging leave available. `write_protect`: pages are swapped that way. `others` makes
+    the engines that it has besides, in its process. The constructor starts it; raises `ControlError` for knobs it does
+    not know or values it does not accept.
     """
 
     def __init__(
-        self, knobs: list[tuple[str, str]], report: Path | None, reserve: int = 16 << 20, write_protect: bool = False
+        self,
+        knobs: list[tuple[str, str]],
+        report: Path | None,
+        reserve: int = 16 << 20,
+        write_protect: bool = False,
+        others: Callable[[], Sequence[Engine]] = tuple,
     ) -> None:
         self._folder = _private_folder()
         self.path = str(self._folder / "socket")
@@ -50,7 +58,7 @@ class PrivateService:
             self.pid = os.fork()
             if self.pid == 0:
                 self._line.close()
-                self._serve(line, knobs, report, started, reserve, write_protect)
+                self._serve(line, knobs, report, started, reserve, write_protect, others)
             line.close()
             self._listener.close()
             if knobs:
@@ -90,6 +98,7 @@ class PrivateService:
         started: float,
         reserve: int,
         write_protect: bool,
+        others: Callable[[], Sequence[Engine]],
     ) -> NoReturn:
         """The forked process."""
         status = 1
@@ -103,7 +112,7 @@ class PrivateService:
             os.dup2(null, 1)
             from samepage.service.reporting import serve
 
-            serve(self._listener, line, knobs, report, started, reserve, write_protect)
+            serve(self._listener, line, knobs, report, started, reserve, write_protect, others)
             status = 0
         except BaseException as e:
             with contextlib.suppress(BaseException):

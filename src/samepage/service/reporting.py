@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from samepage.memory import PAGE_SIZE
 from samepage.memory.agent import Terms
 from samepage.memory.wire import Flags
 from samepage.service.descriptors import raise_descriptor_limit
+from samepage.service.engine import Engine, Engines
 from samepage.service.log import log
 from samepage.service.report_file import replace
 from samepage.service.scanner import Scanner
@@ -40,12 +42,12 @@ class Report:
     taken just before each process is dropped (`sample`). `started` is of `time.monotonic`.
     """
 
-    def __init__(self, scanner: Scanner, path: Path | None, started: float) -> None:
-        self._scanner = scanner
+    def __init__(self, engines: Engines, path: Path | None, started: float) -> None:
+        self._engines = engines
         self._path = path
         self._lock = threading.Lock()
         self._started = started
-        self._counters = scanner.counters()
+        self._counters = engines.counters()
         self._recent: deque[tuple[float, dict[str, Any]]] = deque()  # samples of the last LAST_SECONDS
         self._peak = 0
         self._over = False
@@ -56,12 +58,12 @@ class Report:
     def sample(self) -> None:
         """Look at the counters and rows as they are now."""
         with self._lock:
-            rows = {row["pid"]: row for row in self._scanner.rows()}
+            rows = {row["pid"]: row for row in self._engines.rows()}
             self._ended.extend(row for pid, row in self._rows.items() if pid not in rows)
             self._rows = rows
-            self._swaps.update(row["swap"] for row in rows.values())
+            self._swaps.update(row["swap"] for row in rows.values() if "swap" in row)
             if rows and not self._over:
-                self._counters = self._scanner.counters()
+                self._counters = self._engines.counters()
                 self._peak = max(self._peak, self._counters["bytes_saved"])
                 now = time.monotonic()
                 self._recent.append((now, self._counters))
@@ -126,6 +128,7 @@ def serve(
     started: float,
     reserve: int,
     write_protect: bool,
+    others: Callable[[], Sequence[Engine]],
 ) -> None:
     """Serve `listener` until the parent asks over `line` for the summary, or is gone."""
     raise_descriptor_limit()
@@ -139,10 +142,10 @@ def serve(
         return
     if knobs:
         line.send(b"{}")
-    report = Report(scanner, path, started)
-    server = Server(
-        listener, scanner, Terms(reserve=reserve, flags=Flags.SWAP_WP if write_protect else 0), report.sample
-    )
+    engines = others()
+    report = Report(Engines(scanner, engines), path, started)
+    terms = Terms(reserve=reserve, flags=Flags.SWAP_WP if write_protect else 0)
+    server = Server(listener, scanner, terms, report.sample, others=engines)
     ended = threading.Event()
     for run in (scanner.run, server.run):
         threading.Thread(target=run, daemon=True).start()

@@ -7,7 +7,7 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Any
@@ -26,10 +26,9 @@ from samepage.memory.halt import SILENT
 from samepage.memory.segments import OPEN
 from samepage.service import ksm_files
 from samepage.service.control import Arrivals, blamed
+from samepage.service.engine import Answer, Cancelled, Progress
 from samepage.service.log import log_once
 from samepage.service.tally import Tally
-
-Answer = dict[str, Any]
 
 WORKERS = max(4, os.cpu_count() or 1)
 """Processes that work for ksmd at the same time; more than cores, so that one that hangs does not hold up the rest."""
@@ -89,6 +88,8 @@ class Scanner:
 
     `concurrently` is used like `map`, and is by default that of a pool of `WORKERS` threads.
     """
+
+    name = "user"
 
     def __init__(self, concurrently: Concurrently | None = None) -> None:
         if concurrently is None:
@@ -224,26 +225,18 @@ class Scanner:
         """Of all processes."""
         return [row.pid for row in self._ksmd.rows()]
 
-    def commitments(self) -> tuple[list[Answer], list[Answer]]:
-        """The rows of all processes with their memory cgroup and the bytes available there, as they say now; and a row
-        for each cgroup: the bytes needed if all merged pages in it were written at once, and those available."""
+    def commitments(self) -> list[Answer]:
+        """The rows of all processes with their memory cgroup and the bytes available there, as they say now."""
         slots = self._ksmd.slots()
         found = self._available(slots)
         states = {slot.pid: slot.space.halted() for slot in slots}
         rows = self.rows()
-        groups: dict[str, Answer] = {}
         for row in rows:
             group, available = found.get(row["pid"]) or ("", 0)
             row |= {"cgroup": group, "bytes_available": available}
             if row["pid"] in states and row["state"] != SILENT:  # which ksmd may not have noticed yet
                 row["state"] = states[row["pid"]] or "running"
-            sums = groups.setdefault(
-                group, {"cgroup": group, "processes": 0, "bytes_needed": 0, "bytes_available": available}
-            )
-            sums["processes"] += 1
-            sums["bytes_needed"] += row["bytes_needed"]
-            sums["bytes_available"] = min(sums["bytes_available"], available)
-        return rows, list(groups.values())
+        return rows
 
     def _available(self, slots: list[MmSlot]) -> dict[int, tuple[str, int] | None]:
         """The memory cgroup and the bytes available there, by pid, of those who answer in time."""
@@ -265,7 +258,7 @@ class Scanner:
         with self._known(knob):
             return self._ksmd.get(knob)
 
-    def set(self, knob: str, value: str, cancelled: Callable[[], bool] = lambda: False) -> None:
+    def set(self, knob: str, value: str, cancelled: Cancelled = lambda: False) -> None:
         """OSError: EINVAL, EBUSY, EINTR when `cancelled()` said so; for `run` = 2 also ENOMEM, EFAULT or ETIMEDOUT (see
         `Ksmd.unmerge`), with the numbers in its text; `run` is 0 then."""
         try:
@@ -293,7 +286,7 @@ class Scanner:
             self._hang_up_on_the_gone()
             self._wake.set()
 
-    def unmerge(self, pids: list[int], progress: Callable[[Answer], None], cancelled: Callable[[], bool]) -> Answer:
+    def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
         """Unmerge the processes `pids`, or all. `progress` is called after each; the first error ends it, but for those
         that are of one process: they are told at the end, with a row in `failed` for each such process.
 
@@ -324,7 +317,7 @@ class Scanner:
             total["errno"] = errno.errorcode[next(iter(failed.values())).errno]
         return total | {"failed": _rows(failed.values()), "ok": total["errno"] is None}
 
-    def _unmerge(self, slot: MmSlot, cancelled: Callable[[], bool]) -> UnmergeResult:
+    def _unmerge(self, slot: MmSlot, cancelled: Cancelled) -> UnmergeResult:
         try:
             with hold(self._gate, cancelled):
                 result = self._ksmd.unmerge(slot, cancelled=cancelled)

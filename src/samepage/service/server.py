@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from samepage.memory.identity import Identity, identify_peer, user_of
 from samepage.service import control
 from samepage.service.closing import close_all, close_one
 from samepage.service.descriptors import shares
+from samepage.service.engine import Engine, Engines
 from samepage.service.log import log_once, log_the_rest
 from samepage.service.scanner import Scanner
 from samepage.service.sockets import Caller, anybody, groups, peer
@@ -84,6 +85,7 @@ class Server:
     Run by root, it serves everyone, each user in a merge domain of their own; else only who runs it.
     `before_leave` is called when a process went and is about to be dropped, with its counters still in.
     `userfaultfd_group`: only processes of that group, and the owner's, are given /dev/userfaultfd; None: all.
+    `others`: engines besides, of processes that do not join.
     """
 
     def __init__(
@@ -93,9 +95,11 @@ class Server:
         terms: Terms | None = None,
         before_leave: Callable[[], None] = lambda: None,
         userfaultfd_group: int | None = None,
+        others: Sequence[Engine] = (),
     ) -> None:
         self._listener = listener
         self._scanner = scanner
+        self._engines = Engines(scanner, others)
         self._terms = terms or Terms()
         self._before_leave = before_leave
         self.joined = 0
@@ -264,7 +268,7 @@ class Server:
                 return  # the socket is not ours any more
             data = wire.recv_plain_bytes(sock)
             if data.startswith(b"{"):
-                control.handle(sock, data, caller, self._scanner, self._owner)
+                control.handle(sock, data, caller, self._engines, self._owner)
             else:
                 self._greet(connection, wire.decode(data))
             stays = True

@@ -1,0 +1,229 @@
+"""Which engine merges: the one place that chooses. docs/engines.md says which does what.
+
+What follows from the choice has the same shape whatever it was: `beside` for `samepage run`, `others` for a service,
+`chosen` for commands that show and set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from samepage.commands import RESERVE, CommandError, add_reserve
+from samepage.commands.streams import say
+from samepage.doctor.facts import Facts
+from samepage.doctor.findings import way_to_swap
+from samepage.service import sockets
+from samepage.service.engine import Answer, Cancelled, Progress
+
+if TYPE_CHECKING:
+    from samepage.kernel.adopt import Adopter
+    from samepage.service.control import Client
+    from samepage.service.engine import Engine
+
+MIB = 1 << 20
+REFUSED_MAX = 5
+"""Processes that were left alone that are named at the end."""
+
+
+# ---- samepage run ----------------------------------------------------------------------------------------------------
+
+
+def by_the_kernel_alone(engine: str, facts: Facts) -> bool:
+    """Whether nothing is to be preloaded: for that was said, or agents could not swap pages here."""
+    if engine == "auto" and way_to_swap(facts, "move") != "move":
+        from samepage.kernel.settings import Settings
+
+        return facts.version >= (6, 7) and Settings().usable()
+    return engine == "kernel"
+
+
+class Beside:
+    """What of a command the kernel merges: nothing."""
+
+    environment: dict[str, str]
+    look: Callable[[], None] | None = None
+    """To be called every `LOOK_EVERY` seconds."""
+
+    def __init__(self) -> None:
+        self.environment = {}
+
+    def others(self, reserve: int) -> Sequence[Engine]:
+        """The engines that a service of the command's own has besides; called in its process, a child of this one."""
+        return ()
+
+    def started(self, pid: int) -> None:
+        """The command runs."""
+
+    def finish(self) -> dict[str, Any] | None:
+        """It has ended. What was shared, if anything can have been."""
+        return None
+
+
+class ByTheKernel(Beside):
+    """The kernel's ksmd runs as long as the command does. `knobs` are set besides; without any it is paced, unless a
+    daemon does that. `CommandError`: it cannot be had."""
+
+    def __init__(self, report: Path | None = None, knobs: Sequence[tuple[str, str]] = (), paced: bool = True) -> None:
+        from samepage.kernel.pace import Pace
+        from samepage.kernel.processes import KernelProcesses
+        from samepage.kernel.settings import Settings, SettingsError
+
+        self._settings, self._held, pace = Settings(), [os.getpid()], None
+        try:
+            self._settings.hold(self._held, {"run": "1", **dict(knobs)})
+            pace = Pace(self._settings) if paced and not knobs else None
+        except SettingsError as e:
+            if knobs or not self._settings.running():
+                raise CommandError(f"nothing would be merged: {e}") from e
+        self._processes = KernelProcesses(report, pace)
+        self.environment = dict([self._processes.variable])
+        self.look = self._processes.look
+
+    def started(self, pid: int) -> None:
+        from samepage.kernel.settings import SettingsError
+
+        self._held.append(pid)
+        with contextlib.suppress(SettingsError):  # it goes on when this process is killed
+            self._settings.hold([pid], {})
+
+    def finish(self) -> dict[str, Any] | None:
+        self._settings.release(self._held)
+        return self._processes.finish()
+
+
+class Adopting(ByTheKernel):
+    """The same for those processes of the command that have no agent."""
+
+    def __init__(self, paced: bool) -> None:
+        super().__init__(paced=paced)
+        self.environment["SAMEPAGE_ENGINE"] = "auto"
+        self._adopter: Adopter | None = None
+
+    def others(self, reserve: int) -> Sequence[Engine]:
+        from samepage.kernel.engine import KernelEngine
+        from samepage.service.machine import is_marked
+
+        variable, parent = self._processes.variable, os.getppid()
+        return [KernelEngine(reserve, self._settings, lambda pid: is_marked(pid, variable, parent))]
+
+    def started(self, pid: int) -> None:
+        from samepage.kernel.adopt import Adopter
+
+        super().started(pid)
+        self._adopter = Adopter(self._settings, self._processes.is_ours)
+        self._adopter.start()
+
+    def finish(self) -> dict[str, Any] | None:
+        if self._adopter is None:
+            super().finish()
+            return None
+        self._adopter.end()
+        self._held += self._adopter.attached
+        for why in list(self._adopter.refused.values())[:REFUSED_MAX]:
+            say(why)
+        summary = super().finish()
+        return summary if self._adopter.attached else None
+
+
+def beside(engine: str, daemon: bool) -> Beside:
+    """For a command that is run under the agent; `daemon`: under one, which sets the pace if it has the engine."""
+    if engine != "auto":
+        return Beside()
+    try:
+        return Adopting(paced=not daemon)
+    except CommandError as e:
+        say(f"programs that the agent cannot be in are not merged: {e}")
+        return Beside()
+
+
+# ---- services --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def others(engine: str, reserve: int) -> Iterator[Sequence[Engine]]:
+    """The engines that a daemon has besides its agents', at work meanwhile. `CommandError`: one cannot be had."""
+    if engine != "auto":
+        yield ()
+        return
+    from samepage.kernel.engine import KernelEngine
+    from samepage.kernel.settings import Settings, SettingsError
+
+    settings = Settings()
+    kernel = KernelEngine(reserve, settings)
+    try:
+        kernel.start()
+    except SettingsError as e:
+        raise CommandError(str(e)) from e
+    try:
+        yield [kernel]
+    finally:
+        kernel.stop()
+
+
+# ---- samepage get, set, unmerge --------------------------------------------------------------------------------------
+
+
+class Asked(Protocol):
+    """What `samepage get`, `set` and `unmerge` ask."""
+
+    def knobs(self) -> dict[str, str]: ...
+    def get(self, knob: str) -> str: ...
+    def set(self, knob: str, value: str, cancelled: Cancelled) -> None: ...
+    def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer: ...
+
+
+class Service:
+    """The service, over its control connection."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    def knobs(self) -> dict[str, str]:
+        return dict(self.client.ask("get")["knobs"])
+
+    def get(self, knob: str) -> str:
+        return str(self.client.ask("get", knob=knob)["knobs"][knob])
+
+    def set(self, knob: str, value: str, cancelled: Cancelled) -> None:
+        self.client.ask("set", knob=knob, value=value)
+
+    def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
+        """Ctrl-C cancels it, and the final packet then says how far it came."""
+        before = signal.signal(signal.SIGINT, lambda *_: self.client.cancel())
+        try:
+            for packet in self.client.stream("unmerge", pids=pids):
+                last = packet
+            return last
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
+    """The options by which these commands say what they ask."""
+    parser.add_argument(
+        "--engine", choices=("user", "kernel"), default="user", help=f"{what}; kernel: of the kernel's own KSM, as root"
+    )
+    add_reserve(parser)
+    parser.set_defaults(reserve=None)
+
+
+@contextlib.contextmanager
+def chosen(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[Asked]:
+    """By --engine, --socket and --reserve."""
+    if args.engine == "kernel":
+        from samepage.kernel.engine import KernelEngine
+
+        yield KernelEngine(args.reserve or RESERVE)
+        return
+    from samepage.service.control import Client
+
+    if args.reserve is not None:
+        parser.error("--reserve is the service's, or for --engine kernel")
+    with Client(sockets.find(args.socket), timeout=None) as client:
+        yield Service(client)

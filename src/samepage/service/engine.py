@@ -1,0 +1,150 @@
+"""Who merges: the seam between the service and what merges for it.
+
+There are two engines: ksmd with its agents (`samepage.service.scanner`), and the kernel's own KSM
+(`samepage.kernel.engine`). All that a service shows and does goes through this; which ones there are is chosen by
+whoever starts it (`samepage.commands.engines`). A process is served by one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from samepage.service.control import Arrivals
+
+Answer = dict[str, Any]
+Progress = Callable[[Answer], None]
+Cancelled = Callable[[], bool]
+
+
+class Engine(Protocol):
+    """Rows have at least `pid`, `comm`, `domain`, `merged` and `bytes_needed`; counters KSM's names."""
+
+    name: str
+
+    def counters(self, domain: int | None = None) -> dict[str, Any]:
+        """Of everything, or of one merge domain."""
+
+    def rows(self) -> list[Answer]:
+        """One for each process."""
+
+    def commitments(self) -> list[Answer]:
+        """The same, with the memory cgroup (`cgroup`) of each and the bytes available there (`bytes_available`)."""
+
+    def row(self, pid: int) -> Answer | None:
+        """That of one process; None when it is not this engine's."""
+
+    def files(self) -> dict[str, str]:
+        """What is in the files of /sys/kernel/mm/ksm."""
+
+    def knobs(self) -> dict[str, str]:
+        """All of them."""
+
+    def get(self, knob: str) -> str:
+        """OSError EINVAL when there is no such knob."""
+
+    def set(self, knob: str, value: str, cancelled: Cancelled) -> None:
+        """OSError. `run` = 2 comes back when everything is unmerged, or could not be; `run` is 0 then."""
+
+    def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
+        """Break these processes, or all. `ok`, `errno` (a name), `pages_unmerged`, `pages_remaining`, `bytes_needed`,
+        `bytes_available`, `limits_unseen`, and in `failed` a row for each process that is to blame. OSError ESRCH: one
+        of them is not this engine's."""
+
+
+class Agents(Engine, Protocol):
+    """The engine of processes that join."""
+
+    def pids(self) -> list[int]: ...
+    def introductions(self) -> contextlib.AbstractContextManager[Arrivals]: ...
+    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer: ...
+
+
+class Engines:
+    """Several as one: what control requests act on. Knobs and files are those of the one whose processes join; the
+    kernel has files of its own."""
+
+    def __init__(self, agents: Agents, others: Sequence[Engine] = ()) -> None:
+        self._agents = agents
+        self._all: list[Engine] = [agents, *others]
+
+    def files(self) -> dict[str, str]:
+        return self._agents.files()
+
+    def knobs(self) -> dict[str, str]:
+        return self._agents.knobs()
+
+    def get(self, knob: str) -> str:
+        return self._agents.get(knob)
+
+    def set(self, knob: str, value: str, cancelled: Cancelled) -> None:
+        self._agents.set(knob, value, cancelled)
+
+    def pids(self) -> list[int]:
+        return self._agents.pids()
+
+    def introductions(self) -> contextlib.AbstractContextManager[Arrivals]:
+        return self._agents.introductions()
+
+    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer:
+        return self._agents.merge(pid, vpn, npages, domain)
+
+    def counters(self, domain: int | None = None) -> dict[str, Any]:
+        return self._agents.counters(domain)
+
+    def by_engine(self, domain: int | None = None) -> dict[str, dict[str, Any]]:
+        """The counters of each, by its name."""
+        return {engine.name: engine.counters(domain) for engine in self._all}
+
+    def rows(self) -> list[Answer]:
+        return [_named(engine, row) for engine in self._all for row in engine.rows()]
+
+    def commitments(self) -> tuple[list[Answer], list[Answer]]:
+        """And a row for each cgroup: the bytes needed if all merged pages in it were written at once, and those
+        available."""
+        rows = [_named(engine, row) for engine in self._all for row in engine.commitments()]
+        return rows, _cgroups(rows)
+
+    def row(self, pid: int) -> Answer | None:
+        return next((row for engine in self._all if (row := engine.row(pid)) is not None), None)
+
+    def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
+        """One engine after the other: each has memory of its own to look at."""
+        total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "failed": []}
+        for engine, theirs in self._shares(pids):
+            done = engine.unmerge(theirs, progress, cancelled)
+            sums = {name: total[name] + done[name] for name in ("pages_unmerged", "pages_remaining", "failed")}
+            total = (done if total["errno"] is None else total) | sums  # what the first that failed says
+        return total | {"ok": total["errno"] is None}
+
+    def _shares(self, pids: list[int]) -> list[tuple[Engine, list[int]]]:
+        """Who is to unmerge which of them."""
+        if len(self._all) == 1 or not pids:
+            return [(engine, pids) for engine in self._all]
+        shares: dict[str, list[int]] = {}
+        for pid in pids:
+            engine = next((engine for engine in self._all if engine.row(pid) is not None), None)
+            if engine is None:
+                raise ProcessLookupError(errno.ESRCH, f"process {pid} is served by no engine")
+            shares.setdefault(engine.name, []).append(pid)
+        return [(engine, shares[engine.name]) for engine in self._all if engine.name in shares]
+
+
+def _named(engine: Engine, row: Answer) -> Answer:
+    return {"pid": row["pid"], "comm": row["comm"], "engine": engine.name} | row
+
+
+def _cgroups(rows: Iterable[Answer]) -> list[Answer]:
+    groups: dict[str, Answer] = {}
+    for row in rows:
+        group, available = row["cgroup"], row["bytes_available"]
+        sums = groups.setdefault(
+            group, {"cgroup": group, "processes": 0, "bytes_needed": 0, "bytes_available": available}
+        )
+        sums["processes"] += 1
+        sums["bytes_needed"] += row["bytes_needed"]
+        sums["bytes_available"] = min(sums["bytes_available"], available)
+    return list(groups.values())
