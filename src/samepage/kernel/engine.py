@@ -18,6 +18,7 @@ from samepage.kernel.settings import Settings, SettingsError
 from samepage.kernel.target import TargetError, name
 from samepage.kernel.unmerge import Merged, Outcome, unmerge
 from samepage.memory import PAGE_SIZE
+from samepage.memory.agent import memory_cgroup
 from samepage.service.engine import Answer, Cancelled, Progress
 
 LOOK_EVERY = 1.0
@@ -92,7 +93,7 @@ class KernelEngine:
         rows = self.rows()
         for row in rows:
             available, _ = inject.headroom(row["pid"])
-            row |= {"cgroup": kernel_rows.memory_cgroup(row["pid"]), "bytes_available": available}
+            row |= {"cgroup": memory_cgroup(row["pid"]), "bytes_available": available}
         return rows
 
     def row(self, pid: int) -> Answer | None:

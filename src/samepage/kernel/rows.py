@@ -65,13 +65,6 @@ def row_of(pid: int, near: bool = False) -> dict[str, Any] | None:
     }
 
 
-def memory_cgroup(pid: int) -> str:
-    """The path of its memory cgroup. "" when it has ended."""
-    from samepage.memory import agent
-
-    return agent._memory_cgroup(pid)
-
-
 def anonymous_pages(pid: int) -> int:
     """Its pages of anonymous memory, merged or not."""
     with contextlib.suppress(OSError):
