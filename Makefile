@@ -42,9 +42,10 @@ fuzz: $(VENV)/installed $(VENV)/development
 check: $(VENV)/installed $(VENV)/development
 	ruff format --check
 	ruff check
-	clang-format --dry-run -Werror $(wildcard src/samepage/*/*.[ch])
+	clang-format --dry-run -Werror $$(find src -name '*.[ch]')
 	test -e build/check || meson setup -Dwerror=true build/check
 	meson compile -C build/check
+	python -m tests.agent.layers build/check
 	mypy
 	PYTHONPATH=src lint-imports --no-logo
 

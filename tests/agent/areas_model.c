@@ -6,7 +6,11 @@
  *
  * Usage: areas_model OPERATIONS SEED [short]. Exit status 0, or 1 after saying what was wrong.
  */
-#include "wrappers.h"
+#include "base/area.h"
+#include "base/check.h"
+#include "base/maps.h"
+#include "base/planes.h"
+#include "base/real.h"
 
 #include "model.h"
 
@@ -36,18 +40,6 @@ static void *limited_mmap(void *addr, size_t len, int prot, int flags, int fd, o
 }
 
 struct real real = {.mmap = limited_mmap, .munmap = munmap, .madvise = madvise, .syscall = syscall};
-struct kernel kernel;
-
-const uint8_t zero_page[PAGE_SIZE];
-
-void scan_disturb(void)
-{
-}
-
-unsigned area_new_flags(void)
-{
-	return 0;
-}
 
 int maps_open(void)
 {
@@ -68,13 +60,6 @@ bool vma_find(int file, uintptr_t addr, struct vma *out)
 int vma_prot(const struct vma *v)
 {
 	return v->read;
-}
-
-int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct page_region *v, int n,
-		 uintptr_t *walked)
-{
-	(void)start, (void)end, (void)w, (void)v, (void)n, (void)walked;
-	return 0;
 }
 
 /* ---- operations ---- */

@@ -5,7 +5,9 @@
  *
  * Usage: blocks_model OPERATIONS SEED. Exit status 0, or 1 after saying what was wrong.
  */
-#include "blocks.h"
+#include "base/check.h"
+#include "base/real.h"
+#include "hooks/blocks.h"
 
 #include "model.h"
 

@@ -2,10 +2,13 @@
  * Linked into an agent for tests: the calls that its thread makes fail as a test says. The test shares `struct plan` with
  * the process, by the file that SAMEPAGE_FAULTS names. pread(2) comes here by -Wl,--wrap=pread.
  */
-#include "../../src/samepage/agent/agent.h"
+#include "base/descriptors.h"
+#include "base/real.h"
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <stdarg.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -211,7 +214,6 @@ static long faulty_syscall(long number, ...)
 	for (int i = 0; i < 6; i++)
 		a[i] = va_arg(args, long);
 	va_end(args);
-	/* on_agent_thread() calls gettid by this. */
 	if (number == SYS_msync)
 		r = fails(K_MSYNC);
 	else if (number == SYS_prlimit64)
@@ -247,7 +249,6 @@ __attribute__((constructor)) static void interpose(void)
 	close(fd);
 	if (p == MAP_FAILED)
 		return;
-	real_init();
 	kernel_calls = real;
 	real.ioctl = faulty_ioctl;
 	real.mremap = faulty_mremap;

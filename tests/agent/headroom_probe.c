@@ -15,8 +15,8 @@
  *	descriptors N       no descriptor from N on can be opened any more
  *	retire              the thread group's leader exits; another thread reads on
  */
-#include "headroom.c"
-#include "memcg.c"
+#include "kernel/headroom.c"
+#include "kernel/memcg.c"
 
 #include <pthread.h>
 #include <stdio.h>

@@ -36,14 +36,14 @@ def compile_c(source: Path, program: Path, *flags: str, compiler: str = "gcc", s
 def build_agent(directory: Path, *more: str) -> Path:
     """libsamepage.so in `directory`, with the flags of meson.build, and `more`."""
     library = directory / "libsamepage.so"
-    flags = ["-fPIC", "-shared", "-fvisibility=hidden", "-fno-builtin-malloc", "-fno-builtin-calloc"]
+    flags = [f"-I{SOURCES}", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-builtin-malloc", "-fno-builtin-calloc"]
     flags += [
         "-ftls-model=initial-exec",
         "-Wl,-z,now",
         "-pthread",
         *SANITIZERS[os.environ.get("SAMEPAGE_SANITIZE", "")],
     ]
-    sources = sorted(str(path) for path in SOURCES.glob("*.c"))
+    sources = sorted(str(path) for path in SOURCES.glob("*/*.c"))
     subprocess.run(["gcc", "-std=gnu11", *WARNINGS, *flags, *more, *sources, "-o", str(library)], check=True)
     return library
 

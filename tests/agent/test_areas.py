@@ -49,13 +49,13 @@ def model(folder: Path, name: str, books: Sequence[str], flags: Sequence[str]) -
 
 @pytest.fixture(scope="module", params=[[], SANITIZED], ids=["plain", "sanitized"])
 def areas_model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    books = ["area", "area_set", "planes", "check"]
+    books = ["base/area", "base/area_set", "base/planes", "base/check"]
     return model(tmp_path_factory.mktemp("areas_model"), "areas_model", books, request.param)
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_the_set_of_large_blocks_says_of_every_page_what_a_model_says(tmp_path: Path, seed: int) -> None:
-    program = model(tmp_path, "blocks_model", ["block_set"], SANITIZED)
+    program = model(tmp_path, "blocks_model", ["hooks/block_set"], SANITIZED)
     done = subprocess.run([str(program), "20000", str(seed)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -68,6 +68,8 @@ def test_the_books_say_of_every_page_what_a_model_says(areas_model: Path, seed: 
 
 
 def test_before_6_11_who_asks_for_all_mappings_reads_the_file_once(tmp_path: Path) -> None:
-    program = compile_c(HERE / "maps_reader.c", tmp_path / "maps_reader", f"-I{SOURCES}", str(SOURCES / "maps.c"))
+    program = compile_c(
+        HERE / "maps_reader.c", tmp_path / "maps_reader", f"-I{SOURCES}", str(SOURCES / "base" / "maps.c")
+    )
     done = subprocess.run([str(program), "20000"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout

@@ -127,9 +127,9 @@ def test_what_was_tried_holds_for_as_many_filters(tmp_path: Path, programs: Path
 
 def test_every_call_that_the_agent_makes_is_tried(tmp_path: Path, programs: Path) -> None:
     """By the names in the sources, but for what only passes through on a program's behalf, and what ends the trial."""
-    sources = [path for path in (ROOT / "src/samepage/agent").glob("*.[ch]") if path.name != "seccomp.c"]
+    sources = [path for path in (ROOT / "src/samepage/agent").rglob("*.[ch]") if path.name != "seccomp.c"]
     named = {name for path in sources for name in re.findall(r"\bSYS_\w+", path.read_text())}
-    tried = (ROOT / "src/samepage/agent/seccomp.c").read_text().partition("trials[] = {")[2].partition("};")[0]
+    tried = (ROOT / "src/samepage/agent/hooks/seccomp.c").read_text().partition("trials[] = {")[2].partition("};")[0]
     assert {name for name in named if f"{{{name}," not in tried} <= PASSED
 
 

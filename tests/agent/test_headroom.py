@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "src" / "samepage" / "agent"
+from tests.agent.preload import SOURCES
+
 MIB = 1 << 20
 UNLIMITED_V1 = 0x7FFFFFFFFFFFF000
 # Per CPU, 64 pages that are charged and not used, and 64 pages' worth of updates that memory.stat lacks; twice

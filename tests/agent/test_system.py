@@ -15,7 +15,8 @@ def test_memory_and_text_are_handled_as_by_libc(tmp_path: Path) -> None:
     """Optimised as in the library: a compiler may take such a function's body for a call of the function."""
     plain, renamed = tmp_path / "plain.o", tmp_path / "renamed.o"
     for level in ("-O0", "-O2", "-O3"):
-        command = ["gcc", "-std=gnu11", *WARNINGS, level, "-c", "-fPIC", str(SOURCES / "system.c"), "-o", str(plain)]
+        source = str(SOURCES / "base" / "system.c")
+        command = ["gcc", "-std=gnu11", *WARNINGS, level, "-c", "-fPIC", f"-I{SOURCES}", source, "-o", str(plain)]
         subprocess.run(command, check=True)
         symbols = [f"--redefine-sym={name}=own_{name}" for name in NAMES]
         subprocess.run(["objcopy", *symbols, str(plain), str(renamed)], check=True)

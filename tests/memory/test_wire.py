@@ -17,7 +17,7 @@ from samepage import memory
 from samepage.memory import wire
 from samepage.memory.wire import WireError
 
-HEADER = Path(__file__).parents[2] / "src" / "samepage" / "agent" / "wire.h"
+HEADER = Path(__file__).parents[2] / "src" / "samepage" / "agent" / "base" / "wire.h"
 
 
 Layout = dict[str, dict[str, int]]

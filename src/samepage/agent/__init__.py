@@ -21,7 +21,7 @@ UNSEEN = "what limits the process (its memory cgroup, or the machine) cannot be 
 
 
 class Broken(ctypes.Structure):
-    """`struct sp_broken` of `agent/wire.h`."""
+    """`struct sp_broken` of `agent/base/wire.h`."""
 
     _fields_ = (
         ("pages_unmerged", ctypes.c_uint64),
@@ -53,7 +53,7 @@ def library_path() -> Path:
 
 
 def forbid_huge_pages() -> None:
-    """In this process and all that it starts: by write-protection no others are merged (agent/holders.c)."""
+    """In this process and all that it starts: by write-protection no others are merged (agent/kernel/holders.c)."""
     PR_SET_THP_DISABLE = 41
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0):
         code = ctypes.get_errno()

@@ -27,7 +27,7 @@ NOBODY_JOINED = (
 )
 
 MEMORY = "large"
-"""What of a program's memory is taken unless --memory says otherwise ($SAMEPAGE_MEMORY, agent/wrappers.c)."""
+"""What of a program's memory is taken unless --memory says otherwise ($SAMEPAGE_MEMORY, agent/hooks/wrappers.c)."""
 
 
 class Run:
@@ -256,7 +256,7 @@ def _environment(library: Path, socket: str, args: argparse.Namespace, facts: Fa
     environment["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
     environment["SAMEPAGE_SOCKET"] = socket
     environment["SAMEPAGE_MEMORY"] = args.memory or MEMORY
-    environment["SAMEPAGE_SECCOMP"] = str(facts.seccomp)  # under so many filters it was tried (agent/seccomp.c)
+    environment["SAMEPAGE_SECCOMP"] = str(facts.seccomp)  # under so many filters it was tried (agent/hooks/seccomp.c)
     if args.min_alloc is not None:
         environment["SAMEPAGE_MIN_ALLOC"] = str(args.min_alloc)
     return environment

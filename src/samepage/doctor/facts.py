@@ -91,7 +91,7 @@ def look() -> Facts:
 
 
 def _userfaultfd(libc: ctypes.CDLL) -> tuple[str, int]:
-    """How it is to be had, by the ways that agents try (agent/uffd.c), and UFFD_FEATURE_... of the kernel."""
+    """How it is to be had, by the ways that agents try (agent/kernel/kernel.c), and UFFD_FEATURE_... of the kernel."""
     way, fd = "device", -1
     with contextlib.suppress(OSError):
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)

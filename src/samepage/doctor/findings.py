@@ -54,7 +54,7 @@ def forbidden(facts: Facts) -> str:
 
 
 def way_to_swap(facts: Facts, chosen: str) -> Swap:
-    """What agents of this user come to (agent/uffd.c), if `chosen` is "move" or "wp"."""
+    """What agents of this user come to (agent/kernel/kernel.c), if `chosen` is "move" or "wp"."""
     held_up = facts.userfaultfd in ("device", "syscall")
     if facts.move and facts.pagemap_scan and chosen != "wp" and facts.userfaultfd != "none":
         return "move" if held_up else "quiet"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the agent knows of limits (agent/headroom.c), asked for another process. */
-#include "../agent/headroom.c"
+/* What the agent knows of limits (agent/kernel/headroom.c), asked for another process. */
+#include "kernel/headroom.c"
 
 #include <stdio.h>
 

@@ -1,4 +1,4 @@
-"""The address space of a real process: the far end of a socket, where an agent answers (`agent/wire.h`).
+"""The address space of a real process: the far end of a socket, where an agent answers (`agent/base/wire.h`).
 
 The agent runs inside a process that may be anyone's. So nothing it says is taken on trust: an answer that is
 late, short, out of order or cannot be true ends the connection, and what ksmd sees is `AddressSpaceGone`.

@@ -17,7 +17,7 @@ SILENT = "silent"
 """It runs, and has not answered yet."""
 
 THREAD_NAME = b"samepage\n"
-"""What an agent calls its thread (`thread_settle()` in agent/thread.c)."""
+"""What an agent calls its thread (`thread_settle()` in agent/thread/thread.c)."""
 
 
 @dataclass(frozen=True, slots=True)

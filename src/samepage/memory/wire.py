@@ -1,4 +1,4 @@
-"""The service's side of the wire; `agent/wire.h` is the other, and explains who speaks when.
+"""The service's side of the wire; `agent/base/wire.h` is the other, and explains who speaks when.
 
 One message is one SOCK_SEQPACKET packet of at most `MSG_MAX` bytes: a header (`HDR`), then what its op says.
 A descriptor rides on the packet it belongs to. Whatever a peer sends that is not such a packet is a
@@ -133,7 +133,7 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "sp_map_count": MAP_COUNT,
     "sp_headroom": HEADROOM,
 }
-"""Every struct of `agent/wire.h` under its C name."""
+"""Every struct of `agent/base/wire.h` under its C name."""
 
 BODY_MAX = MSG_MAX - HDR.itemsize
 """Bytes that follow the header in the largest packet."""

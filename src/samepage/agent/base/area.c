@@ -1,0 +1,325 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Areas: whose memory the agent may touch. */
+#include "base/area.h"
+#include "base/planes.h"
+
+static struct area_set areas;
+_Atomic unsigned long nr_areas;
+uint64_t areas_seq = 1;
+
+_Atomic bool merge_any, merge_mapped;
+bool kernel_serves_others;
+
+static _Atomic bool lock_future; /* mlockall(MCL_FUTURE) */
+
+bool merges_mapped(void)
+{
+	return merge_any || merge_mapped;
+}
+
+static bool mergeable(unsigned flags)
+{
+	bool mapped = merges_mapped() && (flags & (AREA_MAPPED | AREA_RESERVED)) == AREA_MAPPED;
+
+	return (flags & (AREA_ALLOC | AREA_ADVISED) || mapped) && !(flags & (AREA_EXCLUDED | AREA_UNMERGED));
+}
+
+/* `now`, and whether all of it is to be looked at afresh. */
+static unsigned changed_flags(unsigned before, unsigned now)
+{
+	return !mergeable(before) && mergeable(now) ? now | AREA_AFRESH : now;
+}
+
+bool area_mergeable(const struct area *a)
+{
+	return mergeable(a->flags);
+}
+
+struct area *area_next(uintptr_t addr)
+{
+	return area_set_next(&areas, addr);
+}
+
+bool area_overlaps(uintptr_t start, uintptr_t end)
+{
+	const struct area *a = start < end ? area_next(start) : NULL;
+
+	return a && a->start < end;
+}
+
+bool any_mergeable(void)
+{
+	for (const struct area *a = area_next(0); a; a = area_next(a->end))
+		if (mergeable(a->flags))
+			return true;
+	return false;
+}
+
+int area_reserve(unsigned long more)
+{
+	return area_set_reserve(&areas, more);
+}
+
+void area_trim(void)
+{
+	area_set_trim(&areas);
+}
+
+unsigned long area_count(uintptr_t start, uintptr_t end)
+{
+	unsigned long n = 0;
+
+	for (const struct area *a = area_next(start); a && a->start < end; a = area_next(a->end))
+		n++;
+	return n;
+}
+
+static void insert(struct area a)
+{
+	area_set_insert(&areas, a);
+	nr_areas = areas.nr;
+}
+
+static void delete(struct area *a)
+{
+	area_set_delete(&areas, a);
+	nr_areas = areas.nr;
+}
+
+/* Makes `addr` a boundary between areas, if it lies inside one. Needs room for one more. */
+static void split_at(uintptr_t addr)
+{
+	struct area *a = area_next(addr);
+
+	if (a && a->start < addr) {
+		struct area right = *a;
+
+		right.start = a->end = addr;
+		insert(right);
+	}
+}
+
+static bool same_kind(const struct area *a, const struct area *b)
+{
+	return a->end == b->start && a->flags == b->flags && a->prot == b->prot;
+}
+
+/* Joins equal neighbours among the areas that touch [start, end]. */
+static void join_around(uintptr_t start, uintptr_t end)
+{
+	struct area *a = area_next(start ? start - 1 : 0), *b;
+
+	while (a && a->start <= end && (b = area_next(a->end))) {
+		if (same_kind(a, b)) {
+			uintptr_t stop = b->end;
+
+			delete(b); /* first: no two may overlap */
+			a->end = stop;
+		} else {
+			a = b;
+		}
+	}
+}
+
+int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
+{
+	if (start >= end)
+		return -EINVAL;
+	if (area_overlaps(start, end))
+		return -EEXIST;
+	if (end > ADDRESS_END) /* the planes do not reach there */
+		flags |= AREA_EXCLUDED;
+	if (area_reserve(1) || (mergeable(flags) && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT)))
+		return -ENOMEM;
+	if (flags & AREA_ADVISED) /* what the program declares may have been an area before */
+		flags = changed_flags(0, flags);
+	insert((struct area){.start = start, .end = end, .flags = flags, .prot = prot});
+	join_around(start, end);
+	areas_seq += mergeable(flags);
+	if (mergeable(flags))
+		page_tell_islands(start >> PAGE_SHIFT, end >> PAGE_SHIFT);
+	return 0;
+}
+
+/* Without memory for the pieces. Whole areas get the stricter reading: what is excluded is not merged, and the kernel is
+ * asked how it is protected (see prot_of). */
+static void exclude(uintptr_t start, uintptr_t end)
+{
+	for (struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
+		areas_seq += mergeable(a->flags);
+		a->flags |= AREA_EXCLUDED;
+	}
+}
+
+void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot)
+{
+	if (!area_overlaps(start, end))
+		return;
+	if (area_reserve(2)) {
+		exclude(start, end);
+		return;
+	}
+	page_disturb(); /* what was not to be looked at may be now */
+	split_at(start);
+	split_at(end);
+	for (struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
+		unsigned flags = changed_flags(a->flags, (a->flags & ~clear) | set);
+
+		areas_seq += mergeable(flags) != mergeable(a->flags);
+		a->flags = flags;
+		if (prot >= 0)
+			a->prot = prot;
+	}
+	join_around(start, end);
+}
+
+void area_merge_any(bool on)
+{
+	merge_any = on;
+	for (struct area *a = area_next(0); on && a; a = area_next(a->end))
+		if (!mergeable(a->flags))
+			continue;
+		else if (page_reserve(a->start >> PAGE_SHIFT, a->end >> PAGE_SHIFT))
+			a->flags |= AREA_EXCLUDED;
+		else if (!(a->flags & (AREA_ALLOC | AREA_ADVISED)))
+			a->flags |= AREA_AFRESH;
+	join_around(0, ADDRESS_END);
+	areas_seq++;
+}
+
+/* Cuts [start, end) out of `a`, which overlaps it. Takes room for one more where it leaves two pieces. */
+static void cut(struct area *a, uintptr_t start, uintptr_t end)
+{
+	struct area right = *a;
+
+	if (a->start < start)
+		a->end = min_addr(a->end, start);
+	else if (a->end > end)
+		a->start = end;
+	else
+		delete(a);
+	if (right.start < start && right.end > end) {
+		right.start = end;
+		insert(right);
+	}
+}
+
+void area_remove(uintptr_t start, uintptr_t end)
+{
+	struct area *a;
+
+	if (!area_overlaps(start, end))
+		return;
+	/* What is unmapped is mapped from no segment. KNOWN stays: the service hears that the pages are gone
+	 * should the range become an area again before it asks. */
+	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
+	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
+	a = area_next(start);
+	if (a->start < start && a->end > end && area_reserve(1)) {
+		/* No hole can be cut. What lies around it may be mapped from segments, and a discard has to find that out. */
+		exclude(start, end);
+		return;
+	}
+	while ((a = area_next(start)) && a->start < end) {
+		areas_seq += mergeable(a->flags);
+		cut(a, start, end);
+	}
+}
+
+void area_forget_plain(uintptr_t start, uintptr_t end)
+{
+	for (struct area *a; (a = area_next(start)) && a->start < end;) {
+		uint64_t last = a->end >> PAGE_SHIFT;
+
+		start = a->end;
+		/* Locks and exclusions outlive the advice. Islands stay: their mapping is still a segment's, and a discard has to know. */
+		if (!(a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_MAPPED | AREA_LOCKED | AREA_EXCLUDED)) &&
+		    page_next(PAGE_SEGMENT, a->start >> PAGE_SHIFT, last, true) == last) {
+			delete(a);
+			areas_seq++;
+		}
+	}
+}
+
+void area_copy(uintptr_t start, uintptr_t end, uintptr_t to)
+{
+	for (uintptr_t at = start; at < end;) {
+		const struct area *a = area_next(at);
+		uintptr_t from, stop;
+		unsigned flags;
+
+		if (!a || a->start >= end)
+			return;
+		from = a->start > at ? a->start : at;
+		stop = min_addr(a->end, end);
+		flags = a->flags;
+		if (area_add(to + (from - start), to + (stop - start), flags, a->prot) == -ENOMEM)
+			area_add(to + (from - start), to + (stop - start), flags | AREA_EXCLUDED, a->prot);
+		at = stop;
+	}
+}
+
+void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start)
+{
+	area_remove(new_start, new_start + (old_end - old_start));
+	area_copy(old_start, old_end, new_start);
+	page_move(old_start >> PAGE_SHIFT, old_end >> PAGE_SHIFT, new_start >> PAGE_SHIFT);
+	area_remove(old_start, old_end);
+}
+
+int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot)
+{
+	uintptr_t stop;
+
+	/* A gap before each area and one behind the last; two pieces more of the first and the last. */
+	if (area_reserve(area_count(start, end) + 3)) {
+		if (!(set & AREA_ADVISED)) /* what is locked or excluded is left alone at any price */
+			area_change(start, end, set, clear, -1);
+		return -ENOMEM;
+	}
+	if (set & AREA_ADVISED && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT))
+		return -ENOMEM;
+	for (uintptr_t at = start; at < end; at = stop) {
+		const struct area *a = area_next(at);
+
+		if (a && a->start <= at) {
+			stop = min_addr(a->end, end);
+			area_change(at, stop, set, clear, prot ? prot : -1);
+		} else {
+			stop = a ? min_addr(a->start, end) : end;
+			area_add(at, stop, set | area_new_flags(), prot);
+		}
+	}
+	return 0;
+}
+
+/* ---- locked in memory ------------------------------------------------------------------------------- */
+
+unsigned area_new_flags(void)
+{
+	return lock_future ? AREA_LOCKED : 0;
+}
+
+void area_lock_future(bool on)
+{
+	lock_future = on;
+}
+
+void area_unlock(uintptr_t start, uintptr_t end)
+{
+	const struct area *a;
+
+	area_change(start, end, 0, AREA_LOCKED, -1);
+	/* An area may be longer than the range, on both sides: what was cut for the lock is one piece again. */
+	for (uintptr_t at = start, stop; at < end && (a = area_next(at)) && a->start < end; at = stop) {
+		stop = min_addr(a->end, end);
+		if (!a->flags) /* was only known for being locked */
+			area_remove(a->start > start ? a->start : start, stop);
+	}
+}
+
+void area_unlock_all(void)
+{
+	area_unlock(0, ADDRESS_END);
+	lock_future = false;
+}

@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The lock that keeps areas still. */
+#include "base/lock.h"
+#include "base/area.h"
+#include "base/check.h"
+#include "base/descriptors.h"
+#include "base/page.h"
+#include "base/real.h"
+#include "base/system.h"
+
+#include <sys/mman.h>
+
+static struct mutex lock;
+static _Atomic int waiters; /* application threads that want the lock */
+uint64_t mmap_lock_held;
+
+/*
+ * In a page that the kernel clears in a forked child: 0 says that this process is one, by a fork that passed no wrapper (an
+ * inline system call). The lock may have been the agent thread's then, which is not here.
+ */
+static _Atomic uint32_t *here;
+static void (*when_forked)(void);
+
+void mmap_lock_watch(void (*forked)(void))
+{
+	void *page = here ? MAP_FAILED
+			  : real.mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (page == MAP_FAILED)
+		return;
+	if (real.madvise(page, PAGE_SIZE, MADV_WIPEONFORK)) { /* 4.14 */
+		real.munmap(page, PAGE_SIZE);
+		return;
+	}
+	atomic_store((_Atomic uint32_t *)page, 1);
+	when_forked = forked;
+	here = page;
+}
+
+void mmap_lock(sigset_t *saved)
+{
+	block_signals(saved);
+	if (here && __builtin_expect(!atomic_load_explicit(here, memory_order_relaxed), 0))
+		when_forked();
+	if (!mutex_trylock(&lock)) {
+		atomic_fetch_add(&waiters, 1);
+		mutex_lock(&lock);
+		atomic_fetch_sub(&waiters, 1);
+	}
+	mmap_lock_held++;
+}
+
+void mmap_unlock(const sigset_t *saved)
+{
+	check_books();
+	area_trim();
+	mutex_unlock(&lock);
+	pthread_sigmask(SIG_SETMASK, saved, NULL);
+}
+
+#define STAND_BACK 4096 /* some milliseconds */
+
+void agent_mmap_lock(void)
+{
+	/* A mutex that is let go and retaken at once never reaches a sleeper: stand back while one waits. But there may always
+	 * be one. */
+	for (int tries = 0; tries < STAND_BACK && atomic_load_explicit(&waiters, memory_order_relaxed); tries++)
+		real.syscall(SYS_sched_yield);
+	mutex_lock(&lock);
+	mmap_lock_held++;
+	descriptors_are_ours(); /* a step finds none of them if they are not */
+}
+
+void agent_mmap_unlock(void)
+{
+	check_books();
+	mutex_unlock(&lock);
+}
+
+void any_mmap_lock(sigset_t *saved)
+{
+	if (on_agent_thread())
+		agent_mmap_lock();
+	else
+		mmap_lock(saved);
+}
+
+void any_mmap_unlock(const sigset_t *saved)
+{
+	if (on_agent_thread())
+		agent_mmap_unlock();
+	else
+		mmap_unlock(saved);
+}
+
+bool mmap_lock_contended(void)
+{
+	return atomic_load_explicit(&waiters, memory_order_relaxed);
+}
+
+void mmap_lock_reinit(void)
+{
+	lock = (struct mutex){0};
+	atomic_store(&waiters, 0);
+	if (here)
+		atomic_store(here, 1);
+}

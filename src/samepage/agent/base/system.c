@@ -1,0 +1,472 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the agent uses of libc, made of system calls and plain loops. The names are libc's and hidden, so that every call
+ * in this library ends here (see system.h), and none is a cancellation point.
+ */
+#include "base/system.h"
+#include "base/descriptors.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <immintrin.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* In a loop: the compiler may not take it for memcpy or strlen and call that, which is the function it is in. */
+#define AS_WRITTEN __asm__ volatile("")
+
+/* ---- system calls ------------------------------------------------------------------------------------ */
+
+static long result(long ret)
+{
+	if ((unsigned long)ret < -4095UL)
+		return ret;
+	errno = (int)-ret;
+	return -1;
+}
+
+#define CALL(number, a, b, c, d, e, f)                                                                                 \
+	result(raw_syscall(number, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f)))
+
+long kernel_syscall(long number, ...)
+{
+	long a[6];
+	va_list args;
+
+	va_start(args, number);
+	for (int i = 0; i < 6; i++)
+		a[i] = va_arg(args, long);
+	va_end(args);
+	return CALL(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+
+int open(const char *path, int flags, ...)
+{
+	return (int)CALL(SYS_openat, AT_FDCWD, path, flags, 0, 0, 0); /* nothing is ever created */
+}
+
+int openat(int dir, const char *path, int flags, ...)
+{
+	return (int)CALL(SYS_openat, dir, path, flags, 0, 0, 0);
+}
+
+/* These three look whether the number still is a descriptor of the agent's: a process may be restored from a checkpoint in the
+ * middle of anything (descriptors.c). */
+int close(int fd)
+{
+	return descriptors_are_ours() ? (int)CALL(SYS_close, fd, 0, 0, 0, 0, 0) : 0;
+}
+
+ssize_t read(int fd, void *buf, size_t n)
+{
+	if (!descriptors_are_ours()) {
+		errno = EBADF;
+		return -1;
+	}
+	return CALL(SYS_read, fd, buf, n, 0, 0, 0);
+}
+
+ssize_t write(int fd, const void *buf, size_t n)
+{
+	if (!descriptors_are_ours()) {
+		errno = EBADF;
+		return -1;
+	}
+	return CALL(SYS_write, fd, buf, n, 0, 0, 0);
+}
+
+ssize_t pread(int fd, void *buf, size_t n, off_t offset)
+{
+	return CALL(SYS_pread64, fd, buf, n, offset, 0, 0);
+}
+
+off_t lseek(int fd, off_t offset, int whence)
+{
+	return CALL(SYS_lseek, fd, offset, whence, 0, 0, 0);
+}
+
+int ftruncate(int fd, off_t length)
+{
+	return (int)CALL(SYS_ftruncate, fd, length, 0, 0, 0, 0);
+}
+
+int fstat(int fd, struct stat *st)
+{
+	return (int)CALL(SYS_fstat, fd, st, 0, 0, 0, 0);
+}
+
+int fcntl(int fd, int command, ...)
+{
+	va_list args;
+	long arg;
+
+	va_start(args, command);
+	arg = va_arg(args, long);
+	va_end(args);
+	return (int)CALL(SYS_fcntl, fd, command, arg, 0, 0, 0);
+}
+
+int faccessat(int dir, const char *path, int mode, int flags)
+{
+	return (int)CALL(SYS_faccessat, dir, path, mode, flags, 0,
+			 0); /* the kernel's has no flags: 0 is all there may be */
+}
+
+ssize_t readlink(const char *path, char *buf, size_t n)
+{
+	return CALL(SYS_readlink, path, buf, n, 0, 0, 0);
+}
+
+ssize_t getdents64(int fd, void *buf, size_t n)
+{
+	return CALL(SYS_getdents64, fd, buf, n, 0, 0, 0);
+}
+
+int chdir(const char *path)
+{
+	return (int)CALL(SYS_chdir, path, 0, 0, 0, 0, 0);
+}
+
+int socket(int domain, int type, int protocol)
+{
+	return (int)CALL(SYS_socket, domain, type, protocol, 0, 0, 0);
+}
+
+int connect(int fd, const struct sockaddr *to, socklen_t len)
+{
+	return (int)CALL(SYS_connect, fd, to, len, 0, 0, 0);
+}
+
+int getsockopt(int fd, int level, int name, void *value, socklen_t *len)
+{
+	return (int)CALL(SYS_getsockopt, fd, level, name, value, len, 0);
+}
+
+int setsockopt(int fd, int level, int name, const void *value, socklen_t len)
+{
+	return (int)CALL(SYS_setsockopt, fd, level, name, value, len, 0);
+}
+
+ssize_t sendmsg(int fd, const struct msghdr *m, int flags)
+{
+	return CALL(SYS_sendmsg, fd, m, flags, 0, 0, 0);
+}
+
+ssize_t recvmsg(int fd, struct msghdr *m, int flags)
+{
+	return CALL(SYS_recvmsg, fd, m, flags, 0, 0, 0);
+}
+
+int poll(struct pollfd *p, nfds_t n, int timeout_ms)
+{
+	return (int)CALL(SYS_poll, p, n, timeout_ms, 0, 0, 0);
+}
+
+pid_t getpid(void)
+{
+	return (pid_t)CALL(SYS_getpid, 0, 0, 0, 0, 0, 0);
+}
+
+uid_t geteuid(void)
+{
+	return (uid_t)CALL(SYS_geteuid, 0, 0, 0, 0, 0, 0);
+}
+
+int sched_yield(void)
+{
+	return (int)CALL(SYS_sched_yield, 0, 0, 0, 0, 0, 0);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *t)
+{
+	return (int)CALL(SYS_clock_gettime, clock, t, 0, 0, 0, 0);
+}
+
+int getrusage(__rusage_who_t who, struct rusage *usage)
+{
+	return (int)CALL(SYS_getrusage, who, usage, 0, 0, 0, 0);
+}
+
+/* All there are, also the two of libc's own: a thread that is cancelled while it holds a lock would keep it. */
+int sigfillset(sigset_t *set)
+{
+	memset(set, 0xff, sizeof(*set));
+	return 0;
+}
+
+int pthread_sigmask(int how, const sigset_t *set, sigset_t *saved)
+{
+	return (int)-raw_syscall(SYS_rt_sigprocmask, how, (long)set, (long)saved, 8 /* _NSIG / 8 */, 0, 0);
+}
+
+/* ---- and what they are asked for often ---------------------------------------------------------------- */
+
+ssize_t read_file(const char *path, char *buf, size_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t got = fd < 0 ? -1 : read(fd, buf, size);
+
+	if (fd >= 0)
+		close(fd);
+	return got;
+}
+
+int64_t now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+uint64_t thread_cpu_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* ---- memory ------------------------------------------------------------------------------------------ */
+
+void *memcpy(void *restrict to, const void *restrict from, size_t n)
+{
+	void *ret = to;
+
+	__asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(n) : : "memory");
+	return ret;
+}
+
+/* Upwards over itself, which `rep movsb` does byte by byte. */
+static void move_up(char *to, const char *from, size_t n)
+{
+	for (; n >= 64; n -= 64) {
+		__m128i v[4];
+
+		for (int i = 0; i < 4; i++)
+			v[i] = _mm_loadu_si128((const __m128i *)(from + n - 64) + i);
+		for (int i = 0; i < 4; i++)
+			_mm_storeu_si128((__m128i *)(to + n - 64) + i, v[i]);
+		AS_WRITTEN;
+	}
+	while (n--) {
+		to[n] = from[n];
+		AS_WRITTEN;
+	}
+}
+
+/* The same downwards: where the two are close together the instruction is slow in either direction. */
+static void move_down(char *to, const char *from, size_t n)
+{
+	for (; n >= 64; n -= 64, to += 64, from += 64) {
+		__m128i v[4];
+
+		for (int i = 0; i < 4; i++)
+			v[i] = _mm_loadu_si128((const __m128i *)from + i);
+		for (int i = 0; i < 4; i++)
+			_mm_storeu_si128((__m128i *)to + i, v[i]);
+		AS_WRITTEN;
+	}
+	for (size_t i = 0; i < n; i++) {
+		to[i] = from[i];
+		AS_WRITTEN;
+	}
+}
+
+void *memmove(void *to, const void *from, size_t n)
+{
+	if ((uintptr_t)to - (uintptr_t)from < n)
+		move_up(to, from, n);
+	else if ((uintptr_t)from - (uintptr_t)to < n)
+		move_down(to, from, n);
+	else
+		memcpy(to, from, n);
+	return to;
+}
+
+void *memset(void *to, int byte, size_t n)
+{
+	void *at = to;
+
+	__asm__ volatile("rep stosb" : "+D"(at), "+c"(n) : "a"(byte) : "memory");
+	return to;
+}
+
+/* How many bytes at the start are surely equal. Pages are compared by these, one after the other: as fast as by libc's
+ * memcmp, from memory only if the next are asked for meanwhile. */
+__attribute__((target("avx2"))) static size_t equal_avx2(const char *a, const char *b, size_t n)
+{
+	size_t at = 0;
+
+	for (; n - at >= 128; at += 128) {
+		const __m256i *p = (const __m256i *)(a + at), *q = (const __m256i *)(b + at);
+		__m256i differs = _mm256_setzero_si256();
+
+		for (size_t line = at + 1024; line < at + 1152; line += 64) {
+			__builtin_prefetch(a + line);
+			__builtin_prefetch(b + line);
+		}
+#pragma GCC unroll 4
+		for (int i = 0; i < 4; i++)
+			differs = _mm256_or_si256(
+				differs, _mm256_xor_si256(_mm256_loadu_si256(p + i), _mm256_loadu_si256(q + i)));
+		if (!_mm256_testz_si256(differs, differs))
+			break;
+	}
+	return at;
+}
+
+static size_t equal_sse2(const char *a, const char *b, size_t n)
+{
+	size_t at = 0;
+
+	for (; n - at >= 16; at += 16)
+		if (_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(a + at)),
+						     _mm_loadu_si128((const __m128i *)(b + at)))) != 0xffff)
+			break;
+	return at;
+}
+
+int memcmp(const void *p, const void *q, size_t n)
+{
+	const unsigned char *a = p, *b = q;
+	size_t at = __builtin_cpu_supports("avx2") ? equal_avx2(p, q, n) : equal_sse2(p, q, n);
+
+	for (; at < n; at++)
+		if (a[at] != b[at])
+			return a[at] - b[at];
+	return 0;
+}
+
+void *memchr(const void *p, int c, size_t n)
+{
+	for (const unsigned char *s = p; n--; s++)
+		if (*s == (unsigned char)c)
+			return (void *)s;
+	return NULL;
+}
+
+/* ---- text -------------------------------------------------------------------------------------------- */
+
+size_t strlen(const char *s)
+{
+	size_t n = 0;
+
+	for (; s[n]; n++)
+		AS_WRITTEN;
+	return n;
+}
+
+/* One function each for two that the compiler knows by name: it calls the one for the other. */
+static char *copy_text(char *to, const char *from)
+{
+	for (; (*to = *from); to++, from++)
+		AS_WRITTEN;
+	return to;
+}
+
+char *stpcpy(char *restrict to, const char *restrict from)
+{
+	return copy_text(to, from);
+}
+
+char *strcpy(char *restrict to, const char *restrict from)
+{
+	copy_text(to, from);
+	return to;
+}
+
+static int compare_text(const char *a, const char *b, size_t n)
+{
+	for (; n && *a && *a == *b; n--)
+		a++, b++;
+	return n ? (unsigned char)*a - (unsigned char)*b : 0;
+}
+
+int strncmp(const char *a, const char *b, size_t n)
+{
+	return compare_text(a, b, n);
+}
+
+int strcmp(const char *a, const char *b)
+{
+	return compare_text(a, b, SIZE_MAX);
+}
+
+char *strchrnul(const char *s, int c)
+{
+	for (; *s && *s != (char)c; s++)
+		AS_WRITTEN;
+	return (char *)s;
+}
+
+char *strchr(const char *s, int c)
+{
+	s = strchrnul(s, c);
+	return *s == (char)c ? (char *)s : NULL;
+}
+
+char *strrchr(const char *s, int c)
+{
+	const char *last = NULL;
+
+	for (;; s++) {
+		if (*s == (char)c)
+			last = s;
+		if (!*s)
+			return (char *)last;
+	}
+}
+
+char *strstr(const char *s, const char *what)
+{
+	size_t n = strlen(what);
+
+	for (;; s++) {
+		if (!compare_text(s, what, n))
+			return (char *)s;
+		if (!*s)
+			return NULL;
+	}
+}
+
+char *strsep(char **rest, const char *stops)
+{
+	char *start = *rest, *end = start;
+
+	if (!start)
+		return NULL;
+	while (*end && !strchr(stops, *end))
+		end++;
+	*rest = *end ? end + 1 : NULL;
+	*end = '\0';
+	return start;
+}
+
+/* Decimal digits after blanks; all that is asked for here. */
+unsigned long strtoul(const char *restrict s, char **restrict end, int base)
+{
+	unsigned long n = 0;
+
+	(void)base;
+	while (*s == ' ' || *s == '\t')
+		s++;
+	for (; *s >= '0' && *s <= '9'; s++)
+		if (__builtin_mul_overflow(n, 10, &n) || __builtin_add_overflow(n, (unsigned)(*s - '0'), &n))
+			n = ~0UL;
+	if (end)
+		*end = (char *)s;
+	return n;
+}
+
+unsigned long long strtoull(const char *restrict s, char **restrict end, int base)
+{
+	return strtoul(s, end, base);
+}

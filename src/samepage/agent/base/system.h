@@ -1,0 +1,92 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The kernel, reached by the agent's own instruction, and a lock made of nothing else.
+ *
+ * The agent's thread is not one that libc knows (thread.c), and agent code runs inside malloc, inside dlopen and inside
+ * signal handlers. So the agent calls nothing of libc that somebody else may replace, hold a lock of, or be inside of: what
+ * it uses by a name of libc's is defined in system.c, hidden, and the library imports none of it
+ * (tests/agent/test_start.py).
+ */
+#ifndef SAMEPAGE_BASE_SYSTEM_H
+#define SAMEPAGE_BASE_SYSTEM_H
+
+#include "base/page.h"
+
+#include <signal.h>
+#include <stdatomic.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <time.h>
+
+static inline long raw_syscall(long number, long a, long b, long c, long d, long e, long f)
+{
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+	long ret;
+
+	__asm__ volatile("syscall"
+			 : "=a"(ret)
+			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+			 : "rcx", "r11", "memory");
+	return ret;
+}
+
+/* The same by syscall(2)'s convention: -1 and errno. */
+long kernel_syscall(long number, ...);
+
+/* Bytes read from the start of a file, or -1 and errno. */
+ssize_t read_file(const char *path, char *buf, size_t size);
+int64_t now_ms(void); /* of CLOCK_MONOTONIC */
+uint64_t thread_cpu_ns(void);
+
+/* All, also libc's own. */
+static inline void block_signals(sigset_t *saved)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, saved);
+}
+
+/* Sleeps while *word is `value`, a wake has not come, and the time is not over. */
+static inline void futex_wait(_Atomic uint32_t *word, uint32_t value, const struct timespec *timeout)
+{
+	raw_syscall(SYS_futex, (long)word, 0 /* FUTEX_WAIT */, value, (long)timeout, 0, 0);
+}
+
+static inline void futex_wake(_Atomic uint32_t *word)
+{
+	raw_syscall(SYS_futex, (long)word, 1 /* FUTEX_WAKE */, INT32_MAX, 0, 0, 0);
+}
+
+/*
+ * libc's mutexes leave out their atomic instructions in a process in which libc knows of one thread only, and so do not
+ * keep the agent's out. This one does not sleep in libc either.
+ */
+struct mutex {
+	_Atomic uint32_t word; /* 0: free, 1: held, 2: held, and somebody may sleep */
+};
+
+static inline bool mutex_trylock(struct mutex *m)
+{
+	uint32_t free = 0;
+
+	return atomic_compare_exchange_strong_explicit(&m->word, &free, 1, memory_order_acquire, memory_order_relaxed);
+}
+
+static inline void mutex_lock(struct mutex *m)
+{
+	if (mutex_trylock(m))
+		return;
+	while (atomic_exchange_explicit(&m->word, 2, memory_order_acquire))
+		futex_wait(&m->word, 2, NULL);
+}
+
+static inline void mutex_unlock(struct mutex *m)
+{
+	if (atomic_exchange_explicit(&m->word, 0, memory_order_release) == 2)
+		raw_syscall(SYS_futex, (long)&m->word, 1 /* FUTEX_WAKE */, 1, 0, 0, 0);
+}
+
+#endif

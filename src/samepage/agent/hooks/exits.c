@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the kernel reads and writes of a thread that ends: its number, which pthread_join() waits for, on its stack
+ * (CLONE_CHILD_CLEARTID), the list of its robust mutexes, which begins there, and the mutexes. A thread that ends
+ * cannot wait for a page (handle_userfault() refuses under PF_EXITING), and the kernel says nothing when it finds none: who
+ * joins the thread, or wants such a mutex, would wait for ever. So these are left where they are.
+ */
+#include "hooks/hooks.h"
+
+void left_in_place(const void *p, size_t len)
+{
+	uintptr_t start = PAGE_ALIGN_DOWN(p), end = PAGE_ALIGN_UP((uintptr_t)p + len);
+	bool ours, merged;
+	sigset_t saved;
+
+	if (!p || start >= end || no_areas())
+		return;
+	mmap_lock(&saved);
+	ours = area_overlaps(start, end);
+	merged = ours && has_segments(start, end);
+	if (ours)
+		area_change(start, end, AREA_EXCLUDED, 0, -1);
+	mmap_unlock(&saved);
+	/* For want of memory they stay merged, and in place. */
+	if (merged)
+		unmerge(start, end);
+}
+
+SP_EXPORT int pthread_mutex_init(pthread_mutex_t *mutex, const pthread_mutexattr_t *attr)
+{
+	int robust = PTHREAD_MUTEX_STALLED;
+
+	need_next();
+	if (attr && next.pthread_mutexattr_getrobust && !next.pthread_mutexattr_getrobust(attr, &robust) &&
+	    robust == PTHREAD_MUTEX_ROBUST)
+		left_in_place(mutex, sizeof(*mutex));
+	return next.pthread_mutex_init(mutex, attr);
+}
+
+SP_EXPORT int pthread_attr_setstack(pthread_attr_t *attr, void *stack, size_t len)
+{
+	int err;
+
+	need_next();
+	err = next.pthread_attr_setstack(attr, stack, len);
+	if (!err)
+		left_in_place(stack, len);
+	return err;
+}

@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What stands between the application and libc. Every call that the agent has to see is answered by an sp_
+ * function below; the exported wrapper of libc's name and syscall(2) both lead there. Return values and errno
+ * are those of the call answered. A file a concern: alloc.c and blocks.c, mmap.c, mremap.c, madvise.c, fork.c, and
+ * wrappers.c for the rest.
+ */
+#ifndef SAMEPAGE_HOOKS_HOOKS_H
+#define SAMEPAGE_HOOKS_HOOKS_H
+
+#include "base/area.h"
+#include "base/lock.h"
+#include "hooks/libc.h"
+#include "thread/thread.h"
+
+#define SP_EXPORT __attribute__((visibility("default")))
+
+/* Newer than the headers of Debian 12 (6.1), or absent from old ones. */
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* 5.18 */
+#endif
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102 /* 6.13 */
+#endif
+#ifndef SYS_mseal
+#define SYS_mseal 462 /* 6.10 */
+#endif
+#ifndef PR_SET_VMA
+#define PR_SET_VMA 0x53564d41 /* 5.17 */
+#define PR_SET_VMA_ANON_NAME 0
+#endif
+#ifndef SYS_set_mempolicy_home_node
+#define SYS_set_mempolicy_home_node 450 /* 5.17 */
+#endif
+
+#ifndef PR_SET_MEMORY_MERGE
+#define PR_SET_MEMORY_MERGE 67 /* 6.4 */
+#define PR_GET_MEMORY_MERGE 68
+#endif
+
+/* Nothing is an area: no call can concern the agent. */
+static inline bool no_areas(void)
+{
+	need_next();
+	return !atomic_load_explicit(&nr_areas, memory_order_relaxed);
+}
+
+/* ---- alloc.c ---- */
+
+/* From now on malloc serves `bytes` and more from mappings of its own. */
+void alloc_enable(size_t bytes);
+/* The range was given to madvise(MADV_MERGEABLE) and may hold blocks of the real allocator's. */
+void alloc_note_advised(uintptr_t start, uintptr_t end);
+
+/* ---- blocks.c: large blocks, free or given out; all need the lock ---- */
+
+struct block;
+
+/* The address of a new block of whole pages at a multiple of `align`, a power of two; 0 leaves it to the real allocator.
+ * *dirty: so many bytes from its start may not be zero. */
+uintptr_t block_new(size_t len, size_t align, size_t *dirty);
+/* The block given out that starts at `p`, or NULL. Valid until the next call here. */
+struct block *block_at(const void *p);
+size_t block_length(const struct block *b);
+void block_free(struct block *b);
+/* Where it is now; 0 when it could not be resized, and is as it was. */
+uintptr_t block_resize(struct block *b, size_t len);
+/* The application unmapped or moved the range itself: blocks that overlap it are no longer ours. */
+void blocks_forget(uintptr_t start, uintptr_t end);
+/* Gives the memory of all that is free back. Whether there was any. */
+bool blocks_trim(void);
+/* Its addresses, too, which count against limits. */
+bool blocks_release(void);
+/* The application is about to be refused so many bytes, or a mapping: gives back what the agent keeps for itself and that may help
+ * (relief.c). Whether it is worth another try; errno stays. Not under the lock. */
+bool relieve(size_t bytes);
+/* The same for a call that takes no memory, but may have to cut a mapping. */
+bool relieve_mappings(void);
+/* mallopt(3) */
+void blocks_set(int param, size_t value);
+
+/* ---- mmap.c ---- */
+
+void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset);
+int sp_munmap(void *addr, size_t len);
+int sp_mprotect(void *addr, size_t len, int prot, int pkey); /* pkey -1: mprotect */
+long sp_set_policy(long number, const long *arg);	     /* mbind, set_mempolicy_home_node */
+/* Notes how much memory the machine has, once: what is larger is no memory that the program will use. */
+void mmap_note_memory(void);
+/* Some calls want private copies of all pages. For merged ones that takes memory, and a break knows beforehand
+ * whether it is there. -1 with errno ENOMEM when it is not. */
+int unmerge_first(uintptr_t start, uintptr_t end);
+
+/* ---- mlock.c ---- */
+
+int sp_mlock(const void *addr, size_t len, unsigned flags, bool second); /* second: mlock2 */
+int sp_munlock(const void *addr, size_t len);
+int sp_mlockall(int flags);
+int sp_munlockall(void);
+int sp_prlimit(pid_t pid, int resource, const void *to, void *old);
+
+/* ---- attach.c ---- */
+
+long sp_process_madvise(int fd, const void *vec, size_t n, int advice, unsigned flags);
+int sp_mseal(void *addr, size_t len, unsigned long flags);
+void *sp_shmat(int id, const void *addr, int flags);
+/* The kernel's brk(2), which answers where the break is. */
+uintptr_t sp_brk(uintptr_t addr);
+
+/* ---- mremap.c ---- */
+
+void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new_addr);
+/* The same under the lock and without a thought for alloc.c's blocks. */
+void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_t target);
+
+/* ---- madvise.c ---- */
+
+int sp_madvise(void *addr, size_t len, int advice);
+int sp_set_memory_merge(bool on); /* 0, or -errno */
+/* Breaks all merged pages of the range; takes the lock itself. 0, or -errno and the rest stays merged. */
+int unmerge(uintptr_t start, uintptr_t end);
+
+/* ---- fork.c ---- */
+
+void fork_init(void);
+/* A system call by which the process forks and the child goes on where its parent is. */
+bool is_plain_fork(long number, const long *arg);
+long plain_fork(long number, const long *arg); /* number -1: _Fork() */
+int sp_unshare(int flags);
+int sp_setns(int fd, int type);
+void leader_exits(void); /* if the calling thread is the one that leads: by the bare system call */
+
+/* ---- exits.c ---- */
+
+/* The kernel writes there when a thread ends: it is left where it is. */
+void left_in_place(const void *p, size_t len);
+
+/* ---- identity.c ---- */
+
+bool changes_identity(long number, const long *arg); /* the system call would change who the process is */
+long syscall_away(long number, const long *arg);     /* makes it, with the agent away meanwhile */
+
+/* ---- api.c: for the program itself, bound by samepage/agent/__init__.py ---- */
+
+int samepage_register(void *addr, size_t len);
+/* At most max_pages; -EAGAIN: that many are done, call again, or call with max_pages 0 to leave it at that; 0: nothing in the
+ * range is merged or mergeable any more; else -errno and the range stays registered. It serves MADV_UNMERGEABLE too. */
+int samepage_unmerge(void *addr, size_t len, size_t max_pages, struct sp_broken *out);
+
+/* ---- sanitizer.c ---- */
+
+const char *sanitizer(void); /* that the program was built with, or NULL */
+void say_left_alone(const char *why, const char *whose);
+
+/* Whether the filters that the process was started under are as many as were `tried` (seccomp.c); if not, it says so. Or, where the
+ * program itself asks for an agent: whether none of the agent's calls is fatal. */
+bool seccomp_allows(const char *tried);
+bool seccomp_allows_asked(void);
+
+#endif

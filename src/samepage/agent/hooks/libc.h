@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The functions that the wrappers stand in front of, as the next object in the search order has them: for calls of the
+ * application's, which whoever else stands in front of libc is to see, too. The agent's own go to the kernel (base/real.h).
+ *
+ * Filled once, by the first thread that needs it, and read only from then on.
+ */
+#ifndef SAMEPAGE_HOOKS_LIBC_H
+#define SAMEPAGE_HOOKS_LIBC_H
+
+#include "base/page.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+extern _Atomic bool next_ready;
+
+extern struct next {
+	void *(*malloc)(size_t);
+	void (*free)(void *);
+	void *(*calloc)(size_t, size_t);
+	void *(*realloc)(void *, size_t);
+	int (*posix_memalign)(void **, size_t, size_t);
+	void *(*aligned_alloc)(size_t, size_t);
+	void *(*memalign)(size_t, size_t);
+	size_t (*malloc_usable_size)(void *);
+	int (*malloc_trim)(size_t);
+	int (*mallopt)(int, int);
+	int (*mlock)(const void *, size_t);
+	int (*munlock)(const void *, size_t);
+	int (*mlockall)(int);
+	int (*munlockall)(void);
+	pid_t (*_Fork)(void);
+	int (*clone)(int (*)(void *), void *, int, void *, ...);
+	int (*unshare)(int);
+	int (*setns)(int, int);
+	int (*prctl)(int, ...);
+	int (*ioctl)(int, unsigned long, ...);
+	long (*syscall)(long, ...);
+	int (*brk)(void *);
+	void *(*sbrk)(intptr_t);
+	/* What pthread_atfork() calls. The application's calls pass through us, so that ours is the first. */
+	int (*register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
+	int (*chroot)(const char *);
+	int (*setuid)(uid_t);
+	int (*seteuid)(uid_t);
+	int (*setreuid)(uid_t, uid_t);
+	int (*setresuid)(uid_t, uid_t, uid_t);
+	int (*setgid)(gid_t);
+	int (*setegid)(gid_t);
+	int (*setregid)(gid_t, gid_t);
+	int (*setresgid)(gid_t, gid_t, gid_t);
+	int (*setgroups)(size_t, const gid_t *);
+	int (*initgroups)(const char *, gid_t);
+	int (*setfsuid)(uid_t);
+	int (*setfsgid)(gid_t);
+	int (*capset)(void *, void *);
+	int (*pthread_mutex_init)(pthread_mutex_t *, const pthread_mutexattr_t *);
+	int (*pthread_mutexattr_getrobust)(const pthread_mutexattr_t *, int *);
+	int (*pthread_attr_setstack)(pthread_attr_t *, void *, size_t);
+} next;
+
+/* Fills `next`. Safe to call from anywhere, also from inside malloc while dlsym runs. */
+void next_init(void);
+
+static inline void need_next(void)
+{
+	if (__builtin_expect(!atomic_load_explicit(&next_ready, memory_order_acquire), 0))
+		next_init();
+}
+
+#endif

@@ -1,0 +1,254 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * When the agent is told of the program (the constructor), and the calls that are about neither memory nor processes
+ * alone: prctl, ioctl, and syscall(2), through which all others may come.
+ */
+#include "base/real.h"
+#include "hooks/hooks.h"
+#include "kernel/holders.h"
+#include "kernel/kernel.h"
+
+#include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+
+#define MIN_ALLOC_DEFAULT (1UL << 20)
+#define MIN_ALLOC_LEAST (64UL << 10)
+
+/* ---- prctl and ioctl ----------------------------------------------------------------------------------- */
+
+static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
+{
+	int err;
+
+	need_next();
+	switch (option) {
+	case PR_SET_MEMORY_MERGE:
+	case PR_GET_MEMORY_MERGE:
+		if (!agent_configured())
+			break;
+		err = b || c || d || (a && option == PR_GET_MEMORY_MERGE) ? -EINVAL : 0;
+		if (!err && option == PR_GET_MEMORY_MERGE)
+			return merge_any;
+		if (!err)
+			err = sp_set_memory_merge(a);
+		if (!err)
+			return 0;
+		errno = -err;
+		return -1;
+	case PR_SET_VMA:
+		/* Only anonymous memory can have a name. */
+		if (a == PR_SET_VMA_ANON_NAME && !no_areas() &&
+		    unmerge(PAGE_ALIGN_DOWN(b), PAGE_ALIGN_UP(b + c)) == -ENOMEM) {
+			errno = ENOMEM;
+			return -1;
+		}
+		break;
+	case PR_SET_THP_DISABLE:
+		if (a != 1 || b)
+			note_huge_pages();
+		break;
+	case PR_SET_SECCOMP:
+		/* A filter may kill for the calls that the agent needs. NULL is a question what the kernel can do. */
+		if (a == SECCOMP_MODE_STRICT || b)
+			agent_retire();
+		break;
+	}
+	if (changes_identity(SYS_prctl, (long[]){option})) {
+		bool left = agent_leave();
+		int ret = next.prctl(option, a, b, c, d);
+
+		agent_return(left);
+		return ret;
+	}
+	return next.prctl(option, a, b, c, d);
+}
+
+SP_EXPORT int prctl(int option, ...)
+{
+	unsigned long a, b, c, d;
+	va_list args;
+
+	va_start(args, option);
+	a = va_arg(args, unsigned long);
+	b = va_arg(args, unsigned long);
+	c = va_arg(args, unsigned long);
+	d = va_arg(args, unsigned long);
+	va_end(args);
+	return sp_prctl(option, a, b, c, d);
+}
+
+static void untrack_range(void *arg)
+{
+	const struct uffdio_range *range = arg;
+
+	untrack(range->start, range->start + range->len);
+}
+
+/* The application's own userfaultfd: the range is its affair from now on. False, with errno, when pages there
+ * have to stay merged for want of memory. */
+static bool leave_to_userfaultfd(struct uffdio_range *range)
+{
+	uintptr_t start = range->start, end = range->start + range->len;
+	bool ours;
+	sigset_t saved;
+
+	if (no_areas() || start >= end)
+		return true;
+	mmap_lock(&saved);
+	ours = area_overlaps(start, end);
+	area_change(start, end, AREA_EXCLUDED, 0, -1);
+	mmap_unlock(&saved);
+	if (!ours)
+		return true;
+	if (unmerge(start, end) == -ENOMEM) {
+		errno = ENOMEM;
+		return false;
+	}
+	agent_call(untrack_range, range);
+	return true;
+}
+
+#define KVM_CREATE_VM 0xae01 /* include/uapi/linux/kvm.h */
+
+static int sp_ioctl(int fd, unsigned long request, void *arg)
+{
+	int ret;
+
+	need_next();
+	if (request == UFFDIO_REGISTER && arg && !leave_to_userfaultfd(&((struct uffdio_register *)arg)->range))
+		return -1;
+	ret = next.ioctl(fd, request, arg);
+	if (request == KVM_CREATE_VM && ret >= 0)
+		atomic_store(&has_guest, true);
+	return ret;
+}
+
+SP_EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+	va_list args;
+	void *arg;
+
+	va_start(args, request);
+	arg = va_arg(args, void *);
+	va_end(args);
+	return sp_ioctl(fd, request, arg);
+}
+
+/* ---- syscall(2) ------------------------------------------------------------------------------------------ */
+
+SP_EXPORT long syscall(long number, ...)
+{
+	long a[6];
+	va_list args;
+
+	va_start(args, number);
+	for (int i = 0; i < 6; i++)
+		a[i] = va_arg(args, long);
+	va_end(args);
+	need_next();
+	switch (number) {
+	case SYS_mmap:
+		return (long)sp_mmap((void *)a[0], (size_t)a[1], (int)a[2], (int)a[3], (int)a[4], a[5]);
+	case SYS_munmap:
+		return sp_munmap((void *)a[0], (size_t)a[1]);
+	case SYS_mremap:
+		return (long)sp_mremap((void *)a[0], (size_t)a[1], (size_t)a[2], (int)a[3], (void *)a[4]);
+	case SYS_mprotect:
+		return sp_mprotect((void *)a[0], (size_t)a[1], (int)a[2], -1);
+	case SYS_pkey_mprotect:
+		return sp_mprotect((void *)a[0], (size_t)a[1], (int)a[2], (int)a[3]);
+	case SYS_madvise:
+		return sp_madvise((void *)a[0], (size_t)a[1], (int)a[2]);
+	case SYS_process_madvise:
+		return sp_process_madvise((int)a[0], (const void *)a[1], (size_t)a[2], (int)a[3], (unsigned)a[4]);
+	case SYS_mseal:
+		return sp_mseal((void *)a[0], (size_t)a[1], (unsigned long)a[2]);
+	case SYS_shmat:
+		return (long)sp_shmat((int)a[0], (const void *)a[1], (int)a[2]);
+	case SYS_brk:
+		return (long)sp_brk((uintptr_t)a[0]);
+	case SYS_mlock:
+		return sp_mlock((void *)a[0], (size_t)a[1], 0, false);
+	case SYS_mlock2:
+		return sp_mlock((void *)a[0], (size_t)a[1], (unsigned)a[2], true);
+	case SYS_munlock:
+		return sp_munlock((void *)a[0], (size_t)a[1]);
+	case SYS_mlockall:
+		return sp_mlockall((int)a[0]);
+	case SYS_munlockall:
+		return sp_munlockall();
+	case SYS_mbind:
+	case SYS_set_mempolicy_home_node:
+		return sp_set_policy(number, a);
+	case SYS_setrlimit:
+		return sp_prlimit(0, (int)a[0], (void *)a[1], NULL);
+	case SYS_prlimit64:
+		return sp_prlimit((pid_t)a[0], (int)a[1], (void *)a[2], (void *)a[3]);
+	case SYS_prctl:
+		return sp_prctl((int)a[0], (unsigned long)a[1], (unsigned long)a[2], (unsigned long)a[3],
+				(unsigned long)a[4]);
+	case SYS_ioctl:
+		return sp_ioctl((int)a[0], (unsigned long)a[1], (void *)a[2]);
+	case SYS_unshare:
+		return sp_unshare((int)a[0]);
+	case SYS_setns:
+		return sp_setns((int)a[0], (int)a[1]);
+	case SYS_set_tid_address:
+		left_in_place((void *)a[0], sizeof(pid_t));
+		break;
+	case SYS_exit:
+		leader_exits();
+		break;
+	case SYS_seccomp:
+		if (a[0] == SECCOMP_SET_MODE_STRICT || (a[0] == SECCOMP_SET_MODE_FILTER && a[2]))
+			agent_retire();
+		break;
+	default:
+		if (changes_identity(number, a))
+			return syscall_away(number, a);
+		if (is_plain_fork(number, a))
+			return plain_fork(number, a);
+	}
+	return next.syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+
+/* ---- the constructor --------------------------------------------------------------------------------------- */
+
+/* Runs in every process of a tree, also in those that live for a millisecond: no thread, no file, no socket. */
+__attribute__((constructor)) static void initialise(void)
+{
+	const char *service = secure_getenv("SAMEPAGE_SOCKET"), *least = secure_getenv("SAMEPAGE_MIN_ALLOC");
+	const char *memory = secure_getenv("SAMEPAGE_MEMORY"), *engine = secure_getenv("SAMEPAGE_ENGINE");
+	bool all = memory && !strcmp(memory, "all"), mapped = memory && !strcmp(memory, "mapped");
+	unsigned long bytes = all ? MIN_ALLOC_LEAST : MIN_ALLOC_DEFAULT;
+
+	need_next();
+	if (!service || !*service)
+		return;
+	if (sanitizer()) {
+		say_left_alone(" was built with ", sanitizer());
+		return;
+	}
+	if (!seccomp_allows(secure_getenv("SAMEPAGE_SECCOMP")))
+		return;
+	merge_mapped = all || mapped;
+	agent_configure(service);
+	mmap_note_memory();
+	kernel_serves_others = engine && !strcmp(engine, "auto");
+	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */
+	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1) {
+		area_merge_any(true);
+		if (kernel_serves_others) /* at once: after an exec nothing is merged that the kernel would copy */
+			real.prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0);
+	}
+	if (least && *least)
+		bytes = strtoul(least, NULL, 10);
+	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
+}

@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Who holds a page: a device that it is pinned for (O_DIRECT, a registered buffer of io_uring), a pipe, whoever took a
+ * reference to it. No file says so that an ordinary user may read, but page migration tells. To migrate a page the kernel
+ * takes it out of the page tables and counts who still holds it; if anybody does, the page stays. mbind(2) with MPOL_LOCAL and
+ * MPOL_MF_MOVE | MPOL_MF_STRICT migrates every page of a range, also to the node it is on, and says EIO when one would not
+ * go. (With MPOL_DEFAULT it ignores MPOL_MF_STRICT.) It is asked once in each process whether it really tells, with pages
+ * that we hold ourselves.
+ *
+ * It does not tell of parts of a huge page. One that others map too, the kernel leaves out and calls that no failure; and whether
+ * they do Linux 6.1 reads off the huge page's head, and 6.18 guesses: where the head was discarded, or a child has another part,
+ * mbind(2) says 0 of a part that a device writes to. No call tells whether a page is such a part. So where anonymous
+ * memory is asked after, the process must never have had a huge page: whoever starts it forbids them (PR_SET_THP_DISABLE), which
+ * holds over fork and exec.
+ */
+#include "kernel/holders.h"
+#include "base/real.h"
+#include "kernel/kernel.h"
+#include "kernel/window.h"
+
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define MPOL_DEFAULT 0 /* include/uapi/linux/mempolicy.h */
+#define MPOL_LOCAL 4
+#define MPOL_MOVE_STRICT 3
+
+int migrate(uintptr_t start, uintptr_t len)
+{
+	return real.syscall(SYS_mbind, start, len, MPOL_LOCAL, NULL, 0, MPOL_MOVE_STRICT) ? errno : 0;
+}
+
+void unmigrated(uintptr_t start, uintptr_t len)
+{
+	/* Memory that has a policy of its own is in no area. */
+	real.syscall(SYS_mbind, start, len, MPOL_DEFAULT, NULL, 0, 0);
+}
+
+/* Whether migrate() says EIO of a page that a pipe holds, and 0 when it does not hold it any more. */
+static bool try_migrating(uintptr_t page)
+{
+	struct iovec iov = {(void *)page, PAGE_SIZE};
+	int ends[2], held, freed = EIO;
+
+	if (real.syscall(SYS_pipe2, ends, 02000000 /* O_CLOEXEC */))
+		return false;
+	held = real.syscall(SYS_vmsplice, ends[1], &iov, 1, 0) == (long)PAGE_SIZE ? migrate(page, PAGE_SIZE) : ENOSYS;
+	close(ends[0]);
+	close(ends[1]);
+	for (int tries = 0; held == EIO && freed == EIO && tries < 4; tries++)
+		freed = migrate(page, PAGE_SIZE);
+	return held == EIO && !freed;
+}
+
+/* The same of a new page of a private mapping of `fd`, -1: of anonymous memory. */
+static bool tells(int fd)
+{
+	const int flags = MAP_PRIVATE | MAP_FIXED | (fd < 0 ? MAP_ANONYMOUS : 0);
+	uintptr_t page = kernel.copy;
+	bool told = false;
+
+	if (real.mmap((void *)page, PAGE_SIZE, PROT_READ | PROT_WRITE, flags, fd, 0) != MAP_FAILED) {
+		*(volatile char *)page = 1;
+		told = try_migrating(page);
+	}
+	window_reset(page, PAGE_SIZE, PROT_NONE, -1, 0);
+	return told;
+}
+
+static _Atomic bool small;
+
+static bool huge_pages_are_forbidden(void)
+{
+	return real.prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1;
+}
+
+void note_page_size(void)
+{
+	atomic_store(&small, huge_pages_are_forbidden());
+}
+
+void note_huge_pages(void)
+{
+	atomic_store(&small, false);
+}
+
+bool only_small_pages(void)
+{
+	if (!huge_pages_are_forbidden())
+		note_huge_pages();
+	return atomic_load(&small);
+}
+
+bool migration_tells(void)
+{
+	static int known = -1;
+	int fd;
+
+	if (known >= 0)
+		return known;
+	known = 0;
+	fd = new_memfd();
+	if (fd < 0)
+		return false;
+	known = !real.syscall(SYS_ftruncate, fd, PAGE_SIZE) && tells(fd) && tells(-1);
+	close(fd);
+	return known;
+}

@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Faulting in private copies, without changing a byte. */
+#include "base/real.h"
+#include "base/settings.h"
+#include "kernel/kernel.h"
+
+#include <linux/futex.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+#define BACK_OUTS 1024 /* times that the kernel may back out of a fault and be asked again */
+
+#define OR_NOTHING FUTEX_OP(FUTEX_OP_OR, 0, FUTEX_OP_CMP_EQ, 0x7ff)
+
+/*
+ * MADV_POPULATE_WRITE of a kernel that has none (before 5.14). futex(2) can do an atomic operation on a word of each page. To
+ * set no bit of it changes nothing, also while other threads write there; but it is a write, so the kernel faults the page in
+ * for it. Unlike a write by an instruction it fails with an errno where it cannot. It wakes whoever waits for the word's
+ * being 0x7ff, who must expect to be woken for nothing.
+ */
+static int write_nothing(uintptr_t start, uintptr_t len)
+{
+	static uint32_t nobody; /* waits here */
+
+	for (uintptr_t at = start; at < start + len; at += PAGE_SIZE)
+		if (real.syscall(SYS_futex, &nobody, FUTEX_WAKE_OP_PRIVATE, 0UL, 0UL, at, OR_NOTHING) < 0)
+			return -1;
+	return 0;
+}
+
+/* Whether the kernel knows MADV_POPULATE_WRITE: of nothing it does nothing then. */
+static bool populates(void)
+{
+	return !(settings.flags & SP_WELCOME_LIKE_5_10) && !real.madvise((void *)zero_page, 0, MADV_POPULATE_WRITE);
+}
+
+static int populate(uintptr_t start, uintptr_t len)
+{
+	if (!(settings.flags & SP_WELCOME_LIKE_5_10)) {
+		int err = real.madvise((void *)start, len, MADV_POPULATE_WRITE);
+
+		if (!err || errno != EINVAL)
+			return err;
+	}
+	if (!populates())
+		return write_nothing(start, len);
+	errno = EFAULT;
+	return -1;
+}
+
+int populate_write(uintptr_t start, uintptr_t len)
+{
+	for (int tries = 0; populate(start, len); tries++) {
+		switch (errno) {
+		case EINTR:
+		case EAGAIN:
+			if (tries == BACK_OUTS)
+				return EFAULT;
+			real.syscall(SYS_sched_yield);
+			continue;
+		case ENOMEM:
+			return ENOMEM;
+		default: /* EFAULT, EHWPOISON: the kernel's VM_FAULT_SIGBUS */
+			return EFAULT;
+		}
+	}
+	return 0;
+}

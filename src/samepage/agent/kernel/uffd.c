@@ -1,0 +1,141 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Keeping the application's threads away from pages. Source: ioctl_userfaultfd(2). */
+#include "base/maps.h"
+#include "base/planes.h"
+#include "base/real.h"
+#include "base/settings.h"
+#include "kernel/kernel.h"
+
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+struct move_request {
+	uint64_t dst, src, len, mode;
+	int64_t move;
+};
+#define MOVE_REQUEST _IOWR(UFFDIO, 0x05, struct move_request)
+#define MOVE_MODE_DONTWAKE 1
+
+int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode)
+{
+	struct uffdio_register r = {.range = {start, len}, .mode = mode};
+
+	return real.ioctl(uffd, UFFDIO_REGISTER, &r) ? -errno : 0;
+}
+
+int uffd_unregister(int uffd, uintptr_t start, uintptr_t len)
+{
+	struct uffdio_range r = {start, len};
+	int err = real.ioctl(uffd, UFFDIO_UNREGISTER, &r) ? -errno : 0;
+
+	/* The kernel wakes those who wait for a missing page, but before it takes the range out of our hands: whoever
+	 * faults in between, under the lock of one mapping only (6.7 and later), would sleep for ever. Those who wait
+	 * to write it does not wake at all. Once it returned, nobody can fall asleep there any more. */
+	uffd_wake(uffd, start, len);
+	return err;
+}
+
+void uffd_release(int *uffd, uintptr_t start, uintptr_t len)
+{
+	for (int tries = 0; tries < KERNEL_TRIES && *uffd >= 0; tries++) {
+		if (!uffd_unregister(*uffd, start, len))
+			return;
+		real.syscall(SYS_sched_yield);
+	}
+	/* ENOMEM, for a mapping that had to be cut; EINVAL, for one that somebody else put here. Whoever touches a missing
+	 * page there would sleep for ever. Closing it cannot fail, takes all ranges out of its hands, and wakes everybody. */
+	if (*uffd >= 0)
+		close(*uffd);
+	*uffd = -1;
+	if (uffd == &kernel.move) {
+		kernel.tracking = false;
+		kernel.swap = SP_SWAP_NONE;
+	} else if (kernel.protects) {
+		kernel.swap = SP_SWAP_NONE;
+	}
+}
+
+/* Where the first mapping of [start, end) ends, or `end`; 0: nothing is mapped at `start`. */
+static uintptr_t first_mapping_end(uintptr_t start, uintptr_t end)
+{
+	struct vma vma;
+
+	return vma_find(kernel.maps, start, &vma) && vma.start <= start ? min_addr(vma.end, end) : 0;
+}
+
+static int protect_at_once(uintptr_t start, uintptr_t len, bool on)
+{
+	struct uffdio_writeprotect w = {.range = {start, len}, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
+	int err;
+
+	if (settings.flags & SP_WELCOME_LIKE_6_1) {
+		vma_forget();
+		if (first_mapping_end(start, start + len) < start + len)
+			return -ENOENT;
+	}
+	for (int tries = 0;; tries++) { /* EAGAIN: a mapping was changing under it, 5.7 and later */
+		err = real.ioctl(kernel.wp, UFFDIO_WRITEPROTECT, &w) ? -errno : 0;
+		if (err != -EAGAIN || tries == KERNEL_TRIES)
+			return err;
+	}
+}
+
+int uffd_protect(uintptr_t start, uintptr_t len, bool on)
+{
+	int err = protect_at_once(start, len, on);
+
+	if (err != -ENOENT)
+		return err;
+	/* Before 6.4 it takes a range of one mapping only. */
+	for (uintptr_t at = start, stop; at < start + len; at = stop) {
+		vma_forget(); /* registering may have cut mappings */
+		stop = first_mapping_end(at, start + len);
+		if (!stop)
+			return -ENOENT;
+		err = protect_at_once(at, stop - at, on);
+		if (err)
+			return err;
+	}
+	return 0;
+}
+
+void uffd_wake(int uffd, uintptr_t start, uintptr_t len)
+{
+	struct uffdio_range r = {start, len};
+
+	for (int tries = 0; tries < KERNEL_TRIES && real.ioctl(uffd, UFFDIO_WAKE, &r); tries++)
+		;
+}
+
+int uffd_move(uintptr_t dst, uintptr_t src, uintptr_t len)
+{
+	struct move_request m = {.dst = dst, .src = src, .len = len, .mode = MOVE_MODE_DONTWAKE};
+
+	if (real.ioctl(kernel.move, MOVE_REQUEST, &m))
+		return -errno;
+	return m.move == (int64_t)len ? 0 : -EAGAIN;
+}
+
+int uffd_copy(uintptr_t dst, uintptr_t src, uintptr_t len)
+{
+	struct uffdio_copy c = {.dst = dst, .src = src, .len = len, .mode = UFFDIO_COPY_MODE_DONTWAKE};
+
+	if (real.ioctl(kernel.move, UFFDIO_COPY, &c))
+		return -errno;
+	return c.copy == (int64_t)len ? 0 : -EAGAIN;
+}
+
+void track(uintptr_t start, uintptr_t end)
+{
+	if (kernel.tracking)
+		uffd_register(kernel.move, start, end - start, UFFDIO_REGISTER_MODE_WP);
+}
+
+void untrack(uintptr_t start, uintptr_t end)
+{
+	page_disturb();
+	if (kernel.move >= 0)
+		uffd_unregister(kernel.move, start, end - start);
+}

@@ -1,0 +1,412 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Breaking: giving merged pages private copies again.
+ *
+ * A fault that finds the memory cgroup full ends in the OOM killer, also under MADV_POPULATE_WRITE; so
+ * before each batch it is asked whether the memory is there (headroom.c), and if not the answer is ENOMEM,
+ * with nothing faulted for it. What was done stays done, the rest stays merged, and calling again goes on.
+ *
+ * But others allocate between that look and the last fault of the batch. Far from the limit they cannot take
+ * that much in so short a time. Near it the batch is charged in one piece: an empty window of 2 MiB is made one
+ * huge page by MADV_COLLAPSE (6.1), and where the cgroup has no room for it, that fails. For an allocation of so
+ * high an order (above PAGE_ALLOC_COSTLY_ORDER) the kernel wakes no killer: neither mem_cgroup_oom() nor
+ * __alloc_pages_may_oom(). Then, with the memory in hand, it is looked whether the reserve is still there; if
+ * not, the memory is given back. So no fault depends on a look that may be old. Where there is no huge page to be
+ * had, or less than one is wanted, it is looked before every 64 pages. docs/oom.md says what that leaves open.
+ *
+ * Two ways to break a page. *Restore*: write-protect the range, copy the segment's pages into fresh anonymous
+ * memory, and mremap that over them: the range is anonymous memory again and can be merged again. Pages that
+ * already have a private copy (islands) are left for restore.c, which comes last. *In place*: populate_write(); the copies
+ * are islands then. Used where there is no userfaultfd with synchronous write-protection of a segment's mappings (5.19), or
+ * no agent thread.
+ */
+#include "base/descriptors.h"
+#include "base/lock.h"
+#include "base/maps.h"
+#include "base/planes.h"
+#include "base/real.h"
+#include "base/settings.h"
+#include "base/system.h"
+#include "kernel/headroom.h"
+#include "kernel/window.h"
+#include "pages/swap.h"
+#include "pages/unstopped.h"
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define BATCH_PAGES 256UL      /* 1 MiB: faulted in after one look, far from the limit */
+#define STEP_PAGES 64UL	       /* the same near it, where it cannot be charged in one piece */
+#define NEAR_EACH (32UL << 20) /* near: less than this, and the reserve, for each CPU that could take it meanwhile */
+#define MOVING (256UL << 10)   /* more than the kernel needs for mappings and page tables while a window is moved */
+#define COLLAPSE 25	       /* MADV_COLLAPSE */
+
+/* The same for pages that may not be written, of which the kernel populates none: a byte of each is written over itself by
+ * way of /proc, which asks for no permission. Nobody else can write them meanwhile. 0 or an errno. */
+static int write_over(uintptr_t start, uintptr_t len)
+{
+	int mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC), err = mem < 0 ? EFAULT : 0;
+	char byte;
+
+	for (uintptr_t at = start; !err && at < start + len; at += PAGE_SIZE)
+		if (pread(mem, &byte, 1, (off_t)at) != 1 || real.syscall(SYS_pwrite64, mem, &byte, 1UL, at) != 1)
+			err = EFAULT;
+	if (mem >= 0)
+		close(mem);
+	return err;
+}
+
+/* Marks private copies in [start, end) as islands, but for those that are swapped out: under write-protection the kernel
+ * reports a page that has no page table entry (a merged one, in a forked child) as swapped, too. A copy may be copied like
+ * a merged page, as long as no device writes to it; one that is swapped out is not pinned. False: the kernel does not say. */
+static bool find_islands(uintptr_t start, uintptr_t end)
+{
+	const struct pm_walk w = {.must = PAGE_IS_PRESENT, .must_not = PAGE_IS_FILE};
+	struct page_region v[16];
+
+	/* The pagemap is the agent thread's. Without it an island is written once more, which changes nothing. */
+	while (on_agent_thread() && start < end) {
+		uintptr_t from = start;
+		int n = pagemap_walk(start, end, &w, v, 16, &start);
+
+		for (int i = 0; i < n; i++)
+			page_set(PAGE_ISLAND, v[i].start >> PAGE_SHIFT, v[i].end >> PAGE_SHIFT, true);
+		if (n < 0 || (!n && start == from))
+			return false;
+	}
+	return true;
+}
+
+/* The first run of pages in [vpn, end) that still are a segment's; false when there is none. */
+static bool next_merged(uint64_t *vpn, uint64_t *end)
+{
+	while (*vpn < *end) {
+		uint64_t first = page_next(PAGE_SEGMENT, *vpn, *end, true);
+		uint64_t last = page_next(PAGE_SEGMENT, first, *end, false);
+
+		first = page_next(PAGE_ISLAND, first, last, false);
+		if (first < last) {
+			*vpn = first;
+			*end = page_next(PAGE_ISLAND, first, last, true);
+			return true;
+		}
+		*vpn = last;
+	}
+	return false;
+}
+
+/* How many pages of [vpn, end) still are a segment's; counting stops at `enough`. */
+static uint64_t count_merged(uint64_t vpn, uint64_t end, uint64_t enough)
+{
+	uint64_t n = 0, stop = end;
+
+	for (; n < enough && next_merged(&vpn, &stop); vpn = stop, stop = end)
+		n += stop - vpn;
+	return n < enough ? n : enough;
+}
+
+/* Fills `to` with the bytes of [start, start + len), which may be protected against reading. 0 or an errno. */
+static int copy_out(void *to, uintptr_t start, uintptr_t len, int prot)
+{
+	if (prot & PROT_READ)
+		memcpy(to, (void *)start, len);
+	else if (pread(kernel.mem, to, len, (off_t)start) != (ssize_t)len)
+		return EFAULT;
+	return 0;
+}
+
+/* ---- the memory for it --------------------------------------------------------------------------------- */
+
+/* Pages of the copy window [at, end) that are faulted in, and not given to anybody yet. Of the agent thread, which
+ * goes on where it stopped: what is moved from neighbouring pages of the window to neighbouring pages of an area, the
+ * kernel makes one mapping. Not inherited by a fork, since then a write to them would need memory once more. */
+static struct {
+	uintptr_t at, end;
+} stock;
+
+static uint64_t stocked(void)
+{
+	return (stock.end - stock.at) >> PAGE_SHIFT;
+}
+
+static void stock_drop(void)
+{
+	if (stock.end && kernel.copy)
+		window_reset(kernel.copy, COPY_WINDOW, PROT_NONE, -1, 0);
+	stock.at = stock.end = 0;
+}
+
+/* Fresh memory for n pages, nothing faulted in, at a multiple of `align`. False: no mapping to be had. */
+static bool stock_map(uint64_t n, uintptr_t align)
+{
+	uintptr_t len = n * PAGE_SIZE, at = (stock.end + align - 1) & ~(align - 1);
+
+	if (!kernel.copy || (mappings_limited() && !limits_leave(COPY_WINDOW)))
+		return false;
+	if (!stock.end || at + len > kernel.copy + COPY_WINDOW)
+		at = kernel.copy;
+	/* Not window_reset(): without MAP_NORESERVE, like the memory that it becomes a part of. */
+	if (real.mmap((void *)at, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+	    MAP_FAILED)
+		return false;
+	real.madvise((void *)at, len, MADV_DONTFORK);
+	window_drop(at, len); /* and unlocks it, under mlockall(MCL_FUTURE) */
+	stock.at = at;
+	stock.end = at + len;
+	return true;
+}
+
+/* Puts n pages in stock, by single faults. 0; an errno; or -1: not this way. */
+static int stock_pages(uint64_t n)
+{
+	return stock_map(n, PAGE_SIZE) ? populate_write(stock.at, n * PAGE_SIZE) : -1;
+}
+
+/* Puts SECTION_MAX pages in stock, in one piece. 0; ENOMEM: the cgroup has no room; or -1: not this way. */
+static int stock_whole(void)
+{
+	if (!stock_map(SECTION_MAX, WINDOW))
+		return -1;
+	*(volatile char *)stock.at = 0; /* what is empty altogether is not collapsed */
+	for (int tries = 0; real.madvise((void *)stock.at, WINDOW, COLLAPSE); tries++) {
+		if (errno == EBUSY)
+			return ENOMEM;
+		if (errno != EAGAIN || tries == 8) /* EINVAL: no huge pages; ENOMEM: none free */
+			return -1;
+	}
+	return 0;
+}
+
+/* Whether n pages can be had, and leave the reserve. Needs the lock. 0 or ENOMEM. */
+static int afford(uint64_t n, struct sp_broken *out)
+{
+	out->bytes_needed = n * PAGE_SIZE + MOVING + settings.reserve;
+	out->bytes_available = headroom(settings.use_swap);
+	out->unseen = headroom_unknown();
+	return out->bytes_available < out->bytes_needed ? ENOMEM : 0;
+}
+
+static int look(uint64_t n, struct sp_broken *out)
+{
+	int err;
+
+	agent_mmap_lock();
+	err = afford(n, out);
+	agent_mmap_unlock();
+	return err;
+}
+
+/* Puts pages in stock, `want` at most. 0; an errno; or -1: not this way. *whole: huge pages are worth a try. */
+static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
+{
+	uint64_t n = want < BATCH_PAGES ? want : BATCH_PAGES;
+	int err = look(n, out);
+
+	if (err)
+		return err;
+	if (out->bytes_available - out->bytes_needed >= NEAR_EACH * online_cpus())
+		return stock_pages(n);
+	if (want >= SECTION_MAX && *whole) {
+		err = look(SECTION_MAX, out);
+		if (!err)
+			err = stock_whole();
+		/* This is the look that counts: nobody can take from us what we have, and the reserve is there. */
+		if (!err)
+			err = look(0, out);
+		if (err >= 0)
+			return err;
+		*whole = false;
+	}
+	return stock_pages(n < STEP_PAGES ? n : STEP_PAGES);
+}
+
+/* ---- restoring ----------------------------------------------------------------------------------------- */
+
+/* Puts the first pages in stock over [at, at + len) of an area. 0, or -1: it cannot be, and what was there still is. */
+static int give(const struct area *a, uintptr_t at, uintptr_t len)
+{
+	uintptr_t from = stock.at;
+
+	/* ENOMEM: the mapping would have to be cut for it. A child would not have the memory. */
+	if (real.madvise((void *)from, len, MADV_DOFORK))
+		return -1;
+	area_readvise(a, from, from + len);
+	if (a->prot != (PROT_READ | PROT_WRITE) && real.mprotect((void *)from, len, a->prot))
+		return -1;
+	if (window_give(from, len, at)) {
+		if (!range_mapped(at, len))
+			strand();
+		return -1;
+	}
+	if (!window_fill(from, len, PROT_NONE, -1, 0))
+		window_lost();
+	stock.at += len;
+	return 0;
+}
+
+/* 0; an errno; or -1: not this way. Works on pages of one area that are a segment's but for new islands, and are
+ * no more than there are in stock. */
+static int restore(const struct area *a, uintptr_t start, uintptr_t end, uint64_t *done)
+{
+	uint64_t last = end >> PAGE_SHIFT, vpn, stop;
+	uintptr_t len = end - start;
+	int err = 0;
+
+	if (uffd_register(kernel.wp, start, len, UFFDIO_REGISTER_MODE_WP) || uffd_protect(start, len, true)) {
+		err = -1;
+		goto out;
+	}
+	/* From here on nobody writes: what is not an island now is the segment's page. */
+	if (!find_islands(start, end)) {
+		err = -1;
+		goto out;
+	}
+	for (vpn = start >> PAGE_SHIFT, stop = last; next_merged(&vpn, &stop); vpn = stop, stop = last) {
+		uintptr_t at = vpn << PAGE_SHIFT, n = (stop - vpn) << PAGE_SHIFT;
+
+		err = copy_out((void *)stock.at, at, n, a->prot);
+		if (!err)
+			err = give(a, at, n);
+		if (err)
+			break;
+		page_set(PAGE_SEGMENT, vpn, stop, false);
+		*done += stop - vpn;
+	}
+out:
+	uffd_release(&kernel.wp, start, len);
+	for (vpn = page_next(PAGE_SEGMENT, start >> PAGE_SHIFT, last, false); vpn < last;
+	     vpn = page_next(PAGE_SEGMENT, stop, last, false)) {
+		stop = page_next(PAGE_SEGMENT, vpn, last, true);
+		track(vpn << PAGE_SHIFT, stop << PAGE_SHIFT);
+	}
+	return err;
+}
+
+/* ---- in place ------------------------------------------------------------------------------------------ */
+
+/* Breaks the merged pages of [vpn, end) of one area. 0 or an errno. */
+static int break_in_place(uint64_t vpn, uint64_t end, struct sp_broken *out)
+{
+	int err = 0;
+
+	for (uint64_t stop = end; !err && next_merged(&vpn, &stop); vpn = stop, stop = end) {
+		uint64_t n = stop - vpn < STEP_PAGES ? stop - vpn : STEP_PAGES;
+
+		stop = vpn + n;
+		err = afford(n, out);
+		if (!err)
+			err = (area_next(vpn << PAGE_SHIFT)->prot & PROT_WRITE ? populate_write : write_over)(
+				vpn << PAGE_SHIFT, n * PAGE_SIZE);
+		if (!err) {
+			page_set(PAGE_ISLAND, vpn, stop, true);
+			out->pages_unmerged += n;
+		}
+	}
+	return err;
+}
+
+/* ---- the walk ------------------------------------------------------------------------------------------ */
+
+/* One step under the lock, from the first merged page of [*vpn, end) on: `max` pages at most, which `restores` says are
+ * in stock. 0 or an errno. */
+static int break_step(uint64_t *vpn, uint64_t end, uint64_t max, bool restores, struct sp_broken *out)
+{
+	uint64_t stop = end;
+	const struct area *a;
+	uintptr_t from, to;
+	int err = -1;
+
+	if (!next_merged(vpn, &stop)) {
+		*vpn = end;
+		return 0;
+	}
+	a = area_next(*vpn << PAGE_SHIFT);
+	if (!a || a->start > *vpn << PAGE_SHIFT) { /* left the list of areas in the meantime */
+		*vpn = stop;
+		return 0;
+	}
+	if (stop - *vpn > max)
+		stop = *vpn + max;
+	from = *vpn << PAGE_SHIFT;
+	to = min_addr(stop << PAGE_SHIFT, a->end);
+	if (area_disown(from, to, on_agent_thread() ? kernel.maps : -1))
+		return 0;
+	if (restores)
+		err = restore(a, from, to, &out->pages_unmerged);
+	if (err < 0) {
+		if (restores)
+			stock_drop();
+		find_islands(from, to);
+		err = break_in_place(*vpn, to >> PAGE_SHIFT, out);
+	}
+	if (!err)
+		*vpn = to >> PAGE_SHIFT;
+	return err;
+}
+
+/* Once nothing of a range is merged: what was written before is made memory like any other, too, as far as that is safe. EAGAIN:
+ * so many pages were, and there may be more. */
+static int restore_rest(uintptr_t start, uintptr_t end, uint64_t max_pages)
+{
+	struct sp_restored done = {0};
+
+	restore_islands(start, end, max_pages, &done);
+	return done.pages_restored && done.pages_restored >= max_pages ? EAGAIN : 0;
+}
+
+void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out)
+{
+	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, begin = vpn;
+	bool restores = on_agent_thread() && kernel.wp >= 0 && kernel.wp_files && kernel.copy, whole = true;
+	uint64_t cpu = thread_cpu_ns();
+	sigset_t saved;
+	int err = 0;
+
+	memset(out, 0, sizeof(*out));
+	if (restores)
+		stock.at = stock.end = 0; /* a forked child finds its parent's */
+	while (!err && vpn < last) {
+		uint64_t max = max_pages - out->pages_unmerged, want;
+
+		any_mmap_lock(&saved);
+		want = count_merged(vpn, last, max < SECTION_MAX ? max + 1 : SECTION_MAX);
+		any_mmap_unlock(&saved);
+		if (!want)
+			break;
+		if (!max) {
+			err = EAGAIN;
+			break;
+		}
+		if (want > max)
+			want = max;
+		if (restores && !stocked())
+			err = stock_up(want, &whole, out);
+		if (err > 0)
+			break;
+		restores = restores && !err;
+		if (restores && want > stocked())
+			want = stocked();
+		restores = restores && kernel.wp >= 0 && kernel.copy;
+		any_mmap_lock(&saved);
+		page_disturb();
+		err = break_step(&vpn, last, want, restores, out);
+		any_mmap_unlock(&saved);
+	}
+	if (on_agent_thread())
+		stock_drop();
+	if (!err && on_agent_thread())
+		err = restore_rest(start, end, max_pages - out->pages_unmerged);
+	if (err) {
+		any_mmap_lock(&saved);
+		out->pages_remaining = count_merged(begin, last, UINT64_MAX);
+		any_mmap_unlock(&saved);
+	}
+	/* All that remains, not this batch alone: what somebody who wants to make room has to know. */
+	if (err == ENOMEM)
+		out->bytes_needed = out->pages_remaining * PAGE_SIZE + MOVING + settings.reserve;
+	out->error = err;
+	out->cpu_ns = thread_cpu_ns() - cpu;
+}

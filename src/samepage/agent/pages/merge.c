@@ -1,0 +1,360 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Merging: what a request names, extent by extent, is cut into chunks that are swapped under one hold of the lock
+ * (swap.c).
+ */
+#include "base/lock.h"
+#include "base/maps.h"
+#include "base/planes.h"
+#include "base/real.h"
+#include "base/settings.h"
+#include "base/system.h"
+#include "kernel/headroom.h"
+#include "kernel/window.h"
+#include "pages/swap.h"
+#include "pages/unstopped.h"
+
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define VPN_MAX (UINTPTR_MAX >> PAGE_SHIFT)
+
+/* The view counts for the limits. What the application takes meanwhile must not be refused for it. */
+#define ROOM_TO_LIMIT (64UL << 20)
+
+#define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
+
+#define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
+
+#define SLICE_NS 2000000 /* of one hold of the lock, about */
+
+/* What one slice takes of the kernel's memory before it gives pages back: 530 bytes a page where each is merged alone (two
+ * mappings), for less than twice SECTION_MAX, and page tables, and what the kernel charges ahead on a CPU. */
+#define SLICE_TAKES (1UL << 20)
+
+/*
+ * A core dump leaves a private file mapping out unless it was written to, that is, has an anon_vma (vma_dump_size() in the
+ * kernel's fs/coredump.c); and where merged memory would be, debuggers find zeros. So the view is written to once, before
+ * pieces of it become the application's: these inherit its anon_vma, and hand it on to what they are cut into, moved to and
+ * forked to. The written copy is dropped. A view that is moved away as a whole would have to leave its anon_vma
+ * behind; hence the page at its end, which lies behind the file's.
+ */
+static bool map_view(struct segment *s, uint64_t start, uint64_t end)
+{
+	volatile uint8_t *last = (volatile uint8_t *)kernel.view + (end - start - 1) * PAGE_SIZE;
+
+	if (!kernel.view || (s->limited && !limits_leave(ROOM_TO_LIMIT)))
+		return false;
+	s->charged = mappings_charged();
+	if (real.mmap((void *)kernel.view, (end - start + 1) * PAGE_SIZE, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_FIXED, s->fd, (off_t)(start * PAGE_SIZE)) == MAP_FAILED)
+		return false;
+	*last = *last;
+	return !real.madvise((void *)last, PAGE_SIZE, MADV_DONTNEED);
+}
+
+/*
+ * Whether the view has n pages that can be read without taking memory that is not there. A page that is not in memory may
+ * have been swapped out; or it is a hole, and would be filled at our expense (segment_pages() lets few through: the kernel
+ * counts a huge page whole that reaches beyond the end).
+ */
+static bool may_read(const uint8_t *view, size_t n)
+{
+	uint8_t present[SECTION_MAX];
+	uint64_t absent = 0;
+
+	if (real.syscall(SYS_mincore, view, n * PAGE_SIZE, present))
+		return false;
+	for (size_t k = 0; k < n; k++)
+		absent += !(present[k] & 1);
+	return !absent || room_to_merge(absent * PAGE_SIZE + SLICE_TAKES);
+}
+
+/* A private view of at most n pages of a segment: how many, 0 when there is none, see s->refusal. Not kept from a fork, since
+ * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
+static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_t **view)
+{
+	if (s->lost || offset < s->start || offset >= s->end) {
+		uint64_t start = offset / VIEW_PAGES * VIEW_PAGES, end = min_addr(start + VIEW_PAGES, s->npages);
+
+		s->end = 0;
+		s->refusal = NOMAP;
+		if (!map_view(s, start, end))
+			return 0;
+		s->lost = false;
+		s->start = start;
+		s->end = end;
+	}
+	n = min_addr(n, s->end - offset);
+	*view = (const uint8_t *)kernel.view + (offset - s->start) * PAGE_SIZE;
+	s->refusal = NOMEM;
+	if (!may_read(*view, n))
+		return 0;
+	/* Before the hole is open, so that the comparison does not fault in it. A fault maps what is around it, too, which is
+	 * cheaper than MADV_POPULATE_READ's walk over every page. */
+	for (size_t k = 0; k < n; k += FAULT_AROUND)
+		*(const volatile uint8_t *)(*view + k * PAGE_SIZE);
+	*(const volatile uint8_t *)(*view + (n - 1) * PAGE_SIZE);
+	return n;
+}
+
+int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to)
+{
+	uintptr_t from = (uintptr_t)view;
+	off_t offset = (off_t)(s->start * PAGE_SIZE + (from - kernel.view));
+	int err;
+
+	if (s->lost)
+		return -ENOMEM;
+	if (kernel.views_stay && !s->limited && !s->charged) {
+		if (real.mremap((void *)from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)to) !=
+		    MAP_FAILED)
+			return 0;
+		err = -errno;
+		if (range_mapped(to, len)) /* else a limit was set just now */
+			return err;
+	}
+	err = window_give(from, len, to);
+	if (!err && !window_fill(from, len, PROT_READ | PROT_WRITE, s->fd, offset)) {
+		s->lost = true;
+		if (!window_fill(from, len, PROT_NONE, -1, 0))
+			window_lost();
+	}
+	return err;
+}
+
+/* What a request has come to: page `at` of an extent, before `last`. */
+struct cursor {
+	const struct sp_extent *extent, *last;
+	uint64_t at;
+};
+
+static void cursor_advance(struct cursor *at, uint64_t pages)
+{
+	at->at += pages;
+	while (at->extent < at->last && at->at >= at->extent->npages)
+		at->at -= at->extent++->npages;
+}
+
+/* Whether the extent after e can be swapped with what was gathered: small ones are, some at a time. */
+static bool goes_with(const struct chunk *c, const struct segment *s, const struct sp_extent *e)
+{
+	const struct sp_extent *next = e + 1;
+
+	return next->vpn >= e->vpn + e->npages && next->npages && next->npages <= settings.section - c->n &&
+	       (c->segment ? next->offset >= s->start && next->offset < s->end && next->npages <= s->end - next->offset
+			   : next->offset == SP_ZERO_PAGE);
+}
+
+/* Makes a chunk of what comes next: of one extent up to the end of a huge page's range, or of small ones no more than one
+ * critical section. False: there is no view, see s->refusal. */
+static bool gather(struct chunk *c, struct segment *s, const struct cursor *from)
+{
+	const struct sp_extent *e = from->extent;
+	uint64_t vpn = e->vpn + from->at, left = min_addr(e->npages - from->at, SECTION_MAX - vpn % SECTION_MAX);
+
+	c->segment = e->offset == SP_ZERO_PAGE ? NULL : s;
+	c->n = 0;
+	for (int extents = 1;; extents++) {
+		const uint8_t *view = zero_page;
+		uint64_t n = c->segment ? view_of(s, e->offset + (vpn - e->vpn), left, &view) : left;
+
+		for (uint64_t k = 0; k < n; k++, c->n++) {
+			c->addr[c->n] = (vpn + k) << PAGE_SHIFT;
+			c->target[c->n] = c->segment ? view + k * PAGE_SIZE : zero_page;
+		}
+		if (vpn + n < e->vpn + e->npages || c->n >= settings.section || extents == PIECES_MAX ||
+		    ++e == from->last || !goes_with(c, s, e - 1))
+			return c->n;
+		vpn = e->vpn;
+		left = e->npages;
+	}
+}
+
+/* Leaves out what lies at `end` or behind. */
+static void clip(struct chunk *c, uintptr_t end)
+{
+	while (c->n && c->addr[c->n - 1] >= end)
+		c->n--;
+}
+
+/* Whether a mapping is what the books say of the page, which is readable and writable: anonymous, or a segment's. */
+static bool is_as_known(const struct vma *v, uintptr_t addr)
+{
+	if (v->shared || !v->read || !v->write)
+		return false;
+	return page_test(PAGE_SEGMENT, addr >> PAGE_SHIFT) ? vma_is_segment(v) : !v->ino;
+}
+
+/* Leaves out what begins with a page whose mapping is not what the books say, or with one that its row shares with another
+ * mapping: a move must stay within one. What was changed by a system call that passed no wrapper (an inline one) would be
+ * again, and not be noticed the next time: it is left alone for good. */
+static void clip_to_mappings(struct chunk *c)
+{
+	struct vma vma = {0};
+
+	for (size_t i = 0; i < c->n; i++) {
+		uintptr_t at = c->addr[i];
+
+		if (at < vma.end)
+			continue;
+		if (i && same_row(c, i))
+			c->n = i;
+		else if (!vma_find(kernel.maps, at, &vma) || vma.start > at || !is_as_known(&vma, at))
+			c->n = i;
+		if (!c->n)
+			area_change(at,
+				    vma.start > at ? vma.start
+				    : vma.end > at ? vma.end
+						   : at + PAGE_SIZE,
+				    AREA_EXCLUDED, 0, -1);
+	}
+}
+
+/* Merges what comes next. How many pages it answered for. */
+static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status)
+{
+	static struct chunk c; /* swap_recover() must find it */
+	size_t n;
+
+	c = (struct chunk){.status = status};
+	segment->limited = mappings_limited();
+	if (!gather(&c, segment, at)) {
+		memset(status, segment->refusal, at->extent->npages - at->at);
+		return at->extent->npages - at->at;
+	}
+	c.area = area_next(c.addr[0]);
+	if (!c.area || c.area->start > c.addr[0]) {
+		c.n = 1;
+		*status = GONE;
+	} else {
+		clip(&c, c.area->end);
+		n = c.n;
+		if (may_swap(c.area))
+			clip_to_mappings(&c);
+		else
+			c.n = 0;
+		if (c.n) {
+			swap_chunk(&c);
+		} else {
+			c.n = n;
+			memset(status, REFUSED, n);
+		}
+	}
+	return c.n;
+}
+
+/* What is left of a request. */
+struct rest {
+	struct segment *segment;
+	struct cursor at;
+	uint8_t *status;
+};
+
+static void answered(struct rest *rest, size_t pages)
+{
+	rest->status += pages;
+	cursor_advance(&rest->at, pages);
+}
+
+/* As many chunks as make one hold of the lock: to begin one costs as much as to swap ten pages. */
+static void merge_slice(void *arg)
+{
+	struct rest *rest = arg;
+	uint64_t began = thread_cpu_ns();
+	size_t pages = 0;
+
+	do {
+		size_t did = merge_some(rest->segment, &rest->at, rest->status);
+
+		answered(rest, did);
+		pages += did;
+	} while (rest->at.extent < rest->at.last && pages < SECTION_MAX && !mmap_lock_contended() && !thread_woke() &&
+		 thread_cpu_ns() - began < SLICE_NS);
+}
+
+/* False: who did it was killed. */
+static bool merge_unstopped(struct rest *rest)
+{
+	bool ended;
+
+	agent_mmap_lock();
+	ended = run_unstopped(merge_slice, rest);
+	if (!ended)
+		swap_recover();
+	agent_mmap_unlock();
+	return ended;
+}
+
+/* The number of pages of a segment, or -errno when it is none: sealed content is what makes a comparison
+ * worth anything, a sealed size is what makes a mapping safe from SIGBUS, and whoever reads a hole pays for it. (Pages that
+ * are swapped out count as blocks.) */
+static int64_t segment_pages(int fd)
+{
+	int seals = fcntl(fd, F_GET_SEALS);
+	struct stat st;
+
+	if (seals < 0 || (seals & SEALS & ~F_SEAL_SEAL) != (SEALS & ~F_SEAL_SEAL))
+		return -EPERM;
+	if (fstat(fd, &st) || !S_ISREG(st.st_mode))
+		return -EBADF;
+	if (st.st_blocks < st.st_size / 512)
+		return -EPERM;
+	segment_dev =
+		(st.st_dev >> 8 & 0xfff) << 32 | (st.st_dev & 0xff) | (st.st_dev >> 12 & 0xfff00); /* makedev(3) */
+	return st.st_size >> PAGE_SHIFT;
+}
+
+/* Why nothing may be merged now; DONE: it may. */
+static enum page_status refusal(void)
+{
+	bool room;
+
+	if (traced())
+		return BUSY;
+	agent_mmap_lock();
+	room = room_to_merge(SLICE_TAKES);
+	agent_mmap_unlock();
+	return room ? DONE : NOMEM;
+}
+
+static bool sane(const struct sp_extent *e, uint64_t pages)
+{
+	return e->npages <= VPN_MAX && e->vpn <= VPN_MAX - e->npages &&
+	       (e->offset == SP_ZERO_PAGE || (e->offset <= pages && e->npages <= pages - e->offset));
+}
+
+int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status, bool (*pause)(void))
+{
+	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
+	struct segment segment = {.fd = fd, .npages = (uint64_t)pages};
+	struct rest rest = {.segment = &segment, .at = {.extent = extents, .last = extents + n}, .status = status};
+
+	if (pages < 0)
+		return (int)pages;
+	for (size_t i = 0; i < n; i++)
+		if (!sane(&extents[i], (uint64_t)pages))
+			return -EINVAL;
+	for (answered(&rest, 0); rest.at.extent < rest.at.last;) {
+		enum page_status why_not = refusal();
+
+		if (why_not == DONE && !merge_unstopped(&rest))
+			why_not = BUSY;
+		if (why_not != DONE) {
+			size_t left = rest.at.extent->npages - rest.at.at;
+
+			memset(rest.status, why_not, left);
+			answered(&rest, left);
+		} else if (rest.at.extent < rest.at.last && pause()) {
+			segment.end = 0; /* a call may have used the view */
+		}
+	}
+	scratch_drop();
+	if (pages && kernel.view) /* the segment is not ours to keep alive */
+		window_reset(kernel.view, VIEW_SPACE, PROT_NONE, -1, 0);
+	return 0;
+}

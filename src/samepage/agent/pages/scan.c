@@ -1,0 +1,359 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Looking at pages. Anonymous memory: what was written since the last look is hashed, straight from where it
+ * is. Memory mapped from segments: which pages lost their copy (islands), and which are merged without the
+ * service knowing (after a fork, an mremap, or a new service).
+ */
+#include "base/area.h"
+#include "base/check.h"
+#include "base/lock.h"
+#include "base/maps.h"
+#include "base/planes.h"
+#include "kernel/kernel.h"
+#include "kernel/window.h"
+#include "pages/pages.h"
+
+#include <linux/userfaultfd.h>
+#include <sys/resource.h>
+
+#define STEP_PAGES 512UL       /* hashed under one hold of the lock, or less than twice as many: 2 MiB, some 200 us */
+#define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms when nothing changed */
+#define NR_REGIONS 64
+
+struct out {
+	struct sp_run *runs;
+	uint64_t *sums;
+	uint32_t nruns, max_runs, nsums, max_sums;
+	uint32_t flags; /* enum sp_scan_flags */
+};
+
+static bool full(const struct out *o)
+{
+	return o->nruns == o->max_runs || o->nsums == o->max_sums;
+}
+
+static void emit(struct out *o, uint64_t vpn, uint64_t end, uint32_t kind, uint64_t ino, uint64_t offset)
+{
+	struct sp_run *last = o->nruns ? &o->runs[o->nruns - 1] : NULL;
+
+	if (last && last->kind == kind && last->vpn + last->npages == vpn && last->ino == ino &&
+	    (!ino || last->offset + last->npages == offset)) {
+		last->npages += (uint32_t)(end - vpn);
+		return;
+	}
+	VM_BUG_ON(o->nruns == o->max_runs);
+	o->runs[o->nruns++] = (struct sp_run){vpn, (uint32_t)(end - vpn), kind, ino, offset};
+}
+
+enum { RUN_HASHED, RUN_BROKEN, RUN_GONE, RUN_FOUND }; /* RunKind in samepage/memory */
+
+/* Makes nodes part of the checksums of n pages. False: nobody says on which they are. */
+static bool mix_nodes(uint64_t *sums, uint64_t vpn, size_t n)
+{
+	const uint64_t zero = page_checksum(zero_page);
+	int node[SECTION_MAX];
+
+	if (page_nodes(vpn << PAGE_SHIFT, n, node))
+		return false;
+	for (size_t i = 0; i < n; i++)
+		if (sums[i] != zero && node[i] > 0)
+			sums[i] ^= (uint64_t)node[i] * 0x9e3779b97f4a7c15u;
+	return true;
+}
+
+/* Hashes one region of at most STEP_PAGES, as far as there is room for checksums. Where it stopped. */
+static uint64_t hash_region(struct out *o, const struct page_region *r)
+{
+	uint64_t vpn = r->start >> PAGE_SHIFT, end = r->end >> PAGE_SHIFT;
+	uint64_t *sums = o->sums + o->nsums;
+
+	VM_BUG_ON(end - vpn > SECTION_MAX);
+	if (end - vpn > o->max_sums - o->nsums)
+		end = vpn + (o->max_sums - o->nsums);
+	if (vpn == end)
+		return vpn;
+	for (uint64_t p = vpn; p < end; p++)
+		sums[p - vpn] = page_checksum((const void *)(p << PAGE_SHIFT));
+	if (o->flags & SP_SCAN_NODES && !mix_nodes(sums, vpn, end - vpn))
+		return end; /* not to be merged across nodes, so not at all */
+	o->nsums += (uint32_t)(end - vpn);
+	emit(o, vpn, end, RUN_HASHED, 0, 0);
+	return end;
+}
+
+/*
+ * Where to end a look at the regions found in [start, walked), so that no huge page is looked at in part: protecting a
+ * part of it would split it. When that leaves nothing to look at, there is no more room in this answer; `start` then.
+ * Unless the answer is empty: who asks for so few pages gets them.
+ */
+static uintptr_t whole_pages(const struct out *o, const struct page_region *v, int n, uintptr_t start, uintptr_t walked)
+{
+	const struct page_region *last = &v[n - 1];
+	uintptr_t cut;
+
+	if (!(last->categories & PAGE_IS_HUGE) || last->end != walked || walked % WINDOW == 0)
+		return walked;
+	cut = walked & ~(WINDOW - 1);
+	if (cut > last->start)
+		return cut;
+	return last->start > start || o->nsums ? last->start : walked;
+}
+
+/* Hashes what is to be hashed of anonymous memory [start, end), STEP_PAGES at most, and has writes to it followed. How far
+ * it came. */
+static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
+{
+	struct pm_walk w = {
+		.must = PAGE_IS_PRESENT | (kernel.tracking && !(o->flags & SP_SCAN_ALL) ? PAGE_IS_WRITTEN : 0),
+		.must_not =
+			PAGE_IS_SWAPPED | (kernel.scan ? PAGE_IS_PFNZERO : 0) | (kernel.tracking ? 0 : PAGE_IS_FILE),
+		.max_pages = o->max_sums - o->nsums < STEP_PAGES ? o->max_sums - o->nsums : STEP_PAGES,
+	};
+	int room = (int)(o->max_runs - o->nruns < NR_REGIONS ? o->max_runs - o->nruns : NR_REGIONS), n = 1;
+	struct page_region v[NR_REGIONS];
+	uintptr_t walked;
+
+	if (!kernel.tracking || end - start > w.max_pages * PAGE_SIZE) { /* else no huge page is cut */
+		n = pagemap_walk(start, end, &w, v, room, &walked);
+		if (n > 0 && kernel.tracking) {
+			end = whole_pages(o, v, n, start, walked);
+			if (end == start) {
+				o->max_sums = o->nsums; /* full */
+				return start;
+			}
+		}
+	}
+	if (n > 0 && kernel.tracking) {
+		w.must_not |= PAGE_IS_FILE; /* dear, and not needed to see how far to go */
+		w.protect = true;
+		n = pagemap_walk(start, end, &w, v, room, &walked);
+	}
+	if (n < 0)
+		return end;
+	for (int i = 0; i < n; i++)
+		hash_region(o, &v[i]);
+	return walked;
+}
+
+static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
+{
+	const struct pm_walk written = {.must = PAGE_IS_WRITTEN, .max_pages = STEP_PAGES};
+	uintptr_t start = vpn << PAGE_SHIFT, stop, walked;
+	struct page_region v[NR_REGIONS];
+	uint32_t before = o->nsums;
+	struct vma vma;
+	int n = 1;
+
+	/* What was merged and is anonymous now was discarded, unmerged or mapped anew by the application. That is said
+	 * first, and then what is there instead, in this look. */
+	if (page_test(PAGE_KNOWN, vpn)) {
+		end = page_next(PAGE_KNOWN, vpn, end, false);
+		page_set(PAGE_KNOWN, vpn, end, false);
+		emit(o, vpn, end, RUN_GONE, 0, 0);
+	} else {
+		end = page_next(PAGE_KNOWN, vpn, end, true);
+	}
+	if ((a->flags & AREA_LOCKED) || !(a->prot & 1))
+		return end;
+	stop = end << PAGE_SHIFT;
+	/* An application that changes an area behind the wrappers' back must not be able to make us fault. */
+	if (!vma_find(kernel.maps, start, &vma) || vma.start >= stop)
+		return end;
+	if (vma.start > start)
+		return vma.start >> PAGE_SHIFT;
+	stop = min_addr(stop, vma.end);
+	if (!vma.read || vma.shared || vma.ino) { /* it did, and will again */
+		area_change(start, stop, AREA_EXCLUDED, 0, -1);
+		return stop >> PAGE_SHIFT;
+	}
+	track(start, stop);
+	/* First the quick look at what was written, which is nothing at all as a rule. */
+	v[0] = (struct page_region){start, walked = stop, 0};
+	if (kernel.tracking && !(o->flags & SP_SCAN_ALL))
+		n = pagemap_walk(start, stop, &written, v, NR_REGIONS, &walked);
+	/* It may have stopped in the middle of a huge page. */
+	if (n > 0 && v[n - 1].end == walked)
+		v[n - 1].end = walked = min_addr((walked + WINDOW - 1) & ~(WINDOW - 1), stop);
+	for (int i = 0; i < n; i++)
+		for (uintptr_t at = v[i].start, next; at < v[i].end; at = next) {
+			if (full(o) || o->nsums - before >= STEP_PAGES)
+				return at >> PAGE_SHIFT;
+			next = look_at(o, at, v[i].end);
+			if (next == at)
+				return at >> PAGE_SHIFT;
+		}
+	return (n < 0 ? stop : walked) >> PAGE_SHIFT;
+}
+
+/* Marks private copies in [vpn, end) of a segment mapping as islands. How far it came. */
+static uint64_t mark_islands(uint64_t vpn, uint64_t end)
+{
+	const struct pm_walk w = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED, .must_not = PAGE_IS_FILE};
+	struct page_region v[NR_REGIONS];
+	uintptr_t walked;
+	int n = pagemap_walk(vpn << PAGE_SHIFT, end << PAGE_SHIFT, &w, v, NR_REGIONS, &walked);
+
+	for (int i = 0; i < n; i++)
+		page_set(PAGE_ISLAND, v[i].start >> PAGE_SHIFT, v[i].end >> PAGE_SHIFT, true);
+	return n < 0 ? end : walked >> PAGE_SHIFT;
+}
+
+/* Merged pages of [vpn, end) that the service does not know of. A forked child has them without a page table entry, until
+ * it touches them. */
+static void report_found(struct out *o, uint64_t vpn, uint64_t end)
+{
+	while (vpn < end && o->nruns < o->max_runs) {
+		uintptr_t start = vpn << PAGE_SHIFT;
+		struct vma vma;
+		uint64_t stop;
+
+		if (!vma_find(kernel.maps, start, &vma) || vma.start > start || !vma.ino || vma.shared)
+			return;
+		stop = min_addr(end, vma.end >> PAGE_SHIFT);
+		page_set(PAGE_KNOWN, vpn, stop, true);
+		emit(o, vpn, stop, RUN_FOUND, vma.ino, (vma.offset + (start - vma.start)) >> PAGE_SHIFT);
+		vpn = stop;
+	}
+}
+
+static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
+{
+	/* Only write-protection can swap an island again; there it is memory like any other. */
+	bool hash_islands = kernel.protects && (a->prot & 1);
+
+	if (!(o->flags & SP_SCAN_STILL))
+		end = mark_islands(vpn, end);
+	while (vpn < end && !full(o)) {
+		bool island = page_test(PAGE_ISLAND, vpn), known = page_test(PAGE_KNOWN, vpn);
+		uint64_t stop = page_next(PAGE_ISLAND, vpn, end, !island);
+
+		stop = page_next(PAGE_KNOWN, vpn, stop, !known);
+		if (island && hash_islands) {
+			struct page_region r = {vpn << PAGE_SHIFT, min_addr(stop, vpn + STEP_PAGES) << PAGE_SHIFT, 0};
+
+			stop = hash_region(o, &r);
+			page_set(PAGE_KNOWN, vpn, stop, false);
+			return stop;
+		}
+		if (island && known) {
+			page_set(PAGE_KNOWN, vpn, stop, false);
+			emit(o, vpn, stop, RUN_BROKEN, 0, 0);
+		} else if (!island && !known) {
+			report_found(o, vpn, stop);
+		}
+		vpn = stop;
+	}
+	return vpn;
+}
+
+/* Has all of an area counted as written: some of it may be known here to have been looked at, and to nobody else. */
+static const struct area *look_afresh(const struct area *a, uint64_t vpn)
+{
+	uintptr_t start = a->start, end = a->end;
+
+	if (kernel.tracking)
+		untrack(start, end);
+	area_change(start, end, 0, AREA_AFRESH, -1);
+	return area_next(vpn << PAGE_SHIFT);
+}
+
+/* One hold of the lock, before page `last`. Where to go on, or 0 when there is no area behind. */
+static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
+{
+	const struct area *a = area_next(vpn << PAGE_SHIFT);
+	uint64_t end;
+	bool segment;
+
+	if (!a)
+		return 0;
+	if (a->flags & AREA_AFRESH && area_mergeable(a))
+		a = look_afresh(a, vpn);
+	end = a->end >> PAGE_SHIFT;
+	if (!area_mergeable(a)) /* not in the service's list of areas; it has forgotten what was there */
+		return end;
+	if (vpn < a->start >> PAGE_SHIFT)
+		vpn = a->start >> PAGE_SHIFT;
+	if (vpn >= last)
+		return vpn;
+	if (end > last)
+		end = last;
+	if (end - vpn > WALK_PAGES)
+		end = vpn + WALK_PAGES;
+	segment = page_test(PAGE_SEGMENT, vpn);
+	end = page_next(PAGE_SEGMENT, vpn, end, !segment);
+	return segment ? scan_segment(o, a, vpn, end) : scan_anonymous(o, a, vpn, end);
+}
+
+/*
+ * What was looked at is write-protected, so who writes it faults, and the kernel counts the faults of a process
+ * (getrusage(2)). As long as there are no more of them than when the last look at everything began, there is nothing to be
+ * seen, and no need to walk page tables for it. What others write into the process (ptrace(2), process_vm_writev(2))
+ * faults there, and is seen when the service asks for a look without SP_SCAN_STILL.
+ */
+static struct {
+	bool whole;    /* it is at everything, from the first page on: no part was left out so far */
+	uint64_t next; /* where it goes on; 0: it came to the end */
+	uint64_t areas_seq;
+	long faults; /* when it began */
+} last_look;
+
+/* -1: nobody tells. */
+static long count_faults(void)
+{
+	struct rusage used;
+
+	return getrusage(RUSAGE_SELF, &used) ? -1 : used.ru_minflt + used.ru_majflt;
+}
+
+/* Notes what a request looks at. True: it looks at everything, and would find nothing. Needs the lock. */
+static bool nothing_new(const struct sp_scan *req)
+{
+	long faults;
+
+	if (req->vpn) {
+		last_look.whole &= req->vpn == last_look.next && req->end >= SP_VPN_END;
+		return false;
+	}
+	faults = count_faults();
+	if (req->flags & SP_SCAN_STILL && last_look.whole && !last_look.next && faults == last_look.faults &&
+	    areas_seq == last_look.areas_seq && !atomic_load(&pages_disturbed))
+		return true;
+	atomic_store(&pages_disturbed, false);
+	last_look.whole = kernel.tracking && faults >= 0 && req->end >= SP_VPN_END;
+	last_look.areas_seq = areas_seq;
+	last_look.faults = faults;
+	return false;
+}
+
+void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
+	       uint64_t *sums, uint32_t max_sums)
+{
+	struct out o = {.runs = runs, .sums = sums, .max_runs = max_runs, .max_sums = max_sums, .flags = req->flags};
+	uint64_t vpn = req->vpn;
+	bool nothing;
+
+	if (req->budget < max_sums)
+		o.max_sums = (uint32_t)req->budget;
+	agent_mmap_lock();
+	*head = (struct sp_scanned){.areas_seq = areas_seq};
+	nothing = nothing_new(req);
+	agent_mmap_unlock();
+	if (nothing)
+		return;
+	do {
+		uint64_t from = vpn;
+
+		agent_mmap_lock();
+		vma_resume();
+		vpn = step(&o, vpn, req->end);
+		if (vpn && vpn <= from && from < req->end && !full(&o)) /* the kernel did not look at it, nor say why */
+			vpn = from + 1;
+		/* What was found first may lie in no area any more: the service is not to take that for a lie. */
+		if (areas_seq != head->areas_seq)
+			head->areas_seq = SP_AREAS_CHANGED;
+		agent_mmap_unlock();
+	} while (vpn && vpn < req->end && !full(&o));
+	last_look.next = head->next_vpn = vpn;
+	head->nruns = o.nruns;
+	head->nhashed = o.nsums;
+}

@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Where nobody stops a step half way.
+ *
+ * While pages are swapped some are out of their place. A thread that touches one waits; but a reader from outside cannot
+ * (/proc/PID/mem, a core dump), or waits for this thread, and if it is a debugger that stopped this thread, for ever. A stop
+ * (SIGSTOP, ptrace(2)) takes effect whenever a thread is about to return from a system call, so a thread cannot keep itself
+ * from being stopped between two. But it can have another process make them and wait for that one inside the kernel,
+ * where no stop reaches it: as vfork(2) does.
+ *
+ * So this thread is asleep in clone(2) until the step is over, and only then, with all pages in their places, stops. The
+ * child shares our memory and our descriptors. No tracer of ours is given it (CLONE_UNTRACED), it is in no list of our
+ * threads, a wait(2) of the application's does not see it (no exit signal), and it lives for a few milliseconds.
+ *
+ * A process that dumps core kills its threads first, so this one wakes, but not the child: that looks now and then
+ * whether it did, and hurries up.
+ *
+ * What does reach it: the freezer of its cgroup, and a signal sent to its own number. The latter may kill it in the
+ * middle; then whoever called finishes what it began (swap_recover(), restore_recover()).
+ */
+#include "pages/unstopped.h"
+#include "base/real.h"
+#include "base/system.h"
+#include "kernel/kernel.h"
+
+#include <fcntl.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define CHILD_FLAGS (CLONE_VM | CLONE_VFORK | CLONE_FILES | CLONE_FS | CLONE_UNTRACED)
+
+static struct {
+	bool inside;   /* this is the child */
+	bool ended;    /* it came to its end */
+	bool stranded; /* see strand() */
+	bool killed;   /* one was */
+	unsigned looks;
+	char stat[64]; /* schedstat of the thread asleep */
+	uint64_t cpu_ns;
+} step;
+
+static void child(void (*fn)(void *), void *arg)
+{
+	step.inside = true;
+	step.looks = 0;
+	fn(arg);
+	step.inside = false;
+	step.cpu_ns += thread_cpu_ns();
+	step.ended = true;
+}
+
+/* The child calls child(fn, arg) on this thread's stack, below what is on it, and exits. Its number, or -errno. */
+static long clone_child(void (*fn)(void *), void *arg)
+{
+	register long tid __asm__("r10") = 0;
+	register void *given __asm__("r8") = arg;
+	register void (*run)(void (*)(void *), void *) __asm__("r9") = child;
+	register void (*what)(void *) __asm__("r12") = fn;
+	long ret;
+
+	__asm__ volatile("syscall\n\t"
+			 "test %%rax, %%rax\n\t"
+			 "jnz 1f\n\t"
+			 "lea -256(%%rsp), %%rsp\n\t" /* behind the red zone */
+			 "and $-16, %%rsp\n\t"
+			 "mov %%r12, %%rdi\n\t"
+			 "mov %%r8, %%rsi\n\t"
+			 "call *%%r9\n\t"
+			 "xor %%edi, %%edi\n\t"
+			 "mov %[exit], %%eax\n\t"
+			 "syscall\n\t"
+			 "ud2\n"
+			 "1:"
+			 : "=a"(ret)
+			 : "a"(SYS_clone), "D"(CHILD_FLAGS), "S"(0), "d"(0), "r"(tid), "r"(given), "r"(run),
+			   "r"(what), [exit] "i"(SYS_exit)
+			 : "rcx", "r11", "memory");
+	return ret;
+}
+
+bool run_unstopped(void (*fn)(void *), void *arg)
+{
+	long pid;
+
+	step.ended = step.stranded = false;
+	pid = clone_child(fn, arg);
+	if (pid < 0) { /* no more processes for this user, or seccomp: better stopped now and then than never merged */
+		fn(arg);
+		return true;
+	}
+	raw_syscall(SYS_wait4, pid, 0, __WCLONE, 0, 0, 0);
+	step.inside = false;
+	if (step.stranded)
+		strand();
+	step.killed |= !step.ended;
+	return step.ended;
+}
+
+bool unstopped_killed(void)
+{
+	return step.killed;
+}
+
+/* While the thread sleeps it uses no CPU. Only what kills it wakes it. At the first look it may be on the way to sleep. */
+bool thread_woke(void)
+{
+	char now[sizeof(step.stat)] = "";
+
+	if (!step.inside || !step.looks++ || pread(kernel.schedstat, now, sizeof(now) - 1, 0) <= 0)
+		return false;
+	if (step.looks == 2)
+		memcpy(step.stat, now, sizeof(now));
+	return memcmp(step.stat, now, sizeof(now));
+}
+
+uint64_t unstopped_cpu_ns(void)
+{
+	uint64_t spent = step.cpu_ns;
+
+	step.cpu_ns = 0;
+	return spent;
+}
+
+void strand(void)
+{
+	static const char why[] =
+		"samepage: the kernel keeps pages of this process from it; ended, for they would read as zeros\n";
+
+	int fd;
+
+	if (step.inside) { /* a trap would end the child alone */
+		step.stranded = true;
+		raw_syscall(SYS_exit, 0, 0, 0, 0, 0, 0);
+	}
+	/* The application's; this thread has a file table of its own. */
+	fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND | O_CLOEXEC | O_NOCTTY);
+
+	if (fd >= 0)
+		real.syscall(SYS_write, fd, why, sizeof(why) - 1);
+	__builtin_trap(); /* no handler of the application's runs: all signals are blocked */
+}
+
+/*
+ * What others write to a process, or read (ptrace(2), /proc/PID/mem), fails with EIO at a page that is away, for the kernel
+ * cannot let them wait there (get_user_pages_remote() without FOLL_UNLOCKABLE). A process that is being traced is left as it is
+ * until it is not. Looking takes 20 us, so it is done a hundred times a second at most.
+ */
+bool traced(void)
+{
+	static int64_t looked;
+	static bool was;
+	struct timespec now;
+	const char *tracer;
+	char buf[1024];
+	ssize_t got;
+	int file;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	if (now.tv_sec * 100 + now.tv_nsec / 10000000 == looked)
+		return was;
+	looked = now.tv_sec * 100 + now.tv_nsec / 10000000;
+	file = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
+	got = file < 0 ? -1 : read(file, buf, sizeof(buf) - 1);
+	if (file >= 0)
+		close(file);
+	buf[got > 0 ? got : 0] = 0;
+	tracer = strstr(buf, "\nTracerPid:\t");
+	return was = tracer && tracer[12] != '0';
+}

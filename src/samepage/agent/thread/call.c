@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Work that an application's thread hands to the agent's, since only that has the descriptors.
+ *
+ * The caller must be able to wake the thread without any of the thread's descriptors, without a descriptor to spare, and
+ * without permission for /proc, which a process that changed its user has lost. So it sends a signal, which every thread may
+ * send to any other of its process. The thread, which has blocked all signals, reads it from a signalfd, beside its socket.
+ */
+#include "base/real.h"
+#include "kernel/kernel.h"
+#include "pages/pages.h"
+#include "pages/unstopped.h"
+#include "thread/peer.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* SIGSETXID, libc's own: no program can wait for it. A signalfd reads what was sent to the process as well as to its thread,
+ * so of any other signal it would take away what a program that has blocked it everywhere waits for. */
+#define WAKE_SIGNAL 33
+#define LEADER_CHECK_MS 1000
+
+enum { FREE, POSTED, TAKEN, DONE_CALL };
+
+static struct mutex call_lock; /* one caller at a time */
+static struct {
+	void (*fn)(void *arg);
+	void *arg;
+	_Atomic uint32_t state; /* also what the caller sleeps on */
+} call;
+
+static int wake_fd = -1;	    /* the thread's signalfd */
+static _Atomic uint32_t taking_tid; /* 0 unless the thread takes calls */
+
+void thread_wake(void)
+{
+	raw_syscall(SYS_tgkill, thread.owner, atomic_load(&thread.tid), WAKE_SIGNAL, 0, 0, 0);
+}
+
+/* Takes back a call that the thread has not begun. False: it has, and will end it. */
+static bool withdraw(void)
+{
+	uint32_t posted = POSTED;
+
+	return atomic_compare_exchange_strong(&call.state, &posted, FREE);
+}
+
+int agent_call(void (*fn)(void *arg), void *arg)
+{
+	const struct timespec second = {.tv_sec = 1};
+	sigset_t saved;
+	uint32_t state, tid;
+	int err = 0;
+
+	if (on_agent_thread()) {
+		fn(arg);
+		return 0;
+	}
+	if (!thread_is_here())
+		return -ENOTCONN;
+	/* A signal handler that called again would wait for itself; a cancelled thread would keep the lock. */
+	block_signals(&saved);
+	mutex_lock(&call_lock);
+	tid = atomic_load(&taking_tid);
+	if (tid) {
+		call.fn = fn;
+		call.arg = arg;
+		atomic_store(&call.state, POSTED);
+		thread_wake();
+		while ((state = atomic_load(&call.state)) != DONE_CALL) {
+			/* The thread may have ended before it came to this; the next one must not find it. */
+			if (state == POSTED && atomic_load(&taking_tid) != tid && withdraw()) {
+				err = -ENOTCONN;
+				break;
+			}
+			futex_wait(&call.state, state, &second);
+		}
+		atomic_store(&call.state, FREE);
+	} else {
+		err = -ENOTCONN;
+	}
+	mutex_unlock(&call_lock);
+	pthread_sigmask(SIG_SETMASK, &saved, NULL);
+	return err;
+}
+
+static void take_call(void)
+{
+	uint32_t posted = POSTED;
+
+	if (!atomic_compare_exchange_strong(&call.state, &posted, TAKEN))
+		return;
+	call.fn(call.arg);
+	atomic_store(&call.state, DONE_CALL);
+	futex_wake(&call.state);
+}
+
+static void calls_abandon(void)
+{
+	wake_fd = -1;
+	atomic_store(&taking_tid, 0);
+	futex_wake(&call.state);
+}
+
+/* The thread's descriptors are the application's by now, so it ends. What is in the windows stays there. */
+static void descriptors_lost(void)
+{
+	thread_retires();
+	calls_abandon();
+	peer_forget();
+	kernel = KERNEL_CLOSED;
+}
+
+bool calls_open(void)
+{
+	const uint64_t mask = 1ULL << (WAKE_SIGNAL - 1);
+
+	wake_fd = (int)real.syscall(SYS_signalfd4, -1, &mask, sizeof(mask), O_CLOEXEC | O_NONBLOCK);
+	if (wake_fd < 0 || !descriptors_open(descriptors_lost))
+		return false;
+	atomic_store(&taking_tid, atomic_load(&thread.tid));
+	return true;
+}
+
+void calls_close(void)
+{
+	if (wake_fd >= 0)
+		close(wake_fd);
+	descriptors_close();
+	calls_abandon();
+}
+
+bool calls_taken(void)
+{
+	return atomic_load(&taking_tid);
+}
+
+void calls_forget(void)
+{
+	call_lock = (struct mutex){0};
+	atomic_store(&call.state, FREE);
+	atomic_store(&taking_tid, 0);
+	wake_fd = -1;
+	descriptors_forget();
+}
+
+/* A main thread that ends by the bare system call leaves the process to its other threads, and the last of them ends it.
+ * That must not wait for this one. (libc, which counts threads and does not know of this one, ends the process.) */
+static void end_if_alone(void)
+{
+	char buf[2048];
+	const char *state, *threads;
+	void *robust = NULL;
+	size_t len;
+	ssize_t got;
+
+	/* glibc gives every thread one, and the kernel forgets it when the thread ends: a tenth of the time that the file takes,
+	 * and mostly enough. */
+	if (!real.syscall(SYS_get_robust_list, thread.owner, &robust, &len) && robust)
+		return;
+	got = read_file("/proc/self/status", buf, sizeof(buf) - 1);
+	if (got <= 0)
+		return;
+	buf[got] = 0;
+	state = strstr(buf, "\nState:\tZ");
+	threads = strstr(buf, "\nThreads:\t");
+	if (state && threads && strtoul(threads + 10, NULL, 10) == 2)
+		atomic_store(&thread.stop, true);
+}
+
+short wait_for(int fd, short events, int timeout_ms)
+{
+	const struct timespec nap = {.tv_nsec = 50000000};
+	struct pollfd p[2] = {{.fd = wake_fd, .events = POLLIN}, {.fd = fd, .events = events}};
+	char drain[128 /* struct signalfd_siginfo */];
+	static time_t looked;
+	struct timespec now;
+
+	if (poll(p, 2, timeout_ms < LEADER_CHECK_MS ? timeout_ms : LEADER_CHECK_MS) < 0) {
+		/* RLIMIT_NOFILE came to be less than two, say: look now and then. */
+		real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
+		p[0].revents = p[1].revents = 0;
+	}
+	if (!descriptors_are_ours())
+		return 0;
+	while (p[0].revents && read(wake_fd, drain, sizeof(drain)) > 0)
+		;
+	/* Also when nobody woke us: a signal that the kernel dropped costs a moment, and not the call. */
+	take_call();
+	if (unstopped_killed())
+		thread_retires();
+	/* By the clock: a service in a hurry leaves no pause to do it in. */
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	if (now.tv_sec != looked) {
+		looked = now.tv_sec;
+		end_if_alone();
+	}
+	return p[1].revents;
+}
+
+struct unmerge_call {
+	uintptr_t start, end;
+	uint64_t max_pages;
+	struct sp_broken *out;
+};
+
+static void unmerge_on_agent(void *arg)
+{
+	struct unmerge_call *c = arg;
+
+	break_ksm(c->start, c->end, c->max_pages, c->out);
+}
+
+void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out)
+{
+	struct unmerge_call c = {start, end, max_pages, out};
+
+	if (!agent_call(unmerge_on_agent, &c))
+		return;
+	break_ksm(start, end, max_pages, out);
+}
