@@ -65,8 +65,8 @@ def upward_includes(layers: list[str], sources: Path) -> Iterator[str]:
 
 def main(build: str) -> int:
     layers = picture((ROOT / "docs" / "architecture.md").read_text())
-    folders = sorted(path.parent.name for path in SOURCES.glob("*/*.c"))
-    wrong = [f"{name} is no layer" for name in sorted({*folders} ^ {*layers})]
+    folders = {path.relative_to(SOURCES).parts[0] for path in SOURCES.rglob("*.[ch]")}
+    wrong = [f"{name} is no layer" for name in sorted(folders ^ {*layers})]
     if not wrong:
         objects = sorted(Path(build).rglob("libsamepage.so.p/*.o"))
         wrong = [] if objects else [f"no objects in {build}"]

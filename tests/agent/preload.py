@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ def compile_c(source: Path, program: Path, *flags: str, compiler: str = "gcc", s
     return program
 
 
+def sources() -> list[str]:
+    """All that the agent is made of on this machine."""
+    return [*map(str, sorted([*SOURCES.glob("*/*.c"), *(SOURCES / "arch" / platform.machine()).glob("*.c")]))]
+
+
 def build_agent(directory: Path, *more: str) -> Path:
     """libsamepage.so in `directory`, with the flags of meson.build, and `more`."""
     library = directory / "libsamepage.so"
@@ -43,8 +49,7 @@ def build_agent(directory: Path, *more: str) -> Path:
         "-pthread",
         *SANITIZERS[os.environ.get("SAMEPAGE_SANITIZE", "")],
     ]
-    sources = sorted(str(path) for path in SOURCES.glob("*/*.c"))
-    subprocess.run(["gcc", "-std=gnu11", *WARNINGS, *flags, *more, *sources, "-o", str(library)], check=True)
+    subprocess.run(["gcc", "-std=gnu11", *WARNINGS, *flags, *more, *sources(), "-o", str(library)], check=True)
     return library
 
 

@@ -29,7 +29,7 @@ void agent_thread_is(const void *thread_pointer)
 
 bool on_agent_thread(void)
 {
-	return agent_thread && __builtin_thread_pointer() == agent_thread;
+	return agent_thread && arch_thread_pointer() == agent_thread;
 }
 
 bool descriptors_open(void (*lost)(void))

@@ -3,14 +3,7 @@
 #ifndef SAMEPAGE_BASE_PAGE_H
 #define SAMEPAGE_BASE_PAGE_H
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include <errno.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <sys/types.h>
+#include "arch/arch.h"
 
 #define PAGE_SHIFT 12
 #define PAGE_SIZE (1UL << PAGE_SHIFT)
@@ -18,7 +11,7 @@
 #define PAGE_ALIGN_UP(x) PAGE_ALIGN_DOWN((uintptr_t)(x) + PAGE_SIZE - 1)
 #define SECTION_MAX 512UL /* pages that are swapped under one hold of the lock: one PMD */
 /* Beyond every address of which the planes know: user addresses are below it, unless a program asks for others by hint. */
-#define ADDRESS_END (1UL << 48)
+#define ADDRESS_END ARCH_ADDRESS_END
 
 extern const uint8_t zero_page[PAGE_SIZE];
 

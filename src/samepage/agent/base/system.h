@@ -14,25 +14,10 @@
 
 #include <signal.h>
 #include <stdatomic.h>
-#include <sys/syscall.h>
 #include <sys/types.h>
 #include <time.h>
 
-static inline long raw_syscall(long number, long a, long b, long c, long d, long e, long f)
-{
-	register long r10 __asm__("r10") = d;
-	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = f;
-	long ret;
-
-	__asm__ volatile("syscall"
-			 : "=a"(ret)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-			 : "rcx", "r11", "memory");
-	return ret;
-}
-
-/* The same by syscall(2)'s convention: -1 and errno. */
+/* raw_syscall() by syscall(2)'s convention: -1 and errno. */
 long kernel_syscall(long number, ...);
 
 /* Bytes read from the start of a file, or -1 and errno. */

@@ -32,6 +32,7 @@
 #define CHILD_FLAGS (CLONE_VM | CLONE_VFORK | CLONE_FILES | CLONE_FS | CLONE_UNTRACED)
 
 static struct {
+	void (*fn)(void *arg);
 	bool inside;   /* this is the child */
 	bool ended;    /* it came to its end */
 	bool stranded; /* see strand() */
@@ -41,43 +42,14 @@ static struct {
 	uint64_t cpu_ns;
 } step;
 
-static void child(void (*fn)(void *), void *arg)
+static void child(void *arg)
 {
 	step.inside = true;
 	step.looks = 0;
-	fn(arg);
+	step.fn(arg);
 	step.inside = false;
 	step.cpu_ns += thread_cpu_ns();
 	step.ended = true;
-}
-
-/* The child calls child(fn, arg) on this thread's stack, below what is on it, and exits. Its number, or -errno. */
-static long clone_child(void (*fn)(void *), void *arg)
-{
-	register long tid __asm__("r10") = 0;
-	register void *given __asm__("r8") = arg;
-	register void (*run)(void (*)(void *), void *) __asm__("r9") = child;
-	register void (*what)(void *) __asm__("r12") = fn;
-	long ret;
-
-	__asm__ volatile("syscall\n\t"
-			 "test %%rax, %%rax\n\t"
-			 "jnz 1f\n\t"
-			 "lea -256(%%rsp), %%rsp\n\t" /* behind the red zone */
-			 "and $-16, %%rsp\n\t"
-			 "mov %%r12, %%rdi\n\t"
-			 "mov %%r8, %%rsi\n\t"
-			 "call *%%r9\n\t"
-			 "xor %%edi, %%edi\n\t"
-			 "mov %[exit], %%eax\n\t"
-			 "syscall\n\t"
-			 "ud2\n"
-			 "1:"
-			 : "=a"(ret)
-			 : "a"(SYS_clone), "D"(CHILD_FLAGS), "S"(0), "d"(0), "r"(tid), "r"(given), "r"(run),
-			   "r"(what), [exit] "i"(SYS_exit)
-			 : "rcx", "r11", "memory");
-	return ret;
 }
 
 bool run_unstopped(void (*fn)(void *), void *arg)
@@ -85,7 +57,8 @@ bool run_unstopped(void (*fn)(void *), void *arg)
 	long pid;
 
 	step.ended = step.stranded = false;
-	pid = clone_child(fn, arg);
+	step.fn = fn;
+	pid = arch_clone(CHILD_FLAGS, NULL, NULL, NULL, child, arg);
 	if (pid < 0) { /* no more processes for this user, or seccomp: better stopped now and then than never merged */
 		fn(arg);
 		return true;

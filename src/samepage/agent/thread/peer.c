@@ -156,7 +156,7 @@ static bool finish_handshake(void)
  * one that does), it ends here at the latest. */
 static void wake_everybody(void)
 {
-	const uintptr_t first = 1UL << 16, end = (1UL << 47) - PAGE_SIZE; /* vm.mmap_min_addr, TASK_SIZE */
+	const uintptr_t first = 1UL << 16, end = ARCH_TASK_SIZE; /* vm.mmap_min_addr */
 
 	if (kernel.move >= 0)
 		uffd_wake(kernel.move, first, end - first);

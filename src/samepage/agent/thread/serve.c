@@ -23,7 +23,7 @@
 #define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are looked at in between */
 #define RESTORE_STEP (2 * SECTION_MAX)
 
-#define VPN_LIMIT (1ULL << (48 - PAGE_SHIFT)) /* of user memory, and more: no address made of such a number wraps */
+#define VPN_LIMIT (ADDRESS_END >> PAGE_SHIFT) /* of user memory, and more: no address made of such a number wraps */
 
 static bool in_user_memory(uint64_t vpn, uint64_t npages)
 {

@@ -33,51 +33,37 @@ struct mutex life;
 
 /* ---- stack and thread-local storage --------------------------------------------------------------------- */
 
-/* The x86-64 ABI: what %fs points at, the words that compiled code finds there, and below it what libraries that were
- * there from the start keep for each thread. Of that the agent uses errno and nothing else. */
-struct tcb {
-	struct tcb *self;
-	void *dtv;
-	struct tcb *also_self;
-	uintptr_t unused[2];
-	uintptr_t stack_guard, pointer_guard;
-};
-
+/* Compiled code finds errno at a fixed distance from the thread pointer, and at that some words of libc's. Of what libraries
+ * that were there from the start keep for each thread the agent uses errno and nothing else. */
 static struct {
 	char *map; /* kept when the thread ends */
-	char *stack_top;
-	struct tcb *tcb;
+	char *stack_top, *end;
+	void *thread_pointer;
 } room;
 
-static struct tcb *own_tcb(void)
-{
-	struct tcb *tcb;
-
-	__asm__("mov %%fs:0, %0" : "=r"(tcb));
-	return tcb;
-}
-
-/* [guard page | stack | errno ... | tcb]. False: there is no memory. */
+/* [guard page | stack | errno, if it is below | the words, and errno, if it is above]. False: there is no memory. */
 static bool make_room(void)
 {
-	uintptr_t below = (uintptr_t)own_tcb() - (uintptr_t)&errno;
+	uintptr_t self = (uintptr_t)arch_thread_pointer(), place = (uintptr_t)&errno;
+	uintptr_t below = place < self ? self - place : 0, above = place < self ? 0 : place - self + sizeof(errno);
 	size_t size;
 
 	if (room.map)
 		return true;
-	if (below > TLS_MAX)
+	if (below > TLS_MAX || above > TLS_MAX)
 		return false; /* no libc that we know */
-	below = (below + 64) & ~63UL;
-	size = PAGE_SIZE + STACK_SIZE + PAGE_ALIGN_UP(below) + PAGE_SIZE;
+	below = PAGE_ALIGN_UP((below + 64) & ~63UL);
+	size = PAGE_SIZE + STACK_SIZE + below + PAGE_ALIGN_UP(above > arch_tcb_size ? above : arch_tcb_size);
 	room.map = real.mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (room.map == MAP_FAILED) {
 		room.map = NULL;
 		return false;
 	}
 	real.mprotect(room.map, PAGE_SIZE, PROT_NONE);
-	room.tcb = (struct tcb *)(room.map + size - PAGE_SIZE);
 	room.stack_top = room.map + PAGE_SIZE + STACK_SIZE;
-	agent_thread_is(room.tcb);
+	room.thread_pointer = room.stack_top + below;
+	room.end = room.map + size;
+	agent_thread_is(room.thread_pointer);
 	return true;
 }
 
@@ -132,29 +118,10 @@ void thread_settle(void)
 	(CLONE_VM | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_SETTLS | CLONE_PARENT_SETTID |  \
 	 CLONE_CHILD_CLEARTID)
 
-/* The new thread calls peer_main() on an empty stack and ends. Its number, or -errno. */
-static long clone_thread(void)
+static void thread_main(void *nothing)
 {
-	register void *tid __asm__("r10") = &thread.tid;
-	register struct tcb *tls __asm__("r8") = room.tcb;
-	register void (*run)(void) __asm__("r9") = peer_main;
-	long ret;
-
-	__asm__ volatile("syscall\n\t"
-			 "test %%rax, %%rax\n\t"
-			 "jnz 1f\n\t"
-			 "xor %%ebp, %%ebp\n\t"
-			 "call *%%r9\n\t"
-			 "xor %%edi, %%edi\n\t"
-			 "mov %[exit], %%eax\n\t"
-			 "syscall\n\t"
-			 "ud2\n"
-			 "1:"
-			 : "=a"(ret)
-			 : "a"(SYS_clone), "D"(THREAD_FLAGS), "S"(room.stack_top), "d"(&thread.tid), "r"(tid), "r"(tls),
-			   "r"(run), [exit] "i"(SYS_exit)
-			 : "rcx", "r11", "memory");
-	return ret;
+	(void)nothing;
+	peer_main();
 }
 
 bool thread_is_here(void)
@@ -166,7 +133,6 @@ bool thread_is_here(void)
 int thread_start(void)
 {
 	int state = atomic_load(&thread.state);
-	const struct tcb *mine = own_tcb();
 	long tid;
 
 	if (state != IDLE)
@@ -178,15 +144,12 @@ int thread_start(void)
 		return -EPERM;
 	if (!make_room())
 		return -ENOMEM;
-	memset((void *)PAGE_ALIGN_DOWN(room.stack_top), 0, (uintptr_t)room.tcb - PAGE_ALIGN_DOWN(room.stack_top));
-	*room.tcb = (struct tcb){.self = room.tcb,
-				 .also_self = room.tcb,
-				 .stack_guard = mine->stack_guard,
-				 .pointer_guard = mine->pointer_guard};
+	memset(room.stack_top, 0, (size_t)(room.end - room.stack_top));
+	arch_tcb_init(room.thread_pointer);
 	atomic_store(&thread.stop, false);
 	atomic_store(&thread.state, RUNNING);
 	mmap_lock_watch(forked_unseen);
-	tid = clone_thread();
+	tid = arch_clone(THREAD_FLAGS, room.stack_top, &thread.tid, room.thread_pointer, thread_main, NULL);
 	if (tid > 0)
 		return 0;
 	atomic_store(&thread.state, IDLE);

@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* By the widest vectors that the CPU has; those of SSE2 all have. */
+#include "arch/arch.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+uint64_t hash_avx2(const void *data, size_t len); /* hash_avx2.c */
+
+static uint64_t hash_sse2(const void *data, size_t len)
+{
+	return XXH3_64bits(data, len);
+}
+
+uint64_t (*arch_hash(void))(const void *data, size_t len)
+{
+	return __builtin_cpu_supports("avx2") ? hash_avx2 : hash_sse2;
+}
