@@ -11,7 +11,8 @@ from pathlib import Path
 
 from samepage.agent import forbid_huge_pages
 from samepage.memory import RunKind, wire
-from samepage.memory.agent import AgentAddressSpace, Terms
+from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.handshake import Terms
 from samepage.memory.wire import Flags
 from tests.agent.preload import Preload
 

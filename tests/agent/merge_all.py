@@ -18,7 +18,8 @@ import time
 import numpy as np
 
 from samepage.memory import AREA, EXTENT, AddressSpaceGone, PageStatus, RunKind, wire
-from samepage.memory.agent import DONATE_MAX, AgentAddressSpace, Terms
+from samepage.memory.agent import DONATE_MAX, AgentAddressSpace
+from samepage.memory.handshake import Terms
 
 
 def merge_pages(space: AgentAddressSpace, vpns: np.ndarray) -> None:

@@ -23,7 +23,8 @@ from collections import Counter
 import numpy as np
 
 from samepage.memory import AREA, EXTENT, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, wire
-from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace, Terms
+from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace
+from samepage.memory.handshake import Terms
 
 SECTION_PAGES = 16
 """Pages in a critical section: 64 KiB, where the move conflicts with writers most."""

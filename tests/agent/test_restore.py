@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from samepage.memory import AREA, EXTENT, PageStatus, wire
-from samepage.memory.agent import AgentAddressSpace, Terms
+from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.handshake import Terms
 from samepage.memory.wire import Swap
 from tests.agent.asked import HUGE, Process
 from tests.agent.preload import Preload, compile_c

@@ -48,9 +48,9 @@ def must(true: object, otherwise: object) -> None:
 
 SERVICE = f"""
 import sys
-from samepage.memory import agent
-agent.TIMEOUT *= {SLOW}
-agent.CANCEL_PATIENCE *= {SLOW}
+from samepage.memory import conversation
+conversation.TIMEOUT *= {SLOW}
+conversation.CANCEL_PATIENCE *= {SLOW}
 from samepage.commands import main
 sys.exit(main())
 """

@@ -13,7 +13,8 @@ from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import IS_MERGED
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import PAGE_SIZE
-from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
 
 BASE = 1000
 """First page of the area that `process` makes."""

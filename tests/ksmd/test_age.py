@@ -13,7 +13,8 @@ from samepage.ksmd import Ksmd
 from samepage.ksmd.advisor import IDLE_SECONDS
 from samepage.ksmd.age import BLOCK_PAGES, RESTLESS_PAGES, SKIPS, Ages
 from samepage.memory import VPN_END
-from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import Clock, check, new_ksmd, passes
 
 FIRST = 8 * BLOCK_PAGES

@@ -8,7 +8,8 @@ from samepage.ksmd import Ksmd, islands
 from samepage.ksmd.islands import PATIENCE_MAX, QUIET_PASSES, RUN_PAGES
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import PageStatus
-from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, check, new_ksmd, passes, processes
 
 N = 2 * RUN_PAGES

@@ -16,7 +16,7 @@ from samepage import commands
 from samepage.ksmd import KNOBS, Advisor, Knobs, Ksmd, budget, exchange, match
 from samepage.ksmd.advisor import BREAK_SECONDS, BURST_PAGES, FAULT_SECONDS, IDLE_SECONDS, LONGEST_SECONDS
 from samepage.memory import VPN_END, PageStatus, ScanFlag, ScanResult
-from samepage.memory.simulated import SimulatedMachine
+from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
 
 SAME = range(1, 51)

@@ -15,7 +15,8 @@ import pytest
 
 from samepage.ksmd import UnmergeFailed
 from samepage.memory import PAGE_SIZE, AddressSpaceGone, BreakResult
-from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, new_ksmd, passes, process, processes
 
 SAME = range(1, 51)

@@ -15,7 +15,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from samepage.ksmd import UnmergeFailed, age, islands
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import PAGE_SIZE, AddressSpaceGone, PageStatus
-from samepage.memory.simulated import OutOfMemory, SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import OutOfMemory, SimulatedMachine
 from tests.ksmd.simulation import BASE, check, new_ksmd, passes
 
 PAGES = 24

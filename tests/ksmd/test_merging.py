@@ -26,7 +26,8 @@ from samepage.memory import (
     Segment,
 )
 from samepage.memory import check as check_answer
-from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, check, new_ksmd, passes, process, processes
 
 SAME = range(1, 51)
@@ -515,7 +516,7 @@ class Liar(SimulatedAddressSpace):
         if self.lie == "scan":
             for name, value in self.answer.items():
                 setattr(reply, name, value(reply) if callable(value) else value)
-            check_answer.scanned(reply, vpn)
+            check_answer.scanned(reply, vpn, budget)
         return reply
 
     def donate(self, runs: Structured) -> Donation:

@@ -14,7 +14,8 @@ from samepage.ksmd.look import STEP_MIN
 from samepage.ksmd.patience import Patience
 from samepage.memory import RUN, VPN_END, AddressSpaceGone, MergeResult, RunKind, ScanFlag, ScanResult, Segment
 from samepage.memory.check import AREA_PAGES_MAX
-from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
 
 SAME = range(1, 51)

@@ -20,7 +20,8 @@ from samepage.ksmd.quota import Quotas
 from samepage.ksmd.rmap import slices
 from samepage.memory import AREA, PAGE_SIZE, RUN, VPN_END, ScanFlag, ScanResult
 from samepage.memory.check import AREA_PAGES_MAX
-from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, new_ksmd, passes
 
 PAGES = 200

@@ -9,7 +9,8 @@ import pytest
 from samepage.ksmd import Ksmd, UnmergeFailed
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.memory import AddressSpaceSilent
-from samepage.memory.simulated import SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, check, new_ksmd, passes, process, processes
 
 N = 40

@@ -14,7 +14,7 @@ from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.index import ChecksumIndex, by_checksum
 from samepage.ksmd.rmap import Columns, RmapItems, sorted_refs
 from samepage.ksmd.stable import ADOPTED_NODES_MAX, SEGMENT_PAGES, SHARERS_MAX, StableTree
-from samepage.memory.simulated import SimulatedMachine
+from samepage.memory.simulated_memory import SimulatedMachine
 
 
 def u32(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:

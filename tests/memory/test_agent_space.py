@@ -33,7 +33,9 @@ from samepage.memory import (
     wire,
 )
 from samepage.memory import agent as module
-from samepage.memory.agent import DONATE_MAX, MERGE_MAX, RUNS_MAX, AgentAddressSpace, Terms
+from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace
+from samepage.memory.extents import MERGE_MAX
+from samepage.memory.handshake import Terms
 from samepage.memory.identity import identify
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op
@@ -311,7 +313,7 @@ def test_a_segment_for_a_donation_that_failed_is_refused(make: Make) -> None:
         body = wire.pack(wire.DONE, 0, 2) + bytes([PageStatus.NOMEM] * 2)
         return wire.encode(request.op, request.seq, body), fake_agent.sealed(b"x" * PAGE_SIZE)
 
-    with pytest.raises(AddressSpaceGone, match="0 pages donated, a segment"):
+    with pytest.raises(AddressSpaceGone, match="bytes instead of 0 pages"):
         make(donate=lie)[0].donate(runs((0, 2)))
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from samepage.memory import AREA, EXTENT, ZERO_PAGE, AddressSpace, AddressSpaceGone, PageStatus, RunKind
-from samepage.memory.simulated import OutOfMemory, SimulatedAddressSpace, SimulatedMachine
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import OutOfMemory, SimulatedMachine
 
 
 def space_with(*contents: int, limit: int = 1000, **how: int) -> SimulatedAddressSpace:
-    space = SimulatedAddressSpace(SimulatedMachine(limit=limit), 1, **how)  # type: ignore[arg-type]
+    space = SimulatedAddressSpace(SimulatedMachine(limit=limit), 1, **how)
     space.map_area(10, 100)
     space.write(10, *contents)
     return space

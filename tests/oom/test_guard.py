@@ -11,7 +11,7 @@ from benchmarks.oom import rows, samepage, wait_merged
 from benchmarks.processes import wait_until
 from samepage.ksmd import Ksmd
 from samepage.memory import PAGE_SIZE
-from samepage.memory.simulated import SimulatedMachine
+from samepage.memory.simulated_memory import SimulatedMachine
 from samepage.service.control import Client
 from tests.ksmd.simulation import new_ksmd, passes, process, processes
 from tests.oom.conftest import MIB, Start, needs_agent

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.oom import Worker, rows, samepage, wait_merged
 from benchmarks.processes import environment, wait_until
-from samepage.memory.agent import CANCEL_PATIENCE
+from samepage.memory.conversation import CANCEL_PATIENCE
 from tests.oom.conftest import Start, needs_agent
 from tests.oom.test_promises import counters, knob, merged
 from tests.service import fake_agent

@@ -19,7 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from samepage.ksmd import ProcessRow
 from samepage.ksmd.counters import DomainRow, Snapshot
 from samepage.memory import PAGE_SIZE
-from samepage.memory.agent import ENDED, memory_cgroup
+from samepage.memory.agent import memory_cgroup
+from samepage.memory.conversation import ENDED
 from samepage.service import exposition, sockets, tally
 from samepage.service.exposition import Exposition
 from samepage.service.metrics import Metrics, left_alone, shares

@@ -131,7 +131,7 @@ def _serve(
     others: Sequence[Engine] = (),
 ) -> None:
     # Imported once the socket is ours: numpy takes longer to load than to refuse.
-    from samepage.memory.agent import Terms
+    from samepage.memory.handshake import Terms
     from samepage.memory.wire import Flags
     from samepage.service.descriptors import raise_descriptor_limit
     from samepage.service.scanner import Scanner

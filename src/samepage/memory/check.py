@@ -41,9 +41,16 @@ BREAK_ERRNOS = (0, errno.ENOMEM, errno.EINTR, errno.EFAULT)
 Structured = npt.NDArray[np.void]
 
 
+class Nonsense(AddressSpaceGone):
+    """What a process answers cannot be true."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"talks nonsense: {what}")
+
+
 def _require(sound: bool | np.bool_, what: str) -> None:
     if not sound:
-        raise AddressSpaceGone(f"talks nonsense: {what}")
+        raise Nonsense(what)
 
 
 def disjoint(runs: Structured, what: str) -> None:
@@ -54,15 +61,23 @@ def disjoint(runs: Structured, what: str) -> None:
     _require(np.all(vpn[1:] >= vpn[:-1] + npages[:-1]), f"{what} overlap or are not sorted")
 
 
+def part_of_areas(part: Structured, start: int, next_vpn: int) -> None:
+    """Areas must be possible ones, none of them before `start`; and if the list goes on, past all it told."""
+    disjoint(part, "areas")
+    _require(not len(part) or int(part["vpn"][0]) >= start, "areas out of order")
+    last = int(part["vpn"][-1] + part["npages"][-1]) if len(part) else USER_END
+    _require(not next_vpn or last <= next_vpn < USER_END, "a list of areas without an end")
+
+
 def areas(count: int, npages: int) -> None:
     """Not more of them than can be kept. It is asked while the list is still coming, for that need have no end."""
     _require(count <= AREAS_MAX, f"more than {AREAS_MAX} areas")
     _require(npages <= AREA_PAGES_MAX, "areas of too many pages")
 
 
-def scanned(reply: ScanResult, vpn: int) -> None:
+def scanned(reply: ScanResult, vpn: int, budget: int) -> None:
     """Runs must be ascending and disjoint, those of GONE pages for themselves, and none before `vpn`; checksums as many
-    as hashed pages; and the scan must get on, past all it told."""
+    as hashed pages, and no more than `budget`; and the scan must get on, past all it told."""
     runs, sums = reply.runs, reply.checksums
     hashed, past = 0, vpn + 1
     if len(runs):
@@ -74,13 +89,15 @@ def scanned(reply: ScanResult, vpn: int) -> None:
         there = runs[~gone]
         past = int(there["vpn"][-1]) + int(there["npages"][-1]) if len(there) else past
         hashed = int(runs["npages"][runs["kind"] == RunKind.HASHED].sum(dtype=np.uint64))
+    _require(len(sums) <= budget, f"{len(sums)} checksums; {budget} were asked for")
     _require(hashed == len(sums), "checksums do not match the runs")
     _require(reply.next_vpn == 0 or past <= reply.next_vpn < USER_END, "the scan does not go on")
     _require(reply.cpu_ns >= 0, "negative CPU time")
 
 
-def statuses(status: npt.NDArray[np.uint8], npages: int) -> None:
-    """One known status for every page."""
+def statuses(status: npt.NDArray[np.uint8], npages: int, told_of: int | None = None) -> None:
+    """One known status for every page. `told_of`: how many pages the answer says it is about."""
+    _require(told_of in (None, npages), "an answer about other pages")
     _require(status.dtype == np.uint8 and status.shape == (npages,), "not one status a page")
     _require(not npages or status.max() <= LAST_STATUS, "unknown page status")
 
@@ -91,7 +108,8 @@ def donated(donation: Donation, npages: int) -> None:
     _require(not np.isin(donation.status, COMPARED).any(), "a donation that failed as none can")
     done = int(np.count_nonzero(donation.status == DONE))
     held = donation.segment.npages if donation.segment else 0
-    _require(done == held and donation.cpu_ns >= 0, "a segment not as asked for")
+    _require(done == held, f"{done} pages donated, {'a' if donation.segment else 'no'} segment")
+    _require(donation.cpu_ns >= 0, "negative CPU time")
 
 
 def broken(result: BreakResult, npages: int) -> None:

@@ -73,7 +73,9 @@ class Local:
 
 def _serve(sock: socket.socket, scanner: Scanner) -> None:
     from samepage.memory import wire
-    from samepage.memory.agent import TIMEOUT, AgentAddressSpace, Terms
+    from samepage.memory.agent import AgentAddressSpace
+    from samepage.memory.conversation import TIMEOUT
+    from samepage.memory.handshake import Terms
     from samepage.service.log import log
 
     try:

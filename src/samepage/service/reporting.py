@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from samepage.memory import PAGE_SIZE
-from samepage.memory.agent import Terms
+from samepage.memory.handshake import Terms
 from samepage.memory.wire import Flags
 from samepage.service.descriptors import raise_descriptor_limit
 from samepage.service.engine import Engine, Engines

@@ -21,7 +21,8 @@ from samepage.ksmd.mm_slot import WHOLE, MmSlot, Owed, in_words
 from samepage.ksmd.slices import headroom
 from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 from samepage.memory import AddressSpaceGone
-from samepage.memory.agent import ENDED, AgentAddressSpace
+from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.conversation import ENDED
 from samepage.memory.halt import SILENT
 from samepage.memory.segments import OPEN
 from samepage.service import ksm_files

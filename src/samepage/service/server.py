@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from samepage.memory import AddressSpaceGone, wire
-from samepage.memory.agent import ENDED, TIMEOUT, AgentAddressSpace, Terms, greet
+from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.conversation import ENDED, TIMEOUT
+from samepage.memory.handshake import Terms, greet
 from samepage.memory.identity import Identity, identify_peer, user_of
 from samepage.service import control
 from samepage.service.closing import close_all, close_one

@@ -1,0 +1,126 @@
+"""What a process answers, taken apart. What is short or too long is a `WireError`; what cannot be true `check` refuses.
+Either ends the connection."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage.memory import (
+    AREA,
+    DONE,
+    RUN,
+    U8,
+    U64,
+    BreakResult,
+    Donation,
+    PageStatus,
+    RestoreResult,
+    ScanResult,
+    check,
+    wire,
+)
+from samepage.memory.segments import OPEN, MemfdSegment
+from samepage.memory.wire import Packet
+
+
+def one(answer: Packet, dtype: np.dtype[np.void]) -> dict[str, Any]:
+    """A struct that is all of the answer, by the names of its fields."""
+    reader = answer.reader()
+    found = reader.one(dtype)
+    reader.end()
+    return found
+
+
+def areas(answer: Packet, start: int) -> tuple[dict[str, Any], npt.NDArray[np.void]]:
+    """A part of the list of areas, from page `start` on: its head, and the areas."""
+    reader = answer.reader()
+    head = reader.one(wire.AREAS)
+    part = reader.rest(AREA)
+    check.part_of_areas(part, start, head["next_vpn"])
+    return head, part
+
+
+def scanned(answer: Packet, vpn: int, budget: int) -> ScanResult:
+    """What a look from `vpn` on found, for which at most `budget` pages were to be hashed."""
+    reader = answer.reader()
+    head = reader.one(wire.SCANNED)
+    runs = reader.take(RUN, head["nruns"])
+    checksums: U64 = reader.take("<u8", head["nhashed"])
+    reader.end()
+    forked = head["forked_ms"] / 1000
+    found = ScanResult(runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"], forked)
+    check.scanned(found, vpn, budget)
+    return found
+
+
+def donated(answer: Packet, npages: int, started: int) -> Donation:
+    """What became of a request for copies of `npages` pages, made at `started`."""
+    cpu_ns, status = statuses(answer, npages)
+    if answer.fd == wire.LOST:
+        OPEN.lost += 1
+        status = np.where(status == DONE, np.uint8(PageStatus.NOMEM), status)
+    segment = None
+    if answer.fd >= 0:
+        segment = MemfdSegment(answer.take_fd(), int(np.count_nonzero(status == DONE)))
+    donation = Donation(segment, status, credible(cpu_ns, started))
+    try:
+        check.donated(donation, npages)
+    except check.Nonsense:
+        donation.close()
+        raise
+    return donation
+
+
+def statuses(answer: Packet, npages: int) -> tuple[int, U8]:
+    """CPU time in ns, and the `PageStatus` of each of `npages` pages."""
+    cpu_ns, status, _ = _statuses(answer, npages, 0)
+    return cpu_ns, status
+
+
+def proved(answer: Packet, npages: int) -> tuple[U8, list[bytes]]:
+    """The `PageStatus` of each of `npages` pages, and its proof."""
+    _, status, proofs = _statuses(answer, npages, wire.PROOF_SIZE)
+    return status, [proofs[at : at + wire.PROOF_SIZE] for at in range(0, len(proofs), wire.PROOF_SIZE)]
+
+
+def _statuses(answer: Packet, npages: int, more: int) -> tuple[int, U8, bytes]:
+    """`more`: bytes for each page that follow."""
+    reader = answer.reader()
+    done = reader.one(wire.DONE)
+    status: U8 = reader.take(np.uint8, npages)
+    rest = reader.take(np.uint8, npages * more).tobytes()
+    reader.end()
+    check.statuses(status, npages, done["npages"])
+    return done["cpu_ns"], status, rest
+
+
+def broken(answer: Packet, npages: int) -> BreakResult:
+    """How far a break of `npages` pages came."""
+    said = one(answer, wire.BROKEN)
+    result = BreakResult(
+        said["error"],
+        said["pages_unmerged"],
+        said["pages_remaining"],
+        said["bytes_needed"],
+        said["bytes_available"],
+        bool(said["unseen"]),
+    )
+    check.broken(result, npages)
+    return result
+
+
+def restored(answer: Packet, npages: int) -> RestoreResult:
+    """How many of `npages` pages were restored."""
+    said = one(answer, wire.RESTORED)
+    result = RestoreResult(said["pages_restored"], said["pages_left"], said["cpu_ns"])
+    check.restored(result, npages)
+    return result
+
+
+def credible(cpu_ns: int, started: int) -> int:
+    """Of the CPU time a process says it took, what can be true of its one thread."""
+    return min(cpu_ns, time.perf_counter_ns() - started)

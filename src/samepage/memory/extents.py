@@ -1,0 +1,42 @@
+"""A request to merge may be larger than a packet: it is cut into several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage.memory import EXTENT, ZERO_PAGE, wire
+
+MERGE_MAX = 64 << 10
+"""Pages in one MERGE packet at most, so that a status byte a page fits into the answer."""
+
+EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
+
+
+def packets(extents: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
+    """Split `extents`, in order, so that each part fits into a packet and so does the answer to it."""
+    extents = _shorten(extents.astype(EXTENT, copy=False))
+    ends = np.cumsum(extents["npages"])
+    start = 0
+    while start < len(extents):
+        before = int(ends[start - 1]) if start else 0
+        stop = int(np.searchsorted(ends, before + MERGE_MAX, side="right"))
+        stop = min(stop, start + EXTENTS_MAX)
+        yield extents[start:stop]
+        start = stop
+
+
+def _shorten(extents: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """The same pages with no extent longer than `MERGE_MAX`."""
+    parts = -(-extents["npages"].astype(np.int64) // MERGE_MAX)
+    if not np.any(parts > 1):
+        return extents
+    out = np.repeat(extents, parts)
+    nth = np.arange(len(out)) - np.repeat(np.cumsum(parts) - parts, parts)
+    skip = (nth * MERGE_MAX).astype(np.uint64)
+    out["npages"] = np.minimum(out["npages"] - skip, MERGE_MAX)
+    out["vpn"] += skip
+    out["offset"] = np.where(out["offset"] == ZERO_PAGE, out["offset"], out["offset"] + skip)
+    return out
