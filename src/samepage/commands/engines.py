@@ -85,6 +85,10 @@ class ByTheKernel(Beside):
         self.environment = dict([self._processes.variable])
         self.look = self._processes.look
 
+    def now(self) -> tuple[int, int]:
+        """Bytes shared by processes of the command, and how many there are."""
+        return self._processes.now()
+
     def started(self, pid: int) -> None:
         from samepage.kernel.settings import SettingsError
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from samepage import agent
 from samepage.commands import RESERVE, CommandError, add_mount, add_reserve, add_swap, child, engines, size
+from samepage.commands.progress import progress, saved, shared
 from samepage.commands.streams import say
 from samepage.doctor.facts import Facts, look
 from samepage.doctor.findings import forbidden, hindrance, not_swapped, too_old
@@ -79,6 +80,9 @@ class Run:
         add_reserve(parser)
         add_swap(parser)
         parser.set_defaults(reserve=None)
+        parser.add_argument(
+            "--progress", action="store_true", help="say on the terminal now and then what is saved, while it runs"
+        )
         add_mount(parser)
         parser.add_argument(
             "--sysfs",
@@ -129,7 +133,8 @@ class Run:
         try:
             pid = child.start(program, command, os.environ | kernel.environment, merge_all_of_this)
             kernel.started(pid)
-            status = child.wait(pid, kernel.look, LOOK_EVERY)
+            look = progress(args.progress, lambda: shared(*kernel.now()))
+            status = child.wait(pid, _both(kernel.look, look), LOOK_EVERY)
         finally:
             summary = kernel.finish()
         _tell_of_shared(summary)
@@ -154,7 +159,8 @@ class Run:
         try:
             pid = child.start(program, command, environment, enter)
             beside.started(pid)
-            status = child.wait(pid, _both(daemon.look, beside.look), LOOK_EVERY)
+            look = progress(args.progress, lambda: shared(*daemon.now()))
+            status = child.wait(pid, _both(daemon.look, beside.look, look), LOOK_EVERY)
         finally:
             adopted = beside.finish()
         say(_shared(daemon.finish()))
@@ -180,7 +186,8 @@ class Run:
                 forbid = agent.forbid_huge_pages if args.swap == "wp" else None
                 pid = child.start(program, command, environment, _both(forbid, enter))
                 beside.started(pid)
-                status = child.wait(pid, beside.look, LOOK_EVERY)
+                look = progress(args.progress, lambda: saved(service.path))
+                status = child.wait(pid, _both(beside.look, look), LOOK_EVERY)
         except OSError as e:
             if status is None:
                 raise
@@ -193,12 +200,15 @@ class Run:
         return status
 
 
-def _both(*steps: Callable[[], None] | None) -> Callable[[], None]:
-    def enter() -> None:
-        for step in filter(None, steps):
+def _both(*steps: Callable[[], None] | None) -> Callable[[], None] | None:
+    """Those that there are, one after the other."""
+    found = list(filter(None, steps))
+
+    def do() -> None:
+        for step in found:
             step()
 
-    return enter
+    return do if found else None
 
 
 @contextlib.contextmanager

@@ -90,6 +90,10 @@ class SharedByCommand:
             if time.monotonic() - self._written >= WRITE_EVERY:
                 self._write()
 
+    def now(self) -> tuple[int, int]:
+        """Bytes that its processes shared when last looked at, and how many there were."""
+        return self._recent[-1][1] if self._rows else 0, len(self._rows)
+
     def finish(self) -> dict[str, Any]:
         """The command ended: write the last report and return it, but for the rows."""
         self._write()
