@@ -1,5 +1,5 @@
-"""Both engines are at work, and whatever of samepage is killed at any moment: no process is stopped or changed by it, and
-the next start finds /sys/kernel/mm/ksm as it was."""
+"""Both engines are at work, and whatever of samepage is killed, no process is stopped or changed by it, and the next
+start finds /sys/kernel/mm/ksm as it was."""
 
 from __future__ import annotations
 

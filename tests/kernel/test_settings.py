@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from samepage.kernel.pace import QUICK, Pace
+from samepage.kernel.pace import QUICK, Machine, Pace, Terms
 from samepage.kernel.settings import Settings
 
 
@@ -142,3 +143,110 @@ def test_a_link_in_place_of_the_state_is_not_followed(
     assert other.read_text() == "precious"
     settings.release([processes[0].pid])
     assert read(knobs, "run") == "0"
+
+
+class Simulated(Machine):
+    """A machine as a test has it."""
+
+    def __init__(self) -> None:
+        self.cpu, self.clock, self.free, self.waiting = 0.0, 0.0, 50.0, 0.0
+
+    def cpu_seconds(self) -> float | None:
+        return self.cpu
+
+    def available(self) -> float:
+        return self.free
+
+    def pressure(self) -> float:
+        return self.waiting
+
+    def now(self) -> float:
+        return self.clock
+
+
+@pytest.fixture
+def paced(
+    settings: Settings, knobs: Path, processes: list[subprocess.Popen[bytes]]
+) -> Callable[..., tuple[Pace, Simulated, list[str]]]:
+    for name, value in {"advisor_mode": "[none] scan-time", "sleep_millisecs": "20", "general_profit": "0"}.items():
+        (knobs / name).write_text(value)
+    (knobs / "full_scans").write_text("0")
+
+    def paced(**terms: Any) -> tuple[Pace, Simulated, list[str]]:
+        asked, machine, told = Terms(**terms), Simulated(), list[str]()
+        settings.hold([processes[0].pid], asked.at_once)
+        return Pace(settings, asked, machine, told.append), machine, told
+
+    return paced
+
+
+Paced = Callable[..., tuple[Pace, Simulated, list[str]]]
+
+
+def test_idle_passes_stay_within_the_budget_and_are_never_faster_than_they_were(paced: Paced, knobs: Path) -> None:
+    pace, machine, _ = paced(cpu=5.0)
+    batch = 10.0  # milliseconds of CPU time, then a sleep
+
+    def share() -> float:
+        return batch / (batch + int(read(knobs, "sleep_millisecs")))
+
+    for _ in range(200):
+        pace.look(0)
+        machine.clock += 1.0
+        machine.cpu += share()
+    assert 0.02 < share() <= 0.05
+    batch = 0.05
+    for _ in range(200):
+        pace.look(0)
+        machine.clock += 1.0
+        machine.cpu += share()
+    assert read(knobs, "sleep_millisecs") == "20"
+
+
+def test_when_memory_is_short_it_starts_and_when_there_was_enough_for_a_while_it_stops(
+    paced: Paced, knobs: Path
+) -> None:
+    pace, machine, _ = paced(when_short=20.0)
+
+    def runs(free: float, waiting: float = 0.0, seconds: float = 1.0) -> bool:
+        machine.free, machine.waiting = free, waiting
+        pace.look(0)
+        machine.clock += seconds
+        pace.look(0)
+        return read(knobs, "run") == "1"
+
+    assert not runs(50)
+    assert runs(19)
+    assert runs(22, seconds=1000)  # not enough yet
+    assert runs(30, seconds=59)
+    assert runs(24)
+    assert not runs(30, seconds=60)
+    assert runs(90, waiting=11.0)
+
+
+def test_when_merging_does_not_pay_it_is_told_and_stopped_only_if_asked_to(paced: Paced, knobs: Path) -> None:
+    pace, _, told = paced()
+    (knobs / "general_profit").write_text("-4096")
+    for _ in range(3):
+        pace.look(0)
+    assert told == ["merging does not pay: it costs 4096 bytes more than it saves; ksmd goes on"]
+    assert read(knobs, "run") == "1"
+    pace, _, told = paced(stop_at_loss=True)
+    for _ in range(3):
+        pace.look(0)
+    assert [line.partition("; ")[2] for line in told] == ["ksmd rests until there is new memory"]
+    assert read(knobs, "run") == "0"
+    pace.look(100000)  # new memory: it may pay now
+    assert read(knobs, "run") == "1"
+
+
+def test_what_was_stopped_for_want_of_profit_is_put_back_as_it_was_found(
+    paced: Paced, settings: Settings, knobs: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    (knobs / "run").write_text("1")
+    pace, _, _ = paced(stop_at_loss=True)
+    (knobs / "general_profit").write_text("-4096")
+    pace.look(0)
+    assert read(knobs, "run") == "0"
+    settings.release([processes[0].pid])
+    assert read(knobs, "run") == "1"

@@ -51,6 +51,7 @@ class Daemon:
             help="auto: have the kernel's ksmd run as well, for processes that the agent cannot be in "
             "(`samepage attach`, `samepage run --engine auto`), and show these, too",
         )
+        engines.add_terms(parser)
         add_reserve(parser)
         add_swap(parser)
         add_mount(parser)
@@ -72,7 +73,7 @@ class Daemon:
             _private_parent(Path(path).parent)
         listener = sockets.listen(path, everybody=os.getuid() == 0)
         try:
-            with engines.others(args.engine, args.reserve) as others, _tree(args.mount, path):
+            with engines.others(args) as others, _tree(args.mount, path):
                 if why := hindrance(facts, args.swap or "move"):
                     streams.say(why)
                 with _metrics(args.metrics) as metrics:

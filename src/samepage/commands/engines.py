@@ -23,6 +23,7 @@ from samepage.service.engine import Answer, Cancelled, Progress
 
 if TYPE_CHECKING:
     from samepage.kernel.adopt import Adopter
+    from samepage.kernel.pace import Terms
     from samepage.service.control import Client
     from samepage.service.engine import Engine
 
@@ -69,15 +70,22 @@ class ByTheKernel(Beside):
     """The kernel's ksmd runs as long as the command does. `knobs` are set besides; without any it is paced, unless a
     daemon does that. `CommandError`: it cannot be had."""
 
-    def __init__(self, report: Path | None = None, knobs: Sequence[tuple[str, str]] = (), paced: bool = True) -> None:
-        from samepage.kernel.pace import Pace
+    def __init__(
+        self,
+        report: Path | None = None,
+        knobs: Sequence[tuple[str, str]] = (),
+        paced: bool = True,
+        terms: Terms | None = None,
+    ) -> None:
+        from samepage.kernel.pace import Pace, Terms
         from samepage.kernel.processes import KernelProcesses
         from samepage.kernel.settings import Settings, SettingsError
 
         self._settings, self._held, pace = Settings(), [os.getpid()], None
+        terms = terms or Terms()
         try:
-            self._settings.hold(self._held, {"run": "1", **dict(knobs)})
-            pace = Pace(self._settings) if paced and not knobs else None
+            self._settings.hold(self._held, {**terms.at_once, **dict(knobs)})
+            pace = Pace(self._settings, terms, tell=say) if paced and not knobs else None
         except SettingsError as e:
             if knobs or not self._settings.running():
                 raise CommandError(f"nothing would be merged: {e}") from e
@@ -104,8 +112,8 @@ class ByTheKernel(Beside):
 class Adopting(ByTheKernel):
     """The same for those processes of the command that have no agent."""
 
-    def __init__(self, paced: bool) -> None:
-        super().__init__(paced=paced)
+    def __init__(self, paced: bool, terms: Terms) -> None:
+        super().__init__(paced=paced, terms=terms)
         self.environment["SAMEPAGE_ENGINE"] = "auto"
         self._adopter: Adopter | None = None
 
@@ -135,31 +143,75 @@ class Adopting(ByTheKernel):
         return summary if self._adopter.attached else None
 
 
-def beside(engine: str, daemon: bool) -> Beside:
+def beside(args: argparse.Namespace, daemon: bool) -> Beside:
     """For a command that is run under the agent; `daemon`: under one, which sets the pace if it has the engine."""
-    if engine != "auto":
+    if args.engine != "auto":
         return Beside()
     try:
-        return Adopting(paced=not daemon)
+        return Adopting(not daemon, terms(args))
     except CommandError as e:
         say(f"programs that the agent cannot be in are not merged: {e}")
         return Beside()
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def add_terms(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is asked of ksmd."""
+    parser.add_argument(
+        "--ksmd-cpu",
+        metavar="PERCENT",
+        type=_percent,
+        default=5.0,
+        help="of a CPU: what the kernel's ksmd may take while there is no new memory (default: 5)",
+    )
+    parser.add_argument(
+        "--ksmd-when-short",
+        metavar="PERCENT",
+        type=_percent,
+        help="have the kernel's ksmd run only while less than that of the memory is available, or processes wait for "
+        "memory (PSI)",
+    )
+    parser.add_argument(
+        "--ksmd-stop-at-loss",
+        action="store_true",
+        help="have the kernel's ksmd rest when merging costs more than it saves (general_profit), until there is new "
+        "memory; else that is only told",
+    )
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage")
+    return value
+
+
+def terms(args: argparse.Namespace) -> Terms:
+    """By these options."""
+    from samepage.kernel.pace import Terms
+
+    return Terms(args.ksmd_cpu, args.ksmd_when_short, args.ksmd_stop_at_loss)
 
 
 # ---- services --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def others(engine: str, reserve: int) -> Iterator[Sequence[Engine]]:
+def others(args: argparse.Namespace) -> Iterator[Sequence[Engine]]:
     """The engines that a daemon has besides its agents', at work meanwhile. `CommandError`: one cannot be had."""
-    if engine != "auto":
+    if args.engine != "auto":
         yield ()
         return
     from samepage.kernel.engine import KernelEngine
     from samepage.kernel.settings import Settings, SettingsError
 
     settings = Settings()
-    kernel = KernelEngine(reserve, settings)
+    kernel = KernelEngine(args.reserve, settings, terms=terms(args))
     try:
         kernel.start()
     except SettingsError as e:

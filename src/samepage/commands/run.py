@@ -83,6 +83,7 @@ class Run:
         parser.add_argument(
             "--progress", action="store_true", help="say on the terminal now and then what is saved, while it runs"
         )
+        engines.add_terms(parser)
         add_mount(parser)
         parser.add_argument(
             "--sysfs",
@@ -129,7 +130,7 @@ class Run:
         if facts.version < (6, 7):
             raise CommandError("--engine kernel needs Linux 6.7: before, a program that is executed is not mergeable")
         program = child.locate(command[0])
-        kernel = engines.ByTheKernel(report, args.set)
+        kernel = engines.ByTheKernel(report, args.set, terms=engines.terms(args))
         try:
             pid = child.start(program, command, os.environ | kernel.environment, merge_all_of_this)
             kernel.started(pid)
@@ -152,7 +153,7 @@ class Run:
     ) -> int:
         """Run the command with its processes joining the daemon at `path`."""
         say(f"joined the daemon at {path}")
-        daemon, beside = MachineDaemon(path, report), engines.beside(args.engine, daemon=True)
+        daemon, beside = MachineDaemon(path, report), engines.beside(args, daemon=True)
         environment = _environment(library, path, args, facts) | dict([daemon.variable]) | beside.environment
         # Before UFFDIO_MOVE a daemon swaps by write-protection, if at all.
         enter = None if facts.move else agent.forbid_huge_pages
@@ -177,7 +178,7 @@ class Run:
         command: list[str],
     ) -> int:
         """Run the command under a ksmd of its own."""
-        reserve, beside = args.reserve or RESERVE, engines.beside(args.engine, daemon=False)
+        reserve, beside = args.reserve or RESERVE, engines.beside(args, daemon=False)
         service = PrivateService(args.set, report, reserve, args.swap == "wp", lambda: beside.others(reserve))
         environment = _environment(library, service.path, args, facts) | beside.environment
         status = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from samepage import inject
 from samepage.kernel import rows as kernel_rows
-from samepage.kernel.pace import Pace
+from samepage.kernel.pace import Pace, Terms
 from samepage.kernel.settings import Settings, SettingsError
 from samepage.kernel.target import TargetError, name
 from samepage.kernel.unmerge import Merged, Outcome, unmerge
@@ -34,17 +34,22 @@ class KernelEngine:
     """Of all processes of which the kernel has merged something, or that samepage attached to; of those `whose` says
     yes.
 
-    `reserve`: bytes that unmerging leaves to others.
+    `reserve`: bytes that unmerging leaves to others. `terms` are for `start`.
     """
 
     name = "kernel"
 
     def __init__(
-        self, reserve: int, settings: Settings | None = None, whose: Callable[[int], bool] = lambda _: True
+        self,
+        reserve: int,
+        settings: Settings | None = None,
+        whose: Callable[[int], bool] = lambda _: True,
+        terms: Terms | None = None,
     ) -> None:
         self._reserve = reserve
         self._settings = settings or Settings()
         self._whose = whose
+        self._terms = terms or Terms()
         self._ended = threading.Event()
         self._pacer: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -53,7 +58,7 @@ class KernelEngine:
 
     def start(self) -> None:
         """Have ksmd run, and set its pace, until `stop`. `SettingsError`."""
-        self._settings.hold([os.getpid()], {"run": "1"})
+        self._settings.hold([os.getpid()], self._terms.at_once)
         self._pacer = threading.Thread(target=self._keep_pace, name="pace", daemon=True)
         self._pacer.start()
 
@@ -65,7 +70,7 @@ class KernelEngine:
         self._settings.release([os.getpid()])
 
     def _keep_pace(self) -> None:
-        pace = Pace(self._settings)
+        pace = Pace(self._settings, self._terms)
         while not self._ended.wait(LOOK_EVERY):
             with contextlib.suppress(OSError):
                 pace.look(sum(kernel_rows.anonymous_pages(row["pid"]) for row in self.rows()))
