@@ -16,13 +16,15 @@ from benchmarks.bench.measures import MIB, NEARLY_ALL, Record
 SAMEPAGE, KERNEL, DEFAULTS = "samepage", "ksmd fastest", "ksmd defaults"
 LARGE = "samepage, large folios"
 UNSKIPPING = "ksmd fastest, smart_scan 0"
-COLUMNS = (SAMEPAGE, LARGE, KERNEL, DEFAULTS, "shared_memory", "mapped file", "alone")
+PACED, TUNED, ADVISOR = "kernel, by samepage", "ksmtuned's", "kernel's advisor"
+COLUMNS = (SAMEPAGE, LARGE, PACED, KERNEL, TUNED, ADVISOR, DEFAULTS, "shared_memory", "mapped file", "alone")
 
 PASSES = "CPU of a pass over memory that was seen before"
 NOTHING = "two processes with nothing in common"
 THROUGHPUT = "an application in one of two processes with the same pages"
 STALLS = "a write to a page while pages are merged"
 HOLES = "pages away from their place, seen from outside"
+BY_THE_KERNEL = "two processes, the same pages, merged by the kernel"
 GUESTS = "a guest of KVM while it is merged with another"
 TITLES = {
     "same": "two processes, the same pages",
@@ -66,11 +68,12 @@ def row(
     at_least: float | None = None,
     at_most: float | None = None,
     other: str = KERNEL,
+    one: str = SAMEPAGE,
 ) -> Row:
     """A row of what each repeat gave. A target is of the ratio (`at_least`) or of samepage's own value (`at_most`);
-    `other` is who the ratio is to, and stands in the kernel's column."""
+    `other` is who the ratio is to, and stands in the kernel's column; `one` is whose it is."""
     values: dict[str, float | str] = {side: statistics.median(of.values()) for side, of in numbers.items()}
-    ours, theirs = numbers.get(SAMEPAGE, {}), numbers.get(other, {})
+    ours, theirs = numbers.get(one, {}), numbers.get(other, {})
     pairs = [theirs[repeat] / ours[repeat] for repeat in ours if repeat in theirs and ours[repeat] > 0]
     ratio = statistics.median(pairs) if pairs else None
     target, reached = "", None
@@ -97,6 +100,7 @@ def rows(records: list[Record]) -> list[Row]:
         ("stall", _stalls),
         ("holes", _holes),
         ("guest", _guests),
+        ("paced", _paced),
     ):
         if of := [record for record in records if record["experiment"] == name]:
             found += build(of)
@@ -309,6 +313,28 @@ def _guests(records: list[Record]) -> list[Row]:
         row(GUESTS, "rounds a second", "", by_side(records, lambda r: r["rounds"])),
         row(GUESTS, "saved meanwhile", "MiB", by_side(records, lambda r: r["saved"] / MIB)),
     ]
+
+
+# ---- the kernel's pace -----------------------------------------------------------------------------------------------
+
+
+def _paced(records: list[Record]) -> list[Row]:
+    """The first ratio is of ksmd's defaults, or of the time that it was given; the others are of it at its fastest."""
+
+    def when(what: str) -> Callable[[Record], float | None]:
+        return lambda r: at_level(r, NEARLY_ALL * r["goal"], what)
+
+    times, first = by_side(records, when("seconds")), [r for r in records if r["repeat"] == 0]
+    given = {r["side"]: r["curve"]["seconds"][-1] for r in first if r["side"] == DEFAULTS}
+    time = row(BY_THE_KERNEL, "time until 95% is saved", "s", times)
+    ours = list(times.get(PACED, {}).values())
+    ratio = times.get(DEFAULTS, {}).get(0, given.get(DEFAULTS, 0.0)) / statistics.median(ours) if ours else None
+    time = replace(time, ratio=ratio, target="10 times less", reached=None if ratio is None else ratio >= 10)
+    for side, seconds in given.items():
+        time.values.setdefault(side, f"not within {seconds:.0f} s")
+    cpu = row(BY_THE_KERNEL, "CPU until 95% is saved", "s", by_side(records, when("cpu_seconds")), 1.0, one=PACED)
+    after = by_side(records, lambda r: 100 * r["cpu_share_afterwards"])
+    return [time, cpu, row(BY_THE_KERNEL, "CPU afterwards, of a core", "%", after, one=PACED)]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

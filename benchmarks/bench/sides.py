@@ -155,7 +155,7 @@ class Samepage(Side):
     def __enter__(self) -> Samepage:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="samepage-bench-"))
         self.socket = self._stack.enter_context(service(Path(folder)))
-        self.pid = _who_listens(self.socket)
+        self.pid = who_listens(self.socket)
         self.run(0)
         self._agents: meters.ThreadCpu | None = None
         return self
@@ -249,7 +249,7 @@ class LargeFolios(Samepage):
         return self
 
 
-def _who_listens(path: str) -> int:
+def who_listens(path: str) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(path)
         return sockets.peer(connection).pid
