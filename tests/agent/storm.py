@@ -22,7 +22,7 @@ from collections import Counter
 
 import numpy as np
 
-from samepage.memory import AREA, EXTENT, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, wire
+from samepage.memory import AREA, EXTENT, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, conversation, wire
 from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace
 from samepage.memory.handshake import Terms
 
@@ -145,6 +145,7 @@ def break_all(space: AgentAddressSpace, tally: Counter[str]) -> None:
 
 def main() -> None:
     path, flags, often_huge = sys.argv[1], wire.Flags(0), 0.5
+    conversation.TIMEOUT *= float(os.environ.get("STORM_PATIENCE", "1"))  # on a machine that is as many times as slow
     for name in sys.argv[2:]:
         if name == "HUGE":
             often_huge = 0.95

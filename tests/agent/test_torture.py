@@ -46,7 +46,7 @@ def storm(
 ) -> dict[str, int]:
     """Run a program that tells when a byte is wrong while a storm merges and breaks; what that did."""
     socket = directory / "storm"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, sys.path)])} | environment
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "agent" / "storm.py"), str(socket), *flags],
         env=env,

@@ -52,7 +52,11 @@ def check(
 
 def build(folder: Path) -> str:
     """What runs in there and is compiled out here; the environment that names it."""
-    programs = {"KERNELS_PROBE": "kernels/probe.c", "KERNELS_TORTURE": "agent/torture.c"}
+    programs = {
+        "KERNELS_PROBE": "kernels/probe.c",
+        "KERNELS_TORTURE": "agent/torture.c",
+        "KERNELS_REGISTERED": "agent/registered.c",
+    }
     for source in programs.values():
         target = folder / Path(source).stem
         command = ["gcc", "-std=gnu11", "-O2", "-pthread", str(ROOT / "tests" / source), "-o", str(target)]

@@ -130,7 +130,7 @@ def boot(
         *("-drive", f"file={swap},format=raw,if=virtio,cache=unsafe"),
         *("-virtfs", "local,path=/,mount_tag=root,security_model=none,readonly=on,multidevs=remap"),
         *("-kernel", str(kernel.image), "-initrd", str(initrd)),
-        *("-append", f"console=ttyS0 quiet panic=-1 no_timer_check {options}"),
+        *("-append", f"console=ttyS0 quiet panic=-1 no_timer_check mitigations=off {options}"),
     ]
     log = folder / f"{kernel.release}.log"
     with log.open("wb") as file:
