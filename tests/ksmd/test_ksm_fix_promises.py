@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from samepage.ksmd import UnmergeFailed
+from samepage.ksmd.mm_slot import BREAK_FEW
 from samepage.memory import PAGE_SIZE, AddressSpaceGone, BreakResult
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
@@ -139,10 +140,10 @@ def test_s2_an_unmerge_can_be_cancelled_between_steps_and_goes_on_when_called_ag
     (a, _), (slot, _) = processes(machine, ksmd, content, content, npages=6000)
     passes(ksmd, 2)
     result = ksmd.unmerge(slot, cancelled=after(1))
-    assert (result.errno, result.pages_unmerged, result.pages_remaining) == (errno.EINTR, 2048, 6000 - 2048)
-    assert len(a.merged_pages()) == 6000 - 2048
+    assert (result.errno, result.pages_unmerged, result.pages_remaining) == (errno.EINTR, BREAK_FEW, 6000 - BREAK_FEW)
+    assert len(a.merged_pages()) == 6000 - BREAK_FEW
     again = ksmd.unmerge(slot, cancelled=never)
-    assert (again.errno, again.pages_unmerged, again.pages_remaining) == (0, 6000 - 2048, 0)
+    assert (again.errno, again.pages_unmerged, again.pages_remaining) == (0, 6000 - BREAK_FEW, 0)
     assert not a.merged_pages()
 
 
@@ -157,7 +158,7 @@ def test_s2_what_a_process_was_asked_for_ahead_of_an_error_is_known_of_too(why: 
             with lock:
                 return super().break_ksm(vpn, npages)
 
-    content = range(1, 20001)  # ten ranges
+    content = range(1, 20001)  # some thirteen ranges
     with ThreadPoolExecutor(4) as pool:
         machine, ksmd = SimulatedMachine(), new_ksmd(concurrently=pool.map)
         spaces = [OneAtATime(machine, pid) for pid in (1, 2)]
@@ -175,7 +176,7 @@ def test_s2_what_a_process_was_asked_for_ahead_of_an_error_is_known_of_too(why: 
         assert result.pages_unmerged + result.pages_remaining == len(content)
         assert len(a.merged_pages()) == result.pages_remaining == slot.merged
         if result.errno:
-            assert 4096 < result.pages_unmerged < len(content)
+            assert BREAK_FEW < result.pages_unmerged < len(content)
         assert ksmd.unmerge(slot).errno == 0
         assert not a.merged_pages()
         assert slot.merged == 0

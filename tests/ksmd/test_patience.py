@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,19 @@ from samepage.ksmd import Ksmd, books, quota
 from samepage.ksmd import mm_slot as slots
 from samepage.ksmd.look import STEP_MIN
 from samepage.ksmd.patience import Patience
-from samepage.memory import RUN, VPN_END, AddressSpaceGone, MergeResult, RunKind, ScanFlag, ScanResult, Segment
+from samepage.memory import (
+    RUN,
+    VPN_END,
+    AddressSpaceGone,
+    BreakResult,
+    MergeResult,
+    RunKind,
+    ScanFlag,
+    ScanResult,
+    Segment,
+)
 from samepage.memory.check import AREA_PAGES_MAX
+from samepage.memory.conversation import TIMEOUT
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
@@ -150,6 +162,45 @@ def test_a_process_that_is_slow_is_put_off_and_one_that_stays_so_is_dropped(monk
     with pytest.raises(AddressSpaceGone, match="keeps everybody waiting"):
         ksmd.merge_range(dawdling, BASE, 100)
     assert ksmd.slots(666) == []
+
+
+class Laborious(SimulatedAddressSpace):
+    """Breaks as many pages a second as a disk at its worst takes, and is not waited for longer than a process is."""
+
+    clock: Clock
+
+    def break_ksm(self, vpn: int, npages: int) -> BreakResult:
+        result = super().break_ksm(vpn, npages)
+        took = 0.01 * result.pages_unmerged
+        self.clock.now += took
+        if took > TIMEOUT:
+            raise AddressSpaceGone("no answer in time")
+        return result
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_unmerge_that_gets_on_slowly_comes_to_its_end(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """Also of pages that were merged before the service knew of the process."""
+    machine, clock = SimulatedMachine(), Clock()
+    monkeypatch.setattr(slots, "time", SimpleNamespace(monotonic=clock))
+    spaces = [Laborious(machine, pid) for pid in (1, 2)]
+    for space in spaces:
+        space.clock = clock
+        space.map_area(BASE, 6000)
+        space.write(BASE, *range(1, 6001))
+    ksmd = new_ksmd(clock)
+    for space in spaces:
+        ksmd.enter(space)
+    passes(ksmd, 3)
+    assert len(spaces[0].merged_pages()) == 6000
+    if not known:
+        ksmd = new_ksmd(clock)
+        ksmd.enter(spaces[0])
+    began = clock.now
+    outcome = ksmd.unmerge(ksmd.slots(1)[0])
+    assert (outcome.errno, outcome.pages_unmerged, outcome.pages_remaining) == (0, 6000, 0)
+    assert clock.now - began < 61
+    assert ksmd.slots(1), "it keeps everybody waiting"
 
 
 def test_processes_that_join_again_and_again_share_one_account() -> None:

@@ -33,6 +33,9 @@ PAGES_MORE = 4096
 """So many pages more, and twice as many, a process may tell of as it ever had: what it gave up since, it may not
 have told yet."""
 
+BREAK_FEW = 64
+"""Pages that a process is first asked to break, and the slowest always (256 KiB)."""
+
 STILL_MAX = 8
 """Passes at most in which broken pages of a process are not looked for."""
 
@@ -52,9 +55,10 @@ class Owed:
 
 @dataclass(slots=True)
 class Wait:
-    """`free`: so many seconds of it do not count."""
+    """`free`: so many seconds of it do not count. `took`: how long it was, when it is over."""
 
     free: float
+    took: float = 0.0
 
 
 class MmSlot:
@@ -99,6 +103,7 @@ class MmSlot:
         self.idle_looks = 0  # looks of this pass that hardly got on
         self.pages_max = 0  # pages with checksums that it can have, as far as was asked
         self.verified = -math.inf  # when it was last seen to be who it was
+        self.break_pages = BREAK_FEW  # that it is asked to break next
         self.faults = 0  # breaks of an unmerge that ended with EFAULT
         self.islands_due = 0  # the pass after which broken pages are asked about again
         self.islands_attempts = 0  # in a row that were in vain
@@ -131,7 +136,8 @@ class MmSlot:
         try:
             yield wait
         finally:
-            self.kept_waiting(time.monotonic() - began - wait.free)
+            wait.took = time.monotonic() - began
+            self.kept_waiting(wait.took - wait.free)
 
     def kept_waiting(self, seconds: float) -> None:
         """Take it off the accounts, if it is any time at all."""

@@ -19,13 +19,18 @@ from samepage.arrays import Ints, run_starts
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.look import refresh_areas
 from samepage.ksmd.merge_work import Concurrently
-from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.mm_slot import BREAK_FEW, MmSlot
 from samepage.ksmd.pieces import NONE
-from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, SLICE_PAGES, PageState
+from samepage.ksmd.rmap import HAS_NODE, IS_MERGED, PageState
 from samepage.memory import PAGE_SIZE, AddressSpaceGone, BreakResult
 
 BREAK_PAGES = 2048
 """Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
+
+BREAK_QUICK, BREAK_SLOW = 0.1, 0.5
+"""Seconds for one answer. A process that takes less is asked for twice as many pages the next time, one that takes
+more for a quarter: so who gets on at all, on a machine however slow or with memory that has to be reclaimed first,
+answers in time."""
 
 BREAK_RATE = 64 << 20
 """Bytes a second that a process copies at worst, when memory has to be reclaimed for it, without being called slow."""
@@ -143,16 +148,15 @@ def _merged_in(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> int:
 
 
 class _Runs:
-    """Cuts a range for breaking: short where pages are known to be merged or were, long where none is known to be.
+    """Cuts a range for breaking: as the process gets on, and short where pages are known to be merged or were.
 
-    The latter are not skipped: pages that came by fork, or from before the service, may not have been found yet. They
-    are the longer the more of them there were in which nothing was merged, for a process may claim areas of any size.
+    Where none is known to be nothing is skipped: pages that came by fork, or from before the service, may not have been
+    found yet.
     """
 
     def __init__(self, domain: Domain, slot: MmSlot, vpn: int, npages: int) -> None:
         self._slot = slot
         self._left = deque(_ranges(domain, slot, vpn, npages))
-        self._most = SLICE_PAGES
         self._copied = 0
 
     def next(self) -> tuple[int, int] | None:
@@ -160,13 +164,13 @@ class _Runs:
         if not self._left:
             return None
         vpn, n = self._left.popleft()
-        if n > self._most:
-            self._left.appendleft((vpn + self._most, n - self._most))
-        return vpn, min(n, self._most)
+        most = self._slot.break_pages
+        if n > most:
+            self._left.appendleft((vpn + most, n - most))
+        return vpn, min(n, most)
 
     def heard(self, result: BreakResult) -> None:
         """What the process answered for the last one. AddressSpaceGone: it cannot have copied so many pages."""
-        self._most = SLICE_PAGES if result.pages_unmerged or result.errno else 2 * self._most
         self._copied += result.pages_unmerged
         self._slot.expect(self._copied)
 
@@ -204,6 +208,12 @@ def _ask(slot: MmSlot, vpn: int, npages: int) -> BreakResult:
         result = slot.space.break_ksm(vpn, npages)
         wait.free += 1.0 * (npages <= BREAK_PAGES) + result.pages_unmerged * PAGE_SIZE / BREAK_RATE
     slot.faults += result.errno == errno.EFAULT
+    if wait.took > BREAK_SLOW:
+        slot.break_pages = max(min(npages, slot.break_pages) // 4, BREAK_FEW)
+    elif wait.took < BREAK_QUICK and npages == slot.break_pages:
+        slot.break_pages *= 2
+    if result.pages_unmerged:
+        slot.break_pages = min(slot.break_pages, BREAK_PAGES)
     return result
 
 
@@ -310,11 +320,21 @@ def _move_out(domain: Domain, nodes: tuple[int, int]) -> bool:
                 break
             try:
                 slot.faults = 0
-                result = _break_range(domain, slot, vpn, npages, leave_alone=False)
-                if result.errno or result.pages_remaining:
+                if not _break_run(domain, slot, vpn, vpn + npages):
                     return False
             except AddressSpaceGone as e:
                 slot.lose(e)
+    return True
+
+
+def _break_run(domain: Domain, slot: MmSlot, vpn: int, end: int) -> bool:
+    """Break merged pages [vpn, end), as the process gets on. False: not all of them."""
+    while vpn < end:
+        n = min(slot.break_pages, end - vpn)
+        result = _break_range(domain, slot, vpn, n, leave_alone=False)
+        if result.errno or result.pages_remaining:
+            return False
+        vpn += n
     return True
 
 
