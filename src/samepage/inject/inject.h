@@ -65,7 +65,7 @@ struct tracee {
 	int pidfd;
 	struct user_regs_struct regs; /* to be restored */
 	uint64_t mask;		      /* of blocked signals */
-	unsigned char fp[16384];      /* NT_X86_XSTATE */
+	unsigned char fp[16384];      /* arch_fp_regset */
 	size_t fp_len;
 	uint64_t syscall_ret, sigreturn; /* addresses of instructions */
 	uint64_t frame;			 /* address of the frame in the process */
@@ -77,6 +77,9 @@ struct tracee {
 };
 
 /* ---- x86_64.c ---- */
+
+/* The register set of ptrace(2) that has all that a signal frame has besides the registers of struct user_regs_struct. */
+extern const int arch_fp_regset;
 
 /* Whether it may be held where it was stopped; and makes a call that says EINTR for every stop one that goes on. */
 enum inject_error arch_check(struct tracee *t);

@@ -134,7 +134,7 @@ static enum inject_error get_state(struct tracee *t)
 
 	if (!get_regs(t, &t->regs))
 		return INJECT_OTHER_BITS; /* a 32-bit thread has fewer */
-	if (ptrace(PTRACE_GETREGSET, t->pid, NT_X86_XSTATE, &fp) ||
+	if (ptrace(PTRACE_GETREGSET, t->pid, arch_fp_regset, &fp) ||
 	    ptrace(PTRACE_GETSIGMASK, t->pid, sizeof(t->mask), &t->mask))
 		return INJECT_FAILED;
 	t->fp_len = fp.iov_len;

@@ -39,6 +39,8 @@ struct section {
 	uint64_t start, len, abort;
 };
 
+const int arch_fp_regset = NT_X86_XSTATE;
+
 /* ---- where it was stopped --------------------------------------------------------------------------- */
 
 static bool in_syscall(const struct user_regs_struct *regs)

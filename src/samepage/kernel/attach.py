@@ -13,7 +13,8 @@ from samepage import inject
 from samepage.estimate.process import NOT_COMPATIBLE
 from samepage.kernel.target import TargetError, check
 
-SYS_MADVISE, SYS_PRCTL = 28, 157  # on x86-64
+SYS_MADVISE, SYS_PRCTL = {"x86_64": (28, 157), "aarch64": (233, 167)}.get(os.uname().machine, (-1, -1))
+"""-1 where inject/ has no code for the machine: the kernel has no such call."""
 PR_SET_MEMORY_MERGE = 67
 MADV_MERGEABLE = 12
 
