@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     from samepage.commands.record import Record
     from samepage.commands.run import Run
     from samepage.commands.scan import Scan
+    from samepage.commands.simulate import Simulate
     from samepage.commands.status import Status
     from samepage.commands.top import Top
     from samepage.commands.unmerge import Unmerge
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "detach": Detach(),
         "scan": Scan(),
         "record": Record(),
+        "simulate": Simulate(),
         "doctor": Doctor(),
     }
     parser = argparse.ArgumentParser(

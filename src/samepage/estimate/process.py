@@ -255,6 +255,8 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
     """The mappings with pages that KSM would look at, and those of samepage's segments; and how many there are in
     all."""
     agent = "/libsamepage.so" in smaps
+    # Memory that the agent swaps is registered with its userfaultfd (VM_UFFD_WP).
+    registers = agent and re.search(r"^VmFlags:.* uw\b", smaps, re.MULTILINE) is not None
     dynamic = re.search(r"/(ld-|ld\.so|libc[.-])", smaps) is not None
     header: re.Match[str] | None = None
     before: re.Match[str] | None = None
@@ -269,8 +271,12 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
             if NOT_COMPATIBLE.isdisjoint(vmflags):
                 guarded = before is not None and _is_guard(before, header)
                 left = None if not merge_any and "mg" in vmflags else _left(header, agent, dynamic, guarded)
+                registered = registers and "uw" in vmflags
+                if registers and left in (None, Left.MAPPED) and _kind(header[5]) is Kind.ANONYMOUS:
+                    left = None if registered or "mg" in vmflags else Left.MAPPED
                 found.append(_mapping(header, left))
-                if anonymous or found[-1].kind is Kind.SEGMENT:
+                # All that is registered may have been merged with the page of zeros, which is not anonymous.
+                if anonymous or registered or found[-1].kind is Kind.SEGMENT:
                     with_pages.add(found[-1].start)
         elif line[0] in "0123456789abcdef" and (match := _VMA.match(line)):  # the others start with a capital
             before, header, count = header, match, count + 1
