@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SECONDS ?= 60
 
-.PHONY: run test test-long test-kernels test-sanitize fuzz check bench bench-apps bench-oom bench-scan build clean
+.PHONY: run test test-long test-kernels test-sanitize fuzz check bench bench-apps bench-oom bench-scan build deb manual docs clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -71,6 +71,22 @@ bench-scan: $(VENV)/installed
 # The source archive, and from it the wheel, in dist/.
 build: $(VENV)/installed $(VENV)/development
 	python -m build
+
+# The Debian package, for the Debian that this runs on, in dist/. Needs that Debian's own python3.
+deb: $(VENV)/tools
+	$(INSTALL_SELF) '.[package]' build
+	python -m build --wheel --no-isolation --skip-dependency-check --outdir build/deb
+	python packaging/deb.py build/deb/samepage-*.whl build/deb
+	mkdir -p dist && mv build/deb/*.deb dist/
+
+# The documentation as a site, in build/site.
+docs: $(VENV)/installed
+	$(INSTALL) 'mkdocs-material>=9.5'
+	python packaging/documentation.py build/site
+
+# Man pages and completions of bash, zsh and fish, in build/manual.
+manual: $(VENV)/installed $(VENV)/development
+	python packaging/manual.py build/manual
 
 clean:
 	rm -rf $(VENV) build dist

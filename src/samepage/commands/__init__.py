@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams.occupy()
     error: CommandError | OSError | None = None
     try:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
         command: Command = args.command
         status = command.run(args)
     except SystemExit as e:  # argparse has said why
@@ -61,7 +61,8 @@ def _in_one_line(error: CommandError | OSError) -> str:
     return (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """That of the whole command line."""
     from samepage.commands.attach import Attach, Detach
     from samepage.commands.daemon import Daemon
     from samepage.commands.doctor import Doctor
@@ -89,17 +90,17 @@ def _parser() -> argparse.ArgumentParser:
         "simulate": Simulate(),
         "doctor": Doctor(),
     }
-    parser = argparse.ArgumentParser(
+    whole = argparse.ArgumentParser(
         prog="samepage", description="Same-page merging in user space: equal memory pages of processes share one copy."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    whole.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    subparsers = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in commands.items():
         doc = command.__doc__ or ""
         subparser = subparsers.add_parser(name, help=doc.partition("\n")[0].rstrip("."), description=doc)
         command.prepare_parser(subparser)
         subparser.set_defaults(command=command)
-    return parser
+    return whole
 
 
 class _Version(argparse.Action):

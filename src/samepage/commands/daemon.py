@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from samepage.commands import CommandError, add_mount, add_reserve, add_swap, engines, streams
 from samepage.doctor.facts import look
 from samepage.doctor.findings import hindrance, too_old
-from samepage.service import sockets
+from samepage.service import sockets, systemd
 from samepage.service.engine import Engine
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Daemon:
     """Merge the pages of all processes that join, until SIGTERM or SIGINT.
 
     Run by root it serves every user, each in a merge domain of their own; run by anyone else, that user alone.
-    When it ends, processes run on as they are, merged.
+    When it ends, processes run on as they are, merged. Started by systemd for a socket unit it serves that socket.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
@@ -68,10 +68,11 @@ class Daemon:
         facts = look()
         if old := too_old(facts):
             raise CommandError(old)
-        path = args.socket or sockets.default_path()
-        if args.socket is None:
+        given = systemd.listener()
+        path = given.getsockname() if given else args.socket or sockets.default_path()
+        if args.socket is None and not given:
             _private_parent(Path(path).parent)
-        listener = sockets.listen(path, everybody=os.getuid() == 0)
+        listener = given or sockets.listen(path, everybody=os.getuid() == 0)
         try:
             with engines.others(args) as others, _tree(args.mount, path):
                 if why := hindrance(facts, args.swap or "move"):
@@ -79,7 +80,8 @@ class Daemon:
                 with _metrics(args.metrics) as metrics:
                     _serve(listener, path, args.reserve, args.swap == "wp", args.userfaultfd_group, metrics, others)
         finally:
-            Path(path).unlink(missing_ok=True)
+            if not given:  # else systemd listens on
+                Path(path).unlink(missing_ok=True)
         return 0
 
 
@@ -154,6 +156,7 @@ def _serve(
     with contextlib.suppress(OSError):  # the processes it is for do not read that
         print(f"samepage: listening at {path}")
     streams.flush()
+    systemd.ready()
     server.run()
     signal.set_wakeup_fd(-1)
     scanner.stop()
