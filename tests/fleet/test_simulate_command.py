@@ -60,7 +60,8 @@ def test_every_combination_is_simulated_for_each_engine(recording: Path) -> None
     by_default = found[0]["moments"]
     assert [m["pages_sharing"] for m in by_default] == [600] * 3 + [500] * 3
     assert found[0]["pages_broken"] == 100
-    # A page in 20 milliseconds: 1200 pages looked at twice and merged take the kernel's ksmd 48 seconds, and it begins anew.
+    # A page in 20 milliseconds: 1200 pages looked at twice and merged take the kernel's ksmd 48 seconds,
+    # and it begins anew.
     assert found[4]["bytes_saved_mean"] < found[5]["bytes_saved_mean"]
 
 
