@@ -14,7 +14,8 @@
  * Why C: a scraper of 24 files ten times a second sends 1,200 requests a second. docs/ksm-interface.md has what that costs
  * with this, and with libraries for Python.
  *
- * Files: service.c (asks the service, keeps snapshots), tree.c (answers the kernel).
+ * Files: main.c (mounts), tree.c (answers the kernel), jobs.c (what has to wait), service.c (asks the service, keeps
+ * snapshots).
  */
 #ifndef SAMEPAGE_SYSFS_H
 #define SAMEPAGE_SYSFS_H
@@ -28,6 +29,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <sys/types.h>
+#include <time.h>
 
 #define FILES_MAX 64
 #define NAME_SIZE 64
@@ -43,8 +45,29 @@ struct file {
 	gid_t gid;
 };
 
+/* Set before the tree is mounted. */
 extern struct file files[FILES_MAX];
 extern unsigned nfiles;
+extern struct timespec started;
+
+extern const struct fuse_lowlevel_ops operations;
+
+/* A request that has to wait. */
+struct job {
+	struct job *next;
+	void (*work)(struct job *job);
+	fuse_req_t req;
+	fuse_ino_t ino;
+	pid_t reader;
+	struct fuse_file_info fi;
+	off_t off;
+	size_t size;
+	char data[];
+};
+
+/* Has `work` done in another thread, so that this one need not wait. */
+void detach(void (*work)(struct job *), fuse_req_t req, fuse_ino_t ino, size_t size, off_t off,
+	    const struct fuse_file_info *fi, const char *data);
 
 /* All of these return 0 or a negative errno: what the service said, ETIMEDOUT when it says nothing, ENODEV when it is not
  * there, EIO when it talks nonsense, EINTR when whoever sent `req` was interrupted. */

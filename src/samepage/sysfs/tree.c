@@ -12,30 +12,19 @@
 #include "sysfs.h"
 
 #include <fcntl.h>
-#include <poll.h>
 #include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/signalfd.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #define FIRST_FILE 2
 #define PROC 0xff
 #define PAGE_BYTES 4096 /* of a write, no more is looked at; and the size every file has */
-#define IDLE_MAX 2
 #define FOREVER 86400.0 /* seconds the kernel may believe what never changes */
 
-struct file files[FILES_MAX];
-unsigned nfiles;
-
 static const char *const process_files[] = {"ksm_merging_pages", "ksm_stat"};
-static struct timespec started;
 
 struct shown {
 	size_t size;
@@ -123,90 +112,6 @@ static fuse_ino_t find(fuse_ino_t parent, const char *name)
 		if (!strcmp(process_files[i], name))
 			return parent + 1 + i;
 	return 0;
-}
-
-/* ---- requests that have to wait ------------------------------------------------------------------- */
-
-struct job {
-	struct job *next;
-	void (*work)(struct job *job);
-	fuse_req_t req;
-	fuse_ino_t ino;
-	pid_t reader;
-	struct fuse_file_info fi;
-	off_t off;
-	size_t size;
-	char data[];
-};
-
-/* Threads that had such a request and wait for another, for a scrape has one and begins ten times a second. */
-static struct {
-	pthread_mutex_t lock;
-	pthread_cond_t work;
-	struct job *jobs;
-	unsigned idle; /* less those for whom there is a job */
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
-
-static void *run(void *first)
-{
-	struct job *job = first;
-
-	while (job) {
-		job->work(job);
-		free(job);
-		job = NULL;
-		pthread_mutex_lock(&pool.lock);
-		if (pool.idle < IDLE_MAX) {
-			pool.idle++;
-			while (!pool.jobs)
-				pthread_cond_wait(&pool.work, &pool.lock);
-			job = pool.jobs;
-			pool.jobs = job->next;
-		}
-		pthread_mutex_unlock(&pool.lock);
-	}
-	return NULL;
-}
-
-/* Whether somebody who waits for a job has it now. */
-static bool handed_over(struct job *job)
-{
-	bool done;
-
-	pthread_mutex_lock(&pool.lock);
-	done = pool.idle > 0;
-	if (done) {
-		pool.idle--;
-		job->next = pool.jobs;
-		pool.jobs = job;
-		pthread_cond_signal(&pool.work);
-	}
-	pthread_mutex_unlock(&pool.lock);
-	return done;
-}
-
-/* Has `work` done in another thread, so that this one need not wait. */
-static void detach(void (*work)(struct job *), fuse_req_t req, fuse_ino_t ino, size_t size, off_t off,
-		   const struct fuse_file_info *fi, const char *data)
-{
-	struct job *job = malloc(sizeof(*job) + (data ? size : 0));
-	pthread_t thread;
-
-	if (!job) {
-		fuse_reply_err(req, ENOMEM);
-		return;
-	}
-	*job = (struct job){NULL, work, req, ino, fuse_req_ctx(req)->pid, *fi, off, size};
-	if (data)
-		memcpy(job->data, data, size);
-	if (handed_over(job))
-		return;
-	if (!pthread_create(&thread, NULL, run, job)) {
-		pthread_detach(thread);
-		return;
-	}
-	free(job);
-	fuse_reply_err(req, ENOMEM);
 }
 
 /* ---- looking around ------------------------------------------------------------------------------- */
@@ -502,7 +407,7 @@ static void no_link(fuse_req_t req, fuse_ino_t ino, fuse_ino_t newparent, const 
 	fuse_reply_err(req, EPERM);
 }
 
-static const struct fuse_lowlevel_ops operations = {
+const struct fuse_lowlevel_ops operations = {
 	.lookup = tree_lookup,
 	.getattr = tree_getattr,
 	.setattr = tree_setattr,
@@ -521,91 +426,3 @@ static const struct fuse_lowlevel_ops operations = {
 	.rename = no_rename,
 	.link = no_link,
 };
-
-/* ---- the process ---------------------------------------------------------------------------------- */
-
-static struct {
-	struct fuse_session *session;
-	const char *directory;
-	bool private; /* the directory was made for this, and goes with it */
-	int service, signals;
-} here;
-
-/* Unmounts, and ends. */
-static _Noreturn void leave(int status)
-{
-	static atomic_flag leaving = ATOMIC_FLAG_INIT;
-
-	while (atomic_flag_test_and_set(&leaving)) /* unmounting ends the loop, which comes here too */
-		pause();
-	fuse_session_unmount(here.session);
-	if (here.private)
-		rmdir(here.directory);
-	/* The helper of auto_unmount sees its socket close, and has a last look whether something is mounted here. It must
-	 * not find what somebody mounts next: so not even our exit is seen before it has ended. */
-	close_range(3, ~0U, 0);
-	while (wait(NULL) > 0)
-		;
-	_exit(status);
-}
-
-static void *watch(void *unused)
-{
-	struct pollfd fds[] = {{.fd = here.service, .events = POLLIN}, {.fd = here.signals, .events = POLLIN}};
-
-	(void)unused;
-	while (poll(fds, 2, -1) <= 0)
-		;
-	leave(0);
-}
-
-/* The names and modes of the files are lines of standard input: `run 644`. */
-static bool read_files(void)
-{
-	struct file file = {.uid = getuid(), .gid = getgid()};
-	int n = 0;
-
-	while (nfiles < FILES_MAX && (n = scanf("%63s %o", file.name, &file.mode)) == 2)
-		files[nfiles++] = file;
-	return n == EOF && nfiles;
-}
-
-int main(int argc, char **argv)
-{
-	struct fuse_args args = FUSE_ARGS_INIT(0, NULL);
-	pthread_t watcher;
-	sigset_t signals;
-
-	if (argc < 5 || argc > 6 || !read_files()) {
-		fprintf(stderr, "samepage starts this: SOCKET PIDFD DIRECTORY OPTIONS [private]\n");
-		return 2;
-	}
-	if (service_at(argv[1])) {
-		fprintf(stderr, "%s: %s\n", argv[1], strerror(ENAMETOOLONG));
-		return 1;
-	}
-	here.service = atoi(argv[2]);
-	here.directory = argv[3];
-	here.private = argc == 6;
-	clock_gettime(CLOCK_REALTIME, &started);
-	sigemptyset(&signals);
-	sigaddset(&signals, SIGTERM);
-	sigaddset(&signals, SIGINT);
-	sigaddset(&signals, SIGHUP);
-	pthread_sigmask(SIG_BLOCK, &signals, NULL);
-	here.signals = signalfd(-1, &signals, SFD_CLOEXEC);
-
-	if (fuse_opt_add_arg(&args, argv[0]) || fuse_opt_add_arg(&args, "-o") || fuse_opt_add_arg(&args, argv[4]))
-		return 1;
-	here.session = fuse_session_new(&args, &operations, sizeof(operations), NULL);
-	if (!here.session || fuse_session_mount(here.session, here.directory))
-		return 1; /* libfuse has said why */
-	if (pthread_create(&watcher, NULL, watch, NULL))
-		leave(1);
-	puts("mounted");
-	fflush(stdout);
-	if (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr))
-		leave(1);
-	fuse_session_loop(here.session); /* until somebody else unmounts it */
-	leave(0);
-}
