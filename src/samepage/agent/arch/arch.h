@@ -20,6 +20,7 @@
  *
  *	raw_syscall()	      the kernel's instruction: what it answers, -errno for an error
  *	arch_thread_pointer() what points at the thread-local storage of this thread
+ *	ARCH_PAGE_SHIFT	      of the size of a page, which need not be a constant; and _MIN and _MAX, which are
  *	ARCH_TASK_SIZE	      the end of the memory of a program that asks for no addresses beyond by hint
  *	ARCH_ADDRESS_END      beyond it and all that the agent knows of
  */
@@ -39,6 +40,9 @@ uint64_t (*arch_hash(void))(const void *data, size_t len);
 /* ---- memory.c: memcpy, memmove, memset and memcmp, by libc's names (system.c) ---- */
 
 /* ---- task.c ---- */
+
+/* By the first thread that comes into the library, before anything is mapped or an area. */
+void arch_init(void);
 
 /*
  * clone(2). The new task calls run(arg) and ends: on `stack`, or, where that is NULL, on this thread's, below what is on it,

@@ -16,6 +16,7 @@
 
 #include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define AREAS_EACH 64	/* areas looked at before one unlock */
 #define RUNS_EACH 64	/* of pages of one kind */
@@ -52,7 +53,7 @@ static void check_areas(void)
 		VM_BUG_ON(a->start >= a->end);
 		VM_BUG_ON((a->start | a->end) % PAGE_SIZE);
 		VM_BUG_ON(before && a->start < before->end);
-		VM_BUG_ON(a->prot & ~7);
+		VM_BUG_ON(a->prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC));
 		VM_BUG_ON(before && before->end == a->start && before->flags == a->flags && before->prot == a->prot &&
 			  !(a->flags & AREA_EXCLUDED)); /* they should be one */
 		before = a;

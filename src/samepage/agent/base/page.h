@@ -5,15 +5,16 @@
 
 #include "arch/arch.h"
 
-#define PAGE_SHIFT 12
+#define PAGE_SHIFT ARCH_PAGE_SHIFT
 #define PAGE_SIZE (1UL << PAGE_SHIFT)
+#define PAGE_SIZE_MAX (1UL << ARCH_PAGE_SHIFT_MAX)
 #define PAGE_ALIGN_DOWN(x) ((uintptr_t)(x) & ~(PAGE_SIZE - 1))
 #define PAGE_ALIGN_UP(x) PAGE_ALIGN_DOWN((uintptr_t)(x) + PAGE_SIZE - 1)
-#define SECTION_MAX 512UL /* pages that are swapped under one hold of the lock: one PMD */
+#define SECTION_MAX 512UL /* pages that are swapped under one hold of the lock: one PMD where pages are of 4 KiB */
 /* Beyond every address of which the planes know: user addresses are below it, unless a program asks for others by hint. */
 #define ADDRESS_END ARCH_ADDRESS_END
 
-extern const uint8_t zero_page[PAGE_SIZE];
+extern const uint8_t zero_page[PAGE_SIZE_MAX];
 
 static inline uintptr_t min_addr(uintptr_t a, uintptr_t b)
 {

@@ -6,12 +6,12 @@
 
 #include <sys/mman.h>
 
-/* A leaf holds the bits of 1 GiB of addresses. It is mapped whole and touched where needed: 4 KiB of it
+/* A leaf holds the bits of 1 GiB of addresses, in pages of 4 KiB. It is mapped whole and touched where needed: 4 KiB of it
  * stand for 128 MiB of one plane. */
 #define LEAF_SHIFT 18
 #define LEAF_PAGES (1UL << LEAF_SHIFT)
 #define WORD_BITS (8 * sizeof(unsigned long))
-#define NR_LEAVES (ADDRESS_END >> PAGE_SHIFT >> LEAF_SHIFT)
+#define NR_LEAVES (ADDRESS_END >> ARCH_PAGE_SHIFT_MIN >> LEAF_SHIFT)
 
 struct leaf {
 	unsigned long bits[NR_PLANES][LEAF_PAGES / WORD_BITS];

@@ -204,7 +204,7 @@ int sigfillset(sigset_t *set)
 
 int pthread_sigmask(int how, const sigset_t *set, sigset_t *saved)
 {
-	return (int)-raw_syscall(SYS_rt_sigprocmask, how, (long)set, (long)saved, 8 /* _NSIG / 8 */, 0, 0);
+	return (int)-raw_syscall(SYS_rt_sigprocmask, how, (long)set, (long)saved, _NSIG / 8, 0, 0);
 }
 
 /* ---- and what they are asked for often ---------------------------------------------------------------- */
@@ -212,10 +212,14 @@ int pthread_sigmask(int how, const sigset_t *set, sigset_t *saved)
 ssize_t read_file(const char *path, char *buf, size_t size)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t got = fd < 0 ? -1 : read(fd, buf, size);
+	ssize_t got;
 
-	if (fd >= 0)
-		close(fd);
+	if (fd < 0)
+		return -errno;
+	got = read(fd, buf, size);
+	if (got < 0)
+		got = -errno;
+	close(fd);
 	return got;
 }
 

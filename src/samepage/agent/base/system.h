@@ -12,6 +12,7 @@
 
 #include "base/page.h"
 
+#include <linux/futex.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <sys/types.h>
@@ -20,7 +21,7 @@
 /* raw_syscall() by syscall(2)'s convention: -1 and errno. */
 long kernel_syscall(long number, ...);
 
-/* Bytes read from the start of a file, or -1 and errno. */
+/* Bytes read from the start of a file, or -errno. */
 ssize_t read_file(const char *path, char *buf, size_t size);
 int64_t now_ms(void); /* of CLOCK_MONOTONIC */
 uint64_t thread_cpu_ns(void);
@@ -37,12 +38,12 @@ static inline void block_signals(sigset_t *saved)
 /* Sleeps while *word is `value`, a wake has not come, and the time is not over. */
 static inline void futex_wait(_Atomic uint32_t *word, uint32_t value, const struct timespec *timeout)
 {
-	raw_syscall(SYS_futex, (long)word, 0 /* FUTEX_WAIT */, value, (long)timeout, 0, 0);
+	raw_syscall(SYS_futex, (long)word, FUTEX_WAIT, value, (long)timeout, 0, 0);
 }
 
 static inline void futex_wake(_Atomic uint32_t *word)
 {
-	raw_syscall(SYS_futex, (long)word, 1 /* FUTEX_WAKE */, INT32_MAX, 0, 0, 0);
+	raw_syscall(SYS_futex, (long)word, FUTEX_WAKE, INT32_MAX, 0, 0, 0);
 }
 
 /*
@@ -71,7 +72,7 @@ static inline void mutex_lock(struct mutex *m)
 static inline void mutex_unlock(struct mutex *m)
 {
 	if (atomic_exchange_explicit(&m->word, 0, memory_order_release) == 2)
-		raw_syscall(SYS_futex, (long)&m->word, 1 /* FUTEX_WAKE */, 1, 0, 0, 0);
+		raw_syscall(SYS_futex, (long)&m->word, FUTEX_WAKE, 1, 0, 0, 0);
 }
 
 #endif

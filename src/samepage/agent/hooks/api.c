@@ -105,7 +105,7 @@ SP_EXPORT int samepage_register(void *addr, size_t len)
 	mmap_lock(&saved);
 	err = check_mergeable(start, end);
 	if (!err)
-		err = area_cover(start, end, AREA_ADVISED, AREA_UNMERGED, 3 /* PROT_READ | PROT_WRITE */);
+		err = area_cover(start, end, AREA_ADVISED, AREA_UNMERGED, PROT_READ | PROT_WRITE);
 	mmap_unlock(&saved);
 	if (!err)
 		agent_start();

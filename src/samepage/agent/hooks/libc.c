@@ -78,6 +78,7 @@ void next_init(void)
 			sched_yield();
 		return;
 	}
+	arch_init();
 	look_up();
 	atomic_store_explicit(&next_ready, true, memory_order_release);
 	fork_init();

@@ -20,21 +20,21 @@
 /* ---- discarding ------------------------------------------------------------------------------------- */
 
 /* Merged pages of one area. Which memory is locked the areas may only think (a fork unlocks the child's, a move with
- * MREMAP_DONTUNMAP all of a mapping); but what they think locked is not merged, so here they are asked. 0 or errno. */
+ * MREMAP_DONTUNMAP all of a mapping); but what they think locked is not merged, so here they are asked. 0 or -errno. */
 static int discard_merged(uintptr_t start, uintptr_t end, int advice)
 {
 	const struct area *a = area_next(start);
 
 	if (a && a->flags & AREA_LOCKED && advice != MADV_DONTNEED_LOCKED)
-		return EINVAL;
+		return -EINVAL;
 	if (advice == MADV_FREE) { /* which may do nothing */
 		discard_segments(start, end);
 		return 0;
 	}
 	if (zero_segments(start, end))
-		return a && a->flags & AREA_SEALED ? EPERM : EAGAIN;
+		return a && a->flags & AREA_SEALED ? -EPERM : -EAGAIN;
 	/* A guard belongs on the new mapping; for all other advice that is as good as discarded. */
-	return advice == MADV_GUARD_INSTALL && real.madvise((void *)start, end - start, advice) ? errno : 0;
+	return advice == MADV_GUARD_INSTALL && real.madvise((void *)start, end - start, advice) ? -errno : 0;
 }
 
 /* Piece by piece, as the kernel does it: a hole is passed over, and at what it refuses (locked memory) it stops, so that
@@ -57,13 +57,13 @@ static int discard(uintptr_t start, uintptr_t end, int advice)
 		if (merged)
 			err = discard_merged(at, stop, advice);
 		else if (real.madvise((void *)at, stop - at, advice))
-			err = errno;
-		if (err == ENOMEM) {
-			hole = ENOMEM;
+			err = -errno;
+		if (err == -ENOMEM) {
+			hole = err;
 			err = 0;
 		}
 	}
-	errno = err ? err : hole;
+	errno = err ? -err : -hole;
 	return err || hole ? -1 : 0;
 }
 

@@ -4,6 +4,7 @@
 #include "base/real.h"
 #include "hooks/hooks.h"
 
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/sysinfo.h>
@@ -14,7 +15,6 @@
 #ifndef MAP_DROPPABLE
 #define MAP_DROPPABLE 0x08 /* 6.11 */
 #endif
-#define MPOL_DEFAULT 0
 
 /* ---- mapping --------------------------------------------------------------------------------------- */
 

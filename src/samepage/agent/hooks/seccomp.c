@@ -13,9 +13,11 @@
 #include "base/real.h"
 #include "base/system.h"
 #include "hooks/hooks.h"
+#include "kernel/kernel.h"
 
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/close_range.h>
 #include <linux/futex.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
@@ -86,9 +88,9 @@ static const struct trial trials[] = {
 	{SYS_setsockopt, {NOTHING, SOL_SOCKET, SO_SNDBUF}},
 	{SYS_sendmsg, {NOTHING}},
 	{SYS_recvmsg, {NOTHING}},
-	{SYS_ppoll, {0, 0, 0}},
+	{SYS_ppoll, {0, NOTHING}}, /* of so many, it does not wait */
 	{SYS_signalfd4, {NOTHING}},
-	{SYS_close_range, {INT32_MAX, INT32_MAX, 1U << 1 /* CLOSE_RANGE_UNSHARE */}},
+	{SYS_close_range, {INT32_MAX, INT32_MAX, CLOSE_RANGE_UNSHARE}},
 	{SYS_pipe2, {0, O_CLOEXEC}},
 	{SYS_vmsplice, {NOTHING}},
 	{SYS_memfd_create, {0, 1}},
@@ -107,8 +109,8 @@ static const struct trial trials[] = {
 	{SYS_madvise, {0, 0, MADV_DONTNEED}},
 	{SYS_madvise, {0, 0, MADV_DONTFORK}},
 	{SYS_madvise, {0, 0, MADV_DOFORK}},
-	{SYS_madvise, {0, 0, 23 /* MADV_POPULATE_WRITE */}},
-	{SYS_madvise, {0, 0, 25 /* MADV_COLLAPSE */}},
+	{SYS_madvise, {0, 0, MADV_POPULATE_WRITE}},
+	{SYS_madvise, {0, 0, MADV_COLLAPSE}},
 	{SYS_mbind, {0, 0, 0}},
 	{SYS_set_mempolicy, {0, 0, 0}},
 	{SYS_get_mempolicy, {0, 0, 0, 0, 0}},
@@ -156,7 +158,7 @@ static _Noreturn void try_all(_Atomic long *at)
 		unsigned long mask;
 	} usual = {0};
 
-	raw_syscall(SYS_rt_sigaction, SIGSYS, (long)&usual, 0, 8 /* _NSIG / 8 */, 0, 0);
+	raw_syscall(SYS_rt_sigaction, SIGSYS, (long)&usual, 0, _NSIG / 8, 0, 0);
 	raw_syscall(SYS_prlimit64, 0, RLIMIT_CORE, (long)no_core, 0, 0, 0);
 	for (size_t i = 0; i < NR_TRIALS; i++) {
 		const long *a = trials[i].a;

@@ -8,6 +8,7 @@
 #include "kernel/holders.h"
 #include "kernel/kernel.h"
 
+#include <linux/kvm.h>
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <stdarg.h>
@@ -91,39 +92,37 @@ static void untrack_range(void *arg)
 	untrack(range->start, range->start + range->len);
 }
 
-/* The application's own userfaultfd: the range is its affair from now on. False, with errno, when pages there
+/* The application's own userfaultfd: the range is its affair from now on. 0; or -ENOMEM, when pages there
  * have to stay merged for want of memory. */
-static bool leave_to_userfaultfd(struct uffdio_range *range)
+static int leave_to_userfaultfd(struct uffdio_range *range)
 {
 	uintptr_t start = range->start, end = range->start + range->len;
 	bool ours;
 	sigset_t saved;
 
 	if (no_areas() || start >= end)
-		return true;
+		return 0;
 	mmap_lock(&saved);
 	ours = area_overlaps(start, end);
 	area_change(start, end, AREA_EXCLUDED, 0, -1);
 	mmap_unlock(&saved);
 	if (!ours)
-		return true;
-	if (unmerge(start, end) == -ENOMEM) {
-		errno = ENOMEM;
-		return false;
-	}
+		return 0;
+	if (unmerge(start, end) == -ENOMEM)
+		return -ENOMEM;
 	agent_call(untrack_range, range);
-	return true;
+	return 0;
 }
-
-#define KVM_CREATE_VM 0xae01 /* include/uapi/linux/kvm.h */
 
 static int sp_ioctl(int fd, unsigned long request, void *arg)
 {
 	int ret;
 
 	need_next();
-	if (request == UFFDIO_REGISTER && arg && !leave_to_userfaultfd(&((struct uffdio_register *)arg)->range))
+	if (request == UFFDIO_REGISTER && arg && leave_to_userfaultfd(&((struct uffdio_register *)arg)->range)) {
+		errno = ENOMEM;
 		return -1;
+	}
 	ret = next.ioctl(fd, request, arg);
 	if (request == KVM_CREATE_VM && ret >= 0)
 		atomic_store(&has_guest, true);

@@ -18,6 +18,8 @@
 #include "kernel/kernel.h"
 #include "kernel/window.h"
 
+#include <fcntl.h>
+#include <linux/mempolicy.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -25,13 +27,9 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define MPOL_DEFAULT 0 /* include/uapi/linux/mempolicy.h */
-#define MPOL_LOCAL 4
-#define MPOL_MOVE_STRICT 3
-
 int migrate(uintptr_t start, uintptr_t len)
 {
-	return real.syscall(SYS_mbind, start, len, MPOL_LOCAL, NULL, 0, MPOL_MOVE_STRICT) ? errno : 0;
+	return real.syscall(SYS_mbind, start, len, MPOL_LOCAL, NULL, 0, MPOL_MF_MOVE | MPOL_MF_STRICT) ? -errno : 0;
 }
 
 void unmigrated(uintptr_t start, uintptr_t len)
@@ -40,20 +38,20 @@ void unmigrated(uintptr_t start, uintptr_t len)
 	real.syscall(SYS_mbind, start, len, MPOL_DEFAULT, NULL, 0, 0);
 }
 
-/* Whether migrate() says EIO of a page that a pipe holds, and 0 when it does not hold it any more. */
+/* Whether migrate() says -EIO of a page that a pipe holds, and 0 when it does not hold it any more. */
 static bool try_migrating(uintptr_t page)
 {
 	struct iovec iov = {(void *)page, PAGE_SIZE};
-	int ends[2], held, freed = EIO;
+	int ends[2], held, freed = -EIO;
 
-	if (real.syscall(SYS_pipe2, ends, 02000000 /* O_CLOEXEC */))
+	if (real.syscall(SYS_pipe2, ends, O_CLOEXEC))
 		return false;
-	held = real.syscall(SYS_vmsplice, ends[1], &iov, 1, 0) == (long)PAGE_SIZE ? migrate(page, PAGE_SIZE) : ENOSYS;
+	held = real.syscall(SYS_vmsplice, ends[1], &iov, 1, 0) == (long)PAGE_SIZE ? migrate(page, PAGE_SIZE) : -ENOSYS;
 	close(ends[0]);
 	close(ends[1]);
-	for (int tries = 0; held == EIO && freed == EIO && tries < 4; tries++)
+	for (int tries = 0; held == -EIO && freed == -EIO && tries < 4; tries++)
 		freed = migrate(page, PAGE_SIZE);
-	return held == EIO && !freed;
+	return held == -EIO && !freed;
 }
 
 /* The same of a new page of a private mapping of `fd`, -1: of anonymous memory. */

@@ -6,7 +6,7 @@
 #include "base/page.h"
 
 /* Page migration, which tells whether somebody holds a page. Leaves a memory policy behind, for unmigrated() to
- * take back. 0: nobody else holds a page of the range; EIO: somebody does; or another errno. */
+ * take back. 0: nobody else holds a page of the range; -EIO: somebody does; or another -errno. */
 int migrate(uintptr_t start, uintptr_t len);
 void unmigrated(uintptr_t start, uintptr_t len);
 /* Whether it really tells: of a private page of a file, and of anonymous memory. Asked once. */

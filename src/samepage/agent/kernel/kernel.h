@@ -12,6 +12,8 @@
 #include "base/page.h"
 #include "base/wire.h"
 
+#include <sys/mman.h>
+
 struct kernel {
 	int move;	 /* userfaultfd with MOVE, and WP_ASYNC where tracking; -1 */
 	int wp;		 /* userfaultfd with synchronous write-protection; -1 */
@@ -39,6 +41,10 @@ extern struct kernel kernel;
 #define KERNEL_TRIES 64
 #define KERNEL_CLOSED                                                                                                  \
 	((struct kernel){.move = -1, .wp = -1, .pagemap = -1, .mem = -1, .maps = -1, .overcommit = -1, .schedstat = -1})
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* 6.1 */
+#endif
 
 /* include/uapi/linux/fs.h, Linux 6.7 */
 enum {
@@ -91,7 +97,7 @@ int uffd_copy(uintptr_t dst, uintptr_t src, uintptr_t len);
 /* A memfd, as vm.memfd_noexec=2 wants it; or -errno. */
 int new_memfd(void);
 /* Faults in private copies of a range that may be written, changing no byte; tries again while the kernel backs out, and only
- * then. Any thread (populate.c). 0 or an errno: ENOMEM or EFAULT. */
+ * then. Any thread (populate.c). 0, -ENOMEM or -EFAULT. */
 int populate_write(uintptr_t start, uintptr_t len);
 void track(uintptr_t start, uintptr_t end); /* follow writes to anonymous memory here from now on */
 void untrack(uintptr_t start, uintptr_t end);

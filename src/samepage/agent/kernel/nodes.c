@@ -5,11 +5,11 @@
 #include "kernel/kernel.h"
 
 #include <fcntl.h>
+#include <linux/mempolicy.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define PREFERRED 1 /* MPOL_PREFERRED, include/uapi/linux/mempolicy.h */
 #define NODES_MAX 1024
 
 bool several_nodes(void)
@@ -49,6 +49,6 @@ void prefer_node(int node)
 	memset(mask, 0, sizeof(mask));
 	if (node >= 0)
 		mask[node / 64] = 1UL << node % 64;
-	real.syscall(SYS_set_mempolicy, node < 0 ? mode : PREFERRED, node < 0 ? before : mask,
+	real.syscall(SYS_set_mempolicy, node < 0 ? mode : MPOL_PREFERRED, node < 0 ? before : mask,
 		     (unsigned long)NODES_MAX);
 }

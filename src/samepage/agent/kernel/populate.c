@@ -24,7 +24,7 @@ static int write_nothing(uintptr_t start, uintptr_t len)
 
 	for (uintptr_t at = start; at < start + len; at += PAGE_SIZE)
 		if (real.syscall(SYS_futex, &nobody, FUTEX_WAKE_OP_PRIVATE, 0UL, 0UL, at, OR_NOTHING) < 0)
-			return -1;
+			return -errno;
 	return 0;
 }
 
@@ -37,32 +37,24 @@ static bool populates(void)
 static int populate(uintptr_t start, uintptr_t len)
 {
 	if (!(settings.flags & SP_WELCOME_LIKE_5_10)) {
-		int err = real.madvise((void *)start, len, MADV_POPULATE_WRITE);
+		int err = real.madvise((void *)start, len, MADV_POPULATE_WRITE) ? -errno : 0;
 
-		if (!err || errno != EINVAL)
+		if (err != -EINVAL)
 			return err;
 	}
-	if (!populates())
-		return write_nothing(start, len);
-	errno = EFAULT;
-	return -1;
+	return populates() ? -EFAULT : write_nothing(start, len);
 }
 
 int populate_write(uintptr_t start, uintptr_t len)
 {
-	for (int tries = 0; populate(start, len); tries++) {
-		switch (errno) {
-		case EINTR:
-		case EAGAIN:
-			if (tries == BACK_OUTS)
-				return EFAULT;
-			real.syscall(SYS_sched_yield);
-			continue;
-		case ENOMEM:
-			return ENOMEM;
-		default: /* EFAULT, EHWPOISON: the kernel's VM_FAULT_SIGBUS */
-			return EFAULT;
-		}
+	for (int tries = 0;; tries++) {
+		int err = populate(start, len);
+
+		if (!err || err == -ENOMEM)
+			return err;
+		if ((err != -EINTR && err != -EAGAIN) ||
+		    tries == BACK_OUTS) /* EHWPOISON: the kernel's VM_FAULT_SIGBUS */
+			return -EFAULT;
+		real.syscall(SYS_sched_yield);
 	}
-	return 0;
 }

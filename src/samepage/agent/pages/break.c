@@ -42,18 +42,17 @@
 #define STEP_PAGES 64UL	       /* the same near it, where it cannot be charged in one piece */
 #define NEAR_EACH (32UL << 20) /* near: less than this, and the reserve, for each CPU that could take it meanwhile */
 #define MOVING (256UL << 10)   /* more than the kernel needs for mappings and page tables while a window is moved */
-#define COLLAPSE 25	       /* MADV_COLLAPSE */
 
 /* The same for pages that may not be written, of which the kernel populates none: a byte of each is written over itself by
- * way of /proc, which asks for no permission. Nobody else can write them meanwhile. 0 or an errno. */
+ * way of /proc, which asks for no permission. Nobody else can write them meanwhile. 0 or -errno. */
 static int write_over(uintptr_t start, uintptr_t len)
 {
-	int mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC), err = mem < 0 ? EFAULT : 0;
+	int mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC), err = mem < 0 ? -EFAULT : 0;
 	char byte;
 
 	for (uintptr_t at = start; !err && at < start + len; at += PAGE_SIZE)
 		if (pread(mem, &byte, 1, (off_t)at) != 1 || real.syscall(SYS_pwrite64, mem, &byte, 1UL, at) != 1)
-			err = EFAULT;
+			err = -EFAULT;
 	if (mem >= 0)
 		close(mem);
 	return err;
@@ -108,13 +107,13 @@ static uint64_t count_merged(uint64_t vpn, uint64_t end, uint64_t enough)
 	return n < enough ? n : enough;
 }
 
-/* Fills `to` with the bytes of [start, start + len), which may be protected against reading. 0 or an errno. */
+/* Fills `to` with the bytes of [start, start + len), which may be protected against reading. 0 or -errno. */
 static int copy_out(void *to, uintptr_t start, uintptr_t len, int prot)
 {
 	if (prot & PROT_READ)
 		memcpy(to, (void *)start, len);
 	else if (pread(kernel.mem, to, len, (off_t)start) != (ssize_t)len)
-		return EFAULT;
+		return -EFAULT;
 	return 0;
 }
 
@@ -159,34 +158,37 @@ static bool stock_map(uint64_t n, uintptr_t align)
 	return true;
 }
 
-/* Puts n pages in stock, by single faults. 0; an errno; or -1: not this way. */
+/* What could not be done this way, but may be in another. */
+#define OTHERWISE (-EOPNOTSUPP)
+
+/* Puts n pages in stock, by single faults. 0 or -errno, or OTHERWISE. */
 static int stock_pages(uint64_t n)
 {
-	return stock_map(n, PAGE_SIZE) ? populate_write(stock.at, n * PAGE_SIZE) : -1;
+	return stock_map(n, PAGE_SIZE) ? populate_write(stock.at, n * PAGE_SIZE) : OTHERWISE;
 }
 
-/* Puts SECTION_MAX pages in stock, in one piece. 0; ENOMEM: the cgroup has no room; or -1: not this way. */
+/* Puts SECTION_MAX pages in stock, in one piece. 0; -ENOMEM: the cgroup has no room; or OTHERWISE. */
 static int stock_whole(void)
 {
 	if (!stock_map(SECTION_MAX, WINDOW))
-		return -1;
+		return OTHERWISE;
 	*(volatile char *)stock.at = 0; /* what is empty altogether is not collapsed */
-	for (int tries = 0; real.madvise((void *)stock.at, WINDOW, COLLAPSE); tries++) {
+	for (int tries = 0; real.madvise((void *)stock.at, WINDOW, MADV_COLLAPSE); tries++) {
 		if (errno == EBUSY)
-			return ENOMEM;
+			return -ENOMEM;
 		if (errno != EAGAIN || tries == 8) /* EINVAL: no huge pages; ENOMEM: none free */
-			return -1;
+			return OTHERWISE;
 	}
 	return 0;
 }
 
-/* Whether n pages can be had, and leave the reserve. Needs the lock. 0 or ENOMEM. */
+/* Whether n pages can be had, and leave the reserve. Needs the lock. 0 or -ENOMEM. */
 static int afford(uint64_t n, struct sp_broken *out)
 {
 	out->bytes_needed = n * PAGE_SIZE + MOVING + settings.reserve;
 	out->bytes_available = headroom(settings.use_swap);
 	out->unseen = headroom_unknown();
-	return out->bytes_available < out->bytes_needed ? ENOMEM : 0;
+	return out->bytes_available < out->bytes_needed ? -ENOMEM : 0;
 }
 
 static int look(uint64_t n, struct sp_broken *out)
@@ -199,7 +201,7 @@ static int look(uint64_t n, struct sp_broken *out)
 	return err;
 }
 
-/* Puts pages in stock, `want` at most. 0; an errno; or -1: not this way. *whole: huge pages are worth a try. */
+/* Puts pages in stock, `want` at most. 0 or -errno, or OTHERWISE. *whole: huge pages are worth a try. */
 static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
 {
 	uint64_t n = want < BATCH_PAGES ? want : BATCH_PAGES;
@@ -216,7 +218,7 @@ static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
 		/* This is the look that counts: nobody can take from us what we have, and the reserve is there. */
 		if (!err)
 			err = look(0, out);
-		if (err >= 0)
+		if (err != OTHERWISE)
 			return err;
 		*whole = false;
 	}
@@ -225,21 +227,21 @@ static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
 
 /* ---- restoring ----------------------------------------------------------------------------------------- */
 
-/* Puts the first pages in stock over [at, at + len) of an area. 0, or -1: it cannot be, and what was there still is. */
+/* Puts the first pages in stock over [at, at + len) of an area. 0, or OTHERWISE: it cannot be, and what was there still is. */
 static int give(const struct area *a, uintptr_t at, uintptr_t len)
 {
 	uintptr_t from = stock.at;
 
 	/* ENOMEM: the mapping would have to be cut for it. A child would not have the memory. */
 	if (real.madvise((void *)from, len, MADV_DOFORK))
-		return -1;
+		return OTHERWISE;
 	area_readvise(a, from, from + len);
 	if (a->prot != (PROT_READ | PROT_WRITE) && real.mprotect((void *)from, len, a->prot))
-		return -1;
+		return OTHERWISE;
 	if (window_give(from, len, at)) {
 		if (!range_mapped(at, len))
 			strand();
-		return -1;
+		return OTHERWISE;
 	}
 	if (!window_fill(from, len, PROT_NONE, -1, 0))
 		window_lost();
@@ -247,7 +249,7 @@ static int give(const struct area *a, uintptr_t at, uintptr_t len)
 	return 0;
 }
 
-/* 0; an errno; or -1: not this way. Works on pages of one area that are a segment's but for new islands, and are
+/* 0 or -errno, or OTHERWISE. Works on pages of one area that are a segment's but for new islands, and are
  * no more than there are in stock. */
 static int restore(const struct area *a, uintptr_t start, uintptr_t end, uint64_t *done)
 {
@@ -256,12 +258,12 @@ static int restore(const struct area *a, uintptr_t start, uintptr_t end, uint64_
 	int err = 0;
 
 	if (uffd_register(kernel.wp, start, len, UFFDIO_REGISTER_MODE_WP) || uffd_protect(start, len, true)) {
-		err = -1;
+		err = OTHERWISE;
 		goto out;
 	}
 	/* From here on nobody writes: what is not an island now is the segment's page. */
 	if (!find_islands(start, end)) {
-		err = -1;
+		err = OTHERWISE;
 		goto out;
 	}
 	for (vpn = start >> PAGE_SHIFT, stop = last; next_merged(&vpn, &stop); vpn = stop, stop = last) {
@@ -287,7 +289,7 @@ out:
 
 /* ---- in place ------------------------------------------------------------------------------------------ */
 
-/* Breaks the merged pages of [vpn, end) of one area. 0 or an errno. */
+/* Breaks the merged pages of [vpn, end) of one area. 0 or -errno. */
 static int break_in_place(uint64_t vpn, uint64_t end, struct sp_broken *out)
 {
 	int err = 0;
@@ -311,13 +313,13 @@ static int break_in_place(uint64_t vpn, uint64_t end, struct sp_broken *out)
 /* ---- the walk ------------------------------------------------------------------------------------------ */
 
 /* One step under the lock, from the first merged page of [*vpn, end) on: `max` pages at most, which `restores` says are
- * in stock. 0 or an errno. */
+ * in stock. 0 or -errno. */
 static int break_step(uint64_t *vpn, uint64_t end, uint64_t max, bool restores, struct sp_broken *out)
 {
 	uint64_t stop = end;
 	const struct area *a;
 	uintptr_t from, to;
-	int err = -1;
+	int err = OTHERWISE;
 
 	if (!next_merged(vpn, &stop)) {
 		*vpn = end;
@@ -336,7 +338,7 @@ static int break_step(uint64_t *vpn, uint64_t end, uint64_t max, bool restores, 
 		return 0;
 	if (restores)
 		err = restore(a, from, to, &out->pages_unmerged);
-	if (err < 0) {
+	if (err == OTHERWISE) {
 		if (restores)
 			stock_drop();
 		find_islands(from, to);
@@ -347,14 +349,14 @@ static int break_step(uint64_t *vpn, uint64_t end, uint64_t max, bool restores, 
 	return err;
 }
 
-/* Once nothing of a range is merged: what was written before is made memory like any other, too, as far as that is safe. EAGAIN:
+/* Once nothing of a range is merged: what was written before is made memory like any other, too, as far as that is safe. -EAGAIN:
  * so many pages were, and there may be more. */
 static int restore_rest(uintptr_t start, uintptr_t end, uint64_t max_pages)
 {
 	struct sp_restored done = {0};
 
 	restore_islands(start, end, max_pages, &done);
-	return done.pages_restored && done.pages_restored >= max_pages ? EAGAIN : 0;
+	return done.pages_restored && done.pages_restored >= max_pages ? -EAGAIN : 0;
 }
 
 void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out)
@@ -377,14 +379,14 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 		if (!want)
 			break;
 		if (!max) {
-			err = EAGAIN;
+			err = -EAGAIN;
 			break;
 		}
 		if (want > max)
 			want = max;
 		if (restores && !stocked())
 			err = stock_up(want, &whole, out);
-		if (err > 0)
+		if (err && err != OTHERWISE)
 			break;
 		restores = restores && !err;
 		if (restores && want > stocked())
@@ -405,8 +407,8 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 		any_mmap_unlock(&saved);
 	}
 	/* All that remains, not this batch alone: what somebody who wants to make room has to know. */
-	if (err == ENOMEM)
+	if (err == -ENOMEM)
 		out->bytes_needed = out->pages_remaining * PAGE_SIZE + MOVING + settings.reserve;
-	out->error = err;
+	out->error = -err;
 	out->cpu_ns = thread_cpu_ns() - cpu;
 }

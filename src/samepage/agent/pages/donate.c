@@ -100,8 +100,8 @@ static int seal(int fd)
 	int err, tries = 0;
 
 	do { /* EBUSY: something holds a page for a moment (compaction, another CPU's LRU batch); it was waited for */
-		err = fcntl(fd, F_ADD_SEALS, SEALS) ? errno : 0;
-	} while (err == EBUSY && tries++ < 4);
+		err = fcntl(fd, F_ADD_SEALS, SEALS) ? -errno : 0;
+	} while (err == -EBUSY && tries++ < 4);
 	return err;
 }
 

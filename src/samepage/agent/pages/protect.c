@@ -16,13 +16,13 @@
 static void find_held(struct chunk *c, size_t i, size_t j)
 {
 	uintptr_t start = c->addr[i], len = (j - i) * PAGE_SIZE;
-	int err = room_for(len + WINDOW, settings.reserve) ? migrate(start, len) : ENOMEM;
+	int err = room_for(len + WINDOW, settings.reserve) ? migrate(start, len) : -ENOMEM;
 
 	unmigrated(start, len);
 	if (!err)
 		return;
-	if (err != EIO || j - i <= HELD_TOGETHER) {
-		memset(c->status + i, err == ENOMEM ? NOMEM : BUSY, j - i);
+	if (err != -EIO || j - i <= HELD_TOGETHER) {
+		memset(c->status + i, err == -ENOMEM ? NOMEM : BUSY, j - i);
 		return;
 	}
 	for (size_t end; i < j; i = end) {

@@ -92,12 +92,12 @@ static enum page_status read_page(uintptr_t addr, uint8_t *page)
 		return GONE;
 	if (!room_to_merge(PAGE_SIZE)) /* it may be swapped out */
 		return NOMEM;
-	return pread(kernel.mem, page, PAGE_SIZE, (off_t)addr) == PAGE_SIZE ? DONE : GONE;
+	return pread(kernel.mem, page, PAGE_SIZE, (off_t)addr) == (ssize_t)PAGE_SIZE ? DONE : GONE;
 }
 
 void prove(const struct sp_prove *req, const uint64_t *vpns, size_t n, uint8_t *status, uint8_t *proof)
 {
-	static uint8_t page[PAGE_SIZE]; /* the agent thread's, whose stack is small */
+	static uint8_t page[PAGE_SIZE_MAX]; /* the agent thread's, whose stack is small */
 
 	for (size_t i = 0; i < n; i++, proof += SP_PROOF_SIZE) {
 		agent_mmap_lock();

@@ -160,14 +160,14 @@ static bool all_own(uintptr_t start, uintptr_t len)
 	return true;
 }
 
-/* Replaces [start, start + len), whose pages are in the window, by a copy of them. 0 or an errno: they still are; *unheld: and
+/* Replaces [start, start + len), whose pages are in the window, by a copy of them. 0 or -errno: they still are; *unheld: and
  * nobody else holds one of them. */
 static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr_t copy, bool *unheld)
 {
 	int err;
 
 	if (!all_own(kernel.view, len))
-		return EBUSY;
+		return -EBUSY;
 	err = migrate(kernel.view, len);
 	if (err)
 		return err;
@@ -175,10 +175,10 @@ static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr
 	memcpy((void *)copy, (void *)kernel.view, len);
 	/* ENOMEM: the mapping would have to be cut for it. A child would not have the memory. */
 	if (real.madvise((void *)copy, len, MADV_DOFORK))
-		return ENOMEM;
+		return -ENOMEM;
 	area_readvise(a, copy, copy + len);
 	if (window_give(copy, len, start))
-		return ENOMEM;
+		return -ENOMEM;
 	refill(copy, len);
 	fresh.at += len;
 	return 0;
@@ -189,7 +189,7 @@ static struct {
 	uintptr_t start, len; /* len 0: nothing */
 } now;
 
-/* What became of [start, start + len), an errno or 0, is noted, and nobody is kept away any more. */
+/* What became of [start, start + len), 0 or -errno, is noted, and nobody is kept away any more. */
 static void end_section(uintptr_t start, uintptr_t len, int err)
 {
 	if (!err)
@@ -203,21 +203,21 @@ static void end_section(uintptr_t start, uintptr_t len, int err)
 		track(start, start + len);
 }
 
-/* Restores [start, start + len) of an area, which are islands. 0; an errno; EIO: somebody holds one of them. */
+/* Restores [start, start + len) of an area, which are islands. 0 or -errno; -EIO: somebody holds one of them. */
 static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 {
 	uintptr_t copy, came;
 	bool unheld = false;
-	int err = EBUSY;
+	int err = -EBUSY;
 
 	if (!all_own(start, len)) /* shared with a fork, or swapped out */
-		return EBUSY;
+		return -EBUSY;
 	copy = fresh_pages(len, start);
 	if (!copy)
-		return ENOMEM;
+		return -ENOMEM;
 	if (uffd_register(kernel.move, start, len, UFFDIO_REGISTER_MODE_MINOR)) {
 		uffd_unregister(kernel.move, start, len);
-		return EINVAL;
+		return -EINVAL;
 	}
 	now.start = start;
 	now.len = len;
@@ -246,7 +246,7 @@ static void restore_recover(void)
 		came = min_addr(stop - kernel.view, now.len);
 	if (!replaced)
 		go_home(now.start, came, false);
-	end_section(now.start, now.len, replaced ? 0 : EBUSY);
+	end_section(now.start, now.len, replaced ? 0 : -EBUSY);
 }
 
 /* ---- the walk -------------------------------------------------------------------------------------------- */
@@ -270,7 +270,7 @@ static void restore_step(struct walk *w)
 {
 	uint64_t first = page_next(PAGE_ISLAND, w->vpn, w->end, true), stop;
 	const struct area *a = area_next(first << PAGE_SHIFT);
-	int err = EINVAL;
+	int err = -EINVAL;
 
 	w->vpn = w->end;
 	if (first == w->end || !a)
@@ -285,13 +285,13 @@ static void restore_step(struct walk *w)
 	if (!err) {
 		w->out->pages_restored += stop - first;
 		w->most = min_addr(2 * w->most, RESTORE_MAX);
-	} else if (err != ENOMEM && err != EINVAL && stop - first > RESTORE_MIN) {
+	} else if (err != -ENOMEM && err != -EINVAL && stop - first > RESTORE_MIN) {
 		w->most = (stop - first) / 4 > RESTORE_MIN ? (stop - first) / 4 : RESTORE_MIN;
 		stop = first;
 	} else {
 		w->out->pages_left += stop - first;
 	}
-	w->vpn = err == ENOMEM ? w->end : stop;
+	w->vpn = err == -ENOMEM ? w->end : stop;
 }
 
 /* As many steps as make one hold of the lock. */

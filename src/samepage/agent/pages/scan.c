@@ -153,7 +153,7 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	} else {
 		end = page_next(PAGE_KNOWN, vpn, end, true);
 	}
-	if ((a->flags & AREA_LOCKED) || !(a->prot & 1))
+	if ((a->flags & AREA_LOCKED) || !(a->prot & PROT_READ))
 		return end;
 	stop = end << PAGE_SHIFT;
 	/* An application that changes an area behind the wrappers' back must not be able to make us fault. */
@@ -219,7 +219,7 @@ static void report_found(struct out *o, uint64_t vpn, uint64_t end)
 static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
 {
 	/* Only write-protection can swap an island again; there it is memory like any other. */
-	bool hash_islands = kernel.protects && (a->prot & 1);
+	bool hash_islands = kernel.protects && (a->prot & PROT_READ);
 
 	if (!(o->flags & SP_SCAN_STILL))
 		end = mark_islands(vpn, end);

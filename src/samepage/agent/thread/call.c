@@ -16,6 +16,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/signalfd.h>
 #include <unistd.h>
 
 /* SIGSETXID, libc's own: no program can wait for it. A signalfd reads what was sent to the process as well as to its thread,
@@ -175,7 +176,7 @@ short wait_for(int fd, short events, int timeout_ms)
 {
 	const struct timespec nap = {.tv_nsec = 50000000};
 	struct pollfd p[2] = {{.fd = wake_fd, .events = POLLIN}, {.fd = fd, .events = events}};
-	char drain[128 /* struct signalfd_siginfo */];
+	struct signalfd_siginfo drain;
 	static time_t looked;
 	struct timespec now;
 
@@ -186,7 +187,7 @@ short wait_for(int fd, short events, int timeout_ms)
 	}
 	if (!descriptors_are_ours())
 		return 0;
-	while (p[0].revents && read(wake_fd, drain, sizeof(drain)) > 0)
+	while (p[0].revents && read(wake_fd, &drain, sizeof(drain)) > 0)
 		;
 	/* Also when nobody woke us: a signal that the kernel dropped costs a moment, and not the call. */
 	take_call();

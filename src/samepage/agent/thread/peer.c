@@ -14,6 +14,7 @@
 #include "pages/pages.h"
 
 #include <fcntl.h>
+#include <linux/close_range.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
@@ -200,7 +201,7 @@ static int stay_connected(void)
 /* A file table of this thread's own: empty but for an attached socket. */
 static bool isolate(void)
 {
-	const unsigned unshare_table = 1U << 1; /* CLOSE_RANGE_UNSHARE, 5.9 */
+	const unsigned unshare_table = CLOSE_RANGE_UNSHARE; /* 5.9 */
 	unsigned keep = (unsigned)peer.attached;
 
 	if (peer.attached < 0) {

@@ -120,7 +120,7 @@ static int do_donate(const struct sp_area *runs, size_t n, size_t *len, int *fd)
 
 	for (size_t i = 0; i < n; i++)
 		if (!sane(runs[i].vpn, runs[i].npages, &total))
-			return EPROTO;
+			return -EPROTO;
 	*fd = donate(runs, n, (uint8_t *)(head + 1));
 	*head = (struct sp_done){thread_cpu_ns() - cpu, total};
 	*len = sizeof(*head) + total;
@@ -151,10 +151,10 @@ static int do_merge(int fd, const struct sp_extent *extents, size_t n, size_t *l
 
 	for (size_t i = 0; i < n; i++)
 		if (!sane(extents[i].vpn, extents[i].npages, &total))
-			return EPROTO;
+			return -EPROTO;
 	err = merge(fd, extents, n, (uint8_t *)(head + 1), let_guest_run);
 	if (err)
-		return -err;
+		return err;
 	*head = (struct sp_done){thread_cpu_ns() + unstopped_cpu_ns() - cpu, total};
 	*len = sizeof(*head) + total;
 	return 0;
@@ -168,10 +168,10 @@ static int do_prove(const struct sp_prove *req, size_t n, size_t *len)
 	uint64_t cpu = thread_cpu_ns();
 
 	if (n > (ANSWER_MAX - sizeof(*head)) / (1 + SP_PROOF_SIZE))
-		return EPROTO;
+		return -EPROTO;
 	for (size_t i = 0; i < n; i++)
 		if (!in_user_memory(vpns[i], 1))
-			return EPROTO;
+			return -EPROTO;
 	prove(req, vpns, n, status, status + n);
 	*head = (struct sp_done){thread_cpu_ns() - cpu, n};
 	*len = sizeof(*head) + n * (1 + SP_PROOF_SIZE);
@@ -206,7 +206,7 @@ static int do_restore(const struct sp_area *ranges, size_t n)
 
 	for (size_t i = 0; i < n; i++)
 		if (!in_user_memory(ranges[i].vpn, ranges[i].npages))
-			return EPROTO;
+			return -EPROTO;
 	for (size_t i = 0; i < n && !atomic_load(&thread.stop); i++) {
 		uintptr_t at = ranges[i].vpn << PAGE_SHIFT, end = at + (ranges[i].npages << PAGE_SHIFT);
 
@@ -234,7 +234,7 @@ bool serve(void)
 		return got == -EAGAIN;
 	if ((op == SP_DONATE || op == SP_PROVE || op == SP_MERGE) && !is_same()) {
 		thread_retires();
-		err = EPROTO;
+		err = -EPROTO;
 	} else if (op == SP_AREAS && got == sizeof(uint64_t) && in_user_memory(*(uint64_t *)payload, 0)) {
 		len = do_areas(*(uint64_t *)payload);
 	} else if (op == SP_SCAN && got == sizeof(struct sp_scan)) {
@@ -262,14 +262,14 @@ bool serve(void)
 		agent_mmap_unlock();
 		len = sizeof(struct sp_headroom);
 	} else {
-		err = EPROTO;
+		err = -EPROTO;
 	}
 	if (unstopped_killed())
 		thread_retires();
 	if (fd >= 0)
 		close(fd);
-	ok = transmit(op, head.seq, err, err ? 0 : len, out);
+	ok = transmit(op, head.seq, -err, err ? 0 : len, out);
 	if (out >= 0)
 		close(out);
-	return ok && err != EPROTO;
+	return ok && err != -EPROTO;
 }

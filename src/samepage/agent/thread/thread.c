@@ -14,6 +14,7 @@
 #include "thread/peer.h"
 
 #include <errno.h>
+#include <linux/ioprio.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -106,7 +107,7 @@ void thread_settle(void)
 		raw_syscall(SYS_sched_setaffinity, 0, defaults.affinity_bytes, (long)defaults.affinity, 0, 0, 0);
 	if (defaults.policy >= 0)
 		raw_syscall(SYS_set_mempolicy, defaults.policy, (long)defaults.nodes, NODES_MAX, 0, 0, 0);
-	raw_syscall(SYS_ioprio_set, 1 /* IOPRIO_WHO_PROCESS */, 0, 0, 0, 0, 0);
+	raw_syscall(SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, 0, 0, 0, 0);
 	real.prctl(PR_SET_TIMERSLACK, TIMER_SLACK_NS, 0, 0, 0);
 	real.prctl(PR_SET_NAME, "samepage", 0, 0, 0);
 }

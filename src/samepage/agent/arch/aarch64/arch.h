@@ -2,6 +2,11 @@
 #ifndef SAMEPAGE_ARCH_AARCH64_ARCH_H
 #define SAMEPAGE_ARCH_AARCH64_ARCH_H
 
+/* 4, 16 or 64 KiB, as the kernel was built. */
+extern unsigned arch_page_shift;
+#define ARCH_PAGE_SHIFT arch_page_shift
+#define ARCH_PAGE_SHIFT_MIN 12
+#define ARCH_PAGE_SHIFT_MAX 16
 #define ARCH_TASK_SIZE (1UL << 48) /* of the most that kernels are built for, but for 52 bits by hint */
 #define ARCH_ADDRESS_END (1UL << 48)
 

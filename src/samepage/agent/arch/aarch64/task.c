@@ -1,6 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "arch/arch.h"
 
+#include <sys/auxv.h>
+
+unsigned arch_page_shift = ARCH_PAGE_SHIFT_MIN;
+
+void arch_init(void)
+{
+	arch_page_shift = (unsigned)__builtin_ctzl(getauxval(AT_PAGESZ));
+}
+
 long arch_clone(unsigned long flags, void *stack, _Atomic uint32_t *tid, void *tls, void (*run)(void *), void *arg)
 {
 	register long x8 __asm__("x8") = SYS_clone;

@@ -2,6 +2,9 @@
 #ifndef SAMEPAGE_ARCH_X86_64_ARCH_H
 #define SAMEPAGE_ARCH_X86_64_ARCH_H
 
+#define ARCH_PAGE_SHIFT 12 /* the processor has no other pages */
+#define ARCH_PAGE_SHIFT_MIN ARCH_PAGE_SHIFT
+#define ARCH_PAGE_SHIFT_MAX ARCH_PAGE_SHIFT
 #define ARCH_TASK_SIZE ((1UL << 47) - 4096)
 #define ARCH_ADDRESS_END (1UL << 48)
 

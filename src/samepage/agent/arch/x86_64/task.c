@@ -1,6 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "arch/arch.h"
 
+void arch_init(void)
+{
+}
+
 long arch_clone(unsigned long flags, void *stack, _Atomic uint32_t *tid, void *tls, void (*run)(void *), void *arg)
 {
 	register void *child_tid __asm__("r10") = tid;
