@@ -34,12 +34,12 @@ def compile_c(source: Path, program: Path, *flags: str, compiler: str = "gcc", s
     return program
 
 
-def sources() -> list[str]:
-    """All that the agent is made of on this machine."""
-    return [*map(str, sorted([*SOURCES.glob("*/*.c"), *(SOURCES / "arch" / platform.machine()).glob("*.c")]))]
+def sources(machine: str) -> list[str]:
+    """All that the agent is made of on such a machine."""
+    return [*map(str, sorted([*SOURCES.glob("*/*.c"), *(SOURCES / "arch" / machine).glob("*.c")]))]
 
 
-def build_agent(directory: Path, *more: str) -> Path:
+def build_agent(directory: Path, *more: str, compiler: str = "gcc", machine: str = platform.machine()) -> Path:
     """libsamepage.so in `directory`, with the flags of meson.build, and `more`."""
     library = directory / "libsamepage.so"
     flags = [f"-I{SOURCES}", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-builtin-malloc", "-fno-builtin-calloc"]
@@ -49,7 +49,8 @@ def build_agent(directory: Path, *more: str) -> Path:
         "-pthread",
         *SANITIZERS[os.environ.get("SAMEPAGE_SANITIZE", "")],
     ]
-    subprocess.run(["gcc", "-std=gnu11", *WARNINGS, *flags, *more, *sources(), "-o", str(library)], check=True)
+    command = [compiler, "-std=gnu11", *WARNINGS, *flags, *more, *sources(machine), "-o", str(library)]
+    subprocess.run(command, check=True)
     return library
 
 

@@ -42,9 +42,10 @@ SANITIZED = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 """Also where the agent cannot be: in a program of their own its books run under AddressSanitizer."""
 
 
-def model(folder: Path, name: str, books: Sequence[str], flags: Sequence[str]) -> Path:
+def model(folder: Path, name: str, books: Sequence[str], flags: Sequence[str], compiler: str = "gcc") -> Path:
     sources = [str(SOURCES / f"{book}.c") for book in books]
-    return compile_c(HERE / f"{name}.c", folder / name, "-DSAMEPAGE_CHECK", f"-I{SOURCES}", *sources, *flags)
+    options = ["-DSAMEPAGE_CHECK", f"-I{SOURCES}", *sources, *flags]
+    return compile_c(HERE / f"{name}.c", folder / name, *options, compiler=compiler)
 
 
 @pytest.fixture(scope="module", params=[[], SANITIZED], ids=["plain", "sanitized"])

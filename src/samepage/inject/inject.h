@@ -22,7 +22,7 @@
  * - *What is not sure is refused*, before anything is changed: enum inject_error.
  *
  * All of an operation is done by a thread of its own, for when that ends the kernel lets go of what it traced.
- * What of it is x86-64's is in x86_64.c: the registers' names, the frame, and the instructions.
+ * What of it is x86-64's is in arch/x86_64/: the registers' names, the frame, and the instructions.
  */
 #ifndef SAMEPAGE_INJECT_H
 #define SAMEPAGE_INJECT_H
@@ -76,7 +76,7 @@ struct tracee {
 	bool entered;	       /* the registers are not the thread's own */
 };
 
-/* ---- x86_64.c ---- */
+/* ---- arch/ ---- */
 
 /* The register set of ptrace(2) that has all that a signal frame has besides the registers of struct user_regs_struct. */
 extern const int arch_fp_regset;
