@@ -283,14 +283,38 @@ static size_t section_end(const struct chunk *c, size_t i, size_t j)
 	return end;
 }
 
-static bool is_huge_page(const struct chunk *c)
+/* How much of [start, end), in bytes, is in huge pages that page tables have as such, up to the first gap. */
+static uintptr_t in_huge_page(uintptr_t start, uintptr_t end)
 {
-	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_HUGE}; /* anonymous: its pages are ours alone */
+	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_HUGE, .must_not = PAGE_IS_PFNZERO};
 	struct page_region r;
 	uintptr_t walked;
 
-	return kernel.huge && kernel.scan && c->n == SECTION_MAX && c->addr[0] % WINDOW == 0 &&
-	       pagemap_walk(c->addr[0], c->addr[0] + WINDOW, &w, &r, 1, &walked) == 1 && r.end - r.start == WINDOW;
+	return kernel.scan && pagemap_walk(start, end, &w, &r, 1, &walked) == 1 ? r.end - r.start : 0;
+}
+
+static bool is_huge_page(const struct chunk *c, size_t i, size_t j)
+{
+	return kernel.huge && j - i == SECTION_MAX && c->addr[i] % WINDOW == 0 &&
+	       in_huge_page(c->addr[i], c->addr[i] + WINDOW) == WINDOW;
+}
+
+/*
+ * Whether a huge page that a row of pages [i, j) is a part of is one no more, as moving the part would have the kernel see to. It
+ * cannot be split as long as somebody has pinned it, and of such a part UFFDIO_MOVE did not return before he let go (6.12.117 and
+ * 6.18.15; 6.18.44 and 7.3 say EBUSY), with the mmap_lock held. MADV_COLD of a part of a huge page splits it, too, and gives up.
+ */
+static bool splits(const struct chunk *c, size_t i, size_t j)
+{
+	for (uintptr_t at = c->addr[i], last = c->addr[j - 1] + PAGE_SIZE, end; at < last; at = end) {
+		end = min_addr((at | (WINDOW - 1)) + 1, last);
+		if (!in_huge_page(at, at + PAGE_SIZE))
+			continue;
+		real.madvise((void *)at, PAGE_SIZE, MADV_COLD);
+		if (in_huge_page(at, at + PAGE_SIZE))
+			return false;
+	}
+	return true;
 }
 
 /*
@@ -375,9 +399,10 @@ static void unshare(const struct chunk *c, size_t i, size_t j)
 	}
 }
 
-/* Swaps pages [i, j) of the chunk, by sections or as one huge page. */
-static void move_and_map(struct chunk *c, size_t i, size_t j)
+/* Swaps pages [i, j) of the chunk, by sections or as the one huge page that they are. False: that would not move. */
+static bool move_and_map(struct chunk *c, size_t i, size_t j, bool huge)
 {
+	bool moved = true;
 	int err = 0;
 
 	set_out(c, 0, 0);
@@ -387,7 +412,9 @@ static void move_and_map(struct chunk *c, size_t i, size_t j)
 	}
 	if (err)
 		memset(c->status + i, REFUSED, j - i);
-	else if (j - i < SECTION_MAX || !is_huge_page(c) || !swap_huge_page(c))
+	else if (huge)
+		moved = swap_huge_page(c);
+	else
 		for (size_t at = i, end; at < j; at = end) {
 			end = section_end(c, at, j);
 			if (thread_woke())
@@ -397,12 +424,35 @@ static void move_and_map(struct chunk *c, size_t i, size_t j)
 		}
 	watch_no_more(c, i, j);
 	set_out(NULL, 0, 0);
+	return moved;
+}
+
+/* The same, but for parts of huge pages that cannot be split. */
+static void move_parts(struct chunk *c, size_t i, size_t j)
+{
+	for (size_t at = i, end; at < j; at = end) {
+		bool go = splits(c, at, row_end(c, at, j));
+
+		for (end = row_end(c, at, j); end < j && splits(c, end, row_end(c, end, j)) == go;)
+			end = row_end(c, end, j);
+		if (go)
+			move_and_map(c, at, end, false);
+		else
+			memset(c->status + at, BUSY, end - at);
+	}
 }
 
 static void swap_by_move(struct chunk *c, size_t i, size_t j)
 {
 	c->stale = c->unshared = false;
-	move_and_map(c, i, j);
+	if (is_huge_page(c, i, j)) {
+		if (move_and_map(c, i, j, true) || kernel.move < 0)
+			return;
+		unshare(c, i, j);
+		if (is_huge_page(c, i, j) && move_and_map(c, i, j, true))
+			return;
+	}
+	move_parts(c, i, j);
 	if (!c->stale || kernel.move < 0)
 		return;
 	c->unshared = true;
@@ -412,7 +462,7 @@ static void swap_by_move(struct chunk *c, size_t i, size_t j)
 		if (c->status[at] != BUSY)
 			continue;
 		unshare(c, at, end);
-		move_and_map(c, at, end);
+		move_parts(c, at, end);
 	}
 }
 

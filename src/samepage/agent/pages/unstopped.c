@@ -16,7 +16,9 @@
  * whether it did, and hurries up.
  *
  * What does reach it: the freezer of its cgroup, and a signal sent to its own number. The latter may kill it in the
- * middle; then whoever called finishes what it began (swap_recover(), restore_recover()).
+ * middle; then whoever called finishes what it began (swap_recover(), restore_recover()). So does its own limit of CPU time, where
+ * the kernel does not come back from a call: a part of a huge page without page tables of its own that somebody has pinned is such
+ * a case (splits() in swap.c).
  */
 #include "pages/unstopped.h"
 #include "base/real.h"
@@ -26,6 +28,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -44,6 +47,9 @@ static struct {
 
 static void child(void *arg)
 {
+	const struct rlimit seconds = {2, 2};
+
+	raw_syscall(SYS_prlimit64, 0, RLIMIT_CPU, (long)&seconds, 0, 0, 0);
 	step.inside = true;
 	step.looks = 0;
 	step.fn(arg);
