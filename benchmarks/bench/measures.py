@@ -182,7 +182,7 @@ def watch(side: Side, memory: meters.Memory, goal: int, limit: float) -> Curve:
         curve.cpu_seconds.append(side.cpu_seconds() - cpu)
         if saved >= NEARLY_ALL * goal:
             curve.finished = saved >= 0.995 * goal or now > grown + QUIET
-        elif now > grown + PATIENCE:
+        elif grown and now > grown + PATIENCE:
             scans = side.full_scans() if scans is None else scans
             curve.finished = side.full_scans() >= scans + PATIENT_PASSES
     curve.sampler_cpu_seconds = time.thread_time() - own

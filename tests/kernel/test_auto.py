@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,39 @@ def test_each_process_is_served_by_one_engine_and_status_says_by_which(holder: P
             errors.seek(0)
             assert "the kernel: shared " in errors.read()
         wait_until(lambda: knobs() == before, "put back", 10)
+
+
+@needs_ksm
+def test_the_exit_status_is_the_commands_though_it_is_attached_to_itself(holder: Path) -> None:
+    """Who traces a child of its own is told of its stops and its end as a tracer and as a parent."""
+    with kernel_ksm.borrowed(run=0, **DEFAULTS):
+        for how, expected in (("eof", 0), ("kill", 128 + signal.SIGKILL)) * 2:
+            command = [sys.executable, "-m", "samepage", "run", "--engine", "auto", "--", str(holder), "4"]
+            pipe = subprocess.PIPE
+            run = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+            assert run.stdout is not None
+            assert run.stdout.readline() == "ready\n"
+            (static,) = (pid for pid in children(run.pid) if maps(pid).count("/holder"))
+            wait_until(lambda: mergeable(static), "attached", 20)  # noqa: B023
+            if how == "kill":
+                os.kill(static, signal.SIGKILL)
+            _, errors = run.communicate(timeout=30)
+            assert (run.returncode, "Traceback" in errors) == (expected, False), errors
+        assert kernel_ksm.read("run") == 0
+
+
+@needs_ksm
+def test_a_command_that_ends_while_it_is_attached_to_has_its_status(holder: Path) -> None:
+    script = f"(sleep 0.$1; :) | {holder} 2 >/dev/null; exit $((40 + $1))"
+    with kernel_ksm.borrowed(run=0, **DEFAULTS):
+        for tenth in range(2, 8):
+            done = samepage("run", "--engine", "auto", "--", "sh", "-c", script, "sh", str(tenth))
+            assert (done.returncode, "Traceback" in done.stderr) == (40 + tenth, False), done.stderr
+        assert kernel_ksm.read("run") == 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def status(path: str) -> dict[str, Any]:

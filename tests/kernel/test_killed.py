@@ -54,13 +54,13 @@ class Run:
         assert self.process.stdout is not None
         self.crew: list[int] = json.loads(self.process.stdout.readline())
         parent = int(status(self.crew[0], "PPid"))
-        (self.service,) = [child for child in children(self.process.pid) if child != parent]
+        ours = [child for child in children(self.process.pid) if child != parent]
+        self.service = ours[0]  # the other one attaches
         self.parent = parent
+        self.ours = [*ours, self.process.pid]
 
     def kill(self, what: str) -> None:
-        for pid in {"service": [self.service], "run": [self.process.pid], "both": [self.service, self.process.pid]}[
-            what
-        ]:
+        for pid in {"service": [self.service], "run": [self.process.pid], "all": self.ours}[what]:
             os.kill(pid, signal.SIGKILL)
 
     def wrong(self) -> list[str]:
@@ -89,7 +89,7 @@ def test_whatever_is_killed_at_any_moment_no_process_changes_and_the_next_start_
             time.sleep(random.random() * LATEST)
             merged["attached"] += sum(mergeable(pid) for pid in run.crew)
             merged["merged"] += sum(kernel_ksm.merging_pages(pid) > 0 for pid in run.crew)
-            what = ("service", "run", "both")[n % 3]
+            what = ("service", "run", "all")[n % 3]
             run.kill(what)
             time.sleep(0.02)
             states = [(status(pid, "State")[0], status(pid, "TracerPid")) for pid in run.crew]

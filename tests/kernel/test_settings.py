@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from samepage.kernel.pace import QUICK, Machine, Pace, Terms
-from samepage.kernel.settings import Settings
+from samepage.kernel.settings import Settings, start_time
 
 
 @pytest.fixture
@@ -250,3 +251,29 @@ def test_what_was_stopped_for_want_of_profit_is_put_back_as_it_was_found(
     assert read(knobs, "run") == "0"
     settings.release([processes[0].pid])
     assert read(knobs, "run") == "1"
+
+
+def test_of_several_one_sets_the_pace_and_the_next_when_that_has_ended(
+    settings: Settings, knobs: Path, tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    settings.hold([process.pid for process in processes], {"run": "1"})
+    state = json.loads((tmp_path / "state.json").read_text())
+    leader = [processes[0].pid, start_time(processes[0].pid)]
+    (tmp_path / "state.json").write_text(json.dumps(state | {"leader": leader}))
+    assert not settings.lead()
+    settings.release([])
+    assert not settings.lead()
+    processes[0].kill()
+    processes[0].wait()
+    assert settings.lead()
+    assert settings.lead()
+
+
+def test_the_pace_goes_back_to_what_was_there_before_anybody_held_it(
+    settings: Settings, knobs: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    (knobs / "sleep_millisecs").write_text("20")
+    settings.hold([processes[0].pid], {"run": "1"})
+    settings.change(QUICK)  # another one does, and is killed
+    assert (settings.found("pages_to_scan", ""), settings.found("sleep_millisecs", "")) == ("100", "20")
+    assert settings.found("run", "") == "0"

@@ -128,14 +128,14 @@ class Adopting(ByTheKernel):
         from samepage.kernel.adopt import Adopter
 
         super().started(pid)
-        self._adopter = Adopter(self._settings, self._processes.is_ours)
+        self._adopter = Adopter(self._settings, self._processes.variable)
         self._adopter.start()
 
     def finish(self) -> dict[str, Any] | None:
         if self._adopter is None:
             super().finish()
             return None
-        self._adopter.end()
+        self._adopter.finish()
         self._held += self._adopter.attached
         for why in list(self._adopter.refused.values())[:REFUSED_MAX]:
             say(why)

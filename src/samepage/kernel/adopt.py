@@ -9,15 +9,20 @@ flag: an agent that finds it takes over, and switches it off (initialise() in ag
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import threading
-from collections.abc import Callable
+import select
+import signal
+import socket
+import sys
+from typing import Any, NoReturn
 
 from samepage.kernel.attach import attach, release_unmerged
 from samepage.kernel.rows import anonymous_pages, is_mergeable
-from samepage.kernel.settings import Settings, SettingsError
+from samepage.kernel.settings import Settings, SettingsError, start_time
 from samepage.kernel.target import TargetError, has_agent
 from samepage.memory.identity import identify
+from samepage.service.machine import is_marked
 
 LOOK_EVERY = 0.25
 """Seconds between two looks."""
@@ -25,43 +30,84 @@ LOOK_EVERY = 0.25
 LEAST = 256
 """Pages of anonymous memory that a process has, or is left alone: an agent joins for an allocation of 1 MiB."""
 
+FINISH_TIMEOUT = 10.0
+"""Seconds that the last look may take: it may have to wait for a process that does not come out of the kernel."""
+
 Program = tuple[int, int]
 """When a process started, and where its stack begins, which every exec chooses anew."""
 
 
 class Adopter:
-    """Looks from a thread of its own, for to hold a process may take seconds. `ours`: whether a process is the
-    command's."""
+    """Looks at processes that `variable` marks as the command's, from a process of its own: what a tracer waits for,
+    its parent would be told of, too, if that were the parent of the traced one, and the other way round; and to hold a
+    process may take seconds."""
 
-    def __init__(self, settings: Settings, ours: Callable[[int], bool]) -> None:
-        self._settings, self._ours = settings, ours
+    def __init__(self, settings: Settings, variable: tuple[str, str]) -> None:
+        self._settings, self._variable = settings, variable
+        self._parent = os.getpid()
+        self._since = start_time(self._parent) or 0
         self._known: dict[int, bool] = {}
         self._seen: dict[int, Program] = {}
         self._done: dict[int, Program] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="adopter", daemon=True)
         self.attached: set[int] = set()
         self.refused: dict[int, str] = {}
         """Why processes were left alone."""
 
     def start(self) -> None:
-        self._thread.start()
+        """It ends with `finish`, or when this process is killed."""
+        self._line, line = socket.socketpair()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._line.close()
+            self._run(line)
+        line.close()
 
-    def end(self) -> None:
-        self._ended.set()
-        self._thread.join(2 * LOOK_EVERY)
+    def finish(self) -> None:
+        """Takes over what it found."""
+        with contextlib.suppress(OSError, ValueError):
+            self._line.settimeout(FINISH_TIMEOUT)
+            self._line.shutdown(socket.SHUT_WR)
+            with self._line.makefile() as told:
+                found: dict[str, Any] = json.load(told)
+            self.attached = set(found["attached"])
+            self.refused = {int(pid): why for pid, why in found["refused"].items()}
+        self._line.close()
+        with contextlib.suppress(OSError):
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
 
-    def _run(self) -> None:
-        while not self._ended.wait(LOOK_EVERY):
-            self.look()
+    def _run(self, line: socket.socket) -> NoReturn:
+        """The forked process."""
+        try:
+            os.setsid()  # what the terminal sends to the command's process group is not for us
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            while not select.select([line], [], [], LOOK_EVERY)[0]:
+                self.look()
+            line.sendall(json.dumps({"attached": sorted(self.attached), "refused": self.refused}).encode())
+        except BrokenPipeError:
+            pass
+        except BaseException as e:
+            with contextlib.suppress(BaseException):
+                print(f"samepage: no process is attached to any more: {e!r}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(0)
 
     def look(self) -> None:
         """Attach to those that have been here for long enough."""
         pids = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
-        self._known = {pid: self._known[pid] if pid in self._known else self._ours(pid) for pid in pids}
+        self._known = {pid: self._known[pid] if pid in self._known else self._is_ours(pid) for pid in pids}
         for pid in (pid for pid, ours in self._known.items() if ours and anonymous_pages(pid) >= LEAST):
             with contextlib.suppress(OSError):
                 self._consider(pid)
+
+    def _is_ours(self, pid: int) -> bool:
+        started = start_time(pid)
+        return started is not None and started >= self._since and is_marked(pid, self._variable, self._parent)
 
     def _consider(self, pid: int) -> None:
         who = identify(pid)

@@ -105,7 +105,7 @@ class Pace:
     ) -> None:
         self._settings, self._terms, self._machine, self._tell = settings, terms or Terms(), machine or Machine(), tell
         self._leave = settings.read("advisor_mode", "none") != "none"
-        self._idle = {name: settings.read(name, "") for name in QUICK}
+        self._idle = {name: settings.found(name, "") for name in QUICK}
         self._found_sleep = int(self._idle["sleep_millisecs"] or 0)
         self._seen = self._until = 0
         self._quick = False
@@ -117,6 +117,8 @@ class Pace:
     def look(self, pages: int) -> None:
         """To be called now and then, with how many anonymous pages there are."""
         try:
+            if not self._settings.lead():
+                return
             scans = int(self._settings.read("full_scans", "0"))
             if pages >= self._seen + max(GREW, self._seen // 20):
                 self._seen, self._until = pages, scans + PASSES

@@ -33,10 +33,6 @@ class KernelProcesses(SharedByCommand):
         if self._pace is not None:
             self._pace.look(sum(anonymous_pages(pid) for pid in self._rows))
 
-    def is_ours(self, pid: int) -> bool:
-        """Whether it is the command's."""
-        return self._is_new(pid) and self._is_ours(pid)
-
     def _is_new(self, pid: int) -> bool:
         """Whether it started after this one, and could be the command's. Others are not asked: to answer, the kernel
         may have to wait for whatever they do with their memory."""

@@ -141,6 +141,24 @@ class Settings:
             for name, value in values.items():
                 self._write(name, value)
 
+    def lead(self) -> bool:
+        """Whether this process is the one that sets the pace: of those that want to, the first that lives."""
+        with self._locked():
+            state = self._recovered()
+            if state is None:
+                return False
+            leader = state.get("leader")
+            if leader is None or start_time(leader[0]) != leader[1]:
+                leader = [os.getpid(), start_time(os.getpid())]
+                self._save(state | {"leader": leader})
+            return bool(leader[0] == os.getpid())
+
+    def found(self, name: str, otherwise: str) -> str:
+        """A file of the kernel's as it was before anybody held it."""
+        with self._locked():
+            state = self._recovered()
+            return str((state or {"found": {}})["found"].get(name, self.read(name, otherwise)))
+
     def read(self, name: str, otherwise: str) -> str:
         """A file of the kernel's; `otherwise` where it has none."""
         try:
