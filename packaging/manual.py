@@ -103,6 +103,8 @@ def main() -> None:
             else ["samepage", *(n for n in others if n in ("samepage-run", "samepage-daemon"))]
         )
         (folder / "man1" / f"{name}.1").write_text(page(name, subparser, see))
+    for subparser in names.values():  # shells show it beside the name
+        subparser.description = (subparser.description or "").partition("\n")[0]
     for shell, file in SHELLS.items():
         (folder / file).write_text(shtab.complete(parser, shell=shell))
 

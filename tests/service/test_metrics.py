@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -170,6 +172,28 @@ def test_unmerges_are_counted_by_their_outcome(scanner: Scanner, start: Callable
     found = samples(scanner)
     assert summed(found, "samepage_unmerges_total", outcome="done") >= 1
     assert summed(found, "samepage_unmerges_total", outcome="ENOMEM") == 2
+
+
+def test_what_can_be_counted_is_there_as_zero_before_it_happens() -> None:
+    scanner = Scanner()
+    scanner.tally.enter(os.getpid(), 0)
+    found = samples(scanner)
+    assert {
+        dict(of)["outcome"]: v for (name, of), v in found.items() if name == "samepage_unmerges_total"
+    } == dict.fromkeys(tally.OUTCOMES, 0)
+    assert {dict(of)["why"] for name, of in found if name == "samepage_joins_refused_total"} == set(tally.REFUSALS)
+
+
+def test_the_board_asks_for_nothing_that_there_is_not(
+    scanner: Scanner, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    start()
+    until(lambda: len(scanner.rows()) == 1)
+    board = (Path(__file__).parents[2] / "examples/grafana/samepage.json").read_text()
+    asked = set(re.findall(r"\b(?:node_ksmd|samepage)_\w+", board)) - {"samepage_processes_left_alone"}
+    assert asked <= {name for name, _ in samples(scanner)}
+    panels = json.loads(board)["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
 
 
 def test_a_process_that_is_cut_off_and_one_that_is_stopped_are_told(

@@ -35,6 +35,29 @@ NAME_MAX = 200
 
 OTHERS = ("others", "others")
 
+OUTCOMES = ("done", "ENOMEM", "EINTR", "EFAULT", "ETIMEDOUT")
+"""Of an unmerge. All are there from the start, as 0, and so are the reasons below: of a series that begins with 1
+Prometheus does not see that it grew."""
+
+KINDS = {
+    "it changed its": "another user",
+    "it entered another user namespace": "another user",
+    "it executed another program": "another program",
+    "its pid is another": "another program",
+    "no answer in time": "no answer",
+    "it keeps everybody waiting": "too slow",
+    "it tells of more pages": "false claims",
+    "": "protocol",
+}
+"""Why a process was dropped, in one of few words, by how the reason begins."""
+
+REFUSALS = ("no user id", "too many connections", "no descriptors", "not allowed", "protocol")
+"""Why a process may not join."""
+
+
+def _zeros(names: Iterable[str]) -> Counter[str]:
+    return Counter(dict.fromkeys(names, 0))
+
 
 @dataclass(slots=True, eq=False)
 class Place:
@@ -47,9 +70,9 @@ class Place:
     """When it last had a process, in `time.monotonic`."""
     cpu_seconds: float = 0.0
     """CPU time of the agents."""
-    unmerges: Counter[str] = field(default_factory=Counter)
-    """By outcome: "done", or the name of an errno."""
-    dropped: Counter[str] = field(default_factory=Counter)
+    unmerges: Counter[str] = field(default_factory=lambda: _zeros(OUTCOMES))
+    """By outcome."""
+    dropped: Counter[str] = field(default_factory=lambda: _zeros(KINDS.values()))
     """Processes that are not served any more though they did not end, by reason."""
 
 
@@ -83,7 +106,7 @@ class Tally:
         self._places: dict[tuple[int, str], Place] = {}
         self._others = Place(*OTHERS)
         self._processes: dict[int, _Process] = {}
-        self._refused: Counter[str] = Counter()
+        self._refused = _zeros(REFUSALS)
 
     def enter(self, pid: int, domain: int) -> None:
         """A process joined."""
@@ -113,7 +136,7 @@ class Tally:
             place.unmerges[outcome] += 1
 
     def refuse(self, why: str) -> None:
-        """A process may not join. `why` is one of few words."""
+        """A process may not join. `why` is one of `REFUSALS`."""
         with self._lock:
             self._refused[why] += 1
 
@@ -174,13 +197,4 @@ def _spend(process: _Process, cpu_seconds: float) -> None:
 
 def kind_of(why: str) -> str:
     """Why a process was dropped, in one of few words."""
-    kinds = {
-        "it changed its": "another user",
-        "it entered another user namespace": "another user",
-        "it executed another program": "another program",
-        "its pid is another": "another program",
-        "no answer in time": "no answer",
-        "it keeps everybody waiting": "too slow",
-        "it tells of more pages": "false claims",
-    }
-    return next((kind for begin, kind in kinds.items() if why.startswith(begin)), "protocol")
+    return next(kind for begin, kind in KINDS.items() if why.startswith(begin))
