@@ -46,6 +46,7 @@ check: $(VENV)/installed $(VENV)/development
 	test -e build/check || meson setup -Dwerror=true build/check
 	meson compile -C build/check
 	python -m tests.agent.layers build/check
+	python -m tests.sizes
 	mypy
 	PYTHONPATH=src lint-imports --no-logo
 

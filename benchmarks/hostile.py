@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.processes import end
 from samepage import agent as library
 from samepage.memory import AREA, PAGE_SIZE, RUN, RunKind, wire
 from samepage.memory.wire import Op, Packet
@@ -334,12 +335,8 @@ class Daemon:
         return all(rows.get(pid, 0) >= 0.95 * ARRAY // PAGE_SIZE for pid in pids)
 
     def end(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            end(self.process, 20)
 
 
 def run(
@@ -372,12 +369,7 @@ def run(
                 assert attacked.process.poll() is None, attacked.said.read_text()
             quiet_most, attacked_most = quiet.resident()[1], attacked.resident()[1]
         finally:
-            for group in groups:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL)
-            for group in groups:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(group, 0)
+            _end_attacks(groups)
             said = attacked.said.read_text()
             for daemon in (quiet, attacked):
                 daemon.end()
@@ -394,6 +386,15 @@ def run(
         "tracebacks": said.count("Traceback"),
         "said": said.splitlines()[-20:],
     }
+
+
+def _end_attacks(groups: list[int]) -> None:
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    for group in groups:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(group, 0)
 
 
 def main() -> int:

@@ -75,6 +75,17 @@ class Commanded:
         self.process.communicate()
 
 
+def end(process: subprocess.Popen[Any], seconds: float = 10.0) -> None:
+    """By SIGTERM. TimeoutExpired when that took too long, and it was killed."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
+
+
 @contextlib.contextmanager
 def service(folder: Path, *options: str) -> Iterator[str]:
     """`samepage daemon`; yields where it listens."""

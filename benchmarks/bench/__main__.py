@@ -79,7 +79,7 @@ def run(names: list[str], sizes: Sizes, repeats: int, console: Console) -> tuple
     return measure(bench, names), bench
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,6 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "experiments", metavar="EXPERIMENT", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)"
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
     args = parser.parse_args(argv)
     if unknown := [name for name in args.experiments if name not in EXPERIMENTS]:
         parser.error(f"no experiment {unknown[0]}; there are {', '.join(EXPERIMENTS)}")
@@ -112,7 +117,6 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--realtime needs root")
     # Ended by a signal, everything is put back too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
     facts = machine()
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     sizes = QUICK if args.quick else FULL

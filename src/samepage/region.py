@@ -25,9 +25,9 @@ class UnmergeError(OSError):
     faulted for which there is none) or EINTR. What was done stays done; the region is still registered; calling again
     goes on.
 
-    `pages_unmerged` have private copies again, `pages_remaining` are still merged; `bytes_needed` and
-    `bytes_available` are the sum that decided. `unseen`: nothing is available because what limits this process cannot
-    be read from inside of it.
+    `pages_unmerged` have private copies again, `pages_remaining` are still merged; `bytes_needed` is
+    what copies of these take, `bytes_available` what there is for them. `unseen`: nothing is available because what
+    limits this process cannot be read from inside of it.
     """
 
     def __init__(

@@ -153,7 +153,7 @@ def test_an_unmerge_without_the_memory_for_it_says_what_is_missing(samepage: Sam
         "errno": "ENOMEM",
         "pages_unmerged": 0,
         "pages_remaining": 2 * NPAGES,
-        "bytes_needed": NPAGES * 4096,
+        "bytes_needed": 2 * NPAGES * 4096,
         "bytes_available": 100,
         "limits_unseen": False,
     }

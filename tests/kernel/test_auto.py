@@ -210,6 +210,7 @@ def test_each_engine_unmerges_its_own() -> None:
     done = engines.unmerge([3, 1], lambda _: None, lambda: False)
     assert (user.asked, kernel.asked) == ([[1]], [[3]])
     assert (done["ok"], done["errno"], done["pages_unmerged"], done["pages_remaining"]) == (False, "ENOMEM", 2, 2)
+    assert done["bytes_needed"] == 2 * 7
     assert engines.unmerge([], lambda _: None, lambda: False)["pages_unmerged"] == 3
     with pytest.raises(ProcessLookupError, match="process 4 is served by no engine"):
         engines.unmerge([4], lambda _: None, lambda: False)

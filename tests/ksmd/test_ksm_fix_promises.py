@@ -63,7 +63,7 @@ def test_s1_a_break_ends_on_out_of_memory_and_says_so() -> None:
     machine.limit = machine.used + 20
     result = ksmd.unmerge(slot)
     assert (result.errno, result.pages_unmerged, result.pages_remaining) == (errno.ENOMEM, 20, 30)
-    assert result.bytes_needed == PAGE_SIZE
+    assert result.bytes_needed == 30 * PAGE_SIZE
     assert result.bytes_available == 0
     assert len(a.merged_pages()) == 30
     assert a.calls.count("break") == 1

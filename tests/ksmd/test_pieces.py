@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samepage.ksmd import books, quota
-from samepage.ksmd import domain as domains
+from samepage.ksmd import refs as refs_module
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.pieces import GRANULE
@@ -122,8 +122,8 @@ def test_pages_have_the_refs_that_a_dictionary_would_give(
 ) -> None:
     """And keep them as long as they are known, whatever becomes of others."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(domains, "SWEEP_ROWS", 0)
-        patched.setattr(domains, "FEW", 1 if many else 1000)
+        patched.setattr(refs_module, "SWEEP_ROWS", 0)
+        patched.setattr(refs_module, "FEW", 1 if many else 1000)
         model = Model(3)
         for i, (what, how) in steps:
             if what == "areas":  # gaps and lengths
@@ -260,7 +260,7 @@ def test_what_was_discarded_one_after_the_other_is_not_kept_for_ever() -> None:
         for space in spaces:
             space.discard(at[0], 6400)
         passes(ksmd, 1)
-    assert all(slot.pieces.npages <= domains.SWEEP_ROWS + 100 * 2 * GRANULE for slot in ksmd.slots())
+    assert all(slot.pieces.npages <= refs_module.SWEEP_ROWS + 100 * 2 * GRANULE for slot in ksmd.slots())
     assert [books.problems(domain) for domain in ksmd.mm_list.domains()] == [[]]
 
 

@@ -18,6 +18,7 @@ import pytest
 from benchmarks.memory_cgroup import UNLIMITED, MemoryCgroup
 from benchmarks.oom import Worker, anonymous, rows, samepage, wait_merged
 from benchmarks.processes import environment, wait_until
+from samepage.memory import PAGE_SIZE
 from samepage.service.control import Client
 from tests.oom.conftest import MIB, Start, needs_agent
 
@@ -63,7 +64,7 @@ def test_s2_what_was_done_stays_done_and_the_rest_stays_merged(
     assert answer["errno"] == "ENOMEM"
     assert 0 < answer["pages_unmerged"] < tight[0].pages
     assert answer["pages_unmerged"] + answer["pages_remaining"] == tight[0].pages
-    assert answer["bytes_available"] < answer["bytes_needed"]
+    assert answer["bytes_available"] < answer["bytes_needed"] == answer["pages_remaining"] * PAGE_SIZE
     assert group.usage() > LIMIT - 24 * MIB  # all but the reserve, and less than a batch, was used
     again = tight[0].ask("region")
     assert (again["errno"], again["pages_unmerged"]) == ("ENOMEM", 0)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import end
 from samepage.memory import wire
 from samepage.service import sockets
 from samepage.service.closing import close_all
@@ -75,13 +76,7 @@ def daemon(folder: Path, limits: dict[int, int]) -> Iterator[Daemon]:
         assert served.process.poll() is None, "it ended"
         assert not [line for line in served.lines() if "Traceback" in line]
     finally:
-        served.process.send_signal(signal.SIGTERM)
-        try:
-            served.process.wait(10)
-        except subprocess.TimeoutExpired:
-            served.process.kill()
-            served.process.wait()
-            raise
+        end(served.process)
 
 
 def connect(path: str) -> socket.socket:
@@ -137,16 +132,17 @@ def test_more_processes_than_descriptors_are_refused_in_one_line_and_the_others_
         assert len(lines) <= 2, lines  # of those who came all at once some were turned away
 
 
+def use_up_threads() -> None:
+    """All that this user may have."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (60, 60))
+    with contextlib.suppress(RuntimeError):
+        while True:
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    time.sleep(60)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a user with few threads")
 def test_a_service_that_can_start_no_thread_serves_on(folder: Path) -> None:
-    def use_up() -> None:
-        """All threads that this user may have."""
-        resource.setrlimit(resource.RLIMIT_NPROC, (60, 60))
-        with contextlib.suppress(RuntimeError):
-            while True:
-                threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        time.sleep(60)
-
     user = 61234
     own = folder / "own"
     own.mkdir()
@@ -181,7 +177,7 @@ def test_a_service_that_can_start_no_thread_serves_on(folder: Path) -> None:
     service = in_child(0, serve)
     try:
         until(Path(path).exists)
-        hungry = in_child(user, use_up)
+        hungry = in_child(user, use_up_threads)
         try:
             time.sleep(1)
             asking = in_child(user, ask)

@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,14 +22,14 @@ from samepage.ksmd.counters import DomainRow, Snapshot
 from samepage.memory import PAGE_SIZE
 from samepage.memory.agent import memory_cgroup
 from samepage.memory.conversation import ENDED
-from samepage.service import exposition, sockets, tally
+from samepage.service import exposition, tally
 from samepage.service.exposition import Exposition
 from samepage.service.metrics import Metrics, left_alone, shares
 from samepage.service.scanner import Scanner
-from samepage.service.server import Server
 from samepage.service.sockets import ControlError
 from samepage.service.tally import PLACES_MAX, PLACES_OF_A_GUEST, Place, Tally
 from tests.service import fake_agent
+from tests.service.serving import serving
 
 NPAGES = 64
 
@@ -83,16 +82,8 @@ class Clock:
 @pytest.fixture
 def scanner(tmp_path: Path) -> Iterator[Scanner]:
     """That of a service at tmp_path/socket."""
-    scanner = Scanner()
-    server = Server(sockets.listen(str(tmp_path / "socket")), scanner)
-    threads = [threading.Thread(target=run, daemon=True) for run in (scanner.run, server.run)]
-    for thread in threads:
-        thread.start()
-    yield scanner
-    server.stop()
-    scanner.stop()
-    for thread in threads:
-        thread.join(10)
+    with serving(str(tmp_path / "socket")) as scanner:
+        yield scanner
 
 
 @pytest.fixture

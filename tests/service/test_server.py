@@ -28,6 +28,7 @@ from samepage.service.scanner import Scanner
 from samepage.service.server import Server
 from samepage.service.sockets import ControlError
 from tests.service import fake_agent
+from tests.service.serving import serving
 
 NPAGES = 64
 Process = subprocess.Popen[str]
@@ -65,17 +66,8 @@ def in_child(uid: int, work: Callable[[], object]) -> int:
 def path(folder: Path) -> Iterator[str]:
     """Where a service listens."""
     path = str(folder / "socket")
-    scanner = Scanner()
-    server = Server(sockets.listen(path, everybody=True), scanner)
-    threads = [threading.Thread(target=run, daemon=True) for run in (scanner.run, server.run)]
-    for thread in threads:
-        thread.start()
-    yield path
-    server.stop()
-    scanner.stop()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+    with serving(path, everybody=True):
+        yield path
 
 
 @pytest.fixture

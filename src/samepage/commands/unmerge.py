@@ -70,7 +70,5 @@ def _why(errno: str | None, needed: int, there: int, unseen: bool) -> str:
         return f"nothing is risked, for {agent.UNSEEN}"
     if errno == "ENOMEM":
         needed_mib, there_mib = needed / MIB, there / MIB
-        return (
-            f"the next step needs {needed_mib:.1f} MiB and there are {there_mib:.1f}: free some memory and call again"
-        )
+        return f"the rest needs {needed_mib:.1f} MiB and there are {there_mib:.1f}: free some memory and call again"
     return "interrupted; calling again goes on" if errno == "EINTR" else ""

@@ -164,9 +164,10 @@ class KernelEngine:
         total["processes"].append(row)
         total["pages_unmerged"] += outcome.pages_unmerged
         total["pages_remaining"] += outcome.pages_remaining
+        total["bytes_needed"] += outcome.bytes_needed
         if outcome.errno is not None:
             comm, state = name(pid), ""
             total["failed"].append(row | {"comm": comm, "state": state} | ({"why": why} if why else {}))
             if total["errno"] is None:
-                told = ("errno", "bytes_needed", "bytes_available", "limits_unseen")
+                told = ("errno", "bytes_available", "limits_unseen")
                 total |= {name: row[name] for name in told}

@@ -132,7 +132,7 @@ def unmerge(
     outcome.pages_remaining = sum(size for _, _, size in merged.ranges(pid)) // PAGE_SIZE
     # Of the range that it ended in a part may be done.
     outcome.pages_unmerged = max(outcome.pages_unmerged, first - outcome.pages_remaining)
-    outcome.bytes_needed = outcome.pages_remaining * PAGE_SIZE + OVERHEAD + reserve
+    outcome.bytes_needed = outcome.pages_remaining * PAGE_SIZE
     return outcome
 
 
@@ -147,7 +147,8 @@ def _pass(pid: int, ranges: Ranges, reserve: int, keep: bool, cancelled: Callabl
         except inject.InjectError as e:
             raise TargetError(pid, e.args[0]) from e
         outcome.pages_unmerged += sum(size for _, _, size in ranges[: step.done]) // PAGE_SIZE
-        outcome.bytes_available, outcome.limits_unseen = step.available, bool(step.unseen)
+        outcome.bytes_available = max(0, step.available - OVERHEAD - reserve)
+        outcome.limits_unseen = bool(step.unseen)
         done = step.done
         if step.error == errno.ENOMEM and step.available >= step.needed:
             done += 1  # the kernel's own: it was unmapped meanwhile, or will be seen again

@@ -43,7 +43,7 @@ class ProcessRow:
     merged: int
     """Both of these."""
     bytes_needed: int
-    """What it would take if all of them were written at once."""
+    """What private copies of all of them would take."""
     pages_inherited: int
     pages_broken: int
     """Were merged, and have a private copy again that was not looked at since."""

@@ -58,11 +58,10 @@ class Ksmd:
         self._knobs = Knobs()
         self._advisor = Advisor(self._knobs)
         self._work = MergeWork(concurrently)
-        shared = (self.mm_list, self._knobs, self._advisor, self._work)
-        self._passes = Passes(*shared, clock, cpu_clock)
-        self.slices = Slices(*shared, self._passes, clock, cpu_clock)
-        self._requests = MergeRequests(self._passes, self.slices, self._work, clock)
-        self._unmerging = Unmerging(self.mm_list, self._passes, self._work)
+        self._passes = Passes(self.mm_list, self._knobs, self._advisor, self._work, clock, cpu_clock)
+        self.slices = Slices(self._passes)
+        self._requests = MergeRequests(self._passes, self.slices)
+        self._unmerging = Unmerging(self._passes)
         self._cpu = 0.0
         self._shown = Snapshot(Counters(run=self._knobs.run))
         self._urgent = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,6 @@ from samepage.ksmd.domain import Domain
 from samepage.ksmd.islands import restore_range
 from samepage.ksmd.knobs import error
 from samepage.ksmd.look import Seen, look
-from samepage.ksmd.merge_work import MergeWork
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.passes import Passes
 from samepage.ksmd.pieces import NONE
@@ -41,8 +40,8 @@ class MergeOutcome:
 class MergeRequests:
     """Merges ranges. Everything is touched under `Ksmd.mutex` only."""
 
-    def __init__(self, passes: Passes, slices: Slices, work: MergeWork, clock: Callable[[], float]) -> None:
-        self._passes, self._slices, self._work, self._clock = passes, slices, work, clock
+    def __init__(self, passes: Passes, slices: Slices) -> None:
+        self._passes, self._slices, self._work, self._clock = passes, slices, passes.work, passes.clock
 
     def merge(self, slot: MmSlot, vpn: int, npages: int) -> MergeOutcome:
         """See `Ksmd.merge_range`."""

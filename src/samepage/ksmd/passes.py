@@ -54,8 +54,8 @@ class Passes:
         clock: Callable[[], float],
         cpu_clock: Callable[[], float],
     ) -> None:
-        self._mm_list, self._knobs, self._advisor, self._work = mm_list, knobs, advisor, work
-        self._clock, self._cpu_clock = clock, cpu_clock
+        self.mm_list, self.knobs, self.advisor, self.work = mm_list, knobs, advisor, work
+        self.clock, self.cpu_clock = clock, cpu_clock
         self.seqnr = 0
         self.pages_scanned = self.pages_skipped = 0
         self.found_work = False
@@ -69,13 +69,13 @@ class Passes:
 
     def scan(self, budget: int) -> int:
         """One batch: have processes hash `budget` pages at most. Returns how many they hashed."""
-        mm_list = self._mm_list
+        mm_list = self.mm_list
         if not mm_list.in_pass:
             self._begin()
             if not mm_list.cursor:  # nobody is there: that is no pass
                 mm_list.in_pass = False
                 return 0
-        started = self._cpu_clock()
+        started = self.cpu_clock()
         scanned = list(mm_list.cursor)
         spent_before = sum(slot.cpu_ns for slot in scanned)
         self._put_off()
@@ -84,19 +84,19 @@ class Passes:
         self._hashed += total.hashed
         self.found_work |= bool(total.changed)
         in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
-        cpu = self._cpu_clock() - started + in_processes / 1e9
-        self._advisor.scanned(self._clock(), cpu, total.hashed, total.first_looks, total.broken)
+        cpu = self.cpu_clock() - started + in_processes / 1e9
+        self.advisor.scanned(self.clock(), cpu, total.hashed, total.first_looks, total.broken)
         if not mm_list.cursor and not self.waits_for_children():
             self._end()
         return total.hashed
 
     def _begin(self) -> None:
-        mm_list = self._mm_list
+        mm_list = self.mm_list
         slots = mm_list.for_a_pass()
         slots.sort(key=lambda slot: slot.passes > 0)  # the new ones first; they are not made to wait
         for slot in slots:
             if slot not in mm_list.carried:
-                slot.ages.begin_pass(bool(self._knobs.smart_scan) and not slot.hash_all)
+                slot.ages.begin_pass(bool(self.knobs.smart_scan) and not slot.hash_all)
         mm_list.cursor = {slot: mm_list.carried.get(slot, 0) for slot in slots}
         mm_list.carried = {}
         mm_list.in_pass = True
@@ -105,30 +105,30 @@ class Passes:
 
     def _put_off(self) -> None:
         """A process that is silent, or kept ksmd waiting for too long, is not asked in this pass."""
-        for slot in [s for s in self._mm_list.cursor if s.is_put_off]:
-            del self._mm_list.cursor[slot]
+        for slot in [s for s in self.mm_list.cursor if s.is_put_off]:
+            del self.mm_list.cursor[slot]
 
     def _steps(self, budget: int) -> Seen:
-        mm_list, total = self._mm_list, Seen()
-        began = self._clock()
+        mm_list, total = self.mm_list, Seen()
+        began = self.clock()
         for _ in range(ROUNDS):
-            if not mm_list.cursor or total.hashed >= budget or self._clock() - began > BATCH_SECONDS:
+            if not mm_list.cursor or total.hashed >= budget or self.clock() - began > BATCH_SECONDS:
                 break
             own = [slot for slot in mm_list.cursor if not slot.domain.is_foreign]
             if not own and self._others_had_their_turn() and self._are_there_own():
                 mm_list.carried, mm_list.cursor = mm_list.cursor, {}
                 break
-            before = self._clock()
+            before = self.clock()
             self._step(own or list(mm_list.cursor), budget - total.hashed, total)
-            self.spent(self._clock() - before, is_foreign=not own)
+            self.spent(self.clock() - before, is_foreign=not own)
         return total
 
     def _step(self, slots: list[MmSlot], budget: int, total: Seen) -> None:
         """Ask processes of the pass for one step, or as many as the budget is worth asking."""
-        cursor = self._mm_list.cursor
+        cursor = self.mm_list.cursor
         slots = slots[: max(1, budget // STEP_PAGES)]
         share = budget // len(slots)
-        looks = self._work.each(slots, lambda slot: self._ask(slot, cursor[slot], share))
+        looks = self.work.each(slots, lambda slot: self._ask(slot, cursor[slot], share))
         for slot in slots:
             try:
                 for seen in looks.get(slot, []):
@@ -138,7 +138,7 @@ class Passes:
                 slot.lose(e)
             except Exception as e:  # whatever it said that ksmd cannot cope with, the others are looked at all the same
                 slot.lose(e)
-                self._mm_list.mend()
+                self.mm_list.mend()
             if slot.is_away:
                 del cursor[slot]
             elif not cursor[slot]:
@@ -155,7 +155,7 @@ class Passes:
                 looks.append(look(slot, first, budget, self.flags(slot), end))
             except AddressSpaceSilent as e:
                 slot.lose(e)
-                self._work.wary = True
+                self.work.wary = True
                 break  # what it said before counts
             vpn, budget = looks[-1].reply.next_vpn, budget - len(looks[-1].reply.checksums)
             if not vpn or looks[-1].areas is not None or looks[-1].wall_ns > A_MOMENT * 1e9:
@@ -163,28 +163,28 @@ class Passes:
         return looks
 
     def _end(self) -> None:
-        self._mm_list.in_pass = False
+        self.mm_list.in_pass = False
         self.seqnr += 1
-        self._work.passes += 1
-        candidates = sum(slot.with_checksum for slot in self._mm_list.slots())
+        self.work.passes += 1
+        candidates = sum(slot.with_checksum for slot in self.mm_list.slots())
         self.pages_skipped += max(0, candidates - self._hashed)
-        prune = self._clock() - self._pruned >= self._knobs.stable_node_chains_prune_millisecs / 1000
+        prune = self.clock() - self._pruned >= self.knobs.stable_node_chains_prune_millisecs / 1000
         if prune:
-            self._pruned = self._clock()
-        for domain in self._mm_list.domains():
+            self._pruned = self.clock()
+        for domain in self.mm_list.domains():
             self._end_of(domain, prune)
-        self._advisor.pass_over(self._clock(), quiet=not self.found_work)
+        self.advisor.pass_over(self.clock(), quiet=not self.found_work)
         self.found_work = False
 
     def _end_of(self, domain: Domain, prune: bool) -> None:
-        passes = self._work.passes
+        passes = self.work.passes
         domain.end_pass(passes)
         for slot in [s for s in domain.slots if s.pending_breaks and not s.is_away]:
             try:
                 retry_pending(domain, slot, passes)
             except AddressSpaceGone as e:
                 slot.lose(e)
-        self.found_work |= restore(domain, [s for s in domain.slots if not s.is_away], self._work)
+        self.found_work |= restore(domain, [s for s in domain.slots if not s.is_away], self.work)
         if prune:
             free_sparse_segments(domain, passes)
 
@@ -192,20 +192,20 @@ class Passes:
 
     def flags(self, slot: MmSlot) -> ScanFlag:
         """How to look at a process now."""
-        if slot.hash_all or not self._knobs.smart_scan:
+        if slot.hash_all or not self.knobs.smart_scan:
             flags = ScanFlag.ALL
         else:
             flags = ScanFlag.STILL if slot.is_still else ScanFlag.NONE
-        return flags if self._knobs.merge_across_nodes else flags | ScanFlag.NODES
+        return flags if self.knobs.merge_across_nodes else flags | ScanFlag.NODES
 
     def take_in(self, slot: MmSlot, seen: Look, total: Seen) -> None:
         """Make the books say what a process told. AddressSpaceGone if it makes no sense."""
         with slot.waited_for():
-            outcome = ingest(slot.domain, slot, seen, self._work.passes)
+            outcome = ingest(slot.domain, slot, seen, self.work.passes)
         if outcome.first_looks or outcome.turned:
             slot.expect(slot.unmerged)
         if seen.reply.forked < JOIN_SECONDS:
-            self._joins_until = max(self._joins_until, self._clock() + JOIN_SECONDS - seen.reply.forked)
+            self._joins_until = max(self._joins_until, self.clock() + JOIN_SECONDS - seen.reply.forked)
         total.hashed += outcome.hashed
         total.first_looks += outcome.first_looks
         total.changed += outcome.changed
@@ -223,7 +223,7 @@ class Passes:
             self.take_in(slot, seen, Seen())
         if not slot.silent:
             for refs in slot.aside:
-                slot.domain.deferred.defer(refs, self._work.passes)
+                slot.domain.deferred.defer(refs, self.work.passes)
             slot.aside = []
 
     # -- whose turn it is -------------------------------------------------------------------------------
@@ -234,16 +234,16 @@ class Passes:
 
     def is_turn_of_others(self) -> bool:
         """Whether foreign processes are served now: the owner's were all looked at in this pass."""
-        if not self._mm_list.in_pass:
+        if not self.mm_list.in_pass:
             return not self._are_there_own()
-        return not self._others_had_their_turn() and all(slot.domain.is_foreign for slot in self._mm_list.cursor)
+        return not self._others_had_their_turn() and all(slot.domain.is_foreign for slot in self.mm_list.cursor)
 
     def _others_had_their_turn(self) -> bool:
         return self._took[True] > max(FOREIGN_SECONDS, self._took[False])
 
     def _are_there_own(self) -> bool:
-        return any(not slot.domain.is_foreign for slot in self._mm_list.slots())
+        return any(not slot.domain.is_foreign for slot in self.mm_list.slots())
 
     def waits_for_children(self) -> float:
         """Seconds until no child of a fork is waited for any more; 0: none is."""
-        return max(0.0, self._joins_until - self._clock())
+        return max(0.0, self._joins_until - self.clock())

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
-from samepage.ksmd.advisor import Advisor
 from samepage.ksmd.domain import Domain
-from samepage.ksmd.knobs import Knobs
 from samepage.ksmd.merge import merge_candidates
-from samepage.ksmd.merge_work import MergeWork
-from samepage.ksmd.mm_list import MmList
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.passes import Passes
 from samepage.ksmd.rmap import SLICE_PAGES
@@ -33,18 +28,10 @@ each of very many segments could make every answer late and none of them very la
 class Slices:
     """Merges slices of candidates. Everything is touched under `Ksmd.mutex` only."""
 
-    def __init__(
-        self,
-        mm_list: MmList,
-        knobs: Knobs,
-        advisor: Advisor,
-        work: MergeWork,
-        passes: Passes,
-        clock: Callable[[], float],
-        cpu_clock: Callable[[], float],
-    ) -> None:
-        self._mm_list, self._knobs, self._advisor, self._work, self._passes = mm_list, knobs, advisor, work, passes
-        self._clock, self._cpu_clock = clock, cpu_clock
+    def __init__(self, passes: Passes) -> None:
+        self._passes, self._mm_list, self._knobs = passes, passes.mm_list, passes.knobs
+        self._advisor, self._work = passes.advisor, passes.work
+        self._clock, self._cpu_clock = passes.clock, passes.cpu_clock
         self.segments_max = math.inf
         """How many segments may be held at a time, to be handed out."""
         self.segments_retired = 0

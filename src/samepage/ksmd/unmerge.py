@@ -70,15 +70,19 @@ class UnmergeResult(BreakResult):
         self.processes.append(row)
         self.errno = row.errno or self.errno
         self.pages_unmerged += row.pages_unmerged
-        self.pages_remaining += row.pages_remaining
-        self.bytes_needed, self.bytes_available = last.bytes_needed, last.bytes_available
-        self.unseen = last.unseen
+        self._remain(row.pages_remaining)
+        self.bytes_available, self.unseen = last.bytes_available, last.unseen
 
     def add_lost(self, row: ProcessBreak) -> None:
         """Take in one that could not be asked, or not to its end."""
         self.processes.append(row)
         self.errno = self.errno or row.errno
-        self.pages_remaining += row.pages_remaining
+        self._remain(row.pages_remaining)
+
+    def _remain(self, npages: int) -> None:
+        """So many pages more were to be unmerged, and are still merged."""
+        self.pages_remaining += npages
+        self.bytes_needed = self.pages_remaining * PAGE_SIZE
 
     @property
     def stops(self) -> bool:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 
-from samepage.ksmd.merge_work import MergeWork
-from samepage.ksmd.mm_list import MmList
 from samepage.ksmd.mm_slot import WHOLE, MmSlot, Owed
 from samepage.ksmd.passes import Passes
 from samepage.ksmd.unmerge import Cancelled, ProcessBreak, UnmergeResult, unmerge_pages
@@ -19,8 +17,8 @@ from samepage.memory import AddressSpaceGone, AddressSpaceSilent
 class Unmerging:
     """Unmerges ranges, processes, and everything. Everything is touched under `Ksmd.mutex` only."""
 
-    def __init__(self, mm_list: MmList, passes: Passes, work: MergeWork) -> None:
-        self._mm_list, self._passes, self._work = mm_list, passes, work
+    def __init__(self, passes: Passes) -> None:
+        self._passes, self._mm_list, self._work = passes, passes.mm_list, passes.work
 
     def unmerge(
         self, only: MmSlot | None, extent: tuple[int, int], cancelled: Cancelled, leave_alone: bool

@@ -137,7 +137,9 @@ class BreakResult:
     `errno` is 0, ENOMEM (headroom was less than a batch and the reserve: nothing was faulted for it), EINTR
     (cancelled between two batches) or EFAULT (the area went away, or hardware poison: the kernel's SIGBUS).
     `pages_unmerged` were given private copies; `pages_remaining` in the range are still merged.
-    `bytes_needed` and `bytes_available` are the headroom sum that decided, in bytes. `unseen`: nothing is available
+    `bytes_needed` is what private copies of all these take (everywhere in samepage it is that of the pages in question
+    that are merged), `bytes_available` what there is for them without touching the reserve. `unseen`: nothing is
+    available
     because something that may limit the process could not be read.
     """
 

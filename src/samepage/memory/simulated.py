@@ -36,7 +36,7 @@ from samepage.memory import (
     ScanResult,
     Segment,
 )
-from samepage.memory.simulated_memory import SimulatedMachine, SimulatedMemory, SimulatedSegment, within
+from samepage.memory.simulated_memory import Page, SimulatedMachine, SimulatedMemory, SimulatedSegment, within
 
 Script = Callable[[str, int], int | None]
 """`(operation, vpn)`, where the operation is "scan", "donate", "merge", "break" or "restore"; called before each page.
@@ -177,15 +177,20 @@ class SimulatedAddressSpace(SimulatedProcess):
         segment = self.machine.new_segment(content) if content else None
         return Donation(segment, np.array(status, np.uint8))
 
-    def _donate(self, vpn: int, content: list[int]) -> int:
-        fate = self._fate("donate", vpn)
+    def _in_its_place(self, what: str, vpn: int) -> Page | int:
+        """A page that has memory to itself; else a `PageStatus`, or what the script says."""
+        fate = self._fate(what, vpn)
         page = self._pages.get(vpn)
         if fate is not None:
             return fate
         if page is None or page.frame is None or not self._mergeable(vpn):
             return PageStatus.GONE
-        if page.frame.maps > 1:
-            return PageStatus.BUSY
+        return page if page.frame.maps == 1 else PageStatus.BUSY
+
+    def _donate(self, vpn: int, content: list[int]) -> int:
+        page = self._in_its_place("donate", vpn)
+        if not isinstance(page, Page):
+            return page
         if self.machine.headroom <= len(content):
             return PageStatus.NOMEM
         content.append(page.content)
@@ -203,17 +208,12 @@ class SimulatedAddressSpace(SimulatedProcess):
         return MergeResult(np.array(status, np.uint8))
 
     def _merge(self, vpn: int, segment: SimulatedSegment | None, offset: int) -> int:
-        fate = self._fate("merge", vpn)
-        page = self._pages.get(vpn)
-        if fate is not None:
-            return fate
-        if page is None or page.frame is None or not self._mergeable(vpn):
-            return PageStatus.GONE
-        if page.frame.maps > 1:
-            return PageStatus.BUSY
+        page = self._in_its_place("merge", vpn)
+        if not isinstance(page, Page):
+            return page
         if page.by_application and not self.rehash_broken:
             return PageStatus.REFUSED
-        if page.frame.content != (segment.content[offset] if segment else 0):
+        if page.content != (segment.content[offset] if segment else 0):
             return PageStatus.DIFFERENT
         if segment is not None:
             assert segment.is_open, "merged with a segment that was closed"
@@ -237,8 +237,8 @@ class SimulatedAddressSpace(SimulatedProcess):
         result.pages_remaining = sum(
             self._pages[p].merged and self._mergeable(p) for p in within(self._pages, vpn, npages)
         )
-        result.bytes_needed = (1 + self.machine.reserve) * PAGE_SIZE
-        result.bytes_available = (self.machine.limit - self.machine.used) * PAGE_SIZE
+        result.bytes_needed = result.pages_remaining * PAGE_SIZE
+        result.bytes_available = self.machine.headroom * PAGE_SIZE
         return result
 
     def _break(self, vpn: int) -> int:

@@ -113,10 +113,11 @@ class Engines:
 
     def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
         """One engine after the other: each has memory of its own to look at."""
-        total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "failed": []}
+        total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "bytes_needed": 0, "failed": []}
+        summed = ("pages_unmerged", "pages_remaining", "bytes_needed", "failed")
         for engine, theirs in self._shares(pids):
             done = engine.unmerge(theirs, progress, cancelled)
-            sums = {name: total[name] + done[name] for name in ("pages_unmerged", "pages_remaining", "failed")}
+            sums = {name: total[name] + done[name] for name in summed}
             total = (done if total["errno"] is None else total) | sums  # what the first that failed says
         return total | {"ok": total["errno"] is None}
 

@@ -20,7 +20,7 @@ from samepage.ksmd.merge_work import Concurrently
 from samepage.ksmd.mm_slot import WHOLE, MmSlot, Owed, in_words
 from samepage.ksmd.slices import headroom
 from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
-from samepage.memory import AddressSpaceGone
+from samepage.memory import PAGE_SIZE, AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.conversation import ENDED
 from samepage.memory.halt import SILENT
@@ -52,6 +52,10 @@ answer in time it is not known, and shown as nothing."""
 
 SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pages_inherited", "ksm_process_profit")
 """What the counters of one domain are made of: the rows of its processes, added up."""
+
+
+def _needing(total: Answer) -> Answer:
+    return total | {"bytes_needed": total["pages_remaining"] * PAGE_SIZE}
 
 
 def _rows(processes: Iterable[ProcessBreak]) -> list[Answer]:
@@ -280,7 +284,7 @@ class Scanner:
             if result.unseen:
                 text += f"; {agent.UNSEEN}"
             elif result.errno == errno.ENOMEM:
-                text += f"; {result.bytes_needed} bytes needed, {result.bytes_available} available"
+                text += f"; {left * PAGE_SIZE} bytes needed, {result.bytes_available} available"
             said = filter(None, [text, blamed(_rows(result.processes)), "run is 0"])
             raise OSError(result.errno, "; ".join(said)) from e
         finally:
@@ -293,7 +297,7 @@ class Scanner:
 
         OSError ESRCH when one of `pids` has not joined.
         """
-        total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "bytes_needed": 0}
+        total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0}
         total |= {"bytes_available": 0, "limits_unseen": False}
         failed: dict[int, ProcessBreak] = {}
         for slot in self._each(pids):
@@ -301,9 +305,8 @@ class Scanner:
             failed |= {row.pid: row for row in result.processes if row.errno}
             total["pages_unmerged"] += result.pages_unmerged
             total["pages_remaining"] += result.pages_remaining
-            total |= {"bytes_needed": result.bytes_needed, "bytes_available": result.bytes_available}
-            total["limits_unseen"] = result.unseen
-            progress({"pid": slot.pid} | total)
+            total |= {"bytes_available": result.bytes_available, "limits_unseen": result.unseen}
+            progress({"pid": slot.pid} | _needing(total))
             if result.stops:
                 total["errno"] = errno.errorcode[result.errno]
                 total["pages_remaining"] += self._merged_after(slot, pids)
@@ -316,7 +319,7 @@ class Scanner:
                 total["pages_remaining"] += row.pages_remaining
         if failed and total["errno"] is None:
             total["errno"] = errno.errorcode[next(iter(failed.values())).errno]
-        return total | {"failed": _rows(failed.values()), "ok": total["errno"] is None}
+        return _needing(total) | {"failed": _rows(failed.values()), "ok": total["errno"] is None}
 
     def _unmerge(self, slot: MmSlot, cancelled: Cancelled) -> UnmergeResult:
         try:

@@ -156,8 +156,8 @@ struct sp_prove {
 struct sp_broken {
 	uint64_t pages_unmerged;
 	uint64_t pages_remaining;
-	uint64_t bytes_needed;
-	uint64_t bytes_available;
+	uint64_t bytes_needed;	  /* for copies of the pages that remain */
+	uint64_t bytes_available; /* for copies: the reserve is taken off */
 	uint64_t cpu_ns;
 	int32_t error;	 /* 0, ENOMEM, EINTR, EFAULT */
 	uint32_t unseen; /* 1: bytes_available is 0 because what limits the process could not be read */

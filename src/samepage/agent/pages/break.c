@@ -185,10 +185,12 @@ static int stock_whole(void)
 /* Whether n pages can be had, and leave the reserve. Needs the lock. 0 or -ENOMEM. */
 static int afford(uint64_t n, struct sp_broken *out)
 {
-	out->bytes_needed = n * PAGE_SIZE + MOVING + settings.reserve;
-	out->bytes_available = headroom(settings.use_swap);
+	uint64_t there = headroom(settings.use_swap), left = MOVING + settings.reserve;
+
+	out->bytes_needed = n * PAGE_SIZE;
+	out->bytes_available = there > left ? there - left : 0;
 	out->unseen = headroom_unknown();
-	return out->bytes_available < out->bytes_needed ? -ENOMEM : 0;
+	return there < left + out->bytes_needed ? -ENOMEM : 0;
 }
 
 static int look(uint64_t n, struct sp_broken *out)
@@ -407,8 +409,7 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 		any_mmap_unlock(&saved);
 	}
 	/* All that remains, not this batch alone: what somebody who wants to make room has to know. */
-	if (err == -ENOMEM)
-		out->bytes_needed = out->pages_remaining * PAGE_SIZE + MOVING + settings.reserve;
+	out->bytes_needed = out->pages_remaining * PAGE_SIZE;
 	out->error = -err;
 	out->cpu_ns = thread_cpu_ns() - cpu;
 }
