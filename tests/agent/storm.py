@@ -10,6 +10,7 @@ Serves until SIGTERM, then prints what became of all pages it asked for, as JSON
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -172,7 +173,7 @@ def main() -> None:
             except (AddressSpaceGone, wire.WireError, OSError):
                 sock.close()
         some = rng.sample(spaces, min(len(spaces), 4))
-        try:
+        with contextlib.suppress(AddressSpaceGone):
             if some:
                 if rng.random() < often_huge:
                     merge_huge(rng.choice(some), rng, tally)
@@ -185,8 +186,6 @@ def main() -> None:
                     restore_all(rng.choice(some), tally)
                 if rng.random() < 0.1:
                     break_all(rng.choice(some), tally)
-        except AddressSpaceGone:
-            pass
         gone = [s for s in spaces if s._gone is not None]
         for space in gone:
             # A process that exits is expected; an agent that ends the talk for another reason is not.

@@ -43,8 +43,8 @@ class Get:
 class Set:
     """Change a knob of ksmd.
 
-    `set run 2` unmerges everything and returns when that is done; when it fails, run is 0. So it does with --engine
-    kernel: samepage never writes 2 to /sys/kernel/mm/ksm/run, for that ends in the OOM killer.
+    `set run 2` unmerges everything and returns when that is done; when it fails, run is 0. The same is true with
+    --engine kernel: samepage never writes 2 to /sys/kernel/mm/ksm/run, because that ends in the OOM killer.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ CELLS = 10_000
 """The map has at most about so many cells, however much memory there is."""
 
 MAPPINGS = 12_000
-"""So many mappings are named; of more, the largest."""
+"""How many mappings are named at most: the largest."""
 
 COLOURED = (PageClass.ZERO, PageClass.INSIDE, PageClass.BETWEEN, PageClass.SHARED)
 """Classes that a cell has a byte for: their share of it, in 255ths. The rest is unique."""

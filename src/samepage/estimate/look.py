@@ -43,7 +43,7 @@ from samepage.estimate.source import (
 from samepage.memory import PAGE_SIZE, U8, U32, U64
 
 Progress = Callable[[int, str], None]
-"""Told of pages that were looked at since it was last told, and of whom they are."""
+"""Called with the number of pages looked at since the last call, and the name of their process."""
 
 HEADER = struct.Struct("<QQ")
 """Of a chunk of malloc's: the size of the one before, and its own with the flags."""
@@ -407,8 +407,8 @@ def look(
     keep_vpns: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Look:
-    """Look at every source. What cannot be looked at is told in `problems`; of `optional` processes it is only told how
-    many may not be. `sample` keeps that share of the pages, by their content. `keep_vpns` for `watch`."""
+    """Look at every source. `problems` says what could not be looked at; of `optional` processes it says only how many
+    could not be. `sample` keeps that share of the pages, by their content. `keep_vpns` for `watch`."""
     began, cpu = time.monotonic(), time.process_time()
     looker = _Looker(sample, keep_vpns, progress)
     looker.run(sources, optional)

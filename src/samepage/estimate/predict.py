@@ -36,7 +36,7 @@ from samepage.memory import U8, U32, U64
 KSM = Path("/sys/kernel/mm/ksm")
 
 MATRIX_SOURCES = 256
-"""Who shares with whom is found out for so many sources: those with the most pages."""
+"""How many sources the matrix of who shares with whom has: those with the most pages."""
 
 NOBODY = np.uint32(0xFFFFFFFF)
 

@@ -41,7 +41,7 @@ class PageFlag:
     FRAME = np.uint8(1)
     """The first page met of its frame."""
     OUTSIDE = np.uint8(2)
-    """The frame is mapped by somebody who is not looked at, too, or there is no telling by whom."""
+    """A process that is not looked at maps the frame, too, or nobody can say whether one does."""
     SHARED = np.uint8(4)
     """The frame is mapped more than once (bit 56 of /proc/PID/pagemap is clear)."""
     KSM = np.uint8(8)

@@ -29,7 +29,7 @@ ZERO = 0
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """128 bits, of which nobody is told but by `name`."""
+    """128 bits. Nobody is told anything of them but `name`."""
 
     secret: bytes
 

@@ -25,7 +25,7 @@ LOOK_EVERY = 1.0
 """Seconds between two looks at how much memory there is to scan."""
 
 ROWS_EVERY = 1.0
-"""Seconds that rows are good for: to find them, all processes of the machine are asked."""
+"""How long rows are shown again, in seconds: to find them, samepage looks at all processes of the machine."""
 
 SUMMED = ("merged", *kernel_rows.FIELDS)
 
@@ -140,7 +140,8 @@ class KernelEngine:
             raise OSError(code, "; ".join(said))
 
     def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
-        """After an error the others go on, for they may have other limits. In `processes` is a row for each."""
+        """After an error the other processes are still unmerged: they may have other limits. `processes` has a row for
+        each."""
         total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "bytes_needed": 0}
         total |= {"bytes_available": 0, "limits_unseen": False, "failed": [], "processes": []}
         merged = Merged()

@@ -40,9 +40,9 @@ ENOUGH_FOR = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What is asked of ksmd. `cpu`: percent of a CPU that it may take when there is nothing new. `when_short`: it runs
-    only while less than so many percent of memory are available, or processes wait for memory; None: always.
-    `stop_at_loss`: it rests when merging costs more than it saves, until there is new memory; else that is told."""
+    """How ksmd is to be driven. `cpu`: percent of a CPU that it may take when there is nothing new. `when_short`: it
+    runs only while less than so many percent of memory are available, or processes wait for memory; None: always.
+    `stop_at_loss`: it rests when merging costs more than it saves, until there is new memory; else one line says so."""
 
     cpu: float = 5.0
     when_short: float | None = None

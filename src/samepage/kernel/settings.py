@@ -27,7 +27,7 @@ class SettingsError(Exception):
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in ticks, by which it is told from a later one of the same number. None: it has ended."""
+    """When a process started, in ticks: tells it from a later one of the same number. None: it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -92,7 +92,7 @@ class Settings:
         self._write(name, value)
 
     def holders(self) -> set[int]:
-        """The processes for which knobs are held. Empty for who may not know."""
+        """The processes for which knobs are held. Empty if this user may not know."""
         try:
             with open(os.open(self._state, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
                 return {int(pid) for pid in json.load(file)["holders"]}
@@ -171,7 +171,7 @@ class Settings:
         self.recover(pids)
 
     def recover(self, but: list[int] | None = None) -> None:
-        """Put back what a samepage that ended without doing so had found. Nothing for who is not root."""
+        """Put back what a samepage that ended without doing so had found. Does nothing unless this user is root."""
         if os.access(self._knobs / "run", os.W_OK) and self._state.exists():
             with self._locked():
                 self._recovered(but or [])

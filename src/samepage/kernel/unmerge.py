@@ -23,13 +23,13 @@ BATCH = 1 << 20
 """Bytes of addresses that one call is for."""
 
 HOLD, REST = 0.01, 0.002
-"""Seconds that a process is held at a time, and let go in between."""
+"""How long a process is held at a time, and how long it is let go in between, in seconds."""
 
 OVERHEAD = 256 << 10
 """Bytes that the kernel needs besides (inject/unmerge.c)."""
 
 PASSES = 8
-"""Times that a process is gone over: what changed meanwhile is left for the next time."""
+"""How often unmerge goes over a process. What changed meanwhile is left for the next time."""
 
 Ranges = list[tuple[int, int, int]]
 """Addresses of parts of mappings, and the bytes of each that are merged."""

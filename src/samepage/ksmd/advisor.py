@@ -1,12 +1,12 @@
 """When ksmd works, and how much at a time.
 
-`none`: as ksmd ever did, `pages_to_scan` pages, then sleep. `scan-time`: the same, with `pages_to_scan` set after
-every pass so that a pass takes `advisor_target_scan_time`. `cpu`, the default: memory never seen before is looked
-at, and what matches is merged, without a pause; looking again at what was seen is spaced so that it costs at most
-`advisor_max_cpu` percent of a core, and while nothing happens passes come ever more rarely, up to a second apart.
+`none`: as ksmd always did, `pages_to_scan` pages, then sleep. `scan-time`: the same, but after every pass
+`pages_to_scan` is set so that a pass takes `advisor_target_scan_time`. `cpu`, the default: ksmd looks at new memory and
+merges what matches without a pause. It spaces further looks at the same memory so that they cost at most
+`advisor_max_cpu` percent of a core. While nothing happens, passes come ever more rarely, up to a second apart.
 
-In that cost is what the application pays: a page that was looked at is write-protected, and its next write a fault. So
-is what was spent on merging pages that were then written: a guest that boots, or a heap that is used again and again,
+The cost includes what the application pays: a page that was looked at is write-protected, and its next write faults. It
+includes what was spent on merging pages that were then written: a guest that boots, or a heap that is used again,
 is full of pages that are equal for a moment. An application that writes to all its memory all the time is looked at
 ever more rarely, but what comes to rest is not left unseen for longer than it was in motion, or for ten passes where it
 was skipped in some (`age`).
@@ -65,7 +65,7 @@ class Advisor:
         self.spent_in_vain(now, again + min(broken * BREAK_SECONDS, most))
 
     def spent_in_vain(self, now: float, cpu: float) -> None:
-        """So many seconds of CPU time were spent by now on what brought nothing new."""
+        """`cpu` seconds were spent by now on what brought nothing new."""
         if self._joined or self._paid <= now:
             self._caught_up = now
         self._joined = False

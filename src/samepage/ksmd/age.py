@@ -1,8 +1,8 @@
 """Which memory a pass leaves out: what changes whenever it is looked at (`smart_scan`).
 
-mm/ksm.c counts for every rmap_item how often it was looked at in vain, and skips it for more and more passes
-(should_skip_rmap_item, skip_age). Here a whole block is skipped, the range of a huge page. The look itself is
-cheap, but every page that was looked at is write-protected, and a fault when the application writes it next.
+mm/ksm.c counts for every rmap_item how often a look at it was useless, and skips it for more and more passes
+(should_skip_rmap_item, skip_age). Here a whole block is skipped, the range of a huge page. The look itself is cheap.
+But it write-protects the page, so that the application's next write to it faults.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BLOCK_PAGES = 512
 """Pages of a block, of which the first is a multiple."""
 
 RESTLESS_PAGES = BLOCK_PAGES // 4
-"""So many pages of a block must have changed since the last look."""
+"""A block is restless when at least so many of its pages changed since the last look."""
 
 SKIPS: U8 = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 4], np.uint8)
 """By age, the passes that a block is skipped after a look (skip_age); when it is older, as many as the last, which is 8

@@ -1,7 +1,7 @@
-"""What processes are asked to do for a slice of matched pages: donate copies, and merge with them or what is there.
+"""What processes are asked to do for a slice of matched pages: donate copies, and merge with them or with nodes.
 
-One thing waits for another: a copy must be made before anybody can merge with it; and its donor merges last, and only
-if somebody else has it by then, for a copy that nobody else turned out to equal saves nothing. But nobody waits for
+One thing waits for another. A copy must be made before anybody can merge with it. Its donor merges last, and only if
+another process has merged with it by then: a copy that nobody else turned out to equal saves nothing. Nobody waits for
 more than that. While one process merges with what another has just given, the other gives more.
 """
 
@@ -26,8 +26,8 @@ HUGE_PAGE = 512
 """Pages of a huge page, which a process swaps whole if all of it is asked for at once."""
 
 IN_HAND = 2
-"""Things a process is asked at most at the same time. It does one after the other, but it has the next one at once, and
-need not wait until here it is understood what it said to the last."""
+"""How many requests a process has at the same time, at most. It does one after the other, but it has the next one at
+hand, and need not wait until its last answer is taken in here."""
 
 AHEAD = 2
 """Copies that a process makes (8 MiB each) before others have tried the ones before."""
@@ -65,7 +65,7 @@ class _Queue:
     """Copies it was told to make that are not yet tried by all who are to merge with them."""
 
     def next(self) -> _Task | None:
-        """Copies first, for others wait for them; but not many ahead, for they take memory."""
+        """Copies first, since others wait for them; but not many ahead, since they take memory."""
         if self.donations and self.ahead < AHEAD:
             self.ahead += 1
             return self.donations.popleft()
@@ -86,7 +86,7 @@ class _Queues:
         self._queues.setdefault(slot, _Queue()).donations.append(task)
 
     def merge(self, slot: MmSlot, task: _Task, first: bool = False) -> None:
-        """From any thread. `first`: before all that wait already, for what it is about is in the CPU's cache."""
+        """Add a merge, from any thread. `first`: before all others, since its pages are in the CPU's cache."""
         with self._changed:
             merges = self._queues.setdefault(slot, _Queue()).merges
             if first:

@@ -1,9 +1,9 @@
-"""Pages that were merged and then written: to be merged again they must be made memory like any other first.
+"""Restoring pages that were merged and then written: only as ordinary memory can they be merged again.
 
-The kernel has nothing like it, for a page that leaves a stable node there is an ordinary page at once. Here it takes
-its process some microseconds a page, which is worth it where the writing has come to an end: weights that were loaded
-over initialised memory, say. So it is done for pages that were found broken two passes ago or earlier, and for long
-runs of them, since each takes a mapping.
+The kernel needs nothing like it: there a page that leaves a stable node is an ordinary page at once. Here it takes the
+process some microseconds a page, which pays once the writing has come to an end: for weights that were loaded over
+initialised memory, say. So ksmd restores pages that were found broken two passes ago or earlier, and only long runs of
+them, since each run takes a mapping.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESTORE_RATE = 1 << 14
 """Pages a second, at worst, that a process restores (64 MiB)."""
 
 PATIENCE_MAX = 64
-"""Passes at most from one attempt that was in vain to the next."""
+"""The most passes between two attempts, when the first restored nothing."""
 
 
 def restore(domain: Domain, slots: Iterable[MmSlot], work: MergeWork) -> bool:

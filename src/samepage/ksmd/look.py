@@ -42,7 +42,7 @@ class Seen:
 
 STEP_MIN = 64
 IDLE_LOOKS = 256
-"""So often in a pass, and twice for each of its areas, a process may get on by less than `STEP_MIN` pages in a look."""
+"""How many looks of a pass may make less progress than `STEP_MIN` pages, besides two for each area of the process."""
 
 
 def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_END) -> Look:

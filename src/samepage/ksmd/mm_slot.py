@@ -30,11 +30,11 @@ NSTATES = len(PageState)
 NO_CHECKSUM = [state for state in PageState if not HAS_CHECKSUM[state]]
 
 PAGES_MORE = 4096
-"""So many pages more, and twice as many, a process may tell of as it ever had: what it gave up since, it may not
-have told yet."""
+"""A process may tell of twice as many pages as it ever had, and of so many more: it may not have told yet what it gave
+up since."""
 
 BREAK_FEW = 64
-"""Pages that a process is first asked to break, and the slowest always (256 KiB)."""
+"""How many pages a process is asked to break at first; the slowest is never asked for more (256 KiB)."""
 
 STILL_MAX = 8
 """Passes at most in which broken pages of a process are not looked for."""

@@ -1,11 +1,11 @@
 """How long ksmd lets itself be kept waiting, with its mutex held, by one process and by all of a merge domain.
 
-An answer may take a moment, and one that is much work longer. What goes beyond that is taken off an account, which
-fills up again with time. A process whose account is empty is put off: where there is too much to do the best are slow.
-One that owes as much again is dropped. It may join again, and so may its like, in as many user namespaces as it likes;
-so their user has an account as well, and while that is empty all of the user's are put off. A user may have the ids
-of others at hand (subuid(5)); so all users but the owner of the service have one together. They hold up the others for
-some seconds, and then a small part of the time.
+An answer may take a moment, or longer if it is much work. The time beyond that is taken off an account, which fills up
+again. A process whose account is empty is put off until then, since on a busy machine an honest process is slow, too.
+A process that owes as much again is dropped. It may join again, and so may others like it, in any number of user
+namespaces. So their user has an account as well, and while that is empty all of the user's processes are put off. A
+user may have the ids of others at hand (subuid(5)); so all users but the owner of the service share one account. They
+can hold up the others for some seconds, and then for a small part of the time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 A_MOMENT = 0.1
-"""Seconds that one answer may take, or taking it in, before it costs anything."""
+"""How long an answer may take, or taking it in, before the process is charged for it, in seconds."""
 
 
 class Patience:

@@ -20,7 +20,7 @@ from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import U8, U32, U64, VPN_END
 
 SWEEP_ROWS = 1 << 12
-"""So many refs a process may have for pages of which nothing is known any more, and some for each that is."""
+"""How many refs a process may have for pages of which nothing is known any more, besides some for each known page."""
 
 FEW = 256
 """Runs of refs that are gone through one by one."""

@@ -36,8 +36,8 @@ BREAK_RATE = 64 << 20
 """Bytes a second that a process copies at worst, when memory has to be reclaimed for it, without being called slow."""
 
 FAULTS_MAX = 1024
-"""So often in one unmerge what is left of a range is halved to find the page that cannot be mapped: who says so of all
-its pages would keep ksmd busy with every single one."""
+"""How often one unmerge halves what is left of a range, to find the page that cannot be mapped. A process that says so
+of all its pages would keep ksmd busy with every single one."""
 
 SPARSE_SHARE, SPARSE_PASSES, SPARSE_PAGES = 0.25, 8, 256
 """A segment is sparse when less than this share of its pages is in use after so many passes. When at least so many
@@ -80,7 +80,7 @@ class UnmergeResult(BreakResult):
         self._remain(row.pages_remaining)
 
     def _remain(self, npages: int) -> None:
-        """So many pages more were to be unmerged, and are still merged."""
+        """Add pages that were to be unmerged and are still merged."""
         self.pages_remaining += npages
         self.bytes_needed = self.pages_remaining * PAGE_SIZE
 
@@ -154,7 +154,7 @@ def _merged_in(domain: Domain, slot: MmSlot, vpn: int, npages: int) -> int:
 class _Runs:
     """Cuts a range for breaking: as the process gets on, and short where pages are known to be merged or were.
 
-    Where none is known to be nothing is skipped: pages that came by fork, or from before the service, may not have been
+    Ranges without such pages are not skipped: pages that came by fork, or from before the service, may not have been
     found yet.
     """
 
@@ -229,10 +229,10 @@ def _break_range(domain: Domain, slot: MmSlot, vpn: int, npages: int, leave_alon
 def _take_in(
     domain: Domain, slot: MmSlot, vpn: int, npages: int, result: BreakResult, leave_alone: bool
 ) -> BreakResult:
-    """What became of a range that was to be broken. Like in break_ksm, EFAULT ends nothing: the page it is about cannot
-    be mapped any more. So the areas are looked at again, and what is left of the range is halved until the bad page
-    stands alone. It is not unmerged, and stays in the books as merged, for a page that ksmd forgot nobody would unmerge
-    later. Without an error `pages_remaining` are such pages.
+    """Take in what became of a range that was to be broken. As in break_ksm, EFAULT ends nothing: a page cannot be
+    mapped any more. So ksmd asks for the areas again, and halves what is left of the range until the bad page stands
+    alone. That page is not unmerged, and stays in the books as merged: if ksmd forgot it, nobody would unmerge it later.
+    Without an error, `pages_remaining` are such pages.
     """
     if not result.errno:
         _unmerged(domain, slot, _merged_refs(domain, slot, vpn, npages), leave_alone)

@@ -70,7 +70,7 @@ def part_of_areas(part: Structured, start: int, next_vpn: int) -> None:
 
 
 def areas(count: int, npages: int) -> None:
-    """Not more of them than can be kept. It is asked while the list is still coming, for that need have no end."""
+    """There must not be more areas than can be kept. Checked while the list is still coming, which might never end."""
     _require(count <= AREAS_MAX, f"more than {AREAS_MAX} areas")
     _require(npages <= AREA_PAGES_MAX, "areas of too many pages")
 

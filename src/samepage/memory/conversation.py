@@ -27,7 +27,7 @@ from samepage.memory.segments import SegmentError
 from samepage.memory.wire import Op, Packet, WireError
 
 TIMEOUT = 10.0
-"""Seconds an agent has for one answer."""
+"""How long an agent has for one answer, in seconds."""
 
 T = TypeVar("T")
 

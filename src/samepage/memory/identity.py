@@ -59,7 +59,7 @@ class Identity:
 
 def domain_of(uid: int, who: Identity) -> int:
     """The merge domain: a user id in one user namespace. It is the user id alone in the service's own. A process that
-    hides its namespace, for it is protected from its own user, has a domain to itself."""
+    hides its namespace, because it is protected from its own user, has a domain to itself."""
     if who.userns == OWN_USERNS:
         return uid
     return uid | (who.userns or 1 << 31 | who.pid) << 32  # no namespace has so small an inode

@@ -1,10 +1,11 @@
-"""That a process has what it claims, before it is given a segment: whoever is has all pages of that, not only its own.
+"""Proof that a process has what it claims, before it is given a segment: with the segment it gets all pages in it, not
+only its own.
 
-A claim is a checksum, and others may know that, too. So the process hashes pages under a key made up a moment ago
-(BLAKE2b, a message authentication code), and here the same is done with the segment's. One page that is equal is
-enough: who has one can claim that alone, so nothing is gained by asking for more. A few are asked for at once, for any
-of them may just have been written; if none of these is equal, more are, until no claim is left. So an honest process
-loses no page by this, and a liar learns nothing.
+A claim is a checksum, which others may know, too. So the process hashes pages under a key made up a moment ago
+(BLAKE2b, a message authentication code), and the service does the same with the segment's. One page that is equal is
+enough: a process that has one could claim that page alone, so nothing is gained by asking for more. The service asks for
+a few at once, since any of them may just have been written. If none of these is equal it asks for more, until no claim
+is left. So an honest process loses no page by this, and a liar learns nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def refuted(fd: int, extents: npt.NDArray[np.void], ask: Ask) -> U8 | None:
 
 
 def expected(key: bytes, page: bytes) -> bytes:
-    """The proof of a page. Empty, which is none, for what is not a whole page."""
+    """The proof of a page. Empty, which proves nothing, if it is not a whole page."""
     return hashlib.blake2b(page, key=key, digest_size=PROOF_SIZE).digest() if len(page) == PAGE_SIZE else b""
 
 

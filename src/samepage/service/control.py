@@ -92,7 +92,7 @@ class Files(msgspec.Struct, tag_field="op", tag="files", forbid_unknown_fields=T
 
 
 class Processes(msgspec.Struct, tag_field="op", tag="processes", forbid_unknown_fields=True):
-    """Who has joined: `pids`, at most `PIDS_MAX` of them."""
+    """Ask which processes have joined: `pids`, at most `PIDS_MAX` of them."""
 
 
 class Introduce(msgspec.Struct, tag_field="op", tag="introduce", forbid_unknown_fields=True):
@@ -256,8 +256,8 @@ def client_gone(sock: socket.socket) -> bool:
 class Client:
     """A control connection to the service at `path`, for one request after the other.
 
-    Raises `ControlError` with the true errno, here when nobody listens at `path` or somebody does who is
-    neither root nor the same user.
+    Raises `ControlError` with the true errno; here if nobody listens at `path`, or if a user does who is neither
+    root nor this one.
     """
 
     def __init__(self, path: str, timeout: float | None = 10.0) -> None:
@@ -301,7 +301,7 @@ class Client:
             raise ControlError(errno.EPROTO, f"the service talks nonsense: {e}") from e
 
     def _receive(self) -> bytes:
-        """One packet. After a cancellation it is not waited for as long as it takes, for the service may be stopped."""
+        """One packet. After a cancellation it waits only a while, since the service may be stopped."""
         while self._sock.gettimeout() is None and not select.select([self._sock], [], [], 0.1)[0]:
             if self._cancelled and time.monotonic() > self._cancelled + CANCEL_PATIENCE:
                 raise TimeoutError

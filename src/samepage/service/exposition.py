@@ -114,7 +114,7 @@ class Exposition:
                         return
                 try:
                     answer = self._answer(head)
-                except Exception as e:  # a mistake of ours is told to who asks, and ends nothing
+                except Exception as e:  # a mistake of ours ends nothing; the client gets an error
                     log_once("metrics", f"a mistake of the service's own, in metrics: {e!r}")
                     answer = _response(HTTPStatus.INTERNAL_SERVER_ERROR)
                 await self._loop.sock_sendall(sock, answer)

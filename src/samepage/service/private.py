@@ -51,7 +51,7 @@ class PrivateService:
         self._folder = _private_folder()
         self.path = str(self._folder / "socket")
         try:
-            # Of root: also who is started as root and then becomes another user, as databases do, is to join.
+            # As root: databases start as root and then become another user, and they are to join, too.
             self._listener = sockets.listen(self.path, everybody=os.getuid() == 0)
             self._line, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What `samepage run` tells of its private service: the report file, and the summary at the end."""
+"""What `samepage run` reports of its private service: the report file, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -157,6 +157,6 @@ def serve(
     report.end()
     report.write()
     summary = report.summary()
-    server.stop()  # which takes samples as it drops who is left
+    server.stop()  # which takes samples as it drops the processes that are left
     if asked:
         line.send(json.dumps({"summary": summary | {"processes_joined": server.joined}}).encode())

@@ -35,20 +35,20 @@ WORKERS = max(4, os.cpu_count() or 1)
 """Processes that work for ksmd at the same time; more than cores, so that one that hangs does not hold up the rest."""
 
 AFTER_ERROR = 1.0
-"""Seconds that ksmd rests after a mistake of its own, so as not to fill the log."""
+"""How long ksmd rests after a mistake of its own, in seconds, so as not to fill the log."""
 
 DONE = "done"
 """Outcome of an unmerge without an error."""
 
 INTRODUCE_TIMEOUT = 1.0
-"""Seconds that somebody may take to be ready for a process that joins."""
+"""How long a process that joins waits for clients with `introductions`, in seconds."""
 
 RECOUNT_TIMEOUT = 0.2
-"""Seconds that who asks for the row of a process waits for what is new in it. Then it is what was known before."""
+"""How long row() waits for a fresh zero-page count, in seconds. Then it shows the last one."""
 
 STATUS_TIMEOUT = 1.0
-"""Seconds that processes have to say what is available to them, when somebody asks for all rows. Of those that do not
-answer in time it is not known, and shown as nothing."""
+"""How long processes have to say what is available to them, in seconds, when somebody asks for all rows. For a process
+that does not answer in time, 0 is shown."""
 
 SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pages_inherited", "ksm_process_profit")
 """What the counters of one domain are made of: the rows of its processes, added up."""
@@ -110,7 +110,8 @@ class Scanner:
         self._wake = threading.Event()
         self._stopping = False
         self._told = (0, 0)
-        # ksmd's mutex is not fair: a scan after a scan would keep others from it for long. Who asks holds the gate.
+        # ksmd's mutex is not fair: batch after batch would keep others from it for long. Whoever asks holds the gate, and
+        # the next batch waits for it.
         self._gate = threading.Lock()
 
     def run(self) -> None:
@@ -219,7 +220,7 @@ class Scanner:
         return next((row for row in reversed(self._ksmd.rows()) if row.pid == pid), None)
 
     def _recount(self) -> None:
-        """In ksmd's thread, so that a process that hangs keeps nobody waiting who asks for its row."""
+        """Count zero pages in ksmd's thread, so that nobody who asks for the row of a process that hangs waits for it."""
         while not self._recounts.empty():
             slot, done = self._recounts.get()
             self._ksmd.recount_zeros(slot)
@@ -292,8 +293,8 @@ class Scanner:
             self._wake.set()
 
     def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
-        """Unmerge the processes `pids`, or all. `progress` is called after each; the first error ends it, but for those
-        that are of one process: they are told at the end, with a row in `failed` for each such process.
+        """Unmerge the processes `pids`, or all. `progress` is called after each. The first error ends it, except errors
+        that concern one process alone: `failed` has a row for each such process.
 
         OSError ESRCH when one of `pids` has not joined.
         """
@@ -384,7 +385,8 @@ class Scanner:
             raise OSError(e.errno, f"{e.strerror}{about}") from e
 
     def _hang_up_on_the_gone(self) -> None:
-        """Who told ksmd nonsense that the wire did not notice is cut off; the server drops it when it sees that."""
+        """Cut off the processes that ksmd gave up, for nonsense that the wire did not notice, say. The server drops a
+        process when it sees that."""
         with self._slots_lock:
             gone = [(space, slot.lost) for space, slot in self._slots.items() if slot.gone]
         for space, why in gone:

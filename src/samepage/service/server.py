@@ -44,8 +44,8 @@ HURRY = 0.5
 has answered; after `TIMEOUT` it is dropped, as any other."""
 
 DOUBTFUL_MAX = 8
-"""So many descriptors of what is no memfd a user's processes may send before that user is not served any more: each may
-cost a thread and a descriptor for ever."""
+"""How many descriptors of anything but a memfd a user's processes may send. Then that user is served no more: each
+descriptor may cost a thread and a descriptor for ever."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
@@ -59,7 +59,8 @@ def keep_freed_memory() -> None:
 
 
 def open_userfaultfd() -> int:
-    """A descriptor of /dev/userfaultfd to pass to agents, who may not open it themselves; -1 when nor may this user."""
+    """A descriptor of /dev/userfaultfd to pass to agents, which may not open it themselves; -1 if this user may not
+    either."""
     try:
         return os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -251,7 +252,8 @@ class Server:
         return room
 
     def _turn_away(self) -> None:
-        """Hang up on who is first in the queue, with the descriptor kept for that: else they wait, and this spins."""
+        """Hang up on the first connection in the queue, with the descriptor kept for that. Else it would wait, and this
+        loop would spin."""
         os.close(self._spare)
         with contextlib.suppress(OSError):
             self._listener.accept()[0].close()

@@ -43,9 +43,9 @@ class Namespace:
         os.close(said)
 
     def enter(self) -> None:
-        """Called by a single-threaded process, which is in the namespace then, and sees its own files before it joins.
+        """Move this process into the namespace. It must be single-threaded, and sees its own files before it joins.
 
-        Who is not root gets a user namespace too, with the same user and group in it. OSError: `strerror` is one line.
+        A user other than root gets a user namespace too, with the same user and group in it. OSError: `strerror` is one line.
         """
         self._unshare()
         # What the host mounts later shall arrive here, but nothing from here there.
@@ -67,7 +67,7 @@ class Namespace:
         """The keeper."""
         try:
             os.setsid()  # what the terminal sends to the command's process group is not for it
-            # Who looks at whether its peer is still there must not find that peer's descriptors here.
+            # A process that asks whether its peer is still there must not find that peer's descriptors here.
             for fd in map(int, os.listdir("/proc/self/fd")):
                 if fd not in (0, 1, 2, told, said):
                     with contextlib.suppress(OSError):  # that of the listing
