@@ -47,6 +47,7 @@ check: $(VENV)/installed $(VENV)/development
 	meson compile -C build/check
 	python -m tests.agent.layers build/check
 	python -m tests.sizes
+	python -m tests.picture
 	mypy
 	PYTHONPATH=src lint-imports --no-logo
 

@@ -19,7 +19,6 @@ EXCEPTIONS = {
     "src/samepage/ksmd/stable.py: class StableTree": "four of its methods look whether its own books agree",
     "src/samepage/service/scanner.py: class Scanner": "whatever anybody asks of ksmd goes by its gate, one at a time",
     "src/samepage/service/server.py: class Server": "one loop, and what it does for each kind of descriptor",
-    "src/samepage/sysfs/tree.c": "the inodes of one file system, and the operations of FUSE on them",
     "tests/agent/calls.c": "a list: every call that changes a mapping, and what it must return",
     "tests/agent/calls.c: resizing()": "one story: each step builds on the mappings that the last one left",
     "tests/agent/test_headroom.py": "the rules of both versions of cgroups, made up and real, by one program that asks",
