@@ -16,6 +16,7 @@ EXCEPTIONS = {
     "src/samepage/agent/pages/swap.c": "one section of a swap, from its plan to its end",
     "src/samepage/commands/run.py: prepare_parser()": "a list: one option after the other",
     "src/samepage/fleet/space.py: class RecordedAddressSpace": "the protocol of address spaces alone has sixteen",
+    "src/samepage/kernel/settings.py: class Settings": "what was found and is put back: one file, one lock",
     "src/samepage/ksmd/stable.py: class StableTree": "four of its methods look whether its own books agree",
     "src/samepage/service/scanner.py: class Scanner": "whatever anybody asks of ksmd goes by its gate, one at a time",
     "src/samepage/service/server.py: class Server": "one loop, and what it does for each kind of descriptor",

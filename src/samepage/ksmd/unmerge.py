@@ -231,8 +231,8 @@ def _take_in(
 ) -> BreakResult:
     """Take in what became of a range that was to be broken. As in break_ksm, EFAULT ends nothing: a page cannot be
     mapped any more. So ksmd asks for the areas again, and halves what is left of the range until the bad page stands
-    alone. That page is not unmerged, and stays in the books as merged: if ksmd forgot it, nobody would unmerge it later.
-    Without an error, `pages_remaining` are such pages.
+    alone. That page is not unmerged, and stays in the books as merged: if ksmd forgot it, nobody would unmerge it
+    later. Without an error, `pages_remaining` are such pages.
     """
     if not result.errno:
         _unmerged(domain, slot, _merged_refs(domain, slot, vpn, npages), leave_alone)

@@ -62,8 +62,8 @@ class ScanFlag(IntFlag):
     """Make the NUMA node of a page part of its checksum, so that pages of different nodes have different ones. A page
     of zeros keeps its checksum, since the zero page has no node."""
     STILL = 4
-    """Assume that merged pages still are, and do not look for broken ones. What others wrote into the process need not be
-    found either, so that a process without a page fault since the last look need not be looked at."""
+    """Assume that merged pages still are, and do not look for broken ones. What others wrote into the process need not
+    be found either, so that a process without a page fault since the last look need not be looked at."""
 
 
 class PageStatus(IntEnum):
@@ -212,8 +212,8 @@ class AddressSpaceGone(OSError):
 
 
 class AddressSpaceSilent(AddressSpaceGone):
-    """The process cannot answer now, because it is stopped, traced or frozen (`state`), but it will when it goes on. Until
-    `AddressSpace.catch_up` says that it does, every request raises this again."""
+    """The process cannot answer now, because it is stopped, traced or frozen (`state`), but it will when it goes on.
+    Until `AddressSpace.catch_up` says that it does, every request raises this again."""
 
     def __init__(self, pid: int, state: str) -> None:
         super().__init__(f"process {pid} does not answer: it is {state}")

@@ -3,9 +3,9 @@ only its own.
 
 A claim is a checksum, which others may know, too. So the process hashes pages under a key made up a moment ago
 (BLAKE2b, a message authentication code), and the service does the same with the segment's. One page that is equal is
-enough: a process that has one could claim that page alone, so nothing is gained by asking for more. The service asks for
-a few at once, since any of them may just have been written. If none of these is equal it asks for more, until no claim
-is left. So an honest process loses no page by this, and a liar learns nothing.
+enough: a process that has one could claim that page alone, so nothing is gained by asking for more. The service asks
+for a few at once, since any of them may just have been written. If none of these is equal it asks for more, until no
+claim is left. So an honest process loses no page by this, and a liar learns nothing.
 """
 
 from __future__ import annotations

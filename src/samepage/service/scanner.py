@@ -110,8 +110,8 @@ class Scanner:
         self._wake = threading.Event()
         self._stopping = False
         self._told = (0, 0)
-        # ksmd's mutex is not fair: batch after batch would keep others from it for long. Whoever asks holds the gate, and
-        # the next batch waits for it.
+        # ksmd's mutex is not fair: batch after batch would keep others from it for long. Whoever asks holds the gate,
+        # and the next batch waits for it.
         self._gate = threading.Lock()
 
     def run(self) -> None:
@@ -220,7 +220,7 @@ class Scanner:
         return next((row for row in reversed(self._ksmd.rows()) if row.pid == pid), None)
 
     def _recount(self) -> None:
-        """Count zero pages in ksmd's thread, so that nobody who asks for the row of a process that hangs waits for it."""
+        """Count zero pages, in ksmd's thread: whoever asks for the row of a process that hangs need not wait for it."""
         while not self._recounts.empty():
             slot, done = self._recounts.get()
             self._ksmd.recount_zeros(slot)

@@ -45,7 +45,8 @@ class Namespace:
     def enter(self) -> None:
         """Move this process into the namespace. It must be single-threaded, and sees its own files before it joins.
 
-        A user other than root gets a user namespace too, with the same user and group in it. OSError: `strerror` is one line.
+        A user other than root gets a user namespace too, with the same user and group in it. OSError: `strerror` is one
+        line.
         """
         self._unshare()
         # What the host mounts later shall arrive here, but nothing from here there.
