@@ -51,6 +51,8 @@ import sys
 from samepage.memory import conversation
 conversation.TIMEOUT *= {SLOW}
 conversation.CANCEL_PATIENCE *= {SLOW}
+from samepage.service import server
+server.HURRY *= {SLOW}
 from samepage.commands import main
 sys.exit(main())
 """
@@ -380,12 +382,12 @@ CHECKS: dict[str, Callable[[str], str | None]] = {
     "memory.high": lambda way: promise(way, "memory.high"),
     "nested": lambda way: promise(way, "memory.max", nested=True),
     "memory.swap.max 0": lambda way: promise(way, "memory.max", swap_max="0"),
-    "pressure, swap": pressure,
+    "pressure": pressure,
     "no swap": lambda way: promise(way, "memory.max"),
     "two nodes": nodes,
     "torture": torture,
 }
-NEEDS_V2 = {"memory.max", "memory.high", "nested", "memory.swap.max 0", "pressure, swap", "no swap"}
+NEEDS_V2 = {"memory.max", "memory.high", "nested", "memory.swap.max 0", "pressure", "no swap"}
 
 
 def say(name: str, outcome: str) -> None:
