@@ -3,7 +3,7 @@
 ksmd waits until a page stood still for a pass and then leaves it alone. This does the opposite, to meet writers
 in the middle of a swap as often as can be: what it merges is what was written a moment ago.
 
-    python storm.py SOCKET [SWAP_WP|NO_TRACKING|NO_MAP_QUERY|TRUNCATE_HASH|LIKE_6_1|LIKE_5_10|HUGE]...
+    python storm.py SOCKET [SWAP_WP|NO_TRACKING|NO_MAP_QUERY|TRUNCATE_HASH|LIKE_6_1|LIKE_5_10|UNPINNED|HUGE]...
 
 Serves until SIGTERM, then prints what became of all pages it asked for, as JSON.
 """

@@ -18,6 +18,7 @@ PAGES = (64 << 20) // 4096
 
 WAYS = {
     "move": Flags(0),
+    "move, beside a network file system": Flags.UNPINNED,
     "write-protect": Flags.SWAP_WP,
     "like Linux 6.1": Flags.SWAP_WP | Flags.LIKE_6_1,
     "like Linux 5.10": Flags.SWAP_WP | Flags.LIKE_5_10,
@@ -34,7 +35,7 @@ def test_a_registered_buffer_of_zeros_is_not_merged_and_holds_what_is_read_into_
     preload: Preload, tmp_path: Path, program: Path, way: str
 ) -> None:
     process = Process(preload, tmp_path, command=[str(program), str(tmp_path / "file")], flags=WAYS[way])
-    if process.space.swap != (Swap.WP if WAYS[way] else Swap.MOVE):
+    if process.space.swap != (Swap.WP if Flags.SWAP_WP in WAYS[way] else Swap.MOVE):
         pytest.skip(f"pages are not swapped this way here, but: {process.space.swap.name}")
     first = process.address // 4096
     status = process.space.merge(None, np.array([(first, 2 * PAGES, ZERO_PAGE)], EXTENT)).status
@@ -140,16 +141,44 @@ for line in sys.stdin:
 @pytest.mark.parametrize("way", WAYS)
 def test_pages_that_are_in_a_pipe_come_out_of_it_as_they_went_in(preload: Preload, tmp_path: Path, way: str) -> None:
     process = Process(preload, tmp_path, PIPE, flags=WAYS[way])
-    if process.space.swap != (Swap.WP if WAYS[way] else Swap.MOVE):
+    if process.space.swap != (Swap.WP if Flags.SWAP_WP in WAYS[way] else Swap.MOVE):
         pytest.skip(f"pages are not swapped this way here, but: {process.space.swap.name}")
     first = process.address // 4096
     donated = process.space.donate(np.array([(first, 64)], AREA))
     assert donated.segment is not None
     status = process.space.merge(donated.segment, np.array([(first, 64, 0)], EXTENT)).status
     donated.segment.close()
-    if process.space.swap == Swap.MOVE:
+    if not WAYS[way]:
         assert (status == PageStatus.DONE).all()
         assert process.tell("read") == "0\n"
     else:
         assert (status[:8] == PageStatus.BUSY).all()
+    if WAYS[way] == Flags.UNPINNED:
+        assert (status[8:] == PageStatus.DONE).all()
+    process.end()
+
+
+def test_a_huge_page_of_which_a_pipe_has_a_part_stays_beside_a_network_file_system(
+    preload: Preload, tmp_path: Path
+) -> None:
+    huge = PIPE.replace("n = 64 << 12", "n = 4 << 20").replace(
+        "for page in range(0, n, 4096):",
+        "start = -ctypes.addressof(ctypes.c_char.from_buffer(area)) % (2 << 20)\n"
+        "area.madvise(mmap.MADV_HUGEPAGE)\n"
+        "for page in range(0, n, 4096):",
+    )
+    huge = huge.replace("bytes([page >> 12, 7])", "bytes([(page - start) >> 12 & 255, 7])")
+    huge = huge.replace("from_buffer(area))\nreading", "from_buffer(area)) + start\nreading")
+    huge = huge.replace("area[0 : 8 << 12]", "area[start : start + (8 << 12)]")
+    process = Process(preload, tmp_path, huge, flags=Flags.UNPINNED)
+    if process.space.swap != Swap.MOVE:
+        pytest.skip(f"pages are not swapped by move here, but: {process.space.swap.name}")
+    if not process.huge():
+        pytest.skip("there are no huge pages here")
+    first = process.address // 4096
+    donated = process.space.donate(np.array([(first, 512)], AREA))
+    assert donated.segment is not None
+    status = process.space.merge(donated.segment, np.array([(first, 512, 0)], EXTENT)).status
+    donated.segment.close()
+    assert (status[:8] == PageStatus.BUSY).all()
     process.end()

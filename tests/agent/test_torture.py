@@ -16,6 +16,7 @@ from tests.agent.preload import ROOT, Preload, compile_c
 
 WAYS = {
     "move": [],
+    "move, beside a network file system": ["UNPINNED"],
     "write-protect": ["SWAP_WP"],
     "move-untracked": ["NO_TRACKING", "NO_MAP_QUERY"],
     "write-protect-untracked": ["SWAP_WP", "NO_TRACKING"],

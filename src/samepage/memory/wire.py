@@ -61,6 +61,8 @@ class Flags(IntFlag):
     """Read /proc/self/maps for each mapping."""
     SWAP_WP = 128
     """Not an older kernel: the user chose to swap by write-protection."""
+    UNPINNED = 256
+    """Not an older kernel: as if there were a file system that reads into pages without pinning them (NFS)."""
     LIKE_6_1 = 32
     """NO_MOVE, NO_TRACKING, NO_MAP_QUERY; no PAGEMAP_SCAN; UFFDIO_WRITEPROTECT in one mapping only."""
     LIKE_5_10 = 64

@@ -61,6 +61,7 @@ enum sp_welcome_flags {
 	SP_WELCOME_LIKE_6_1 = 32,     /* also: no PAGEMAP_SCAN, UFFDIO_WRITEPROTECT takes one mapping */
 	SP_WELCOME_LIKE_5_10 = 64,    /* also: no MADV_POPULATE_WRITE; less for mappings of files */
 	SP_WELCOME_SWAP_WP = 128,     /* not an older kernel: the user chose to swap by write-protection */
+	SP_WELCOME_UNPINNED = 256, /* not an older kernel: as if there were a network file system (reads_unpinned()) */
 };
 
 struct sp_welcome {

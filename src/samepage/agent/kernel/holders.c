@@ -15,12 +15,15 @@
  */
 #include "kernel/holders.h"
 #include "base/real.h"
+#include "base/settings.h"
+#include "base/system.h"
 #include "kernel/kernel.h"
 #include "kernel/window.h"
 
 #include <fcntl.h>
 #include <linux/mempolicy.h>
 #include <stdatomic.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -67,6 +70,42 @@ static bool tells(int fd)
 	}
 	window_reset(page, PAGE_SIZE, PROT_NONE, -1, 0);
 	return told;
+}
+
+/* Direct I/O of most file systems pins pages; these take plain references (iov_iter_get_pages2()). FUSE did up to 6.8. */
+static const char *const unpinned[] = {"\tnfs\n", "\tnfs4\n", "\tceph\n", "\tlustre\n"};
+
+static bool is_6_8(void)
+{
+	char release[8] = "";
+	int file = open("/proc/sys/kernel/osrelease", O_RDONLY | O_CLOEXEC);
+	ssize_t got = file < 0 ? -1 : read(file, release, sizeof(release) - 1);
+
+	if (file >= 0)
+		close(file);
+	return got < 4 || !strncmp(release, "6.8.", 4);
+}
+
+/* A module is loaded before anything is mounted, and is not asked for any more once it was there. */
+bool reads_unpinned(void)
+{
+	static bool is;
+	char text[4096];
+	ssize_t got;
+	int file;
+
+	if (is || settings.flags & SP_WELCOME_UNPINNED)
+		return true;
+	file = open("/proc/filesystems", O_RDONLY | O_CLOEXEC);
+	got = file < 0 ? -1 : read(file, text, sizeof(text) - 1);
+	if (file >= 0)
+		close(file);
+	is = got <= 0 || got == sizeof(text) - 1;
+	text[got > 0 ? got : 0] = 0;
+	for (size_t i = 0; i < sizeof(unpinned) / sizeof(unpinned[0]); i++)
+		is |= !!strstr(text, unpinned[i]);
+	is |= strstr(text, "\tfuse\n") && is_6_8();
+	return is;
 }
 
 static _Atomic bool small;

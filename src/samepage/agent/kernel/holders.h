@@ -11,6 +11,8 @@ int migrate(uintptr_t start, uintptr_t len);
 void unmigrated(uintptr_t start, uintptr_t len);
 /* Whether it really tells: of a private page of a file, and of anonymous memory. Asked once. */
 bool migration_tells(void);
+/* Whether there may be a file system that reads into pages without pinning them, so that no move notices it. */
+bool reads_unpinned(void);
 /* Of a part of a huge page it does not. Whether this process never had any; where the program begins, and later. */
 void note_page_size(void);
 bool only_small_pages(void);

@@ -10,6 +10,7 @@
 #include "base/settings.h"
 #include "base/system.h"
 #include "kernel/headroom.h"
+#include "kernel/holders.h"
 #include "kernel/window.h"
 #include "pages/swap.h"
 #include "pages/unstopped.h"
@@ -216,12 +217,12 @@ static void clip_to_mappings(struct chunk *c)
 }
 
 /* Merges what comes next. How many pages it answered for. */
-static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status)
+static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status, bool unpinned)
 {
 	static struct chunk c; /* swap_recover() must find it */
 	size_t n;
 
-	c = (struct chunk){.status = status};
+	c = (struct chunk){.status = status, .unpinned = unpinned};
 	segment->limited = mappings_limited();
 	if (!gather(&c, segment, at)) {
 		memset(status, segment->refusal, at->extent->npages - at->at);
@@ -253,6 +254,7 @@ struct rest {
 	struct segment *segment;
 	struct cursor at;
 	uint8_t *status;
+	bool unpinned; /* reads_unpinned() */
 };
 
 static void answered(struct rest *rest, size_t pages)
@@ -269,7 +271,7 @@ static void merge_slice(void *arg)
 	size_t pages = 0;
 
 	do {
-		size_t did = merge_some(rest->segment, &rest->at, rest->status);
+		size_t did = merge_some(rest->segment, &rest->at, rest->status, rest->unpinned);
 
 		answered(rest, did);
 		pages += did;
@@ -282,6 +284,7 @@ static bool merge_unstopped(struct rest *rest)
 {
 	bool ended;
 
+	rest->unpinned = reads_unpinned();
 	agent_mmap_lock();
 	ended = run_unstopped(merge_slice, rest);
 	if (!ended)

@@ -19,6 +19,7 @@
 #include "base/real.h"
 #include "base/settings.h"
 #include "kernel/headroom.h"
+#include "kernel/holders.h"
 #include "kernel/window.h"
 #include "pages/unstopped.h"
 
@@ -251,6 +252,25 @@ static void await_outsiders(void)
 	real.madvise((void *)kernel.scratch, PAGE_SIZE, MADV_DONTFORK);
 }
 
+#define HELD_TOGETHER 8 /* pages: where one of so many is held, all of them are left */
+
+/* Takes those of n pages in the scratch that somebody reads into by a plain reference, and some around them, for not here. Nobody
+ * can take one any more. Where there is no memory for migration, or it is forbidden, all of them. */
+static void find_held(const struct chunk *c, size_t n, bool *here)
+{
+	bool room = room_for(n * PAGE_SIZE + WINDOW, settings.reserve);
+
+	if (!c->unpinned)
+		return;
+	if (!room || migrate(c->scratch, n * PAGE_SIZE))
+		for (size_t k = 0, end; k < n; k = end) {
+			end = min_addr(k + HELD_TOGETHER, n);
+			if (!room || migrate(scratch_at(c, k), (end - k) * PAGE_SIZE))
+				memset(here + k, 0, end - k);
+		}
+	unmigrated(c->scratch, n * PAGE_SIZE);
+}
+
 /* One critical section: pages [i, j) of the chunk. */
 static void section_by_move(struct chunk *c, size_t i, size_t j)
 {
@@ -265,6 +285,7 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 	set_out(c, i, j);
 	pull(c, i, j, here);
 	await_outsiders();
+	find_held(c, j - i, here);
 	settle(c, i, j, 0, here);
 	if (all_done(c, i, j) || !clear_scratch(c, i, j - i))
 		spent += j - i;
@@ -334,6 +355,11 @@ static bool swap_huge_page(struct chunk *c)
 	all = scratch_holds(kernel.huge, SECTION_MAX, here);
 	for (size_t k = 0; k < SECTION_MAX; k++)
 		all &= here[k];
+	if (all && c->unpinned) {
+		find_held(c, SECTION_MAX, here);
+		for (size_t k = 0; k < SECTION_MAX; k++)
+			all &= here[k];
+	}
 	if (all) {
 		await_outsiders();
 		for (size_t at = 0, end; at < SECTION_MAX && !thread_woke(); at = end) {

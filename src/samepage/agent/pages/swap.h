@@ -22,6 +22,7 @@ struct chunk {
 	uint8_t *status;		    /* one a page */
 	const struct area *area;
 	uintptr_t scratch;    /* the window that pages are moved to */
+	bool unpinned;	      /* reads_unpinned() */
 	bool stale, unshared; /* pages were busy that may not be any more when they are written; they were */
 };
 
