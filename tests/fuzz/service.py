@@ -250,7 +250,6 @@ CHANGING = {
         "by_slot",
         "owners",
         "end_pass",
-        "_allocate",
         "_hold",
     ),
     StableTree: ("add", "attach", "detach", "publish", "unpublish", "close", "found", "_recount"),
