@@ -32,8 +32,12 @@
 
 #define PAGE 4096UL
 #define WORDS (PAGE / 8)
+#ifndef THREADS
 #define THREADS 8
+#endif
+#ifndef REGIONS
 #define REGIONS 12
+#endif
 #define REGION_PAGES 512UL /* 2 MiB */
 #define PATTERNS 24
 

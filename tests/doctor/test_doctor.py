@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
+
+import pytest
 
 from samepage.memory.wire import Flags
 from tests.agent.asked import Process
@@ -42,3 +45,39 @@ def test_a_command_whose_pages_are_swapped_by_write_protection_is_merged(tmp_pat
         assert found["bytes_saved_peak"] > 10 << 20
     else:
         assert "nothing is merged" in done.stderr
+
+
+NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+
+
+def test_who_may_not_open_the_device_of_userfaultfd_is_told_what_to_do() -> None:
+    device = Path("/dev/userfaultfd")
+    if os.geteuid() or Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":
+        pytest.skip("needs root to become another user, and a machine that gives userfaultfd to root alone")
+    if device.exists() and device.stat().st_mode & 0o006:
+        pytest.skip("/dev/userfaultfd is everybody's here")
+    done = subprocess.run([*NOBODY, "samepage", "doctor", "--json"], capture_output=True, text=True)
+    if not done.stdout:
+        pytest.skip(f"another user cannot run samepage from here: {done.stderr}")
+    answer = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert answer["facts"]["userfaultfd"] == "user mode"
+    assert "samepage daemon" in answer["why"]
+
+
+def test_where_memfds_must_not_be_executable_pages_are_merged(tmp_path: Path) -> None:
+    """vm.memfd_noexec is a pid namespace's own."""
+    report = tmp_path / "saved.json"
+    program = "import time; a = [bytearray(bytes(range(256)) * (64 << 10)) for _ in range(2)]; time.sleep(3)"
+    run = ["samepage", "run", "--set", "sleep_millisecs=0", "--json", str(report), "--", "python3", "-c", program]
+    script = 'echo 2 > /proc/sys/vm/memfd_noexec || exit 9; samepage doctor --json; "$@"'
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script, "sh", *run]
+    if os.geteuid() or not Path("/proc/sys/vm/memfd_noexec").exists():
+        pytest.skip("needs root, and vm.memfd_noexec (Linux 6.3)")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    if done.returncode == 9:
+        pytest.skip("no pid namespace, or no writable sysctl, is to be had here")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["facts"]["memfd"]
+    found = json.loads(report.read_text())
+    assert found["bytes_saved_peak"] > 10 << 20 or "move" not in found["swap"]

@@ -20,6 +20,7 @@ NEW = Facts(
     memfd=True,
     seccomp=0,
     fatal_call=0,
+    confined="",
     cgroup=2,
     memory_limit=-1,
     max_map_count=65530,
@@ -93,3 +94,9 @@ def test_of_processes_that_cannot_swap_it_is_said_why() -> None:
     assert "--swap wp" in not_swapped(["quiet_wp"])
     assert "userfaultfd" in not_swapped(["quiet"])
     assert "page tables" in not_swapped(["none"])
+
+
+def test_a_profile_of_apparmors_is_named() -> None:
+    (found,) = [f for f in examine(replace(NEW, confined="worker (enforce)")) if f.name == "confined"]
+    assert found.value == "by worker (enforce)"
+    assert found.means

@@ -24,6 +24,9 @@ VERSIONS = ("5.10", "6.1", "6.12", "6.18", "")
 
 MINUTE = 60
 
+FEW = ("-DTHREADS=2", "-DREGIONS=4")
+"""So little is tortured, for an agent whose lock eight emulated threads want comes to nothing."""
+
 Results = dict[str, dict[str, str]]
 
 
@@ -59,7 +62,7 @@ def build(folder: Path) -> str:
     }
     for source in programs.values():
         target = folder / Path(source).stem
-        command = ["gcc", "-std=gnu11", "-O2", "-pthread", str(ROOT / "tests" / source), "-o", str(target)]
+        command = ["gcc", "-std=gnu11", "-O2", "-pthread", *FEW, str(ROOT / "tests" / source), "-o", str(target)]
         subprocess.run(command, check=True)
     return " ".join(f"{name}={folder / Path(source).stem}" for name, source in programs.items())
 

@@ -44,6 +44,8 @@ class Facts:
     """How many filters this process is under."""
     fatal_call: int
     """The number of a system call of the agent's that they do not let a process survive; 0: none."""
+    confined: str
+    """By a profile of AppArmor's, or a context of SELinux's: its name; "": by none."""
     cgroup: int
     """Version of the hierarchy that has the memory controller; 0: none."""
     memory_limit: int
@@ -80,6 +82,7 @@ def look() -> Facts:
         memfd=not fatal and _memfd(libc),
         seccomp=filters,
         fatal_call=fatal,
+        confined=_confined(),
         cgroup=version,
         memory_limit=limit,
         max_map_count=_number("/proc/sys/vm/max_map_count"),
@@ -139,6 +142,12 @@ def _filters() -> int:
         if line.startswith("Seccomp_filters:"):
             return int(line.split()[1])
     return 0
+
+
+def _confined() -> str:
+    name = _text("/proc/self/attr/apparmor/current") or _text("/proc/self/attr/current")  # the first: Linux 5.8
+    name = name.strip("\0\n ")
+    return "" if name in ("unconfined", "kernel") else name
 
 
 def _memory_cgroup() -> tuple[int, int]:

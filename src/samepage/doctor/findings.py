@@ -111,6 +111,7 @@ def examine(facts: Facts, chosen: str = "move") -> list[Finding]:
         _check("memfd", facts.memfd, "there is nothing to keep shared pages in", "allow memfd_create(2)", bad="stop"),
         _check("mbind", facts.mbind, "pages that were merged and then written are not merged again", "allow mbind(2)"),
         _seccomp(facts),
+        _confined(facts),
         _cgroup(facts),
         _map_count(facts),
         _check("FUSE", facts.fuse, "--mount and --sysfs do not work", "give this user /dev/fuse"),
@@ -151,6 +152,12 @@ def _seccomp(facts: Facts) -> Finding:
     if facts.fatal_call:
         return Finding("seccomp", f"kills for system call {facts.fatal_call}", "stop", forbidden(facts))
     return Finding("seccomp", "a filter", "ok", "what it forbids is in the other lines")
+
+
+def _confined(facts: Facts) -> Finding:
+    if not facts.confined:
+        return Finding("confined", "by nothing", "ok")
+    return Finding("confined", f"by {facts.confined}", "ok", "what it forbids is in the other lines")
 
 
 def _cgroup(facts: Facts) -> Finding:
