@@ -14,8 +14,9 @@ SOURCES := pyproject.toml meson.build meson.options \
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 SECONDS ?= 60
+RELEASES ?= bookworm trixie
 
-.PHONY: run test test-long test-kernels test-sanitize fuzz check bench bench-apps bench-oom bench-scan build deb manual docs clean
+.PHONY: run test test-long test-kernels test-deb test-sanitize fuzz check bench bench-apps bench-oom bench-scan build deb manual docs clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -30,6 +31,10 @@ test-long: $(VENV)/installed $(VENV)/development
 # Debian's newest kernel of its release, in QEMU: an emulated machine, so some minutes. Other packages: KERNELS="...".
 test-kernels: $(VENV)/installed $(VENV)/development
 	python -m tests.kernels --json build/kernels.json $(KERNELS)
+
+# The Debian package on Debians of their own, which are made for it. Root's; needs debootstrap and systemd-container.
+test-deb: $(VENV)/installed
+	python -m tests.packaging.debian $(RELEASES)
 
 # The agent, built so that what is undefined ends the process that does it, under its own suite and the fuzzers.
 test-sanitize: $(VENV)/installed $(VENV)/development
