@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,7 +117,15 @@ class RecordedAddressSpace:
 
     def becomes(self, now: Content) -> int:
         """What the next look saw. Returns how many merged pages the application wrote."""
-        old = (self._vpn, self._content, self._segment, self._offset, self._written, self._broken, self._told)
+        old: tuple[npt.NDArray[Any], ...] = (
+            self._vpn,
+            self._content,
+            self._segment,
+            self._offset,
+            self._written,
+            self._broken,
+            self._told,
+        )
         place = np.minimum(np.searchsorted(old[0], now.vpn), max(len(old[0]) - 1, 0))
         known = old[0][place] == now.vpn if len(old[0]) else np.zeros(len(now.vpn), np.bool_)
         at = place[known]
@@ -127,9 +136,8 @@ class RecordedAddressSpace:
         self._resize(len(now.vpn))
         self._content[:], self._forked[:] = now.content, now.forked
         self._written[:] = True
-        for mine, before in zip(
-            (self._segment, self._offset, self._written, self._broken, self._told), old[2:], strict=True
-        ):
+        kept: tuple[npt.NDArray[Any], ...] = (self._segment, self._offset, self._written, self._broken, self._told)
+        for mine, before in zip(kept, old[2:], strict=True):
             mine[known] = before[at]
         changed = np.zeros(len(now.vpn), np.bool_)
         changed[known] = now.content[known] != old[1][at]
