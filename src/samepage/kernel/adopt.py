@@ -3,7 +3,7 @@
 Which these will be cannot be said beforehand: what is inherited over fork and exec (PR_SET_MEMORY_MERGE, LD_PRELOAD) a
 shell gives to static and dynamic programs alike. So it is looked which have come, and who has no agent when it is seen
 for the second time in the same program, and some memory, is attached to. What an attached process executes inherits the
-flag: an agent that finds it takes over, and switches it off (initialise() in agent/wrappers.c).
+flag: an agent that finds it takes over, and switches it off (initialise() in agent/hooks/wrappers.c).
 """
 
 from __future__ import annotations

@@ -165,9 +165,9 @@ ssize_t recvmsg(int fd, struct msghdr *m, int flags)
 
 int poll(struct pollfd *p, nfds_t n, int timeout_ms)
 {
-	const struct timespec time = {timeout_ms / 1000, timeout_ms % 1000 * 1000000L};
+	struct timespec left = {timeout_ms / 1000, timeout_ms % 1000 * 1000000L};
 
-	return (int)CALL(SYS_ppoll, p, n, timeout_ms < 0 ? NULL : &time, NULL, 0, 0);
+	return (int)CALL(SYS_ppoll, p, n, timeout_ms < 0 ? NULL : &left, NULL, 0, 0);
 }
 
 pid_t getpid(void)

@@ -10,56 +10,56 @@
 _Atomic bool next_ready;
 struct next next;
 
+static const struct {
+	void *slot;
+	const char *name;
+} symbols[] = {
+	/* dlsym() may call these two. */
+	{&next.calloc, "calloc"},
+	{&next.malloc, "malloc"},
+	{&next.free, "free"},
+	{&next.realloc, "realloc"},
+	{&next.posix_memalign, "posix_memalign"},
+	{&next.aligned_alloc, "aligned_alloc"},
+	{&next.memalign, "memalign"},
+	{&next.malloc_usable_size, "malloc_usable_size"},
+	{&next.malloc_trim, "malloc_trim"},
+	{&next.mallopt, "mallopt"},
+	{&next.mlock, "mlock"},
+	{&next.munlock, "munlock"},
+	{&next.mlockall, "mlockall"},
+	{&next.munlockall, "munlockall"},
+	{&next.prctl, "prctl"},
+	{&next.ioctl, "ioctl"},
+	{&next._Fork, "_Fork"},
+	{&next.clone, "clone"},
+	{&next.unshare, "unshare"},
+	{&next.setns, "setns"},
+	{&next.register_atfork, "__register_atfork"},
+	{&next.brk, "brk"},
+	{&next.sbrk, "sbrk"},
+	{&next.syscall, "syscall"},
+	{&next.chroot, "chroot"},
+	{&next.setuid, "setuid"},
+	{&next.seteuid, "seteuid"},
+	{&next.setreuid, "setreuid"},
+	{&next.setresuid, "setresuid"},
+	{&next.setgid, "setgid"},
+	{&next.setegid, "setegid"},
+	{&next.setregid, "setregid"},
+	{&next.setresgid, "setresgid"},
+	{&next.setgroups, "setgroups"},
+	{&next.initgroups, "initgroups"},
+	{&next.setfsuid, "setfsuid"},
+	{&next.setfsgid, "setfsgid"},
+	{&next.capset, "capset"},
+	{&next.pthread_mutex_init, "pthread_mutex_init"},
+	{&next.pthread_mutexattr_getrobust, "pthread_mutexattr_getrobust"},
+	{&next.pthread_attr_setstack, "pthread_attr_setstack"},
+};
+
 static void look_up(void)
 {
-	static const struct {
-		void *slot;
-		const char *name;
-	} symbols[] = {
-		/* dlsym() may call these two. */
-		{&next.calloc, "calloc"},
-		{&next.malloc, "malloc"},
-		{&next.free, "free"},
-		{&next.realloc, "realloc"},
-		{&next.posix_memalign, "posix_memalign"},
-		{&next.aligned_alloc, "aligned_alloc"},
-		{&next.memalign, "memalign"},
-		{&next.malloc_usable_size, "malloc_usable_size"},
-		{&next.malloc_trim, "malloc_trim"},
-		{&next.mallopt, "mallopt"},
-		{&next.mlock, "mlock"},
-		{&next.munlock, "munlock"},
-		{&next.mlockall, "mlockall"},
-		{&next.munlockall, "munlockall"},
-		{&next.prctl, "prctl"},
-		{&next.ioctl, "ioctl"},
-		{&next._Fork, "_Fork"},
-		{&next.clone, "clone"},
-		{&next.unshare, "unshare"},
-		{&next.setns, "setns"},
-		{&next.register_atfork, "__register_atfork"},
-		{&next.brk, "brk"},
-		{&next.sbrk, "sbrk"},
-		{&next.syscall, "syscall"},
-		{&next.chroot, "chroot"},
-		{&next.setuid, "setuid"},
-		{&next.seteuid, "seteuid"},
-		{&next.setreuid, "setreuid"},
-		{&next.setresuid, "setresuid"},
-		{&next.setgid, "setgid"},
-		{&next.setegid, "setegid"},
-		{&next.setregid, "setregid"},
-		{&next.setresgid, "setresgid"},
-		{&next.setgroups, "setgroups"},
-		{&next.initgroups, "initgroups"},
-		{&next.setfsuid, "setfsuid"},
-		{&next.setfsgid, "setfsgid"},
-		{&next.capset, "capset"},
-		{&next.pthread_mutex_init, "pthread_mutex_init"},
-		{&next.pthread_mutexattr_getrobust, "pthread_mutexattr_getrobust"},
-		{&next.pthread_attr_setstack, "pthread_attr_setstack"},
-	};
-
 	for (size_t i = 0; i < sizeof(symbols) / sizeof(symbols[0]); i++)
 		*(void **)symbols[i].slot = dlsym(RTLD_NEXT, symbols[i].name);
 }

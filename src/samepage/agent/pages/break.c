@@ -361,6 +361,17 @@ static int restore_rest(uintptr_t start, uintptr_t end, uint64_t max_pages)
 	return done.pages_restored && done.pages_restored >= max_pages ? -EAGAIN : 0;
 }
 
+static uint64_t count_rest(uint64_t vpn, uint64_t end)
+{
+	sigset_t saved;
+	uint64_t n;
+
+	any_mmap_lock(&saved);
+	n = count_merged(vpn, end, UINT64_MAX);
+	any_mmap_unlock(&saved);
+	return n;
+}
+
 void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out)
 {
 	uint64_t vpn = start >> PAGE_SHIFT, last = end >> PAGE_SHIFT, begin = vpn;
@@ -403,11 +414,8 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 		stock_drop();
 	if (!err && on_agent_thread())
 		err = restore_rest(start, end, max_pages - out->pages_unmerged);
-	if (err) {
-		any_mmap_lock(&saved);
-		out->pages_remaining = count_merged(begin, last, UINT64_MAX);
-		any_mmap_unlock(&saved);
-	}
+	if (err)
+		out->pages_remaining = count_rest(begin, last);
 	/* All that remains, not this batch alone: what somebody who wants to make room has to know. */
 	out->bytes_needed = out->pages_remaining * PAGE_SIZE;
 	out->error = -err;

@@ -220,6 +220,16 @@ static int do_restore(const struct sp_area *ranges, size_t n)
 	return 0;
 }
 
+static uint64_t look_at_headroom(void)
+{
+	uint64_t bytes;
+
+	agent_mmap_lock();
+	bytes = headroom(settings.use_swap);
+	agent_mmap_unlock();
+	return bytes;
+}
+
 /* Answers one request. False: the connection is of no more use. */
 bool serve(void)
 {
@@ -257,9 +267,7 @@ bool serve(void)
 		*(struct sp_map_count *)answer = count_mappings();
 		len = sizeof(struct sp_map_count);
 	} else if (op == SP_HEADROOM && !got) {
-		agent_mmap_lock();
-		*(struct sp_headroom *)answer = (struct sp_headroom){headroom(settings.use_swap)};
-		agent_mmap_unlock();
+		*(struct sp_headroom *)answer = (struct sp_headroom){look_at_headroom()};
 		len = sizeof(struct sp_headroom);
 	} else {
 		err = -EPROTO;
