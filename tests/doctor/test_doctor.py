@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,22 @@ def test_where_memfds_must_not_be_executable_pages_are_merged(tmp_path: Path) ->
     assert json.loads(done.stdout)["facts"]["memfd"]
     found = json.loads(report.read_text())
     assert found["bytes_saved_peak"] > 10 << 20 or "move" not in found["swap"]
+
+
+OLD = """
+import os, sys
+real = os.uname()
+os.uname = lambda: os.uname_result((real.sysname, real.nodename, "5.9.16", real.version, real.machine))
+from samepage.commands import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("command", [["daemon"], ["run", "--reserve", "1M", "--", "echo", "it ran"]])
+def test_below_the_oldest_kernel_it_is_refused(tmp_path: Path, command: list[str]) -> None:
+    options = ["--socket", str(tmp_path / "socket")] if command == ["daemon"] else []
+    done = subprocess.run([sys.executable, "-c", OLD, *command, *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Linux 5.9.16 is too old: 5.10 is the oldest" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

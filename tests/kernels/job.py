@@ -171,18 +171,9 @@ class Service:
         done = subprocess.run(command, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
-    def insist(self, *words: str) -> tuple[int, str]:
-        """Ask again as long as a process does not answer in time: on a slow machine that is no fault of its."""
-        ends = time.monotonic() + 20 * SLOW
-        status, text = self.ask(*words)
-        while status and ("ETIMEDOUT" in text or "does not answer" in text) and time.monotonic() < ends:
-            time.sleep(SLOW / 10)
-            status, text = self.ask(*words)
-        return status, text
-
     def unmerge(self, program: Program) -> tuple[int, dict[str, Any]]:
         """The status and what it says in JSON."""
-        status, text = self.insist("unmerge", "--pid", str(program.pid), "--json")
+        status, text = self.ask("unmerge", "--pid", str(program.pid), "--json")
         must(text.startswith("{"), text)
         answer: dict[str, Any] = json.loads(text.splitlines()[0])
         return status, answer
@@ -239,7 +230,7 @@ def main_job(way: str, user: int = 0) -> str:
         status, answer = service.unmerge(programs[0])
         must(status == 0 and not answer["pages_remaining"], answer)
         must(programs[0].pss >= SIZE * 9 // 10, f"{answer} {programs[0].pss}")
-        status, text = service.insist("set", "run", "2")
+        status, text = service.ask("set", "run", "2")
         grown = sum(program.pss for program in programs)
         must(status == 0 and grown >= before - SIZE // 8, f"{status} {text} {before} {grown}")
         for program in programs:
