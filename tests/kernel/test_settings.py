@@ -228,11 +228,15 @@ def test_when_memory_is_short_it_starts_and_when_there_was_enough_for_a_while_it
 def test_when_merging_does_not_pay_it_is_told_and_stopped_only_if_asked_to(paced: Paced, knobs: Path) -> None:
     pace, _, told = paced()
     (knobs / "general_profit").write_text("-4096")
+    pace.look(0)
+    assert not told  # nothing can have been merged yet
+    (knobs / "full_scans").write_text("3")
     for _ in range(3):
         pace.look(0)
     assert told == ["merging does not pay: it costs 4096 bytes more than it saves; ksmd goes on"]
     assert read(knobs, "run") == "1"
     pace, _, told = paced(stop_at_loss=True)
+    (knobs / "full_scans").write_text("6")
     for _ in range(3):
         pace.look(0)
     assert [line.partition("; ")[2] for line in told] == ["ksmd rests until there is new memory"]
@@ -247,6 +251,7 @@ def test_what_was_stopped_for_want_of_profit_is_put_back_as_it_was_found(
     (knobs / "run").write_text("1")
     pace, _, _ = paced(stop_at_loss=True)
     (knobs / "general_profit").write_text("-4096")
+    (knobs / "full_scans").write_text("3")
     pace.look(0)
     assert read(knobs, "run") == "0"
     settings.release([processes[0].pid])

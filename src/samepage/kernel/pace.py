@@ -108,6 +108,7 @@ class Pace:
         self._idle = {name: settings.found(name, "") for name in QUICK}
         self._found_sleep = int(self._idle["sleep_millisecs"] or 0)
         self._seen = self._until = 0
+        self._judge = int(settings.read("full_scans", "0")) + PASSES  # before, everything costs and nothing is saved
         self._quick = False
         self._measured: tuple[float, float] | None = None  # when, and ksmd's CPU time then
         self._short = self._terms.when_short is None
@@ -122,7 +123,7 @@ class Pace:
             scans = int(self._settings.read("full_scans", "0"))
             if pages >= self._seen + max(GREW, self._seen // 20):
                 self._seen, self._until = pages, scans + PASSES
-                self._loses = False
+                self._judge, self._loses = scans + 2 * PASSES, False
             self._seen = min(self._seen, max(pages, 0) + GREW)
             self._whether(scans)
             if not self._leave:
@@ -183,7 +184,7 @@ class Pace:
 
     def _look_at_profit(self, scans: int) -> None:
         profit = int(self._settings.read("general_profit", "0"))  # since 6.4
-        loses = profit < 0 and scans >= self._until
+        loses = profit < 0 and scans >= self._judge
         if loses and not self._loses:
             done = "ksmd rests until there is new memory" if self._terms.stop_at_loss else "ksmd goes on"
             self._tell(f"merging does not pay: it costs {-profit} bytes more than it saves; {done}")
