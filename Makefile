@@ -87,12 +87,13 @@ deb: $(VENV)/tools
 	mkdir -p dist && mv build/deb/*.deb dist/
 
 # The documentation as a site, in build/site.
-docs: $(VENV)/installed
+docs: $(VENV)/tools
 	$(INSTALL) 'mkdocs-material>=9.5'
 	python packaging/documentation.py build/site
 
 # Man pages and completions of bash, zsh and fish, in build/manual.
-manual: $(VENV)/installed $(VENV)/development
+manual: $(VENV)/tools
+	$(INSTALL_SELF) '.[package]'
 	python packaging/manual.py build/manual
 
 clean:

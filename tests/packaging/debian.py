@@ -63,7 +63,8 @@ WantedBy=graphical.target
 
 def inside(system: Path, script: str) -> None:
     """Run a script in a system, as root."""
-    mounts = ["mount -t proc proc /proc", "mount -t devtmpfs dev /dev", "export DEBIAN_FRONTEND=noninteractive"]
+    mounts = ["mount -t proc proc /proc", "mount -t devtmpfs dev /dev", "mount -t devpts pts /dev/pts"]
+    mounts.append("export DEBIAN_FRONTEND=noninteractive")
     command: list[str | Path] = ["unshare", "--mount", "chroot", system, "bash", "-ec", "\n".join([*mounts, script])]
     subprocess.run(command, check=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
 
@@ -95,7 +96,8 @@ def build(release: str) -> Path:
         ["tar", "c", "--null", "-T", "-"], cwd=ROOT, input=tracked, check=True, stdout=subprocess.PIPE
     )
     subprocess.run(["tar", "x", "-C", path / "src"], input=packed.stdout, check=True)
-    inside(path, "cd /src; make deb >/dev/null")
+    inside(path, "cd /src; make deb docs >/dev/null")
+    assert (path / "src/build/site/metrics.html").exists()
     (package,) = (path / "src/dist").glob("*.deb")
     return package
 
