@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     from samepage.commands.attach import Attach, Detach
     from samepage.commands.daemon import Daemon
     from samepage.commands.doctor import Doctor
+    from samepage.commands.fleet import Fleet
     from samepage.commands.knobs import Get, Set
     from samepage.commands.record import Record
     from samepage.commands.run import Run
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
         "scan": Scan(),
         "record": Record(),
         "simulate": Simulate(),
+        "fleet": Fleet(),
         "doctor": Doctor(),
     }
     whole = argparse.ArgumentParser(
