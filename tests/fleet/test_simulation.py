@@ -15,6 +15,7 @@ from tests.fleet.workloads import COUNTERS, WORKLOADS, ZEROS, Run, recorded
 TOLERANCE = 0.02
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("workload", "knobs"), WORKLOADS.values(), ids=WORKLOADS.keys())
 def test_the_simulation_comes_to_what_was_counted(
     workload: Callable[[Run], None], knobs: dict[str, int | str], tmp_path: Path
