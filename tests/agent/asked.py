@@ -13,6 +13,7 @@ from samepage.agent import forbid_huge_pages
 from samepage.memory import RunKind, wire
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.handshake import Terms
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.wire import Flags
 from tests.agent.preload import Preload
 
@@ -79,7 +80,8 @@ class Process:
             sock, _ = listener.accept()
         sock.settimeout(60)
         hello = wire.recv(sock)
-        self.space = AgentAddressSpace.welcome(sock, hello, self.process.pid, os.getuid(), Terms(reserve, flags=flags))
+        domain = MergeDomain(os.getuid())
+        self.space = AgentAddressSpace.welcome(sock, hello, self.process.pid, domain, Terms(reserve, flags=flags))
 
     def insist(self) -> None:
         """From now on wait for an answer also while the process is stopped, as ksmd would not."""

@@ -26,6 +26,7 @@ import numpy as np
 from samepage.memory import AREA, EXTENT, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, conversation, wire
 from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace
 from samepage.memory.handshake import Terms
+from samepage.memory.merge_domain import MergeDomain
 
 SECTION_PAGES = 16
 """Pages in a critical section: 64 KiB, where the move conflicts with writers most."""
@@ -168,7 +169,7 @@ def main() -> None:
             try:
                 terms = Terms(flags=flags, section=SECTION_PAGES)
                 sock.settimeout(5)
-                spaces.append(AgentAddressSpace.welcome(sock, wire.recv(sock), pid, os.getuid(), terms))
+                spaces.append(AgentAddressSpace.welcome(sock, wire.recv(sock), pid, MergeDomain(os.getuid()), terms))
                 tally[f"joined as {spaces[-1].swap.name}"] += 1
             except (AddressSpaceGone, wire.WireError, OSError):
                 sock.close()

@@ -18,6 +18,7 @@ import pytest
 from samepage.memory import AREA, EXTENT, PageStatus, wire
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.handshake import Terms
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.wire import Swap
 from tests.agent.asked import HUGE, Process
 from tests.agent.preload import Preload, compile_c
@@ -55,7 +56,8 @@ class Pinned:
             listener.settimeout(60)
             sock, _ = listener.accept()
         sock.settimeout(60)
-        self.space = AgentAddressSpace.welcome(sock, wire.recv(sock), self.process.pid, os.getuid(), Terms(reserve=0))
+        domain = MergeDomain(os.getuid())
+        self.space = AgentAddressSpace.welcome(sock, wire.recv(sock), self.process.pid, domain, Terms(reserve=0))
         if self.space.swap != Swap.MOVE:
             pytest.skip("no UFFDIO_MOVE here")
 

@@ -113,7 +113,7 @@ def test_a_user_sees_their_own_processes_of_a_daemon_and_no_others(within: Withi
     export = f"export SAMEPAGE_SOCKET=/run/samepage.sock LD_PRELOAD={library}"
     done = within(f'{DAEMON}; {export}; $P -c "{ALLOCATE}" & {status}')
     (row,) = json.loads(done.stdout)["processes"]
-    assert row["domain"] == NOBODY
+    assert row["domain"] == str(NOBODY)
 
 
 @pytest.mark.parametrize("option", ["--set run=1", "--reserve 8M"])
@@ -144,7 +144,7 @@ def test_a_program_that_root_starts_and_that_becomes_another_user_joins(
     become = f"{AS_NOBODY} $P -c '{ALLOCATE}'"  # and executes something, as gosu, su and init scripts do
     done = within(f'{start(daemon)}; $P -m samepage run --json $D/report bash -c "{become} & {become}; wait"')
     report = json.loads((folder / "report").read_text())
-    assert {row["domain"] for row in report["processes"]} == {NOBODY}, done.stderr
+    assert {row["domain"] for row in report["processes"]} == {str(NOBODY)}, done.stderr
     assert report["bytes_shared_peak" if daemon else "bytes_saved_peak"] >= 3 << 20
 
 
@@ -156,7 +156,7 @@ def test_a_program_that_becomes_another_user_itself_joins_and_why_it_is_not_merg
     become = f"$P -c 'import os; os.setgid({NOBODY}); os.setuid({NOBODY}); {ALLOCATE}'"
     done = within(f'{start(daemon)}; $P -m samepage run --json $D/report bash -c "{become} & {become}; wait"')
     report = json.loads((folder / "report").read_text())
-    assert {row["domain"] & 0xFFFFFFFF for row in report["processes"]} == {NOBODY}, done.stderr
+    assert {row["domain"].split(",")[0] for row in report["processes"]} == {str(NOBODY)}, done.stderr
     assert "changed its user" in lines(done)[-1]
 
 

@@ -33,6 +33,7 @@ from samepage.ksmd.rmap import RmapItems
 from samepage.ksmd.stable import StableTree
 from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, PageStatus, RunKind, wire
 from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.proof import expected
 from samepage.memory.wire import Op, Packet
 from tests.service.fake_agent import BASE_VPN, NEVER, FakeAgent, sealed
@@ -326,7 +327,7 @@ class Case:
             agent = Liar(theirs, self._content[2 * NPAGES :], pages, rng, chance, self._garbled)
         zero = agent.checksum(self._content[0])
         ready = {"swap": 1, "tracking": 1, "zero_checksum": zero if rng.random() < 0.9 else 7}
-        space = Space(Pump(ours, agent), self._pid, 0, "fuzz", ready)  # type: ignore[arg-type]
+        space = Space(Pump(ours, agent), self._pid, MergeDomain(0), "fuzz", ready)  # type: ignore[arg-type]
         slot = self._ksmd.enter(space)
         self._spaces[slot] = space
         return slot

@@ -20,6 +20,7 @@ from samepage.ksmd.quota import Quotas
 from samepage.ksmd.rmap import slices
 from samepage.memory import AREA, PAGE_SIZE, RUN, VPN_END, ScanFlag, ScanResult
 from samepage.memory.check import AREA_PAGES_MAX
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, new_ksmd, passes
@@ -46,7 +47,7 @@ class Model:
 
     def __init__(self, n: int) -> None:
         machine = SimulatedMachine()
-        self.domain = Domain(0)
+        self.domain = Domain(MergeDomain(0))
         self.slots = [MmSlot(SimulatedAddressSpace(machine, i), self.domain, i, "", "") for i in range(n)]
         self.domain.slots += self.slots
         self.areas: list[set[int]] = [set() for _ in self.slots]
@@ -268,7 +269,7 @@ def test_namespaces_do_not_multiply_what_a_user_may_hold(monkeypatch: pytest.Mon
     monkeypatch.setattr(quota, "RESIDENT_MAX", 1 << 20)
     machine, ksmd = SimulatedMachine(), new_ksmd()
     for namespace in range(10):
-        sparse = Sparse(machine, namespace, domain=7 | namespace << 32)
+        sparse = Sparse(machine, namespace, domain=MergeDomain(7, namespace))
         sparse.count = 20_000
         sparse.map_area(BASE, 512 * 20_000)
         ksmd.enter(sparse)
@@ -298,7 +299,7 @@ def test_areas_are_counted_by_user_too(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, ksmd = SimulatedMachine(), new_ksmd()
     slots = []
     for namespace in range(3):
-        space = SimulatedAddressSpace(machine, namespace, domain=7 | namespace << 32)
+        space = SimulatedAddressSpace(machine, namespace, domain=MergeDomain(7, namespace))
         for i in range(20):
             space.map_area(BASE + 3 * i, 1)
         slots.append(ksmd.enter(space))

@@ -37,6 +37,7 @@ from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace
 from samepage.memory.extents import MERGE_MAX
 from samepage.memory.handshake import Terms
 from samepage.memory.identity import identify
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op
 from tests.service import fake_agent
@@ -65,7 +66,7 @@ def make() -> Iterator[Make]:
             agent.serve()
 
         threading.Thread(target=run, daemon=True).start()
-        space = AgentAddressSpace.welcome(ours, wire.recv(ours), os.getpid(), 1000, Terms())
+        space = AgentAddressSpace.welcome(ours, wire.recv(ours), os.getpid(), MergeDomain(1000), Terms())
         made.append(space)
         return space, agent
 
@@ -107,10 +108,10 @@ def test_the_handshake_passes_the_terms_and_the_userfaultfd(make: Make) -> None:
     thread.start()
     fd = os.open("/dev/null", os.O_RDONLY)
     space = AgentAddressSpace.welcome(
-        ours, wire.recv(ours), 42, 1000, Terms(reserve=5, section=8, flags=wire.Flags.NO_MOVE), fd
+        ours, wire.recv(ours), 42, MergeDomain(1000), Terms(reserve=5, section=8, flags=wire.Flags.NO_MOVE), fd
     )
     thread.join()
-    assert (space.pid, space.domain, space.comm, space.swap) == (42, 1000, "fake", wire.Swap.MOVE)
+    assert (space.pid, space.domain, space.comm, space.swap) == (42, MergeDomain(1000), "fake", wire.Swap.MOVE)
     assert space.zero_checksum == agent.checksum(np.zeros(PAGE_SIZE, np.uint8))
     terms = said[0].reader().one(wire.WELCOME)
     assert terms == {"version": wire.VERSION, "flags": 2, "reserve": 5, "section": 8, "use_swap": 0}
@@ -126,14 +127,14 @@ def test_an_agent_of_another_version_or_page_size_does_not_join(hello: dict[str,
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.send(FakeAgent(theirs, some_pages(1, 1)).hello(**hello))
     with ours, theirs, pytest.raises(AddressSpaceGone, match=r"version|pages"):
-        AgentAddressSpace.welcome(ours, wire.recv(ours), 1, 0, Terms())
+        AgentAddressSpace.welcome(ours, wire.recv(ours), 1, MergeDomain(0), Terms())
 
 
 def test_an_agent_that_never_is_ready_does_not_join() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.send(FakeAgent(theirs, some_pages(1, 1)).hello())
     with ours, theirs, pytest.raises(AddressSpaceGone, match="in time"):
-        AgentAddressSpace.welcome(ours, wire.recv(ours), 1, 0, Terms())
+        AgentAddressSpace.welcome(ours, wire.recv(ours), 1, MergeDomain(0), Terms())
 
 
 def test_a_scan_goes_over_every_page_once_and_then_over_what_was_written(make: Make) -> None:
@@ -213,7 +214,7 @@ def test_present_is_what_is_neither_absent_nor_the_zero_page(
 def test_of_a_process_that_ended_nothing_is_present() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ready = {"swap": 1, "tracking": 1, "zero_checksum": 0}
-    with theirs, contextlib.closing(AgentAddressSpace(ours, 1 << 30, 1000, "ended", ready)) as space:
+    with theirs, contextlib.closing(AgentAddressSpace(ours, 1 << 30, MergeDomain(1000), "ended", ready)) as space:
         assert len(space.present(0, 100)) == 0
 
 
@@ -553,7 +554,7 @@ def test_nobody_waits_long_for_a_break_of_more_pages_than_a_process_has(monkeypa
     monkeypatch.setattr("samepage.memory.agent.memory_of", lambda pid: 4000)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ready = {"swap": 1, "tracking": 1, "zero_checksum": 0}
-    space = AgentAddressSpace(ours, os.getpid(), 0, "guest", ready, identify(os.getpid()))
+    space = AgentAddressSpace(ours, os.getpid(), MergeDomain(0), "guest", ready, identify(os.getpid()))
     space.hurry = 0.1
     began = time.monotonic()
     with ours, theirs, pytest.raises(AddressSpaceSilent):

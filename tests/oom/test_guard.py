@@ -11,6 +11,7 @@ from benchmarks.oom import rows, samepage, wait_merged
 from benchmarks.processes import wait_until
 from samepage.ksmd import Ksmd
 from samepage.memory import PAGE_SIZE
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.simulated_memory import SimulatedMachine
 from samepage.service.control import Client
 from tests.ksmd.simulation import new_ksmd, passes, process, processes
@@ -57,7 +58,7 @@ def test_a_group_with_memory_enough_is_not_held_back_by_another() -> None:
     ksmd.set("max_overcommit", 100)
     for number, machine in enumerate((full, full, roomy, roomy)):
         space = process(machine, number, CONTENT)
-        space.domain = number // 2
+        space.domain = MergeDomain(number // 2)
         ksmd.enter(space)
     passes(ksmd, 5)
     by_pid = {row.pid: row.merged for row in ksmd.rows()}

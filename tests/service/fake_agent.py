@@ -56,7 +56,7 @@ class FakeAgent:
         self.asked: list[tuple[Op, int]] = []
 
     def hello(self, version: int = wire.VERSION, page_size: int = PAGE_SIZE) -> bytes:
-        body = wire.pack(wire.HELLO, wire.MAGIC, version, os.getpid(), page_size, b"fake")
+        body = wire.pack(wire.HELLO, wire.MAGIC, version, os.getpid(), page_size, b"fake", b"")
         return wire.encode(Op.HELLO, 0, body)
 
     def join(self) -> Packet:

@@ -31,18 +31,18 @@ class FakeScanner:
         self.steps = 3
         self.arrivals: control.Arrivals = queue.SimpleQueue()
 
-    def counters(self, domain: int | None = None) -> dict[str, int]:
-        self.asked.append(("counters", domain))
+    def counters(self, owner: str | None = None) -> dict[str, int]:
+        self.asked.append(("counters", owner))
         return {"pages_sharing": 5}
 
-    def by_engine(self, domain: int | None = None) -> dict[str, dict[str, int]]:
+    def by_engine(self, owner: str | None = None) -> dict[str, dict[str, int]]:
         return {"user": {"pages_sharing": 5}}
 
     def commitments(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return self.rows(), [{"cgroup": "/", "processes": len(self.rows())}]
 
     def rows(self) -> list[dict[str, Any]]:
-        return [{"pid": pid, "comm": "x" * 16, "domain": OTHER if pid % 2 else OWNER} for pid in range(2500)]
+        return [{"pid": pid, "comm": "x" * 16, "owner": str(OTHER if pid % 2 else OWNER)} for pid in range(2500)]
 
     def files(self) -> dict[str, str]:
         return {"run": "1\n"}
@@ -79,8 +79,8 @@ class FakeScanner:
             time.sleep(0.01)
         return {"ok": True, "errno": None, "pages_unmerged": self.steps}
 
-    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> dict[str, Any]:
-        self.asked.append(("merge", pid, vpn, npages, domain))
+    def merge(self, pid: int, vpn: int, npages: int, owner: str | None = None) -> dict[str, Any]:
+        self.asked.append(("merge", pid, vpn, npages, owner))
         return {"pages_merged": npages}
 
 
@@ -163,22 +163,22 @@ def test_another_user_may_only_see_the_counters_of_their_own_domain(scanner: Fak
         assert ask(request, scanner, OTHER)[-1]["errno"] == "EACCES"
     assert not scanner.asked
     assert ask(b'{"op": "stats"}', scanner, OTHER, pid=os.getpid())[-1]["ok"]
-    assert scanner.asked == [("counters", OTHER)]
+    assert scanner.asked == [("counters", str(OTHER))]
 
 
 def test_another_user_may_see_the_rows_of_their_own_processes(scanner: FakeScanner) -> None:
     answers = ask(b'{"op": "status"}', scanner, OTHER, pid=os.getpid())
     rows = [row for answer in answers for row in answer.get("processes", [])]
-    assert {row["domain"] for row in rows} == {OTHER}
+    assert {row["owner"] for row in rows} == {str(OTHER)}
     assert len(rows) == 1250
     assert not any("cgroups" in answer for answer in answers)
-    assert scanner.asked == [("counters", OTHER)]
+    assert scanner.asked == [("counters", str(OTHER))]
 
 
 def test_another_user_may_have_their_own_process_merged(scanner: FakeScanner) -> None:
     pid = os.getpid()
     assert ask(b'{"op": "merge", "vpn": 1, "npages": 2}', scanner, OTHER, pid)[-1]["pages_merged"] == 2
-    assert scanner.asked == [("merge", pid, 1, 2, OTHER)]
+    assert scanner.asked == [("merge", pid, 1, 2, str(OTHER))]
 
 
 def test_a_status_longer_than_a_packet_comes_whole(path: str) -> None:

@@ -20,7 +20,8 @@ import pytest
 
 from samepage.memory import PAGE_SIZE, AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
-from samepage.memory.identity import OWN_USERNS, identify, user_of
+from samepage.memory.identity import OWN_USERNS, identify
+from samepage.memory.merge_domain import MergeDomain
 from samepage.service.control import Client
 from tests.service import fake_agent
 from tests.service.fake_agent import FakeAgent
@@ -103,7 +104,7 @@ def test_of_one_user_two_user_namespaces_have_nothing_in_common(path: str) -> No
             until(lambda: client.ask("stats")["counters"]["full_scans"] > scans + 3)
         assert status(path)[inside] == 0
         assert identify(inside).userns != OWN_USERNS
-        assert user_of(identify(inside).domain) == 0
+        assert identify(inside).domain.user == 0
 
 
 def test_users_without_an_id_in_the_user_namespace_of_the_service_may_not_join(
@@ -262,8 +263,8 @@ def test_each_process_that_hides_its_user_namespace_has_a_domain_to_itself() -> 
     hidden = replace(identify(os.getpid()), userns=0)
     others = [replace(hidden, pid=pid) for pid in (1, hidden.pid + 1, (1 << 22) - 1)]
     assert len({who.domain for who in (hidden, *others)}) == 4
-    assert {user_of(who.domain) for who in (hidden, *others)} == {os.getuid()}
-    assert all(who.domain >> 32 < 0xEFFFFFF8 for who in others)  # the least inode of a namespace
+    assert {who.domain.user for who in (hidden, *others)} == {os.getuid()}
+    assert all(who.domain.userns < 0xEFFFFFF8 for who in others)  # the least inode of a namespace
 
 
 def test_the_identity_of_a_process_that_ended_is_an_error() -> None:
@@ -280,11 +281,11 @@ def test_a_process_that_ends_has_not_changed_who_it_is(monkeypatch: pytest.Monke
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     ready = {"swap": 0, "tracking": 1, "zero_checksum": 0}
-    space = AgentAddressSpace(ours, child.pid, 0, "ended", ready, identify(child.pid))
+    space = AgentAddressSpace(ours, child.pid, MergeDomain(0), "ended", ready, identify(child.pid))
     try:
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        monkeypatch.setattr("samepage.memory.identity._userns", lambda folder: 0)
+        monkeypatch.setattr("samepage.memory.identity._namespace", lambda kind, folder: 0)
         with pytest.raises(AddressSpaceGone) as gone:
             space.verify()
         assert gone.value.ended

@@ -22,6 +22,7 @@ from samepage.ksmd.counters import DomainRow, Snapshot
 from samepage.memory import PAGE_SIZE
 from samepage.memory.agent import memory_cgroup
 from samepage.memory.conversation import ENDED
+from samepage.memory.merge_domain import MergeDomain
 from samepage.service import exposition, tally
 from samepage.service.exposition import Exposition
 from samepage.service.metrics import Metrics, left_alone, shares
@@ -39,7 +40,8 @@ ROW = ProcessRow(
     swap="move",
     state="running",
     unmerge_pending=False,
-    domain=0,
+    domain=MergeDomain(0),
+    owner=MergeDomain(0),
     ksm_rmap_items=0,
     ksm_merging_pages=0,
     ksm_zero_pages=0,
@@ -167,7 +169,7 @@ def test_unmerges_are_counted_by_their_outcome(scanner: Scanner, start: Callable
 
 def test_what_can_be_counted_is_there_as_zero_before_it_happens() -> None:
     scanner = Scanner()
-    scanner.tally.enter(os.getpid(), 0)
+    scanner.tally.enter(os.getpid(), MergeDomain(0))
     found = samples(scanner)
     assert {
         dict(of)["outcome"]: v for (name, of), v in found.items() if name == "samepage_unmerges_total"
@@ -213,7 +215,7 @@ def test_a_domains_saving_is_shared_out_to_the_last_byte() -> None:
     a, b = Place("0", "a"), Place("0", "b")
     rows = tuple(replace(ROW, pid=n, ksm_merging_pages=m, ksm_zero_pages=z) for n, m, z in ((1, 7, 2), (2, 3, 0)))
     for saved in (0, 10 * PAGE_SIZE + 1, -8 * PAGE_SIZE):
-        snapshot = Snapshot(domains=(DomainRow(0, 0, 0, 0, 0, 2, saved, 0),), processes=rows)
+        snapshot = Snapshot(domains=(DomainRow(MergeDomain(0), 0, 0, 0, 0, 2, saved, 0),), processes=rows)
         found = shares(snapshot, [a, b])
         assert found[a] + found[b] == saved
     assert shares(snapshot, [a, b]) == {a: (2 - 7) * PAGE_SIZE, b: -3 * PAGE_SIZE}
@@ -222,12 +224,12 @@ def test_a_domains_saving_is_shared_out_to_the_last_byte() -> None:
 def test_a_user_who_makes_many_cgroups_or_namespaces_makes_few_series() -> None:
     counted = Tally(0, cgroup_of=lambda pid: f"/user/{pid}")
     for pid in range(1, 5 * PLACES_MAX):
-        counted.enter(pid, 1000 | pid << 32)
+        counted.enter(pid, MergeDomain(1000, pid))
     assert len(counted.places()) == PLACES_OF_A_GUEST + 1
-    counted.enter(1, 0)
+    counted.enter(1, MergeDomain(0))
     assert Place("0", "/user/1").domain in {place.domain for place in counted.places()}
     for pid in range(1, 5 * PLACES_MAX):
-        counted.enter(pid, 0)
+        counted.enter(pid, MergeDomain(0))
     assert len(counted.places()) == PLACES_MAX + 1
 
 
@@ -235,22 +237,22 @@ def test_a_place_that_nobody_is_in_makes_room_after_a_while() -> None:
     clock = Clock()
     counted = Tally(0, clock, lambda pid: f"/{pid}")
     for pid in range(PLACES_MAX):
-        counted.enter(pid, 0)
+        counted.enter(pid, MergeDomain(0))
         if pid:
             counted.leave(pid, 0.0, None)
     clock.now += tally.IDLE + 1
-    counted.enter(1234, 0)
+    counted.enter(1234, MergeDomain(0))
     assert {place.cgroup for place in counted.places()} == {"/0", "/1234"}
 
 
 def test_cpu_time_is_counted_once_over_an_exec_and_an_end() -> None:
     clock = Clock()
     counted = Tally(0, clock, lambda pid: "/")
-    counted.enter(1, 0)
+    counted.enter(1, MergeDomain(0))
     clock.now += 2
     counted.look([replace(ROW, cpu_seconds=3.0)])
     counted.leave(1, 4.0, None)
-    counted.enter(1, 0)
+    counted.enter(1, MergeDomain(0))
     counted.look([replace(ROW, cpu_seconds=4.0)])  # a row of before
     clock.now += 2
     counted.look([replace(ROW, cpu_seconds=0.5)])
@@ -262,7 +264,7 @@ def test_cpu_time_is_counted_once_over_an_exec_and_an_end() -> None:
 def test_names_of_cgroups_can_be_anything() -> None:
     scanner = Scanner()
     scanner.tally = Tally(0, cgroup_of=lambda pid: '"}\nevil 1\n\\' + "x" * 5000)
-    scanner.tally.enter(1, 0)
+    scanner.tally.enter(1, MergeDomain(0))
     text = generate_latest(Metrics(scanner)).decode()
     list(text_string_to_metric_families(text))
     assert "\nevil" not in text

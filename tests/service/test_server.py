@@ -314,8 +314,8 @@ def test_merging_on_request_waits_for_no_scan(path: str, start: Start) -> None:
 def test_who_ends_in_the_middle_of_joining_is_no_news_but_who_talks_nonsense_is(
     path: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said = wire.pack(wire.HELLO, wire.MAGIC, wire.VERSION, os.getpid(), os.sysconf("SC_PAGESIZE"), b"ends")
-    wrong = wire.pack(wire.HELLO, wire.MAGIC, wire.VERSION + 1, os.getpid(), os.sysconf("SC_PAGESIZE"), b"wrong")
+    said = wire.pack(wire.HELLO, wire.MAGIC, wire.VERSION, os.getpid(), os.sysconf("SC_PAGESIZE"), b"ends", b"")
+    wrong = wire.pack(wire.HELLO, wire.MAGIC, wire.VERSION + 1, os.getpid(), os.sysconf("SC_PAGESIZE"), b"wrong", b"")
     for hello in (said, wrong):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.connect(path)
@@ -335,8 +335,8 @@ def test_a_process_that_ends_as_it_joins_takes_no_connection_along_that_got_its_
     join = Server._join
     met = threading.Event()
 
-    def join_and_dawdle(self: Server, connection: Any, who: Any) -> None:
-        join(self, connection, who)
+    def join_and_dawdle(self: Server, connection: Any, who: Any, domain: Any) -> None:
+        join(self, connection, who, domain)
         until(lambda: self._connections.get(connection.fd) not in (None, connection))
         met.set()
 

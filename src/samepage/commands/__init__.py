@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     from samepage.commands.doctor import Doctor
     from samepage.commands.fleet import Fleet
     from samepage.commands.knobs import Get, Set
+    from samepage.commands.policy import PolicyCommand
     from samepage.commands.record import Record
     from samepage.commands.run import Run
     from samepage.commands.scan import Scan
@@ -90,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "record": Record(),
         "simulate": Simulate(),
         "fleet": Fleet(),
+        "policy": PolicyCommand(),
         "doctor": Doctor(),
     }
     whole = argparse.ArgumentParser(

@@ -11,15 +11,14 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from samepage.commands import CommandError, add_mount, add_reserve, add_swap, engines, streams
 from samepage.doctor.facts import look
 from samepage.doctor.findings import hindrance, too_old
 from samepage.service import sockets, systemd
-from samepage.service.engine import Engine
 
 if TYPE_CHECKING:
     from samepage.service.scanner import Scanner
@@ -32,8 +31,9 @@ kernel gives out none so low."""
 class Daemon:
     """Merge the pages of all processes that join, until SIGTERM or SIGINT.
 
-    Run by root it serves every user, each in a merge domain of their own; run by anyone else, that user alone.
-    When it ends, processes run on as they are, merged. Started by systemd for a socket unit it serves that socket.
+    Run by root it serves every user, each in a merge domain of their own; run by anyone else, that user alone. A policy
+    says otherwise (`samepage policy check`); SIGHUP has it read again. When the daemon ends, processes run on as they
+    are, merged. Started by systemd for a socket unit it serves that socket.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,12 @@ class Daemon:
             "(`samepage attach`, `samepage run --engine auto`), and show these, too",
         )
         engines.add_terms(parser)
+        parser.add_argument(
+            "--policy",
+            metavar="FILE",
+            help="which processes may share with which, and which are left alone (default: for root "
+            f"{sockets.POLICY_PATH}, if it is there)",
+        )
         add_reserve(parser)
         add_swap(parser)
         add_mount(parser)
@@ -68,6 +74,11 @@ class Daemon:
         facts = look()
         if old := too_old(facts):
             raise CommandError(old)
+        policy = args.policy or sockets.policy_path()
+        if policy is not None:
+            from samepage.service.policy import load
+
+            load(policy)  # before anything is made
         given = systemd.listener()
         path = given.getsockname() if given else args.socket or sockets.default_path()
         if args.socket is None and not given:
@@ -77,8 +88,9 @@ class Daemon:
             with engines.others(args) as others, _tree(args.mount, path):
                 if why := hindrance(facts, args.swap or "move"):
                     streams.say(why)
+                options = {"userfaultfd_group": args.userfaultfd_group, "others": others, "policy": policy}
                 with _metrics(args.metrics) as metrics:
-                    _serve(listener, path, args.reserve, args.swap == "wp", args.userfaultfd_group, metrics, others)
+                    _serve(listener, path, args.reserve, args.swap == "wp", metrics, **options)
         finally:
             if not given:  # else systemd listens on
                 Path(path).unlink(missing_ok=True)
@@ -129,9 +141,8 @@ def _serve(
     path: str,
     reserve: int,
     write_protect: bool = False,
-    userfaultfd_group: int | None = None,
     metrics: socket.socket | None = None,
-    others: Sequence[Engine] = (),
+    **server_options: Any,
 ) -> None:
     # Imported once the socket is ours: numpy takes longer to load than to refuse.
     from samepage.memory.handshake import Terms
@@ -144,12 +155,14 @@ def _serve(
     keep_freed_memory()
     scanner = Scanner()
     terms = Terms(reserve=reserve, flags=Flags.SWAP_WP if write_protect else 0)
-    server = Server(listener, scanner, terms, userfaultfd_group=userfaultfd_group, others=others)
+    server = Server(listener, scanner, terms, **server_options)
     # Python writes a byte there for every signal that it handles, and that ends the server. A handler would not do: it
     # runs when this thread wakes, and a signal that comes between two polls does not wake it.
     signal.set_wakeup_fd(server.wake_fd)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    if os.getuid() == 0 or server_options.get("policy") is not None:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # the server reads it again
     threading.Thread(target=scanner.run, name="ksmd", daemon=True).start()
     if metrics is not None:
         _expose(metrics, scanner)

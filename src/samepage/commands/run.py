@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,13 @@ class Run:
             help="allocations of at least this size are merged: bytes, or with K, M or G "
             "(default: 1M; with --memory all 64K)",
         )
+        parser.add_argument(
+            "--domain",
+            metavar="NAME",
+            type=_domain,
+            help="have a daemon keep what is merged in merge domain NAME, apart from other processes of this user; one "
+            "that its policy opens to others, too, only if the policy lets this user in",
+        )
         add_reserve(parser)
         add_swap(parser)
         parser.set_defaults(reserve=None)
@@ -124,7 +132,7 @@ class Run:
         """Run the command with all its memory mergeable by the kernel's ksmd."""
         from samepage.kernel.attach import merge_all_of_this
 
-        options = ("memory", "min_alloc", "reserve", "swap", "mount", "sysfs")
+        options = ("domain", "memory", "min_alloc", "reserve", "swap", "mount", "sysfs")
         if own := [option for option in options if getattr(args, option)]:
             self._parser.error(f"--{own[0].replace('_', '-')} is for --engine user")
         if facts.version < (6, 7):
@@ -232,6 +240,14 @@ def _tree(directory: str | None, sysfs: bool, service: PrivateService) -> Iterat
         yield namespace.enter
 
 
+def _domain(text: str) -> str:
+    if not re.fullmatch(sockets.DOMAIN_NAME, text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name: at most 31 letters, digits, `_`, `.` and `-`, with a letter first"
+        )
+    return text
+
+
 def _knob(text: str) -> tuple[str, str]:
     knob, equals, value = text.partition("=")
     if not knob or not equals or not value:
@@ -268,6 +284,8 @@ def _environment(library: Path, socket: str, args: argparse.Namespace, facts: Fa
     environment["SAMEPAGE_SOCKET"] = socket
     environment["SAMEPAGE_MEMORY"] = args.memory or MEMORY
     environment["SAMEPAGE_SECCOMP"] = str(facts.seccomp)  # under so many filters it was tried (agent/hooks/seccomp.c)
+    if args.domain is not None:
+        environment["SAMEPAGE_DOMAIN"] = args.domain
     if args.min_alloc is not None:
         environment["SAMEPAGE_MIN_ALLOC"] = str(args.min_alloc)
     return environment

@@ -33,6 +33,7 @@ from samepage.memory import (
     ScanResult,
     Segment,
 )
+from samepage.memory.merge_domain import MergeDomain
 
 PRIVATE, ZERO = -1, -2
 """Of a page that is in no segment: as the process has it, or merged with the zero page."""
@@ -96,7 +97,8 @@ class RecordedAddressSpace:
     zero_checksum = 0
 
     def __init__(self, pid: int, domain: int, meter: Meter, in_place: bool, map_limit: int) -> None:
-        self.pid, self.domain = pid, domain
+        self.pid = pid
+        self.domain = self.owner = MergeDomain(domain)
         self._meter, self._in_place, self._map_limit = meter, in_place, map_limit
         self.alive = True
         self._areas, self._areas_seq, self._map_count = np.empty(0, AREA), 0, 0

@@ -75,11 +75,11 @@ class KernelEngine:
             with contextlib.suppress(OSError):
                 pace.look(sum(kernel_rows.anonymous_pages(row["pid"]) for row in self.rows()))
 
-    def counters(self, domain: int | None = None) -> dict[str, Any]:
-        """Those of the machine; of one domain, sums over its processes."""
+    def counters(self, owner: str | None = None) -> dict[str, Any]:
+        """Those of the machine; of one owner, sums over its processes."""
         rows = self.rows()
-        if domain is not None:
-            rows = [row for row in rows if row["domain"] == domain]
+        if owner is not None:
+            rows = [row for row in rows if row["owner"] == owner]
             return {"processes": len(rows)} | {name: sum(row[name] for row in rows) for name in SUMMED}
         counts = self._settings.counters()
         saved = (counts.get("pages_sharing", 0) + counts.get("ksm_zero_pages", 0)) * PAGE_SIZE

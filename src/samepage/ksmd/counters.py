@@ -19,6 +19,7 @@ from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import PageState
 from samepage.memory import PAGE_SIZE, PageStatus
+from samepage.memory.merge_domain import MergeDomain
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,7 +34,9 @@ class ProcessRow:
     """Whether it answers: "running", or why not ("stopped", "traced", "frozen")."""
     unmerge_pending: bool
     """It did not answer when it was to be unmerged, and will be as soon as it does."""
-    domain: int
+    domain: MergeDomain
+    owner: MergeDomain
+    """Whose process it is: the merge domain it would be in without a policy."""
     ksm_rmap_items: int
     """Pages that are known; not those merged with the zero page."""
     ksm_merging_pages: int
@@ -106,7 +109,7 @@ class Counters:
 class DomainRow:
     """One merge domain. Over all domains each of these adds up to the counter of that name."""
 
-    domain: int
+    domain: MergeDomain
     pages_shared: int
     pages_sharing: int
     pages_inherited: int
@@ -140,7 +143,8 @@ def process_row(slot: MmSlot) -> ProcessRow:
         swap=slot.swap,
         state=slot.silent or "running",
         unmerge_pending=bool(slot.owed),
-        domain=slot.domain.number,
+        domain=slot.domain.key,
+        owner=slot.space.owner,
         ksm_rmap_items=rmap_items,
         ksm_merging_pages=merging,
         ksm_zero_pages=n[PageState.ZERO],
@@ -164,7 +168,7 @@ def domain_row(domain: Domain) -> DomainRow:
     tree = domain.stable
     sharing = tree.sharers_total - tree.pages_shared
     return DomainRow(
-        domain=domain.number,
+        domain=domain.key,
         pages_shared=tree.pages_shared,
         pages_sharing=sharing,
         pages_inherited=inherited,

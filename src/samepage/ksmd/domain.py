@@ -31,6 +31,7 @@ from samepage.ksmd.rmap import (
 )
 from samepage.ksmd.stable import StableTree
 from samepage.memory import U32, U64
+from samepage.memory.merge_domain import MergeDomain
 
 CANDIDATE = HAS_CHECKSUM.copy()
 """States a page that was put aside as a candidate may still be in when its turn comes."""
@@ -42,13 +43,13 @@ class Domain(Refs):
 
     def __init__(
         self,
-        number: int,
+        key: MergeDomain,
         patience: Patience | None = None,
         is_foreign: bool = False,
         quota: Quota | None = None,
     ) -> None:
         super().__init__(quota or Quota())
-        self.number = number
+        self.key = key
         self.patience = patience or Patience(most=30.0, regain=0.05)
         self.is_foreign = is_foreign
         """Of a user that the service has for guest."""

@@ -38,8 +38,11 @@ ROUNDS = 3
 def merge_candidates(domain: Domain, refs: U32, work: MergeWork) -> None:
     """Merge what can be merged of a slice of candidates: ascending refs whose checksums are known, in no index."""
     refs = _without_the_silent(domain, refs)
-    if work.use_zero_pages:
+    if work.use_zero_pages or domain.key.zero_only:
         refs = _merge_zero_pages(domain, refs, work)
+    if domain.key.zero_only:
+        domain.set_states(refs, PageState.ALONE)
+        return
     without_donor: list[U32] = []
     for n in range(ROUNDS):
         if not len(refs):

@@ -11,7 +11,7 @@ from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.patience import Accounts
 from samepage.ksmd.quota import Quotas
 from samepage.memory import AddressSpace
-from samepage.memory.identity import user_of
+from samepage.memory.merge_domain import MergeDomain
 
 
 class MmList:
@@ -35,7 +35,7 @@ class MmList:
         self._lock = threading.Lock()  # ksm_mmlist_lock: guards what follows, and is held for moments only
         self._slots: dict[int, MmSlot] = {}  # by number, ascending
         self._joining: list[MmSlot] = []
-        self._domains: dict[int, Domain] = {}
+        self._domains: dict[MergeDomain, Domain] = {}
         self._next_number = 1
 
     def enter(self, space: AddressSpace, comm: str, swap: str) -> MmSlot:
@@ -51,12 +51,11 @@ class MmList:
             self._joining.append(slot)
         return slot
 
-    def _domain_of(self, number: int) -> Domain:
-        if number not in self._domains:
-            user = user_of(number)
-            account, foreign = self._accounts.of(user), self._accounts.is_foreign(user)
-            self._domains[number] = Domain(number, account, foreign, self._quotas.of(user))
-        return self._domains[number]
+    def _domain_of(self, key: MergeDomain) -> Domain:
+        if key not in self._domains:
+            account, foreign = self._accounts.of(key.user), self._accounts.is_foreign(key.user)
+            self._domains[key] = Domain(key, account, foreign, self._quotas.of(key.user))
+        return self._domains[key]
 
     def slots(self, pid: int | None = None) -> list[MmSlot]:
         """The slots that take part, or those of them with that pid."""
@@ -109,9 +108,9 @@ class MmList:
         for slot in gone:
             self._forget(slot)
         with self._lock:
-            named = {slot.domain.number for slot in self._slots.values()}
-            for number in [n for n in self._domains if n not in named]:
-                self._domains.pop(number).release()
+            named = {slot.domain.key for slot in self._slots.values()}
+            for key in [k for k in self._domains if k not in named]:
+                self._domains.pop(key).release()
 
     def _forget(self, slot: MmSlot) -> None:
         self.lost.note(slot)

@@ -21,6 +21,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from samepage.memory.merge_domain import MergeDomain
+
 PAGE_SIZE = mmap.PAGESIZE
 """Bytes a page."""
 
@@ -229,8 +231,13 @@ class AddressSpace(Protocol):
     def pid(self) -> int: ...
 
     @property
-    def domain(self) -> int:
-        """Merge domain (by default the user id): pages are never compared across domains."""
+    def domain(self) -> MergeDomain:
+        """Pages are never compared across merge domains."""
+        ...
+
+    @property
+    def owner(self) -> MergeDomain:
+        """Whose process it is: the merge domain it would be in without a policy."""
         ...
 
     @property

@@ -42,6 +42,7 @@ from samepage.memory.extents import packets
 from samepage.memory.halt import cgroups
 from samepage.memory.handshake import Terms
 from samepage.memory.identity import Identity, memory_of
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.pagemap import occupied
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op, Packet, Swap
@@ -67,13 +68,14 @@ class AgentAddressSpace(Conversation):
         self,
         sock: socket.socket,
         pid: int,
-        domain: int,
+        domain: MergeDomain,
         comm: str,
         ready: dict[str, int],
         identity: Identity | None = None,
     ) -> None:
         super().__init__(sock, pid, identity)
         self.domain = domain
+        self.owner = identity.domain if identity is not None else domain
         self.comm = comm
         """Name of the process, as it says itself."""
         self.swap = Swap(ready["swap"])
@@ -89,7 +91,7 @@ class AgentAddressSpace(Conversation):
         sock: socket.socket,
         hello: Packet,
         pid: int,
-        domain: int,
+        domain: MergeDomain,
         terms: Terms,
         userfaultfd: int = -1,
         identity: Identity | None = None,
@@ -106,7 +108,7 @@ class AgentAddressSpace(Conversation):
 
     @classmethod
     def ready(
-        cls, sock: socket.socket, pid: int, domain: int, comm: str, identity: Identity | None
+        cls, sock: socket.socket, pid: int, domain: MergeDomain, comm: str, identity: Identity | None
     ) -> AgentAddressSpace:
         """The second half of `welcome`: wait for READY of a process that was greeted."""
         return cls(sock, pid, domain, comm, handshake.ready(sock, pid), identity)

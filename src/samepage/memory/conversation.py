@@ -73,6 +73,8 @@ class Conversation:
         """It sent a descriptor of something that no agent sends."""
         self.hurry = math.inf
         """After so many seconds without an answer it is silent, and nobody waits for it, whether it can run or not."""
+        self.misplaced: Callable[[], str] = lambda: ""
+        """Why it does not belong in its merge domain any more; "" if it does. OSError: it has ended."""
         self._sock = sock
         self._identity = identity
         self._asking = threading.Condition()  # held to send, so that requests are sent in the order of their numbers
@@ -162,7 +164,7 @@ class Conversation:
             raise self.lost(self._gone)
         if self._identity is not None:
             try:
-                changed = self._identity.differs(identify(self.pid))
+                changed = self._identity.differs(identify(self.pid)) or self.misplaced()
                 # The kernel tells nobody the namespace of a process that just ended.
                 changed = ENDED if changed and has_ended(self.pid) else changed
             except OSError:

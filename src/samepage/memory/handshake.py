@@ -42,6 +42,15 @@ def ready(sock: socket.socket, pid: int) -> dict[str, int]:
         raise AddressSpaceGone(f"process {pid} did not join: {why(e)}") from e
 
 
+def asked_domain(hello: Packet, pid: int) -> str:
+    """The merge domain that a process asks for; "": none. AddressSpaceGone when it does not speak this protocol."""
+    try:
+        _check_hello(hello)
+        return _printable(hello.reader().one(wire.HELLO)["domain"])
+    except WireError as e:
+        raise AddressSpaceGone(f"process {pid} did not join: {why(e)}") from e
+
+
 def _check_hello(hello: Packet) -> str:
     """The name the process gives itself, made printable."""
     if hello.op != Op.HELLO or hello.fd >= 0:
@@ -55,7 +64,11 @@ def _check_hello(hello: Packet) -> str:
         raise WireError(f"its agent speaks version {said['version']}, this service version {wire.VERSION}")
     if said["page_size"] != PAGE_SIZE:
         raise WireError(f"pages of {said['page_size']} bytes")
-    name = said["comm"].rstrip(b"\0").decode("utf-8", "replace")
+    return _printable(said["comm"])
+
+
+def _printable(said: bytes) -> str:
+    name = said.rstrip(b"\0").decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "?" for c in name)
 
 

@@ -14,6 +14,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from samepage.memory.merge_domain import MergeDomain
+
 SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h, Linux 6.5."""
 
@@ -23,8 +25,8 @@ TICKS = os.sysconf("SC_CLK_TCK")
 @dataclass(frozen=True, slots=True)
 class Identity:
     """`uids` and `gids`: real, effective, saved, and that for files. `started` tells processes of one pid apart,
-    `stack` (where it begins; 0: we may not know) the programs that one process executes. `userns`: inode of its user
-    namespace, or 0."""
+    `stack` (where it begins; 0: we may not know) the programs that one process executes. `userns` and `container`:
+    inodes of its user and PID namespaces; 0 if it hides them, and for the PID namespace of the service."""
 
     uids: tuple[int, ...]
     gids: tuple[int, ...]
@@ -32,10 +34,11 @@ class Identity:
     stack: int
     userns: int
     pid: int
+    container: int = 0
 
     @property
-    def domain(self) -> int:
-        """The merge domain."""
+    def domain(self) -> MergeDomain:
+        """The merge domain, where no policy gives it another."""
         return domain_of(self.uids[0], self)
 
     def differs(self, other: Identity) -> str:
@@ -57,17 +60,12 @@ class Identity:
         return self.started == other.started and not (self.stack and other.stack and self.stack != other.stack)
 
 
-def domain_of(uid: int, who: Identity) -> int:
-    """The merge domain: a user id in one user namespace. It is the user id alone in the service's own. A process that
-    hides its namespace, because it is protected from its own user, has a domain to itself."""
-    if who.userns == OWN_USERNS:
-        return uid
-    return uid | (who.userns or 1 << 31 | who.pid) << 32  # no namespace has so small an inode
-
-
-def user_of(domain: int) -> int:
-    """The user id in a merge domain."""
-    return domain & 0xFFFFFFFF
+def domain_of(uid: int, who: Identity) -> MergeDomain:
+    """The merge domain without a policy: a user id in one user and one PID namespace, of which each container has
+    its own. A process that hides its namespaces, for it is protected from its own user, is in a domain by itself."""
+    hidden = 1 << 31 | who.pid  # no namespace has so small an inode
+    userns = 0 if who.userns == OWN_USERNS else who.userns or hidden
+    return MergeDomain(uid, userns, who.container)
 
 
 def identify(pid: int) -> Identity:
@@ -78,7 +76,13 @@ def identify(pid: int) -> Identity:
         stat = _read("stat", folder).rpartition(b")")[2].split()
         status = _read("status", folder)
         return Identity(
-            _ids(status, b"\nUid:"), _ids(status, b"\nGid:"), int(stat[22 - 3]), int(stat[28 - 3]), _userns(folder), pid
+            _ids(status, b"\nUid:"),
+            _ids(status, b"\nGid:"),
+            int(stat[22 - 3]),
+            int(stat[28 - 3]),
+            _namespace("user", folder),
+            pid,
+            _container(folder),
         )
     finally:
         os.close(folder)
@@ -142,12 +146,19 @@ def _read(name: str, folder: int) -> bytes:
         os.close(fd)
 
 
-def _userns(folder: int | None = None) -> int:
-    """Where it may not be known (the process is protected from its own user), 0."""
+def _namespace(kind: str, folder: int | None = None) -> int:
+    """Its inode. Where it may not be known (the process is protected from its own user), 0."""
     try:
-        return os.stat("ns/user" if folder is not None else "/proc/self/ns/user", dir_fd=folder).st_ino
+        return os.stat(f"ns/{kind}" if folder is not None else f"/proc/self/ns/{kind}", dir_fd=folder).st_ino
     except OSError:
         return 0
 
 
-OWN_USERNS = _userns()
+OWN_USERNS = _namespace("user")
+OWN_PIDNS = _namespace("pid")
+
+
+def _container(folder: int) -> int:
+    """The PID namespace, where it is not the service's own. No process ever leaves the one it was born in."""
+    found = _namespace("pid", folder)
+    return 0 if found == OWN_PIDNS else found

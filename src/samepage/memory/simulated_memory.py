@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
+from samepage.memory.merge_domain import MergeDomain
+
 MASK = (1 << 64) - 1
 
 
@@ -126,7 +128,7 @@ class SimulatedMemory:
         machine: SimulatedMachine,
         pid: int,
         *,
-        domain: int = 0,
+        domain: MergeDomain | int = 0,
         tracking: bool = True,
         rehash_broken: bool = True,
         step: int = 1 << 30,
@@ -136,7 +138,8 @@ class SimulatedMemory:
     ) -> None:
         self.machine = machine
         self.pid = pid
-        self.domain = domain
+        self.domain = domain if isinstance(domain, MergeDomain) else MergeDomain(domain)
+        self.owner = self.domain
         self.tracking = tracking
         self.rehash_broken = rehash_broken
         self.step = step

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from samepage.memory import AREA, EXTENT, RUN
 
 MAGIC = 0x45504D53
-VERSION = 5
+VERSION = 6
 MSG_MAX = 128 << 10
 """Bytes of the largest packet, header included."""
 
@@ -80,7 +80,9 @@ class Swap(IntEnum):
 
 
 HDR = np.dtype([("op", "<u4"), ("seq", "<u4"), ("error", "<i4"), ("len", "<u4")])
-HELLO = np.dtype([("magic", "<u4"), ("version", "<u4"), ("pid", "<u4"), ("page_size", "<u4"), ("comm", "S16")])
+HELLO = np.dtype(
+    [("magic", "<u4"), ("version", "<u4"), ("pid", "<u4"), ("page_size", "<u4"), ("comm", "S16"), ("domain", "S32")],
+)
 WELCOME = np.dtype(
     [("version", "<u4"), ("flags", "<u4"), ("reserve", "<u8"), ("section", "<u4"), ("use_swap", "<u4")],
 )

@@ -55,7 +55,7 @@ class Status(msgspec.Struct, tag_field="op", tag="status", forbid_unknown_fields
 
 
 class Stats(msgspec.Struct, tag_field="op", tag="stats", forbid_unknown_fields=True):
-    """Counters; to a user who does not own the service, those of their own merge domain."""
+    """Counters; to a user who does not own the service, those of their own processes."""
 
 
 class Get(msgspec.Struct, tag_field="op", tag="get", forbid_unknown_fields=True):
@@ -119,8 +119,8 @@ Arrivals = queue.SimpleQueue[tuple[int, threading.Event]]
 class Controlled(Protocol):
     """What control requests act on (`samepage.service.engine.Engines`)."""
 
-    def counters(self, domain: int | None = None) -> dict[str, Any]: ...
-    def by_engine(self, domain: int | None = None) -> dict[str, dict[str, Any]]: ...
+    def counters(self, owner: str | None = None) -> dict[str, Any]: ...
+    def by_engine(self, owner: str | None = None) -> dict[str, dict[str, Any]]: ...
     def rows(self) -> list[Answer]: ...
     def commitments(self) -> tuple[list[Answer], list[Answer]]: ...
     def files(self) -> dict[str, str]: ...
@@ -131,7 +131,7 @@ class Controlled(Protocol):
     def knobs(self) -> dict[str, str]: ...
     def set(self, knob: str, value: str, cancelled: Cancelled) -> None: ...
     def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer: ...
-    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer: ...
+    def merge(self, pid: int, vpn: int, npages: int, owner: str | None = None) -> Answer: ...
 
 
 def handle(sock: socket.socket, data: bytes, caller: Caller, scanner: Controlled, owner: int) -> None:
@@ -175,22 +175,22 @@ def _perform(
 ) -> Iterator[Answer]:
     match request:
         case Status(brief=brief):
-            domain = None if caller.uid in (0, owner) else _domain(caller, sock)
-            if brief or domain is not None:
+            whose = None if caller.uid in (0, owner) else _owner(caller, sock)
+            if brief or whose is not None:
                 rows, groups = scanner.rows(), list[dict[str, Any]]()
             else:
                 rows, groups = scanner.commitments()
-            rows = [row for row in rows if domain in (None, row["domain"])]
-            counters = scanner.counters(domain)
+            rows = [row for row in rows if whose in (None, row["owner"])]
+            counters = scanner.counters(whose)
             for start in range(0, len(rows), ROWS_MAX):
                 yield {"processes": rows[start : start + ROWS_MAX]}
             for start in range(0, len(groups), ROWS_MAX):
                 yield {"cgroups": groups[start : start + ROWS_MAX]}
-            yield {"ok": True, "counters": counters, "engines": scanner.by_engine(domain)}
+            yield {"ok": True, "counters": counters, "engines": scanner.by_engine(whose)}
         case Stats():
             yield {
                 "ok": True,
-                "counters": scanner.counters(None if caller.uid in (0, owner) else _domain(caller, sock)),
+                "counters": scanner.counters(None if caller.uid in (0, owner) else _owner(caller, sock)),
             }
         case Get(knob=None):
             yield {"ok": True, "knobs": scanner.knobs()}
@@ -213,16 +213,16 @@ def _perform(
             scanner.set(file, ksm_files.value(file, data), lambda: client_gone(sock))
             yield {"ok": True}
         case Merge(vpn=vpn, npages=npages, pid=pid):
-            domain = None if caller.uid in (0, owner) else _domain(caller, sock)
-            yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages, domain)
+            whose = None if caller.uid in (0, owner) else _owner(caller, sock)
+            yield {"ok": True} | scanner.merge(pid or caller.pid, vpn, npages, whose)
 
 
-def _domain(caller: Caller, sock: socket.socket) -> int:
-    """The merge domain of who asks: the user who connected, in the namespace of now."""
+def _owner(caller: Caller, sock: socket.socket) -> str:
+    """Whose processes the caller may know of: the user who connected, in the namespaces of now (`ProcessRow.owner`)."""
     from samepage.memory.identity import domain_of, identify_peer
 
     try:
-        return domain_of(caller.uid, identify_peer(sock, caller.pid, caller.connected))
+        return str(domain_of(caller.uid, identify_peer(sock, caller.pid, caller.connected)))
     except OSError:
         raise ProcessLookupError(errno.ESRCH, "it cannot be seen who asks") from None
 

@@ -21,12 +21,12 @@ Cancelled = Callable[[], bool]
 
 
 class Engine(Protocol):
-    """Rows have at least `pid`, `comm`, `domain`, `merged` and `bytes_needed`; counters KSM's names."""
+    """Rows have at least `pid`, `comm`, `domain`, `owner`, `merged` and `bytes_needed`; counters KSM's names."""
 
     name: str
 
-    def counters(self, domain: int | None = None) -> dict[str, Any]:
-        """Of everything, or of one merge domain."""
+    def counters(self, owner: str | None = None) -> dict[str, Any]:
+        """Of everything, or of one owner."""
 
     def rows(self) -> list[Answer]:
         """One for each process."""
@@ -60,7 +60,7 @@ class Agents(Engine, Protocol):
 
     def pids(self) -> list[int]: ...
     def introductions(self) -> contextlib.AbstractContextManager[Arrivals]: ...
-    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer: ...
+    def merge(self, pid: int, vpn: int, npages: int, owner: str | None = None) -> Answer: ...
 
 
 class Engines:
@@ -89,15 +89,15 @@ class Engines:
     def introductions(self) -> contextlib.AbstractContextManager[Arrivals]:
         return self._agents.introductions()
 
-    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer:
-        return self._agents.merge(pid, vpn, npages, domain)
+    def merge(self, pid: int, vpn: int, npages: int, owner: str | None = None) -> Answer:
+        return self._agents.merge(pid, vpn, npages, owner)
 
-    def counters(self, domain: int | None = None) -> dict[str, Any]:
-        return self._agents.counters(domain)
+    def counters(self, owner: str | None = None) -> dict[str, Any]:
+        return self._agents.counters(owner)
 
-    def by_engine(self, domain: int | None = None) -> dict[str, dict[str, Any]]:
+    def by_engine(self, owner: str | None = None) -> dict[str, dict[str, Any]]:
         """The counters of each, by its name."""
-        return {engine.name: engine.counters(domain) for engine in self._all}
+        return {engine.name: engine.counters(owner) for engine in self._all}
 
     def rows(self) -> list[Answer]:
         return [_named(engine, row) for engine in self._all for row in engine.rows()]

@@ -76,12 +76,13 @@ def _serve(sock: socket.socket, scanner: Scanner) -> None:
     from samepage.memory.agent import AgentAddressSpace
     from samepage.memory.conversation import TIMEOUT
     from samepage.memory.handshake import Terms
+    from samepage.memory.merge_domain import MergeDomain
     from samepage.service.log import log
 
     try:
         sock.settimeout(TIMEOUT)
         hello = wire.recv(sock)
-        scanner.enter(AgentAddressSpace.welcome(sock, hello, os.getpid(), os.getuid(), Terms()))
+        scanner.enter(AgentAddressSpace.welcome(sock, hello, os.getpid(), MergeDomain(os.getuid()), Terms()))
     except (OSError, wire.WireError) as e:
         log(f"the agent of this process did not join: {e}")
         sock.close()

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from samepage.ksmd import ProcessRow
 from samepage.ksmd.counters import DomainRow, Snapshot
 from samepage.memory import PAGE_SIZE
+from samepage.memory.merge_domain import MergeDomain
 from samepage.service.tally import Place
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def shares(snapshot: Snapshot, at: list[Place]) -> Counter[Place]:
     """What each place saves. Whose saving a shared page is cannot be said: a domain's is shared out in proportion to
     the pages that its processes have merged. So all places add up to `bytes_saved`."""
     found: Counter[Place] = Counter()
-    by_domain: dict[int, list[tuple[ProcessRow, Place]]] = defaultdict(list)
+    by_domain: dict[MergeDomain, list[tuple[ProcessRow, Place]]] = defaultdict(list)
     for row, place in zip(snapshot.processes, at, strict=True):
         by_domain[row.domain].append((row, place))
     for domain in snapshot.domains:

@@ -24,6 +24,7 @@ from samepage.memory import PAGE_SIZE, AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.conversation import ENDED
 from samepage.memory.halt import SILENT
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.segments import OPEN
 from samepage.service import ksm_files
 from samepage.service.control import Arrivals, blamed
@@ -86,6 +87,10 @@ def _threads() -> Concurrently:
         finally:
             go.set()
     return map
+
+
+def _answer(row: ProcessRow) -> Answer:
+    return asdict(row) | {"domain": str(row.domain), "owner": str(row.owner)}
 
 
 class Scanner:
@@ -151,7 +156,7 @@ class Scanner:
         slot = self._ksmd.enter(space, space.comm, space.swap.name.lower())
         with self._slots_lock:
             self._slots[space] = slot
-        self.tally.enter(slot.pid, slot.domain.number)
+        self.tally.enter(slot.pid, slot.domain.key)
         self._wake.set()
 
     @contextlib.contextmanager
@@ -188,16 +193,16 @@ class Scanner:
         """Counters and all rows, of one moment. Waits for nobody."""
         return self._ksmd.snapshot()
 
-    def counters(self, domain: int | None = None) -> dict[str, Any]:
-        """ksmd's counters, by name. Of one domain: sums over its processes (`SUMMED`), and how many there are."""
-        if domain is None:
+    def counters(self, owner: str | None = None) -> dict[str, Any]:
+        """ksmd's counters, by name. Of one owner: sums over its processes (`SUMMED`), and how many there are."""
+        if owner is None:
             return asdict(self._ksmd.counters())
-        rows = [row for row in self._ksmd.rows() if row.domain == domain]
+        rows = [row for row in self._ksmd.rows() if str(row.owner) == owner]
         return {"processes": len(rows)} | {name: sum(getattr(row, name) for row in rows) for name in SUMMED}
 
     def rows(self) -> list[Answer]:
         """One for each process."""
-        return [asdict(row) for row in self._ksmd.rows()]
+        return [_answer(row) for row in self._ksmd.rows()]
 
     def files(self) -> dict[str, str]:
         """What is in the files of /sys/kernel/mm/ksm. Asked for ten times a second, so not by way of `counters`."""
@@ -214,7 +219,7 @@ class Scanner:
                 self._wake.set()
                 done.wait(RECOUNT_TIMEOUT)
             row = self._row(pid)
-        return asdict(row) if row is not None else None
+        return _answer(row) if row is not None else None
 
     def _row(self, pid: int) -> ProcessRow | None:
         return next((row for row in reversed(self._ksmd.rows()) if row.pid == pid), None)
@@ -326,23 +331,23 @@ class Scanner:
         try:
             with hold(self._gate, cancelled):
                 result = self._ksmd.unmerge(slot, cancelled=cancelled)
-            self._count(result, {slot.pid: slot.domain.number})
+            self._count(result, {slot.pid: slot.domain.key})
             return result
         except InterruptedError:  # before its turn came
             return UnmergeResult(errno.EINTR, pages_remaining=slot.merged)
         finally:
             self._hang_up_on_the_gone()
 
-    def _count(self, result: UnmergeResult, domains: dict[int, int]) -> None:
+    def _count(self, result: UnmergeResult, domains: dict[int, MergeDomain]) -> None:
         for row in result.processes:
             if row.pid in domains:
                 outcome = errno.errorcode[row.errno] if row.errno else DONE
                 self.tally.unmerged(row.pid, domains[row.pid], outcome)
 
-    def merge(self, pid: int, vpn: int, npages: int, domain: int | None = None) -> Answer:
-        """Merge pages of a process now. OSError ESRCH when it has not joined, is not of `domain`, or goes meanwhile."""
+    def merge(self, pid: int, vpn: int, npages: int, owner: str | None = None) -> Answer:
+        """Merge pages of a process now. OSError ESRCH when it has not joined, is not of `owner`, or goes meanwhile."""
         slot = self._of_pid(pid)[-1]
-        if domain not in (None, slot.domain.number):
+        if owner not in (None, str(slot.space.owner)):
             raise ProcessLookupError(errno.ESRCH, f"process {pid} has not joined")
         with self._gate:
             outcome = self._ksmd.merge_range(slot, vpn, npages)

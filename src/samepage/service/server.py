@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -23,15 +24,18 @@ from functools import partial
 from samepage.memory import AddressSpaceGone, wire
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.conversation import ENDED, TIMEOUT
-from samepage.memory.handshake import Terms, greet
-from samepage.memory.identity import Identity, identify_peer, user_of
+from samepage.memory.handshake import Terms, asked_domain, greet
+from samepage.memory.identity import Identity, identify_peer
+from samepage.memory.merge_domain import MergeDomain
 from samepage.service import control
+from samepage.service.cgroups import NOWHERE, group_of
 from samepage.service.closing import close_all, close_one
 from samepage.service.descriptors import shares
 from samepage.service.engine import Engine, Engines
-from samepage.service.log import log_once, log_the_rest
+from samepage.service.log import log, log_once, log_the_rest
+from samepage.service.policy import Place, Policy, PolicyError, load
 from samepage.service.scanner import Scanner
-from samepage.service.sockets import Caller, anybody, groups, peer
+from samepage.service.sockets import Caller, anybody, groups, peer, policy_path
 from samepage.service.workers import Workers
 
 CONNECTIONS_MAX = 256
@@ -80,6 +84,11 @@ class _Connection:
     """They say something, and are being served."""
     who: Identity | None = None
     comm: str = ""
+    asked: str = ""
+    """The merge domain that they ask for; "": none."""
+    groups: frozenset[int] = frozenset()
+    domain: MergeDomain | None = None
+    """Where they belong, once they were greeted."""
 
 
 class Server:
@@ -88,7 +97,8 @@ class Server:
     Run by root, it serves everyone, each user in a merge domain of their own; else only who runs it.
     `before_leave` is called when a process went and is about to be dropped, with its counters still in.
     `userfaultfd_group`: only processes of that group, and the owner's, are given /dev/userfaultfd; None: all.
-    `others`: engines besides, of processes that do not join.
+    `others`: engines besides, of processes that do not join. `policy`: the file that says who is in which merge domain
+    (`service.policy`); it is read again at SIGHUP.
     """
 
     def __init__(
@@ -99,7 +109,10 @@ class Server:
         before_leave: Callable[[], None] = lambda: None,
         userfaultfd_group: int | None = None,
         others: Sequence[Engine] = (),
+        policy: str | None = None,
     ) -> None:
+        self._policy_file = policy
+        self._policy = load(policy) if policy is not None else Policy()
         self._listener = listener
         self._scanner = scanner
         self._engines = Engines(scanner, others)
@@ -137,13 +150,24 @@ class Server:
         self._epoll.register(self._wake_read, select.EPOLLIN)
         while True:
             ready = [fd for fd, _ in self._epoll.poll(1.0 if self._connections else None)]
-            if self._wake_read in ready:
+            if self._wake_read in ready and self._is_over():
                 break
             try:
                 self._serve(ready)
             except Exception as e:  # nobody who connects may end this
                 log_once("a mistake of the service's own", f"the service: {e!r}")
         self._close()
+
+    def _is_over(self) -> bool:
+        """Somebody wrote to `wake_fd`: the number of a signal (`signal.set_wakeup_fd`), or `stop`."""
+        if set(os.read(self._wake_read, 4096)) != {signal.SIGHUP}:
+            return True
+        if path := self._policy_file or policy_path():
+            try:
+                self._set_policy(load(path))
+            except PolicyError as e:
+                log(f"the policy stays as it was: {e.strerror}")
+        return False
 
     def _serve(self, ready: list[int]) -> None:
         # Those who went first: a process that executed another program is back at once, with the same pid.
@@ -175,7 +199,7 @@ class Server:
 
     @property
     def wake_fd(self) -> int:
-        """A byte written to this descriptor, which does not block, ends `run`."""
+        """A byte written to this descriptor, which does not block, ends `run`; that of SIGHUP has the policy read."""
         return self._wake_write
 
     def stop(self) -> None:
@@ -267,8 +291,8 @@ class Server:
         stays = False
         try:
             sock.settimeout(TIMEOUT)
-            if connection.who is not None:
-                self._join(connection, connection.who)
+            if connection.who is not None and connection.domain is not None:
+                self._join(connection, connection.who, connection.domain)
                 return  # the socket is not ours any more
             data = wire.recv_plain_bytes(sock)
             if data.startswith(b"{"):
@@ -332,11 +356,37 @@ class Server:
         if set(who.uids) != {caller.uid} or set(who.gids) != {caller.gid}:
             ids = f"user {caller.uid} and group {caller.gid}, but its ids are {who.uids} and {who.gids}"
             raise AddressSpaceGone(f"process {caller.pid} may not join: it is {ids}")
+        connection.asked, connection.groups = asked_domain(hello, caller.pid), frozenset(groups(connection.sock))
+        place = self._place(who, connection.asked, connection.groups)
+        if place.domain is None:
+            raise AddressSpaceGone(f"process {caller.pid} is left alone: {place.why}")
         self._take_room(caller)
-        connection.who = who
-        may_have = caller.uid == self._owner or self._userfaultfd_group in {None, *groups(connection.sock)}
+        connection.who, connection.domain = who, place.domain
+        may_have = caller.uid == self._owner or self._userfaultfd_group in {None, *connection.groups}
         userfaultfd = self._userfaultfd if may_have else -1
         connection.comm = greet(connection.sock, hello, caller.pid, self._terms, userfaultfd)
+
+    def _place(self, who: Identity, asked: str, groups: frozenset[int]) -> Place:
+        """OSError: it has ended."""
+        policy = self._policy
+        return policy.place(who, group_of(who.pid) if policy.looks_at_groups else NOWHERE, asked, groups)
+
+    def _misplaced(self, who: Identity, asked: str, groups: frozenset[int], domain: MergeDomain) -> str:
+        """Why a process that joined `domain` does not belong there any more; "" if it does."""
+        place = self._place(who, asked, groups)
+        if place.domain == domain:
+            return ""
+        return f"it belongs in merge domain {place.domain} now ({place.why})" if place.domain else place.why
+
+    def _set_policy(self, policy: Policy) -> None:
+        """It holds from now on: processes that belong elsewhere by it are let go of, and join again by themselves."""
+        self._policy = policy
+        with self._lock:
+            spaces = list(self._spaces.values())
+        for space in spaces:
+            with contextlib.suppress(OSError):  # it has ended
+                if why := space.misplaced():
+                    space.hang_up(why)
 
     def _take_room(self, caller: Caller) -> None:
         """ConnectionRefusedError: there is no descriptor for one process more."""
@@ -350,9 +400,10 @@ class Server:
             log_once(f"no room for a process (user {caller.uid})", f"process {caller.pid} may not join: {why}")
             raise ConnectionRefusedError(errno.ECONNREFUSED, why)
 
-    def _join(self, connection: _Connection, who: Identity) -> None:
+    def _join(self, connection: _Connection, who: Identity, domain: MergeDomain) -> None:
         pid = connection.caller.pid
-        space = AgentAddressSpace.ready(connection.sock, pid, who.domain, connection.comm, who)
+        space = AgentAddressSpace.ready(connection.sock, pid, domain, connection.comm, who)
+        space.misplaced = partial(self._misplaced, who, connection.asked, connection.groups, domain)
         with self._lock:
             before = [fd for fd, other in self._spaces.items() if other.pid == space.pid]
         for fd in before:  # one mm_slot a process: what it was before an exec is gone
@@ -375,7 +426,7 @@ class Server:
             return
         self._epoll.unregister(fd)
         space.hang_up(ENDED)
-        user = user_of(space.domain)
+        user = space.owner.user
         if space.gone != ENDED:
             line = f"process {space.pid} ({space.comm}) is not served any more: {space.gone}"
             log_once(f"a process that is not served any more (user {user})", line)

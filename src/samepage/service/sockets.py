@@ -18,6 +18,12 @@ from typing import NamedTuple
 
 DAEMON_PATH = "/run/samepage.sock"
 
+POLICY_PATH = "/etc/samepage/policy.toml"
+"""Which merge domain processes are in, for root's daemon, if it is there (`policy`)."""
+
+DOMAIN_NAME = r"^[A-Za-z_][A-Za-z0-9_.-]{0,30}$"
+"""A merge domain's name: one that no user id looks like, and that fits into `sp_hello.domain`."""
+
 SO_PEERGROUPS = 59
 
 OVERFLOW_UID = 65534
@@ -68,6 +74,11 @@ def default_path() -> str:
         return DAEMON_PATH
     folder = os.environ.get("XDG_RUNTIME_DIR")
     return f"{folder}/samepage.sock" if folder else f"/tmp/samepage-{uid}/samepage.sock"
+
+
+def policy_path() -> str | None:
+    """The policy of this user's daemon where none is named."""
+    return POLICY_PATH if os.getuid() == 0 and os.path.lexists(POLICY_PATH) else None
 
 
 def running() -> str | None:

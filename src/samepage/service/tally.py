@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from samepage.ksmd import ProcessRow
 from samepage.memory.agent import memory_cgroup
-from samepage.memory.identity import user_of
+from samepage.memory.merge_domain import MergeDomain
 
 PLACES_MAX = 100
 
@@ -84,12 +84,6 @@ class _Process:
     cpu_seconds: float = 0.0
 
 
-def domain_name(domain: int) -> str:
-    """A merge domain for people: the user id, and the user namespace if it is not the service's own."""
-    namespace = domain >> 32
-    return f"{user_of(domain)}@{namespace}" if namespace else str(user_of(domain))
-
-
 class Tally:
     """Any thread may call any method, and none waits for ksmd or for a process. `owner` runs the service."""
 
@@ -103,12 +97,12 @@ class Tally:
         self._clock = clock
         self._cgroup_of = cgroup_of
         self._lock = threading.Lock()
-        self._places: dict[tuple[int, str], Place] = {}
+        self._places: dict[tuple[MergeDomain, str], Place] = {}
         self._others = Place(*OTHERS)
         self._processes: dict[int, _Process] = {}
         self._refused = _zeros(REFUSALS)
 
-    def enter(self, pid: int, domain: int) -> None:
+    def enter(self, pid: int, domain: MergeDomain) -> None:
         """A process joined."""
         with self._lock:
             now = self._clock()
@@ -128,7 +122,7 @@ class Tally:
                 if why is not None:
                     process.place.dropped[kind_of(why)] += 1
 
-    def unmerged(self, pid: int, domain: int, outcome: str) -> None:
+    def unmerged(self, pid: int, domain: MergeDomain, outcome: str) -> None:
         """Somebody asked for an unmerge of a process."""
         with self._lock:
             process = self._processes.get(pid)
@@ -161,18 +155,17 @@ class Tally:
             _spend(process, row.cpu_seconds)
         return process.place
 
-    def _place(self, pid: int, domain: int, before: Place | None = None) -> Place:
+    def _place(self, pid: int, domain: MergeDomain, before: Place | None = None) -> Place:
         cgroup = self._cgroup_of(pid)
         if before is not None and not cgroup:  # it has just ended
             return before
         cgroup = cgroup if len(cgroup) <= NAME_MAX else "..." + cgroup[-NAME_MAX:]
         place = self._places.get((domain, cgroup))
         if place is None:
-            user = user_of(domain)
-            if not self._has_room(user):
+            if not self._has_room(domain.user):
                 place = self._others
             else:
-                place = self._places[domain, cgroup] = Place(domain_name(domain), cgroup, user)
+                place = self._places[domain, cgroup] = Place(str(domain), cgroup, domain.user)
         place.used = self._clock()
         return place
 

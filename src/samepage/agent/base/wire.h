@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define SP_MAGIC 0x45504d53u /* "SMPE" */
-#define SP_VERSION 5u
+#define SP_VERSION 6u
 #define SP_MSG_MAX (128u << 10)
 
 enum sp_op {
@@ -49,6 +49,7 @@ struct sp_hello {
 	uint32_t pid; /* in the agent's own pid namespace; the service believes SO_PEERCRED */
 	uint32_t page_size;
 	char comm[16];
+	char domain[32]; /* the merge domain it asks for ($SAMEPAGE_DOMAIN), ""; the service decides */
 };
 
 /* For tests and measurements: what an older kernel would do. */

@@ -238,7 +238,7 @@ __attribute__((constructor)) static void initialise(void)
 	if (!seccomp_allows(secure_getenv("SAMEPAGE_SECCOMP")))
 		return;
 	merge_mapped = all || mapped;
-	agent_configure(service);
+	agent_configure(service, secure_getenv("SAMEPAGE_DOMAIN"));
 	mmap_note_memory();
 	kernel_serves_others = engine && !strcmp(engine, "auto");
 	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */

@@ -34,11 +34,14 @@
 struct peer peer = {.attached = -1, .sock = -1};
 
 /* Called by the constructor: the service that the environment names, joined once there is an area. */
-void agent_configure(const char *path)
+void agent_configure(const char *path, const char *domain)
 {
 	if (!path || strlen(path) >= sizeof(peer.path))
 		return;
 	strcpy(peer.path, path);
+	/* What is too long is no name: the service turns the process away, for it must not be in another domain. */
+	if (domain)
+		strcpy(peer.domain, strlen(domain) < sizeof(peer.domain) ? domain : "?");
 	thread_note_defaults();
 	note_page_size();
 }
@@ -87,7 +90,8 @@ static bool say_hello(void)
 	ssize_t got;
 
 	setsockopt(peer.sock, SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
-	*hello = (struct sp_hello){SP_MAGIC, SP_VERSION, (uint32_t)getpid(), PAGE_SIZE, ""};
+	*hello = (struct sp_hello){SP_MAGIC, SP_VERSION, (uint32_t)getpid(), PAGE_SIZE, "", ""};
+	memcpy(hello->domain, peer.domain, sizeof(hello->domain));
 	got = read_file("/proc/self/comm", hello->comm, sizeof(hello->comm) - 1);
 	if (got > 0 && hello->comm[got - 1] == '\n')
 		hello->comm[got - 1] = 0;

@@ -56,8 +56,9 @@ short wait_for(int fd, short events, int timeout_ms);
 /* ---- peer.c ---- */
 
 extern struct peer {
-	char path[108]; /* of struct sockaddr_un; "": none */
-	int attached;	/* a socket to serve instead, -1 */
+	char path[108];	 /* of struct sockaddr_un; "": none */
+	char domain[32]; /* that is asked for; "": none */
+	int attached;	 /* a socket to serve instead, -1 */
 	int sock;
 	_Atomic bool joined;
 } peer;

@@ -26,8 +26,9 @@ void agent_retire(void); /* the same, for good */
  * told. */
 bool agent_leave(void);
 void agent_return(bool left);
-void agent_configure(const char *path); /* the service to join (SAMEPAGE_SOCKET), from the constructor */
-bool agent_configured(void);		/* there is a service to join, or one was attached */
+/* The service to join ($SAMEPAGE_SOCKET), and the merge domain to ask it for ($SAMEPAGE_DOMAIN), from the constructor. */
+void agent_configure(const char *path, const char *domain);
+bool agent_configured(void); /* there is a service to join, or one was attached */
 
 /* Breaks merged pages as break_ksm() does: on the agent thread, or where there is none, here and now. */
 void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out);

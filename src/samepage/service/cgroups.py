@@ -1,0 +1,101 @@
+"""What a process's cgroup says of it: systemd's unit and slices, the container, and the container's labels.
+
+Only the outermost part of a path that somebody else manages is believed. Who is given a cgroup (a user's systemd, a
+container's root) can make any names below it: `/user.slice/user-1000.slice/user@1000.service/app.slice/web.service` is
+unit user@1000.service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from samepage.memory.halt import cgroups
+
+CONTAINER = re.compile(
+    r"/(?:docker-|libpod-|crio-|cri-containerd-)([0-9a-f]{64})\.scope(?:/|$)"
+    r"|/(?:docker|libpod_parent|kubepods[^/]*|pod[^/]*|burstable|besteffort|guaranteed|actions_job|containerd|default)/"
+    r"(?:libpod-)?([0-9a-f]{64})(?:/|$)"
+    r"|/(?:lxc\.payload\.|lxc/|machine-)([A-Za-z0-9_.\\-]+?)(?:\.scope)?(?:/|$)"
+)
+"""Names that Docker, Podman, CRI-O, containerd, LXC and systemd-nspawn give cgroups, with either cgroup driver."""
+
+STATE_FILES = (
+    ("var/lib/docker/containers/{id}/config.v2.json", ("Config", "Labels")),
+    ("var/lib/containers/storage/overlay-containers/{id}/userdata/config.json", ("annotations",)),
+    ("run/containers/storage/overlay-containers/{id}/userdata/config.json", ("annotations",)),
+    ("run/containerd/io.containerd.runtime.v2.task/k8s.io/{id}/config.json", ("annotations",)),
+    ("run/containerd/io.containerd.runtime.v2.task/moby/{id}/config.json", ("annotations",)),
+    ("run/containerd/io.containerd.runtime.v2.task/default/{id}/config.json", ("annotations",)),
+)
+"""Where container runtimes keep the labels (OCI annotations) of a container. Only root writes there."""
+
+STATE_MAX = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The cgroup of a process. `path` is absolute."""
+
+    path: str
+    root: str = "/"
+    """Where `STATE_FILES` are."""
+
+    @property
+    def slices(self) -> list[str]:
+        """systemd's slices, from the outermost on, above the unit."""
+        names = self.path.strip("/").split("/")
+        found: list[str] = []
+        for name in names:
+            if not name.endswith(".slice"):
+                break
+            found.append(name)
+        return found
+
+    @property
+    def unit(self) -> str:
+        """systemd's unit, that of the system's manager; "" if it is in none."""
+        rest = self.path.strip("/").split("/")[len(self.slices) :]
+        return rest[0] if rest and rest[0].endswith((".service", ".scope", ".mount", ".socket", ".swap")) else ""
+
+    @property
+    def container(self) -> str:
+        """Id or name of the container; "" if it is in none that root started. What is below /user.slice was named by
+        users."""
+        if self.path.startswith("/user.slice/"):
+            return ""
+        found = CONTAINER.search(self.path)
+        return next(filter(None, found.groups()), "") if found else ""
+
+    def labels(self) -> dict[str, str]:
+        """What its container is labelled with; nothing where it is in none, or its runtime is not known."""
+        if re.fullmatch(r"[0-9a-f]{64}", self.container):
+            for file, keys in STATE_FILES:
+                with contextlib.suppress(OSError, ValueError):
+                    path = Path(self.root) / file.format(id=self.container)
+                    if path.stat().st_size > STATE_MAX:
+                        continue
+                    found = json.loads(path.read_bytes())
+                    for key in keys:
+                        found = found[key] if isinstance(found, dict) and key in found else {}
+                    if isinstance(found, dict):
+                        return {key: value for key, value in found.items() if isinstance(value, str)}
+        return {}
+
+
+NOWHERE = Group("/")
+
+
+def group_of(pid: int) -> Group:
+    """The cgroup of a process: in version 2's hierarchy, or else in the first of version 1's that says something.
+    OSError."""
+    paths: dict[str, str] = {}
+    for _, controllers, path in cgroups(f"/proc/{pid}/cgroup"):
+        paths |= dict.fromkeys(controllers.split(","), path)
+    for controller in ("", "name=systemd", "memory"):
+        if paths.get(controller, "/") != "/":
+            return Group(paths[controller])
+    return NOWHERE

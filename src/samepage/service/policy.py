@@ -1,0 +1,246 @@
+"""Which merge domain a process is in: what the administrator wrote, and what holds where nothing was written.
+
+    [default]
+    merge = "own"                      # or "zero-only", "off"
+
+    [[rule]]                           # the first whose conditions all hold decides
+    unit = "gunicorn@*.service"
+    domain = "web"
+
+    [[rule]]
+    slice = "batch.slice"
+    merge = "off"
+
+    [domain.web]
+    across = ["container"]             # closed across user, userns and container, but for what stands here
+    users = ["alice", "@staff"]        # who may ask for it by `samepage run --domain web`
+
+Nothing here asks the process: ids and namespaces come from the kernel, cgroups from those who manage them.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import re
+import stat
+from dataclasses import replace
+from enum import StrEnum
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from samepage.memory.identity import Identity
+from samepage.memory.merge_domain import SEVERAL, MergeDomain
+from samepage.service.cgroups import Group
+from samepage.service.sockets import DOMAIN_NAME
+
+SIZE_MAX = 1 << 20
+
+Name = Annotated[str, msgspec.Meta(pattern=DOMAIN_NAME)]
+Pattern = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class PolicyError(OSError):
+    """The file cannot be used. `strerror` says where and why, in one line."""
+
+
+class Merge(StrEnum):
+    """What is merged of a process that no domain is named for."""
+
+    OWN = "own"
+    """All, with processes of its own user, user namespace and container."""
+    ZERO_ONLY = "zero-only"
+    OFF = "off"
+
+
+class Across(StrEnum):
+    """A boundary that a named domain may be opened across."""
+
+    USER = "user"
+    USERNS = "userns"
+    CONTAINER = "container"
+
+
+class Default(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    merge: Merge = Merge.OWN
+
+
+class Rule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Conditions are patterns, in which `*` and `?` stand for anything but a slash. That of a cgroup holds for all
+    below it."""
+
+    cgroup: Pattern | None = None
+    unit: Pattern | None = None
+    slice: Pattern | None = None
+    container: Pattern | None = None
+    label: dict[str, Pattern] = {}
+    user: Pattern | None = None
+    domain: Name | None = None
+    merge: Merge | None = None
+
+    def applies(self, user: str, group: Group) -> bool:
+        """Whether all its conditions hold. `user`: name, or id where it has none."""
+        return (
+            (self.cgroup is None or _is_within(self.cgroup, group.path))
+            and (self.unit is None or _matches(self.unit, group.unit))
+            and (self.slice is None or any(_matches(self.slice, name) for name in group.slices))
+            and (self.container is None or _matches(self.container, group.container))
+            and (not self.label or _has_labels(self.label, group))
+            and (self.user is None or _matches(self.user, user))
+        )
+
+
+class Opened(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A named domain."""
+
+    across: frozenset[Across] = frozenset()
+    users: frozenset[str] = frozenset()
+
+
+class Place(NamedTuple):
+    """Where a process belongs, and why."""
+
+    domain: MergeDomain | None
+    """None: it is not merged."""
+    why: str
+
+
+class Policy(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The file as a whole. `Policy()` is what holds without one."""
+
+    default: Default = Default()
+    rule: list[Rule] = []
+    domain: dict[Name, Opened] = {}
+
+    def __post_init__(self) -> None:
+        for number, rule in enumerate(self.rule, 1):
+            if (rule.domain is None) == (rule.merge is None):
+                raise ValueError(f"rule {number} has to say either `domain` or `merge`")
+            if rule.domain is not None and rule.domain not in self.domain:
+                raise ValueError(f"rule {number} names domain {rule.domain!r}, and there is no [domain.{rule.domain}]")
+            if not (rule.cgroup or rule.unit or rule.slice or rule.container or rule.label or rule.user):
+                raise ValueError(f"rule {number} has no condition: for all other processes there is [default]")
+
+    @property
+    def looks_at_groups(self) -> bool:
+        """Whether a process's cgroup matters."""
+        return any(r.cgroup or r.unit or r.slice or r.container or r.label for r in self.rule)
+
+    def place(self, who: Identity, group: Group, asked: str = "", groups: frozenset[int] = frozenset()) -> Place:
+        """Where a process belongs that asked for a domain (or not: ""), and whose user is in `groups`."""
+        user = who.uids[0]
+        name = _user_name(user)
+        for number, rule in enumerate(self.rule, 1):
+            if rule.applies(name, group):
+                why = f"rule {number}"
+                return self._named(rule.domain, who, why) if rule.domain else _merged(rule.merge, who, why)
+        if not asked:
+            return _merged(self.default.merge, who, "default")
+        if not re.fullmatch(DOMAIN_NAME, asked):
+            return Place(None, "it asks for a merge domain whose name is none")
+        if asked not in self.domain and self.default.merge != Merge.OWN:
+            return _merged(self.default.merge, who, "default")
+        if asked not in self.domain:  # nobody gets in by that: it is a part of its own domain
+            return Place(replace(who.domain, name=asked), "--domain")
+        if user == 0 or _is_among(self.domain[asked].users, user, name, groups):
+            return self._named(asked, who, "--domain")
+        return Place(None, f"user {name} may not ask for domain {asked!r}")
+
+    def _named(self, name: str, who: Identity, why: str) -> Place:
+        across = self.domain[name].across
+        own = who.domain
+        hides = not who.userns  # it could be in any namespace
+        return Place(
+            MergeDomain(
+                user=SEVERAL if Across.USER in across else own.user,
+                userns=0 if Across.USERNS in across and not hides else own.userns,
+                container=0 if Across.CONTAINER in across and not hides else own.container,
+                name=name,
+            ),
+            why,
+        )
+
+
+def _merged(merge: Merge | None, who: Identity, why: str) -> Place:
+    if merge == Merge.OFF:
+        return Place(None, f"{why} says off")
+    return Place(replace(who.domain, zero_only=merge == Merge.ZERO_ONLY), why)
+
+
+def load(path: str) -> Policy:
+    """Read a policy. `PolicyError` when it is not there, not right, or somebody else could change it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise PolicyError(errno.EINVAL, f"policy {path} is no regular file")
+            if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+                raise PolicyError(errno.EPERM, f"policy {path} could be changed by others: chown and chmod go-w")
+            if found.st_size > SIZE_MAX:
+                raise PolicyError(errno.EFBIG, f"policy {path} is longer than {SIZE_MAX} bytes")
+            text = os.read(fd, SIZE_MAX)
+        finally:
+            os.close(fd)
+    except PolicyError:
+        raise
+    except OSError as e:
+        raise PolicyError(e.errno or errno.EIO, f"cannot read policy {path}: {e.strerror}") from e
+    return parse(text, path)
+
+
+def parse(text: bytes, path: str) -> Policy:
+    """`PolicyError` with `path` in its sentence."""
+    try:
+        return msgspec.toml.decode(text, type=Policy)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise PolicyError(errno.EINVAL, f"policy {path}: {e}") from e
+
+
+# -- conditions -----------------------------------------------------------------------------------------
+
+
+def _expression(pattern: str) -> str:
+    """As a regular expression: `**` is anything, `*` and `?` anything but slashes, the rest itself."""
+    parts = {"**": r".*", "*": r"[^/]*", "?": r"[^/]"}
+    return "".join(parts.get(part) or re.escape(part) for part in re.split(r"(\*\*|\*|\?)", pattern))
+
+
+def _matches(pattern: str, text: str) -> bool:
+    return bool(text) and re.fullmatch(_expression(pattern), text, re.DOTALL) is not None
+
+
+def _is_within(pattern: str, path: str) -> bool:
+    """Whether the pattern is of this cgroup or one above it."""
+    return re.fullmatch(_expression(pattern.rstrip("/")) + r"(/.*)?", path, re.DOTALL) is not None
+
+
+def _has_labels(wanted: dict[str, str], group: Group) -> bool:
+    labels = group.labels()
+    return all(_matches(pattern, labels.get(key, "")) for key, pattern in wanted.items())
+
+
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
+def _is_among(users: frozenset[str], user: int, name: str, groups: frozenset[int]) -> bool:
+    """Whether one of `users` is this one: a name, a number, or @ and the name or number of a group."""
+    if not users.isdisjoint({name, str(user)}):
+        return True
+    return any(_group_id(one[1:]) in groups for one in users if one.startswith("@"))
+
+
+def _group_id(name: str) -> int:
+    if name.isascii() and name.isdecimal():
+        return int(name)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return -1
