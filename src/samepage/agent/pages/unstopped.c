@@ -16,7 +16,7 @@
  * whether it did, and hurries up.
  *
  * What does reach it: the freezer of its cgroup, and a signal sent to its own number. The latter may kill it in the
- * middle; then whoever called finishes what it began (swap_recover(), restore_recover()). So does its own limit of CPU time, where
+ * middle; then whoever called finishes what it began (swap_recover(), restore_recover()). So does a timer of its own, where
  * the kernel does not come back from a call: a part of a huge page without page tables of its own that somebody has pinned is such
  * a case (splits() in swap.c).
  */
@@ -27,9 +27,10 @@
 
 #include <fcntl.h>
 #include <sched.h>
+#include <signal.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define CHILD_FLAGS (CLONE_VM | CLONE_VFORK | CLONE_FILES | CLONE_FS | CLONE_UNTRACED)
@@ -45,11 +46,21 @@ static struct {
 	uint64_t cpu_ns;
 } step;
 
+/* Kills this process if it still is there in so many seconds. A timer of CPU time, or RLIMIT_CPU, would wait until the kernel
+ * comes back (CONFIG_POSIX_CPU_TIMERS_TASK_WORK, 5.9). */
+static void die_in(long seconds)
+{
+	struct sigevent kill = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGKILL};
+	const struct itimerspec then = {.it_value.tv_sec = seconds};
+	int timer;
+
+	if (!raw_syscall(SYS_timer_create, CLOCK_MONOTONIC, (long)&kill, (long)&timer, 0, 0, 0))
+		raw_syscall(SYS_timer_settime, timer, 0, (long)&then, 0, 0, 0);
+}
+
 static void child(void *arg)
 {
-	const struct rlimit seconds = {2, 2};
-
-	raw_syscall(SYS_prlimit64, 0, RLIMIT_CPU, (long)&seconds, 0, 0, 0);
+	die_in(10);
 	step.inside = true;
 	step.looks = 0;
 	step.fn(arg);
