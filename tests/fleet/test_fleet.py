@@ -193,3 +193,18 @@ def test_what_cannot_be_is_one_line(fleet_directory: Path, tmp_path: Path) -> No
     ):
         done = run(*arguments)
         assert (done.returncode, done.stderr) == (1, f"samepage: {message}\n")
+
+
+@pytest.mark.parametrize("command", ["record 1 -o x", "simulate x", "fleet x"])
+def test_a_library_that_is_not_installed_is_one_line(command: str, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('duckdb', 'highspy', 'ibis', 'pyarrow'): sys.modules[name] = None\n"
+        "from samepage.commands import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = [sys.executable, "-c", code, *command.split()]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith(" is not installed: pip install 'samepage[fleet]'\n")
+    assert done.stderr.count("\n") == 1

@@ -92,8 +92,9 @@ def _print(answers: Answers, advice: Advice | None) -> None:
     def gib(pages: float) -> str:
         return f"{pages / answers.fraction * PAGE_SIZE / 2**30:,.2f} GiB"
 
+    where = "1 host" if len(answers.hosts) == 1 else f"{len(answers.hosts):,} hosts"
     console.print(
-        f"{len(answers.hosts)} hosts with {gib(answers.pages)}: {gib(answers.within)} are duplicate within hosts, and "
+        f"{gib(answers.pages)} on {where}: {gib(answers.within)} are duplicate within hosts, and "
         f"{gib(answers.between)} between them."
     )
     for what in ("hosts", "services", "images", "libraries"):
