@@ -379,3 +379,12 @@ def test_ksmd_reads_nothing_in_the_memory_of_a_guest(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(space, "present", lambda vpn, npages: pytest.fail("it was"))
     ksmd.recount_zeros(slot)
     assert ksmd.rows()[0].ksm_zero_pages == 50
+
+
+def test_guests_are_merged_too_where_the_owners_processes_are_looked_at_in_one_batch() -> None:
+    machine, ksmd = SimulatedMachine(), Ksmd(owner=0)
+    own = [ksmd.enter(process(machine, 100 + i, range(1, 101), domain=0)) for i in range(2)]
+    guests = [ksmd.enter(process(machine, 200 + i, range(1, 101), domain=1000)) for i in range(2)]
+    for _ in range(50):
+        ksmd.do_scan()
+    assert [slot.merged for slot in own + guests] == [100] * 4

@@ -46,7 +46,7 @@ done
 for second in $(seq 40); do
 	sleep 1
 	samepage status --json >/result.new && mv /result.new /result
-	test $(grep -c '"merged": 8191' /result) -lt 4 || break
+	test $(grep -c '"merged": 8[0-9][0-9][0-9],' /result) -lt 4 || break
 done
 systemctl --quiet is-active samepage.service && touch /active
 systemctl poweroff --force --force
@@ -112,8 +112,8 @@ def boot(clean: Path) -> None:
         [*command, "--capability=all", "--bind=/dev/userfaultfd"], check=True, stdout=subprocess.DEVNULL, timeout=180
     )
     rows = json.loads((clean / "result").read_text())["processes"]
-    merged = sorted((row["domain"], row["merged"]) for row in rows)
-    assert merged == [(0, 8191), (0, 8191), (1000, 8191), (1000, 8191)], merged
+    merged = sorted(row["domain"] for row in rows if row["merged"] >= 8000)
+    assert merged == [0, 0, 1000, 1000], rows
     assert (clean / "active").exists()
 
 

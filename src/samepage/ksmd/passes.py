@@ -233,10 +233,11 @@ class Passes:
         self._took[is_foreign] += seconds
 
     def is_turn_of_others(self) -> bool:
-        """Whether foreign processes are served now: the owner's were all looked at in this pass."""
-        if not self.mm_list.in_pass:
-            return not self._are_there_own()
-        return not self._others_had_their_turn() and all(slot.domain.is_foreign for slot in self.mm_list.cursor)
+        """Whether foreign processes are served now: the owner's were all looked at in this pass, or in the last one if
+        none is going on, for most passes begin and end within one batch."""
+        if self._others_had_their_turn():
+            return not self.mm_list.in_pass and not self._are_there_own()
+        return all(slot.domain.is_foreign for slot in self.mm_list.cursor)
 
     def _others_had_their_turn(self) -> bool:
         return self._took[True] > max(FOREIGN_SECONDS, self._took[False])
