@@ -114,6 +114,9 @@ def test_whoever_asks_for_a_domain_gets_in_only_if_the_policy_says_so() -> None:
     assert place(text, asked="web") is None
     assert place(text, someone=who(1001), asked="web") == MergeDomain(SEVERAL, name="web")
     assert place(text, asked="web", groups=frozenset({77})) == MergeDomain(SEVERAL, name="web")
+    for elsewhere in (who(1001, userns=5), who(1001, container=6), who(0, container=6), who(1001, userns=0)):
+        assert place(text, someone=elsewhere, asked="web") is None
+    assert place(text, someone=who(0), asked="web") == MergeDomain(SEVERAL, name="web")
     assert place(text, asked="mine") == MergeDomain(1000, name="mine")  # apart from all others, but its own
     assert place(text, asked="a b") is None
     assert place(text, asked="1001") is None

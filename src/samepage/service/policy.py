@@ -145,6 +145,8 @@ class Policy(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             return _merged(self.default.merge, who, "default")
         if asked not in self.domain:  # nobody gets in by that: it is a part of its own domain
             return Place(replace(who.domain, name=asked), "--domain")
+        if who.domain != MergeDomain(user):  # inside a container or a user namespace anybody can have any id
+            return Place(None, f"only a rule lets a process of a container or user namespace into domain {asked!r}")
         if user == 0 or _is_among(self.domain[asked].users, user, name, groups):
             return self._named(asked, who, "--domain")
         return Place(None, f"user {name} may not ask for domain {asked!r}")
