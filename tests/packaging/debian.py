@@ -46,7 +46,7 @@ done
 for second in $(seq 40); do
 	sleep 1
 	samepage status --json >/result.new && mv /result.new /result
-	test $(grep -c '"merged": 8[0-9][0-9][0-9],' /result) -lt 4 || break
+	test $(cat /result | grep -c '"merged": 8[0-9][0-9][0-9],') -lt 4 || break
 done
 systemctl --quiet is-active samepage.service && touch /active
 systemctl poweroff --force --force
