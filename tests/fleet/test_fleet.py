@@ -86,10 +86,10 @@ def test_duckdb_and_spark_give_the_same_answers(
     fleet: queries.Fleet, fleet_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
-    from pyspark.sql import SparkSession
+    spark_sql = pytest.importorskip("pyspark.sql")
 
     session = (
-        SparkSession.builder.master("local-cluster[2,1,700]")
+        spark_sql.SparkSession.builder.master("local-cluster[2,1,700]")
         .config("spark.executor.memory", "700m")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.driver.bindAddress", "127.0.0.1")
