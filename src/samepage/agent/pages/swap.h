@@ -48,6 +48,22 @@ static inline bool same_row(const struct chunk *c, size_t i)
 	return c->addr[i] == c->addr[i - 1] + PAGE_SIZE;
 }
 
+/* Whether page i continues the piece that the page before it is of. */
+static inline bool same_piece(const struct chunk *c, size_t i)
+{
+	return same_row(c, i) && (!c->segment || c->target[i] == c->target[i - 1] + PAGE_SIZE);
+}
+
+/* The end of the row that page i is of, before j. */
+static inline size_t row_end(const struct chunk *c, size_t i, size_t j)
+{
+	size_t end = i + 1;
+
+	while (end < j && same_row(c, end))
+		end++;
+	return end;
+}
+
 /* Of a page that cannot be swapped because of what stands there. */
 static inline uint8_t status_of(uint8_t kind)
 {
@@ -74,6 +90,10 @@ void map_equal(const struct chunk *c, size_t i, size_t j, const bool *equal);
 void track_again(uintptr_t start, uintptr_t end, bool watched);
 /* Swaps pages [i, j) of the chunk, which are a row, by write-protection (protect.c). */
 void swap_by_protect(struct chunk *c, size_t i, size_t j);
+/* The same by move, of rows or a part of one (move.c). */
+void swap_by_move(struct chunk *c, size_t i, size_t j);
+/* Empties what n pages are moved to, and unlocks it, whatever the application did to all its memory. False: it is not. */
+bool scratch_ready(size_t n);
 /* Swaps what may be swapped of a chunk, and says what became of each page. Needs the lock. */
 void swap_chunk(struct chunk *c);
 /* Finishes what a swap_chunk() that was killed in the middle had begun: every page is in its place afterwards. Needs the lock. */

@@ -18,7 +18,7 @@
  * What does reach it: the freezer of its cgroup, and a signal sent to its own number. The latter may kill it in the
  * middle; then whoever called finishes what it began (swap_recover(), restore_recover()). So does a timer of its own, where
  * the kernel does not come back from a call: a part of a huge page without page tables of its own that somebody has pinned is such
- * a case (splits() in swap.c).
+ * a case (splits() in move.c).
  */
 #include "pages/unstopped.h"
 #include "base/real.h"

@@ -1,0 +1,437 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Swapping by move (swap.c tells both ways).
+ *
+ * While a hole is open its pages are nowhere else. Hence the one rule of this file: what a call returned is
+ * a hint; where pages stand is read from the pagemap, and no section ends before every page is at home or equal to
+ * the segment page that is mapped there, and only the latter's originals, which nobody needs, are left in the scratch.
+ */
+#include "base/maps.h"
+#include "base/planes.h"
+#include "base/real.h"
+#include "base/settings.h"
+#include "kernel/headroom.h"
+#include "kernel/holders.h"
+#include "kernel/window.h"
+#include "pages/swap.h"
+#include "pages/unstopped.h"
+
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define MODE_MISSING_WP (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP)
+
+/* Moves pages [i, j) of the chunk to scratch [k, k + j - i), row by row, until one will not go. */
+static int pull_rows(const struct chunk *c, size_t i, size_t j, size_t k)
+{
+	int err = 0;
+
+	for (size_t end; i < j && !err; k += end - i, i = end) {
+		end = row_end(c, i, j);
+		err = uffd_move(scratch_at(c, k), c->addr[i], (end - i) * PAGE_SIZE);
+	}
+	return err;
+}
+
+/* Says of pages [i, j) of the chunk, a row whose first page was too busy to move, what they are, as far as they are of one kind.
+ * The first that is not answered for. */
+static size_t why_busy(struct chunk *c, size_t i, size_t j)
+{
+	uint8_t kind[SECTION_MAX];
+	size_t end = i;
+
+	if (page_kinds(c->addr[i], j - i, kind))
+		memset(kind, PAGE_ABSENT, j - i);
+	if (kind[0] != PAGE_OWN) {
+		for (; end < j && kind[end - i] != PAGE_OWN; end++)
+			c->status[end] = status_of(kind[end - i]);
+		return end;
+	}
+	/* It is pinned; or a fork shared it once, see unshare(). That may be so of its neighbours, too. */
+	for (end = i + 1; !c->unshared && end < j && kind[end - i] == PAGE_OWN; end++)
+		;
+	memset(c->status + i, BUSY, end - i);
+	c->stale = true;
+	return end;
+}
+
+/* Moves pages [i, j) of the chunk to scratch [0, j - i), as many as will go. here[k]: page i + k came. */
+static void pull(struct chunk *c, size_t i, size_t j, bool *here)
+{
+	size_t n = j - i;
+	int tries = 0;
+
+	for (size_t at = 0;;) {
+		int err = pull_rows(c, i + at, j, at);
+
+		if (!scratch_holds(c->scratch, n, here)) {
+			memset(here, 0, n);
+			memset(c->status + i, BUSY, n);
+			return;
+		}
+		while (at < n && here[at])
+			at++;
+		if (at == n)
+			return;
+		if (err == -EAGAIN && tries++ < 8)
+			continue;
+		if (err == -EBUSY)
+			at = why_busy(c, i + at, row_end(c, i + at, j)) - i;
+		else
+			c->status[i + at++] = err == -ENOENT ? GONE : BUSY;
+		if (at == n)
+			return;
+	}
+}
+
+/* Whether page m of the chunk really left its home: mlockall(2) fills what it locks, the scratch too, with zeros. */
+static bool left_home(const struct chunk *c, size_t m)
+{
+	bool there = true;
+
+	return !c->segment || memcmp(c->target[m], zero_page, PAGE_SIZE) ||
+	       (!page_holds(c->addr[m], 1, &there) && !there);
+}
+
+/* Compares pages [i, j) of the chunk, which are in scratch from k on where `here` says so, and puts the segment's over
+ * those that are equal. */
+static void settle(struct chunk *c, size_t i, size_t j, size_t k, const bool *here)
+{
+	bool equal[SECTION_MAX];
+
+	for (size_t m = i; m < j; m++, k++) {
+		bool lost = c->segment && c->segment->lost;
+
+		equal[m] = here[k] && !lost && page_equal(c, m, (void *)scratch_at(c, k)) && left_home(c, m);
+		if (here[k] && !equal[m])
+			c->status[m] = lost ? NOMAP : DIFFERENT;
+	}
+	map_equal(c, i, j, equal);
+}
+
+static bool all_done(const struct chunk *c, size_t i, size_t j)
+{
+	while (i < j && c->status[i] == DONE)
+		i++;
+	return i == j;
+}
+
+/* Empties the scratch of what is left of page i of the chunk on: what is done goes, the rest goes home. False: something of
+ * what is done is still there. */
+static bool clear_scratch(struct chunk *c, size_t i, size_t n)
+{
+	for (size_t k = 0, end; k < n; k = end) {
+		bool done = c->status[i + k] == DONE;
+
+		for (end = k + 1; end < n && (c->status[i + end] == DONE) == done; end++)
+			;
+		if (done)
+			window_drop(scratch_at(c, k), (end - k) * PAGE_SIZE);
+	}
+	return bring_home(c, i, c->scratch, n);
+}
+
+/* What is being swapped: the chunk whose pages are registered, and its pages [i, j) that may be out of their place. */
+static struct {
+	struct chunk *chunk;
+	size_t i, j;
+} now;
+
+static void set_out(struct chunk *c, size_t i, size_t j)
+{
+	if (i < j) /* what is not answered for yet must not be taken for done */
+		memset(c->status + i, BUSY, j - i);
+	now.chunk = c;
+	now.i = i;
+	now.j = j;
+}
+
+static size_t spent; /* pages at the start of the scratch that are done with */
+
+/* Gives them back, many at a time, for it takes a system call. */
+bool scratch_drop(void)
+{
+	bool dropped = !spent || window_drop(kernel.scratch, spent * PAGE_SIZE);
+
+	if (dropped)
+		spent = 0;
+	return dropped;
+}
+
+bool scratch_ready(size_t n)
+{
+	return window_drop(kernel.scratch + spent * PAGE_SIZE, min_addr(n, SECTION_MAX - spent) * PAGE_SIZE);
+}
+
+/* Whoever waits for one of pages [i, j), or a page in between, goes on. */
+static void wake(const struct chunk *c, size_t i, size_t j)
+{
+	uffd_wake(kernel.move, c->addr[i], c->addr[j - 1] + PAGE_SIZE - c->addr[i]);
+}
+
+/*
+ * Waits for who writes to the process under its mmap_lock, held for reading: /proc/PID/mem and ptrace(2) look a page up, and write
+ * to it a moment later, with a plain reference that no move notices. Taking the lock for writing waits for them, though
+ * nothing is changed; who comes later finds no page.
+ */
+static void await_outsiders(void)
+{
+	real.madvise((void *)kernel.scratch, PAGE_SIZE, MADV_DONTFORK);
+}
+
+#define HELD_TOGETHER 8 /* pages: where one of so many is held, all of them are left */
+
+/* Takes those of n pages in the scratch that somebody reads into by a plain reference, and some around them, for not here. Nobody
+ * can take one any more. Where there is no memory for migration, or it is forbidden, all of them. */
+static void find_held(const struct chunk *c, size_t n, bool *here)
+{
+	bool room = room_for(n * PAGE_SIZE + WINDOW, settings.reserve);
+
+	if (!c->unpinned)
+		return;
+	if (!room || migrate(c->scratch, n * PAGE_SIZE))
+		for (size_t k = 0, end; k < n; k = end) {
+			end = min_addr(k + HELD_TOGETHER, n);
+			if (!room || migrate(scratch_at(c, k), (end - k) * PAGE_SIZE))
+				memset(here + k, 0, end - k);
+		}
+	unmigrated(c->scratch, n * PAGE_SIZE);
+}
+
+/* One critical section: pages [i, j) of the chunk. */
+static void section_by_move(struct chunk *c, size_t i, size_t j)
+{
+	bool here[SECTION_MAX];
+
+	/* What is left of others' would be taken for what comes. */
+	if (spent + (j - i) > SECTION_MAX && !scratch_drop()) {
+		memset(c->status + i, REFUSED, j - i);
+		return;
+	}
+	c->scratch = kernel.scratch + spent * PAGE_SIZE;
+	set_out(c, i, j);
+	pull(c, i, j, here);
+	await_outsiders();
+	find_held(c, j - i, here);
+	settle(c, i, j, 0, here);
+	if (all_done(c, i, j) || !clear_scratch(c, i, j - i))
+		spent += j - i;
+	set_out(c, 0, 0);
+	wake(c, i, j);
+}
+
+/* Where a critical section ends that begins at page i, before j. */
+static size_t section_end(const struct chunk *c, size_t i, size_t j)
+{
+	size_t end, pieces = 1;
+
+	for (end = i + 1; end < j && end - i < settings.section; end++)
+		if (!same_piece(c, end) && ++pieces > PIECES_MAX)
+			break;
+	return end;
+}
+
+/* How much of [start, end), in bytes, is in huge pages that page tables have as such, up to the first gap. */
+static uintptr_t in_huge_page(uintptr_t start, uintptr_t end)
+{
+	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_HUGE, .must_not = PAGE_IS_PFNZERO};
+	struct page_region r;
+	uintptr_t walked;
+
+	return kernel.scan && pagemap_walk(start, end, &w, &r, 1, &walked) == 1 ? r.end - r.start : 0;
+}
+
+static bool is_huge_page(const struct chunk *c, size_t i, size_t j)
+{
+	return kernel.huge && j - i == SECTION_MAX && c->addr[i] % WINDOW == 0 &&
+	       in_huge_page(c->addr[i], c->addr[i] + WINDOW) == WINDOW;
+}
+
+/*
+ * Whether a huge page that a row of pages [i, j) is a part of is one no more, as moving the part would have the kernel see to. It
+ * cannot be split as long as somebody has pinned it, and of such a part UFFDIO_MOVE did not return before he let go (6.12.117 and
+ * 6.18.15; 6.18.44 and 7.3 say EBUSY), with the mmap_lock held. MADV_COLD of a part of a huge page splits it, too, and gives up.
+ */
+static bool splits(const struct chunk *c, size_t i, size_t j)
+{
+	for (uintptr_t at = c->addr[i], last = c->addr[j - 1] + PAGE_SIZE, end; at < last; at = end) {
+		end = min_addr((at | (WINDOW - 1)) + 1, last);
+		if (!in_huge_page(at, at + PAGE_SIZE))
+			continue;
+		real.madvise((void *)at, PAGE_SIZE, MADV_COLD);
+		if (in_huge_page(at, at + PAGE_SIZE))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * A huge page moves whole: splitting it, which moving a part of it makes the kernel do, costs as much as all the rest. Its
+ * sections are compared and mapped one after the other, and who waits for one of them goes on then, so nobody waits
+ * for more than the whole. False: it would not move, and every page is at home.
+ */
+static bool swap_huge_page(struct chunk *c)
+{
+	bool here[SECTION_MAX], all;
+
+	c->scratch = kernel.huge;
+	if (!window_drop(kernel.huge, WINDOW))
+		return false;
+	set_out(c, 0, SECTION_MAX);
+	uffd_move(scratch_at(c, 0), c->addr[0], WINDOW);
+	all = scratch_holds(kernel.huge, SECTION_MAX, here);
+	for (size_t k = 0; k < SECTION_MAX; k++)
+		all &= here[k];
+	if (all && c->unpinned) {
+		find_held(c, SECTION_MAX, here);
+		for (size_t k = 0; k < SECTION_MAX; k++)
+			all &= here[k];
+	}
+	if (all) {
+		await_outsiders();
+		for (size_t at = 0, end; at < SECTION_MAX && !thread_woke(); at = end) {
+			end = section_end(c, at, SECTION_MAX);
+			settle(c, at, end, at, here);
+			wake(c, at, end);
+		}
+		clear_scratch(c, 0, SECTION_MAX);
+		if (!all_done(c, 0, SECTION_MAX)) /* a part of it went home: there are page tables now */
+			huge_reset();
+	} else {
+		memset(c->status, BUSY, SECTION_MAX);
+		bring_home(c, 0, kernel.huge, SECTION_MAX);
+		huge_reset();
+	}
+	set_out(c, 0, 0);
+	wake(c, 0, SECTION_MAX);
+	return all;
+}
+
+/* Ends what move_and_map() registered. */
+static void watch_no_more(const struct chunk *c, size_t i, size_t j)
+{
+	for (size_t end; i < j; i = end) {
+		end = row_end(c, i, j);
+		track_again(c->addr[i], c->addr[end - 1] + PAGE_SIZE, true);
+	}
+}
+
+/*
+ * A page that a fork shared once is not ours alone again (PageAnonExclusive) until it is written, and does not move before.
+ * This writes without changing a byte: to pages that pagemap bit 56 says are ours alone, and while nothing is registered
+ * for missing pages, since one that MADV_FREE gave up for lost may be gone, and who touches it then waits for us. A pinned
+ * page is exclusive already.
+ */
+static void unshare(const struct chunk *c, size_t i, size_t j)
+{
+	uint8_t kind[SECTION_MAX];
+
+	if (page_kinds(c->addr[i], j - i, kind))
+		return;
+	for (size_t k = i, end; k < j; k = end) {
+		for (end = k + 1; end < j && kind[end - i] == kind[k - i]; end++)
+			;
+		/* Something may hold a reference to them still; then they are copied. */
+		if (kind[k - i] == PAGE_OWN && room_to_merge((end - k) * PAGE_SIZE))
+			real.madvise((void *)c->addr[k], (end - k) * PAGE_SIZE, MADV_POPULATE_WRITE);
+	}
+}
+
+/* Swaps pages [i, j) of the chunk, by sections or as the one huge page that they are. False: that would not move. */
+static bool move_and_map(struct chunk *c, size_t i, size_t j, bool huge)
+{
+	bool moved = true;
+	int err = 0;
+
+	set_out(c, 0, 0);
+	for (size_t at = i, end; at < j && !err; at = end) {
+		end = row_end(c, at, j);
+		err = uffd_register(kernel.move, c->addr[at], (end - at) * PAGE_SIZE, MODE_MISSING_WP);
+	}
+	if (err)
+		memset(c->status + i, REFUSED, j - i);
+	else if (huge)
+		moved = swap_huge_page(c);
+	else
+		for (size_t at = i, end; at < j; at = end) {
+			end = section_end(c, at, j);
+			if (thread_woke())
+				memset(c->status + at, BUSY, end - at);
+			else
+				section_by_move(c, at, end);
+		}
+	watch_no_more(c, i, j);
+	set_out(NULL, 0, 0);
+	return moved;
+}
+
+/* The same, but for parts of huge pages that cannot be split. */
+static void move_parts(struct chunk *c, size_t i, size_t j)
+{
+	for (size_t at = i, end; at < j; at = end) {
+		bool go = splits(c, at, row_end(c, at, j));
+
+		for (end = row_end(c, at, j); end < j && splits(c, end, row_end(c, end, j)) == go;)
+			end = row_end(c, end, j);
+		if (go)
+			move_and_map(c, at, end, false);
+		else
+			memset(c->status + at, BUSY, end - at);
+	}
+}
+
+void swap_by_move(struct chunk *c, size_t i, size_t j)
+{
+	c->stale = c->unshared = false;
+	if (is_huge_page(c, i, j)) {
+		if (move_and_map(c, i, j, true) || kernel.move < 0)
+			return;
+		unshare(c, i, j);
+		if (is_huge_page(c, i, j) && move_and_map(c, i, j, true))
+			return;
+	}
+	move_parts(c, i, j);
+	if (!c->stale || kernel.move < 0)
+		return;
+	c->unshared = true;
+	for (size_t at = i, end; at < j; at = end) {
+		for (end = at + 1; end < j && same_row(c, end) && c->status[end] == c->status[at]; end++)
+			;
+		if (c->status[at] != BUSY)
+			continue;
+		unshare(c, at, end);
+		move_parts(c, at, end);
+	}
+}
+
+/* Whether page m of the chunk, of which none was mapped from a segment before, is now. */
+static bool was_mapped(const struct chunk *c, size_t m)
+{
+	struct vma vma;
+
+	vma_forget();
+	return vma_find(kernel.maps, c->addr[m], &vma) && vma.start <= c->addr[m] && vma_is_segment(&vma);
+}
+
+void swap_recover(void)
+{
+	struct chunk *c = now.chunk;
+
+	if (!c)
+		return;
+	for (size_t m = now.i; m < now.j; m++) {
+		uint64_t vpn = c->addr[m] >> PAGE_SHIFT;
+
+		if (c->segment && was_mapped(c, m)) {
+			c->status[m] = DONE;
+			page_set(PAGE_SEGMENT, vpn, vpn + 1, true);
+			page_set(PAGE_KNOWN, vpn, vpn + 1, false); /* nobody is told of it now */
+		}
+	}
+	if (now.i < now.j)
+		bring_home(c, now.i, c->scratch, now.j - now.i);
+	watch_no_more(c, 0, c->n);
+	now.chunk = NULL;
+	spent = SECTION_MAX;
+}
