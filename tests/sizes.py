@@ -13,7 +13,6 @@ FILE_LINES, FUNCTION_LINES, METHODS = 500, 50, 20
 
 EXCEPTIONS = {
     "src/samepage/agent/hooks/wrappers.c: syscall()": "a list: one case for each system call that has a wrapper",
-    "src/samepage/agent/pages/swap.c": "one section of a swap, from its plan to its end",
     "src/samepage/commands/run.py: prepare_parser()": "a list: one option after the other",
     "src/samepage/fleet/space.py: class RecordedAddressSpace": "the protocol of address spaces alone has sixteen",
     "src/samepage/kernel/settings.py: class Settings": "what was found and is put back: one file, one lock",
