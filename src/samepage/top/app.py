@@ -131,6 +131,8 @@ class Top(App[None]):
 
     def draw(self) -> None:
         """Show the view as it is now."""
+        if not self.screen_stack:  # an answer came while it ends
+            return
         screen = self.screen_stack[0]
         width, height = self.size
         if not width or not screen.query("#head"):
