@@ -142,3 +142,9 @@ def test_a_daemon_does_not_need_its_streams(
     done = shell(script, environment, broken)
     assert "1\n" in done.stdout
     assert not socket.exists()
+
+
+def test_no_command_loads_numpy_before_it_needs_it() -> None:
+    """That takes longer than most commands take to answer, and makes system calls that a seccomp filter may forbid."""
+    code = "import sys; sys.modules['numpy'] = None; from samepage.commands import parser; parser()"
+    subprocess.run([sys.executable, "-c", code], check=True)

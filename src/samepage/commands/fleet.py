@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mmap
 import sys
 import tempfile
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from samepage.commands import size
 from samepage.commands.extra import fleet_errors
-from samepage.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     from samepage.fleet.advice import Advice
@@ -90,7 +90,7 @@ def _print(answers: Answers, advice: Advice | None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
 
     def gib(pages: float) -> str:
-        return f"{pages / answers.fraction * PAGE_SIZE / 2**30:,.2f} GiB"
+        return f"{pages / answers.fraction * mmap.PAGESIZE / 2**30:,.2f} GiB"
 
     where = "1 host" if len(answers.hosts) == 1 else f"{len(answers.hosts):,} hosts"
     console.print(
