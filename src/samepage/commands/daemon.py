@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from samepage.service.scanner import Scanner
 
 METRICS = "127.0.0.1:19453"
-"""Where metrics are served unless an address says otherwise: no exporter of Prometheus' list has this port, and the
-kernel gives out none so low."""
+"""Where metrics are served unless an address says otherwise. The kernel gives out no port so low by itself."""
 
 
 class Daemon:
