@@ -51,12 +51,17 @@ def run() -> Iterator[Start]:
 
 
 def status(pid: int) -> str:
-    """Whether it runs or sleeps is its own affair: the others of its states are not. SigQ counts for all of its user."""
+    """Whether it runs or sleeps is its own affair, and SigQ counts for all of its user."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     said = "\n".join(
         line for line in lines if line.startswith(("State", "TracerPid", "SigP", "SigB", "SigI", "SigC", "Shd"))
     )
     return said.replace("R (running)", "S (sleeping)")
+
+
+def waits_in_the_call(pid: int) -> None:
+    """pause(2), by its number for 32 bits."""
+    wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("29 "), "waiting", 10)
 
 
 def refusal(pid: int) -> str:
@@ -86,6 +91,8 @@ def test_a_process_in_whose_name_no_call_can_be_made_is_left_alone(
     assert process.stdout.readline() == "ready\n"
     if kind == "strict":
         wait_until(lambda: "\nSeccomp:\t1" in Path(f"/proc/{process.pid}/status").read_text(), "strict", 10)
+    if kind == "call of 32 bits":
+        waits_in_the_call(process.pid)
     assert refusal(process.pid) == why
     if kind != "call of 32 bits":
         process.communicate("x", timeout=10)
@@ -100,6 +107,7 @@ def test_a_32_bit_program_is_left_alone(run: Start, tmp_path: Path) -> None:
         process = run(program)
     except OSError as e:
         pytest.skip(f"needs a kernel that runs 32-bit programs: {e}")
+    waits_in_the_call(process.pid)
     assert refusal(process.pid) == "it is not a 64-bit program"
 
 
