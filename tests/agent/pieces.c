@@ -71,6 +71,7 @@ int main(void)
 	unsigned char *reserved;
 	pthread_t thread[THREADS];
 	unsigned long pieces, got;
+	int err;
 
 	area = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	madvise(area, PAGES * PAGE, MADV_NOHUGEPAGE);
@@ -89,11 +90,12 @@ int main(void)
 		for (got = 0; got < pieces && !cut(reserved, got); got++)
 			;
 		stop = 1;
+		err = got < pieces ? errno : 0;
 		for (size_t i = 0; i < THREADS; i++)
 			pthread_join(thread[i], NULL);
-		printf("pieces %lu %s, wrong %u\n", got, got < pieces ? strerror(errno) : "", wrong);
-		fflush(stdout);
 		munmap(reserved, 2 * pieces * PAGE);
+		printf("pieces %lu %s, wrong %u\n", got, err ? strerror(err) : "", wrong);
+		fflush(stdout);
 	}
 	return 0;
 }
