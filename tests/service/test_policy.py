@@ -272,7 +272,7 @@ class Machine:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SAMEPAGE_")}
         environment |= {"LD_PRELOAD": str(agent.library_path()), "SAMEPAGE_SOCKET": self.path} | variables
         popen = subprocess.Popen(
-            [*prefix, "/usr/bin/python3", "-c", TENANT],
+            [*prefix, os.path.realpath(sys.executable), "-c", TENANT],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
