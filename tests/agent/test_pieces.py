@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.processes import wait_until
 from samepage.memory import AREA, EXTENT, PageStatus
 from samepage.memory.agent import DONATE_MAX
 from tests.agent.asked import Process
@@ -49,7 +50,8 @@ def test_a_program_has_40_000_mappings_more_after_20_000_pages_were_merged(proce
     before = process.space.map_count()[0]
     assert before > PAGES
     assert process.tell(20_000) == "pieces 20000 , wrong 0\n"
-    assert process.space.map_count()[0] < before - 10_000  # those of the program are gone again
+    # Those of the program are gone again. Seen twice in long runs: 42,507 right afterwards.
+    wait_until(lambda: process.space.map_count()[0] < before - 10_000, "fewer mappings than before", 10)
 
 
 def test_what_is_not_needed_stays_merged(process: Process) -> None:
