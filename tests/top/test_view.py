@@ -10,7 +10,7 @@ from samepage.top.view import ASCII, BLOCKS, View, question, spark
 
 
 def row(pid: int, merged: int = 0, **more: Any) -> dict[str, Any]:
-    base = {"pid": pid, "comm": f"p{pid}", "domain": 1000, "merged": merged, "ksm_rmap_items": 2 * merged}
+    base = {"pid": pid, "comm": f"p{pid}", "domain": "1000", "merged": merged, "ksm_rmap_items": 2 * merged}
     return base | {"cpu_seconds": 0.0, "state": "running", "swap": "move"} | more
 
 
@@ -65,7 +65,7 @@ def test_it_is_said_what_ksmd_does() -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 80, 132, 200])
 def test_no_line_is_wider_than_the_terminal_whatever_a_process_is_called(width: int) -> None:
-    rows = [row(4194304, 1 << 28, comm="x\n\x1b[31m" * 20, domain=(1 << 32) - 2 | 4026532999 << 32, state="stopped")]
+    rows = [row(4194304, 1 << 28, comm="x\n\x1b[31m" * 20, domain="4294967294,userns=4026532999", state="stopped")]
     view = seen(rows, bytes_saved=1 << 50)
     title, lines = view.lines(width, 10)
     texts = [title, *view.head(width), *(text for text, _ in lines)]
@@ -100,7 +100,7 @@ def test_selection_of_a_process_that_ended_is_given_up() -> None:
 
 
 def test_domains_are_summed() -> None:
-    view = seen([row(1, 5), row(2, 4), row(3, 1, domain=0)])
+    view = seen([row(1, 5), row(2, 4), row(3, 1, domain="0")])
     view.by_domain = True
     _, lines = view.lines(80, 10)
     assert lines[0][0].split()[:2] == ["1000", "2"]

@@ -52,13 +52,14 @@ def saved(path: str) -> str:
             answer = client.ask("status", brief=True)
     except ControlError as e:
         return f"not known what is saved: {e.strerror}"
-    return f"{answer['counters']['bytes_saved'] / MIB:.1f} MiB saved, {_processes(len(answer.get('processes', [])))}"
+    return f"{answer['counters']['bytes_saved'] / MIB:.1f} MiB saved, {processes(len(answer.get('processes', [])))}"
 
 
-def shared(size: int, processes: int) -> str:
+def shared(size: int, number: int) -> str:
     """What the command's processes share with whomever."""
-    return f"{size / MIB:.1f} MiB shared, {_processes(processes)}"
+    return f"{size / MIB:.1f} MiB shared, {processes(number)}"
 
 
-def _processes(number: int) -> str:
+def processes(number: int) -> str:
+    """So many, in words."""
     return f"{number} process{'' if number == 1 else 'es'}"

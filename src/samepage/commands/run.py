@@ -13,7 +13,7 @@ from typing import Any
 
 from samepage import agent
 from samepage.commands import RESERVE, CommandError, add_mount, add_reserve, add_swap, child, engines, size
-from samepage.commands.progress import progress, saved, shared
+from samepage.commands.progress import processes, progress, saved, shared
 from samepage.commands.streams import say
 from samepage.doctor.facts import Facts, look
 from samepage.doctor.findings import forbidden, hindrance, not_swapped, too_old
@@ -306,8 +306,9 @@ def _shared(summary: dict[str, Any]) -> str:
     if not summary["bytes_shared_peak"] and (why := not_swapped(summary.get("swap", ()))):
         return f"nothing was shared: {why}"
     last, peak = summary["bytes_shared"] / MIB, summary["bytes_shared_peak"] / MIB
-    processes = f"{joined} process{'' if joined == 1 else 'es'}"
-    return f"shared {peak:.1f} MiB at most and {last:.1f} MiB last, with each other or with others, in {processes}"
+    return (
+        f"shared {peak:.1f} MiB at most and {last:.1f} MiB last, with each other or with others, in {processes(joined)}"
+    )
 
 
 def _saved(summary: dict[str, Any] | None) -> str:
@@ -325,5 +326,4 @@ def _saved(summary: dict[str, Any] | None) -> str:
             f"{agent.UNSEEN}"
         )
     last, peak = summary["bytes_saved"] / MIB, summary["bytes_saved_peak"] / MIB
-    processes = f"{joined} process{'' if joined == 1 else 'es'}"
-    return f"saved {peak:.1f} MiB at most and {last:.1f} MiB last, in {processes}"
+    return f"saved {peak:.1f} MiB at most and {last:.1f} MiB last, in {processes(joined)}"

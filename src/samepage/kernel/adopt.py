@@ -23,6 +23,7 @@ from samepage.kernel.settings import Settings, SettingsError, start_time
 from samepage.kernel.target import TargetError, has_agent
 from samepage.memory.identity import identify
 from samepage.service.machine import is_marked
+from samepage.service.private import leave_the_terminal
 
 LOOK_EVERY = 0.25
 """Seconds between two looks."""
@@ -79,13 +80,7 @@ class Adopter:
     def _run(self, line: socket.socket) -> NoReturn:
         """The forked process."""
         try:
-            os.setsid()  # what the terminal sends to the command's process group is not for us
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, 0)
-            os.dup2(null, 1)
+            leave_the_terminal()
             while not select.select([line], [], [], LOOK_EVERY)[0]:
                 self.look()
             line.sendall(json.dumps({"attached": sorted(self.attached), "refused": self.refused}).encode())

@@ -130,14 +130,12 @@ class KernelEngine:
             return
         done = self.unmerge([], lambda _: None, cancelled)
         if not done["ok"]:
-            from samepage.service.control import blamed
+            from samepage.service.control import not_unmerged
 
-            code = getattr(errno, done["errno"])
-            numbers = f"{done['pages_unmerged']} pages unmerged, {done['pages_remaining']} remain merged"
+            code, why = getattr(errno, done["errno"]), ""
             if code == errno.ENOMEM:
-                numbers += f"; {done['bytes_needed']} bytes needed, {done['bytes_available']} available"
-            said = filter(None, [f"{os.strerror(code)}: {numbers}", blamed(done["failed"]), "run is 0"])
-            raise OSError(code, "; ".join(said))
+                why = f"{done['bytes_needed']} bytes needed, {done['bytes_available']} available"
+            raise not_unmerged(code, done["pages_unmerged"], done["pages_remaining"], why, done["failed"])
 
     def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
         """After an error the other processes are still unmerged: they may have other limits. `processes` has a row for

@@ -347,6 +347,12 @@ def blamed(failed: list[Answer]) -> str:
     return "; ".join(names)
 
 
+def not_unmerged(code: int, unmerged: int, left: int, why: str, failed: list[Answer]) -> OSError:
+    """What writing 2 to `run` raises when pages `left` remain merged. `why` may be ""."""
+    text = f"{os.strerror(code)}: {unmerged} pages unmerged, {left} remain merged"
+    return OSError(code, "; ".join(filter(None, [text, why, blamed(failed), "run is 0"])))
+
+
 def _unreachable(path: str, e: OSError) -> str:
     if isinstance(e, FileNotFoundError | ConnectionRefusedError):
         return f"no service at {path}: start `samepage daemon`, or name another with --socket"

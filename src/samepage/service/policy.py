@@ -81,15 +81,20 @@ class Rule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     domain: Name | None = None
     merge: Merge | None = None
 
-    def applies(self, user: str, group: Group) -> bool:
-        """Whether all its conditions hold. `user`: name, or id where it has none."""
+    @property
+    def looks_at_the_group(self) -> bool:
+        """Whether a condition is about the cgroup of a process."""
+        return bool(self.cgroup or self.unit or self.slice or self.container or self.label)
+
+    def applies(self, user: int, group: Group) -> bool:
+        """Whether all its conditions hold."""
         return (
             (self.cgroup is None or _is_within(self.cgroup, group.path))
             and (self.unit is None or _matches(self.unit, group.unit))
             and (self.slice is None or any(_matches(self.slice, name) for name in group.slices))
             and (self.container is None or _matches(self.container, group.container))
             and (not self.label or _has_labels(self.label, group))
-            and (self.user is None or _matches(self.user, user))
+            and (self.user is None or _matches(self.user, _user_name(user)))
         )
 
 
@@ -121,35 +126,32 @@ class Policy(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
                 raise ValueError(f"rule {number} has to say either `domain` or `merge`")
             if rule.domain is not None and rule.domain not in self.domain:
                 raise ValueError(f"rule {number} names domain {rule.domain!r}, and there is no [domain.{rule.domain}]")
-            if not (rule.cgroup or rule.unit or rule.slice or rule.container or rule.label or rule.user):
+            if not (rule.looks_at_the_group or rule.user):
                 raise ValueError(f"rule {number} has no condition: for all other processes there is [default]")
 
     @property
     def looks_at_groups(self) -> bool:
         """Whether a process's cgroup matters."""
-        return any(r.cgroup or r.unit or r.slice or r.container or r.label for r in self.rule)
+        return any(rule.looks_at_the_group for rule in self.rule)
 
     def place(self, who: Identity, group: Group, asked: str = "", groups: frozenset[int] = frozenset()) -> Place:
         """Where a process belongs that asked for a domain (or not: ""), and whose user is in `groups`."""
         user = who.uids[0]
-        name = _user_name(user)
         for number, rule in enumerate(self.rule, 1):
-            if rule.applies(name, group):
+            if rule.applies(user, group):
                 why = f"rule {number}"
                 return self._named(rule.domain, who, why) if rule.domain else _merged(rule.merge, who, why)
-        if not asked:
-            return _merged(self.default.merge, who, "default")
-        if not re.fullmatch(DOMAIN_NAME, asked):
+        if asked and not re.fullmatch(DOMAIN_NAME, asked):
             return Place(None, "it asks for a merge domain whose name is none")
-        if asked not in self.domain and self.default.merge != Merge.OWN:
+        if not asked or (asked not in self.domain and self.default.merge != Merge.OWN):
             return _merged(self.default.merge, who, "default")
         if asked not in self.domain:  # nobody gets in by that: it is a part of its own domain
             return Place(replace(who.domain, name=asked), "--domain")
         if who.domain != MergeDomain(user):  # inside a container or a user namespace anybody can have any id
             return Place(None, f"only a rule lets a process of a container or user namespace into domain {asked!r}")
-        if user == 0 or _is_among(self.domain[asked].users, user, name, groups):
+        if user == 0 or _is_among(self.domain[asked].users, user, groups):
             return self._named(asked, who, "--domain")
-        return Place(None, f"user {name} may not ask for domain {asked!r}")
+        return Place(None, f"user {_user_name(user)} may not ask for domain {asked!r}")
 
     def _named(self, name: str, who: Identity, why: str) -> Place:
         across = self.domain[name].across
@@ -226,15 +228,16 @@ def _has_labels(wanted: dict[str, str], group: Group) -> bool:
 
 
 def _user_name(user: int) -> str:
+    """Its id where it has none. May ask a server, and ksmd waits meanwhile: only where a policy names users."""
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:
         return str(user)
 
 
-def _is_among(users: frozenset[str], user: int, name: str, groups: frozenset[int]) -> bool:
+def _is_among(users: frozenset[str], user: int, groups: frozenset[int]) -> bool:
     """Whether one of `users` is this one: a name, a number, or @ and the name or number of a group."""
-    if not users.isdisjoint({name, str(user)}):
+    if not users.isdisjoint({_user_name(user), str(user)}):
         return True
     return any(_group_id(one[1:]) in groups for one in users if one.startswith("@"))
 

@@ -31,6 +31,18 @@ FINISH_TIMEOUT = 10.0
 """Seconds the service has to write its last report."""
 
 
+def leave_the_terminal() -> None:
+    """First of all in a process that was forked to work beside the command: what the terminal sends to the command's
+    process group is not for it, nor are the command's streams, but stderr."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+
+
 class PrivateService:
     """A service for the processes that are given `path` as `$SAMEPAGE_SOCKET`.
 
@@ -103,13 +115,7 @@ class PrivateService:
         """The forked process."""
         status = 1
         try:
-            os.setsid()  # what the terminal sends to the command's process group is not for us
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, 0)
-            os.dup2(null, 1)
+            leave_the_terminal()
             from samepage.service.reporting import serve
 
             serve(self._listener, line, knobs, report, started, reserve, write_protect, others)

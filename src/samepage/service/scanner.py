@@ -27,7 +27,7 @@ from samepage.memory.halt import SILENT
 from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.segments import OPEN
 from samepage.service import ksm_files
-from samepage.service.control import Arrivals, blamed
+from samepage.service.control import Arrivals, not_unmerged
 from samepage.service.engine import Answer, Cancelled, Progress
 from samepage.service.log import log_once
 from samepage.service.tally import Tally
@@ -286,13 +286,10 @@ class Scanner:
             left = sum(slot.merged for slot in slots)
             lost = [row for row in result.processes if row.errno == errno.ETIMEDOUT and row.pid not in known]
             left += sum(row.pages_remaining for row in lost)
-            text = f"{os.strerror(result.errno)}: {result.pages_unmerged} pages unmerged, {left} remain merged"
-            if result.unseen:
-                text += f"; {agent.UNSEEN}"
-            elif result.errno == errno.ENOMEM:
-                text += f"; {left * PAGE_SIZE} bytes needed, {result.bytes_available} available"
-            said = filter(None, [text, blamed(_rows(result.processes)), "run is 0"])
-            raise OSError(result.errno, "; ".join(said)) from e
+            why = agent.UNSEEN if result.unseen else ""
+            if not why and result.errno == errno.ENOMEM:
+                why = f"{left * PAGE_SIZE} bytes needed, {result.bytes_available} available"
+            raise not_unmerged(result.errno, result.pages_unmerged, left, why, _rows(result.processes)) from e
         finally:
             self._hang_up_on_the_gone()
             self._wake.set()

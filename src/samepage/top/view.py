@@ -51,7 +51,7 @@ def _state(row: Row) -> str:
 PROCESSES = [
     Column("PID", 8, lambda row: str(row["pid"]), _number("pid")),
     Column("NAME", -14, lambda row: _printable(row.get("comm", "")), lambda row: str(row.get("comm", ""))),
-    Column("DOMAIN", -15, lambda row: domain_name(row["domain"]), _number("domain"), 2),
+    Column("DOMAIN", -15, lambda row: row["domain"], _number("domain"), 2),
     Column("MERGED", 10, _pages("merged"), _number("merged")),
     Column("KNOWN", 10, _pages("ksm_rmap_items"), _number("ksm_rmap_items")),
     Column("CPU%", 6, lambda row: f"{row.get('cpu', 0.0):.1f}", _number("cpu")),
@@ -68,7 +68,7 @@ PROCESSES = [
 """Memory in MiB. CPU: of the agent, in the process."""
 
 DOMAINS = [
-    Column("DOMAIN", -24, lambda row: domain_name(row["domain"]), _number("domain")),
+    Column("DOMAIN", -24, lambda row: row["domain"], _number("domain")),
     Column("PROCESSES", 10, lambda row: str(row["processes"]), _number("processes")),
     Column("MERGED", 10, _pages("merged"), _number("merged")),
     Column("KNOWN", 10, _pages("ksm_rmap_items"), _number("ksm_rmap_items")),
@@ -80,14 +80,6 @@ DOMAINS = [
 
 SORTS = {"m": "MERGED", "k": "KNOWN", "c": "CPU%", "p": "PID", "n": "NAME"}
 """Columns by the key that sorts by them."""
-
-
-def domain_name(domain: int | str) -> str:
-    """The user id, and the user namespace if it is not the service's own."""
-    if isinstance(domain, str):
-        return domain
-    namespace = domain >> 32
-    return f"{domain & 0xFFFFFFFF}@{namespace}" if namespace else str(domain)
 
 
 def _printable(text: str) -> str:
