@@ -6,6 +6,8 @@
  * Usage: blocks MIN_ALLOC ROUNDS SEED. Exit status 0, or 1 after saying what was wrong.
  */
 #define _GNU_SOURCE
+#include "../check.h"
+
 #include <errno.h>
 #include <malloc.h>
 #include <pthread.h>
@@ -30,14 +32,6 @@ struct slot {
 	size_t size;
 	unsigned tag;
 };
-
-#define CHECK(what)                                                                                                    \
-	do {                                                                                                           \
-		if (!(what)) {                                                                                         \
-			fprintf(stderr, "line %d: not %s\n", __LINE__, #what);                                         \
-			_exit(1);                                                                                      \
-		}                                                                                                      \
-	} while (0)
 
 static uint64_t next(uint64_t *state)
 {

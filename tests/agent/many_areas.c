@@ -6,6 +6,8 @@
  * Usage: many_areas blocks|neighbours|holes|stacks|limit COUNT. `stacks` prints how many microseconds of CPU time each took. Exit status 0, or 1 after saying what was wrong.
  */
 #define _GNU_SOURCE
+#include "../check.h"
+
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,14 +21,6 @@
 #define BLOCK (64UL << 10)
 #define RW (PROT_READ | PROT_WRITE)
 #define ANONYMOUS (MAP_PRIVATE | MAP_ANONYMOUS)
-
-#define CHECK(what)                                                                                                    \
-	do {                                                                                                           \
-		if (!(what)) {                                                                                         \
-			fprintf(stderr, "line %d: not %s\n", __LINE__, #what);                                         \
-			_exit(1);                                                                                      \
-		}                                                                                                      \
-	} while (0)
 
 static size_t count;
 

@@ -4,6 +4,7 @@
  *
  * Usage: maps_reader COUNT. Exit status 0, or 1 after saying what was wrong.
  */
+#include "../check.h"
 #include "base/lock.h"
 #include "base/maps.h"
 #include "base/real.h"
@@ -17,14 +18,6 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#define CHECK(what)                                                                                                    \
-	do {                                                                                                           \
-		if (!(what)) {                                                                                         \
-			printf("line %d: not %s\n", __LINE__, #what);                                                  \
-			exit(1);                                                                                       \
-		}                                                                                                      \
-	} while (0)
 
 static unsigned long reads;
 

@@ -5,6 +5,8 @@
  *     reuse WHAT    prints "faults N" and "resident N" (KiB); exit status 1 after saying what was wrong
  */
 #define _GNU_SOURCE
+#include "../check.h"
+
 #include <malloc.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -17,13 +19,6 @@
 #include <unistd.h>
 
 #define MIB (1UL << 20)
-#define CHECK(what)                                                                                                    \
-	do {                                                                                                           \
-		if (!(what)) {                                                                                         \
-			printf("line %d: not %s\n", __LINE__, #what);                                                  \
-			exit(1);                                                                                       \
-		}                                                                                                      \
-	} while (0)
 
 static long resident(void)
 {

@@ -9,6 +9,8 @@
  * -e: calls may end with EINTR that do so whenever they are stopped (signal(7)).
  */
 #define _GNU_SOURCE
+#include "../check.h"
+
 #include <errno.h>
 #include <linux/futex.h>
 #include <poll.h>
@@ -31,15 +33,6 @@
 #include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
-
-#define CHECK(what)                                                                                                   \
-	do {                                                                                                          \
-		if (!(what)) {                                                                                        \
-			fprintf(stderr, "%s:%d: %s (errno %d, %s)\n", __func__, __LINE__, #what, errno,               \
-				strerror(errno));                                                                     \
-			_exit(1);                                                                                     \
-		}                                                                                                     \
-	} while (0)
 
 /* A call that may have ended early. */
 #define MAY_BE_STOPPED(what) CHECK((what) || (eintr && errno == EINTR))

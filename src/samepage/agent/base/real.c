@@ -2,8 +2,6 @@
 #include "base/real.h"
 #include "base/system.h"
 
-#include <stdarg.h>
-
 /*
  * What changes mappings goes to the kernel, whoever else stands in front of libc. tcmalloc has an mmap() that is made
  * of syscall(), which is ours and would call it again; and while pages are out of their place the agent must not
@@ -21,13 +19,10 @@ static int kernel_munmap(void *addr, size_t len)
 
 static void *kernel_mremap(void *addr, size_t old_len, size_t new_len, int flags, ...)
 {
-	va_list args;
-	void *target;
+	long a[1];
 
-	va_start(args, flags);
-	target = va_arg(args, void *);
-	va_end(args);
-	return (void *)kernel_syscall(SYS_mremap, addr, old_len, new_len, flags, target);
+	ARGUMENTS(a, flags);
+	return (void *)kernel_syscall(SYS_mremap, addr, old_len, new_len, flags, a[0]);
 }
 
 static int kernel_mprotect(void *addr, size_t len, int prot)
@@ -47,27 +42,18 @@ static int kernel_munlock(const void *addr, size_t len)
 
 static int kernel_prctl(int option, ...)
 {
-	unsigned long a, b, c, d;
-	va_list args;
+	long a[4];
 
-	va_start(args, option);
-	a = va_arg(args, unsigned long);
-	b = va_arg(args, unsigned long);
-	c = va_arg(args, unsigned long);
-	d = va_arg(args, unsigned long);
-	va_end(args);
-	return (int)kernel_syscall(SYS_prctl, option, a, b, c, d);
+	ARGUMENTS(a, option);
+	return (int)kernel_syscall(SYS_prctl, option, a[0], a[1], a[2], a[3]);
 }
 
 static int kernel_ioctl(int fd, unsigned long request, ...)
 {
-	va_list args;
-	void *arg;
+	long a[1];
 
-	va_start(args, request);
-	arg = va_arg(args, void *);
-	va_end(args);
-	return (int)kernel_syscall(SYS_ioctl, fd, request, arg);
+	ARGUMENTS(a, request);
+	return (int)kernel_syscall(SYS_ioctl, fd, request, a[0]);
 }
 
 struct real real = {

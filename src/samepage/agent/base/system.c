@@ -10,7 +10,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -37,12 +36,8 @@ static long result(long ret)
 long kernel_syscall(long number, ...)
 {
 	long a[6];
-	va_list args;
 
-	va_start(args, number);
-	for (int i = 0; i < 6; i++)
-		a[i] = va_arg(args, long);
-	va_end(args);
+	ARGUMENTS(a, number);
 	return CALL(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
@@ -103,13 +98,10 @@ int fstat(int fd, struct stat *st)
 
 int fcntl(int fd, int command, ...)
 {
-	va_list args;
-	long arg;
+	long a[1];
 
-	va_start(args, command);
-	arg = va_arg(args, long);
-	va_end(args);
-	return (int)CALL(SYS_fcntl, fd, command, arg, 0, 0, 0);
+	ARGUMENTS(a, command);
+	return (int)CALL(SYS_fcntl, fd, command, a[0], 0, 0, 0);
 }
 
 int faccessat(int dir, const char *path, int mode, int flags)

@@ -14,9 +14,21 @@
 
 #include <linux/futex.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <sys/types.h>
 #include <time.h>
+
+/* Reads the arguments after `last` of a variadic function into the array `a`. A system call reads no more of them than it has,
+ * so it does no harm to read more than the caller gave. */
+#define ARGUMENTS(a, last)                                                                                             \
+	do {                                                                                                           \
+		va_list args_;                                                                                         \
+		va_start(args_, last);                                                                                 \
+		for (size_t i_ = 0; i_ < sizeof(a) / sizeof((a)[0]); i_++)                                             \
+			(a)[i_] = va_arg(args_, __typeof__((a)[0]));                                                   \
+		va_end(args_);                                                                                         \
+	} while (0)
 
 /* raw_syscall() by syscall(2)'s convention: -1 and errno. */
 long kernel_syscall(long number, ...);

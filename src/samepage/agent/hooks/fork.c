@@ -9,7 +9,6 @@
 #include "hooks/hooks.h"
 
 #include <sched.h>
-#include <stdarg.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -119,22 +118,17 @@ static int clone_child(void *p)
 SP_EXPORT int clone(int (*fn)(void *), void *stack, int flags, void *arg, ...)
 {
 	struct clone_start start = {fn, arg, {{0}}};
-	void *parent_tid, *tls, *child_tid;
-	va_list args;
+	void *ids[3]; /* parent_tid, tls, child_tid */
 	int pid;
 
-	va_start(args, arg);
-	parent_tid = va_arg(args, void *);
-	tls = va_arg(args, void *);
-	child_tid = va_arg(args, void *);
-	va_end(args);
+	ARGUMENTS(ids, arg);
 	need_next();
 	if (flags & CLONE_VM && flags & CLONE_CHILD_CLEARTID)
-		left_in_place(child_tid, sizeof(pid_t));
+		left_in_place(ids[2], sizeof(pid_t));
 	if (flags & CLONE_VM || !fn || !stack) /* shares our memory; or is refused */
-		return next.clone(fn, stack, flags, arg, parent_tid, tls, child_tid);
+		return next.clone(fn, stack, flags, arg, ids[0], ids[1], ids[2]);
 	lock_for_fork(&start.saved);
-	pid = next.clone(clone_child, stack, flags, &start, parent_tid, tls, child_tid);
+	pid = next.clone(clone_child, stack, flags, &start, ids[0], ids[1], ids[2]);
 	mmap_unlock(&start.saved);
 	return pid;
 }

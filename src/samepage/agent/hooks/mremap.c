@@ -8,11 +8,11 @@
 #include "base/planes.h"
 #include "base/real.h"
 #include "base/settings.h"
+#include "base/system.h"
 #include "hooks/hooks.h"
 #include "kernel/headroom.h"
 #include "pages/pages.h"
 
-#include <stdarg.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -351,11 +351,8 @@ void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new
 
 SP_EXPORT void *mremap(void *addr, size_t old_len, size_t new_len, int flags, ...)
 {
-	void *new_addr;
-	va_list args;
+	long a[1];
 
-	va_start(args, flags);
-	new_addr = va_arg(args, void *);
-	va_end(args);
-	return sp_mremap(addr, old_len, new_len, flags, new_addr);
+	ARGUMENTS(a, flags);
+	return sp_mremap(addr, old_len, new_len, flags, (void *)a[0]);
 }

@@ -4,6 +4,7 @@
  * alone: prctl, ioctl, and syscall(2), through which all others may come.
  */
 #include "base/real.h"
+#include "base/system.h"
 #include "hooks/hooks.h"
 #include "kernel/holders.h"
 #include "kernel/kernel.h"
@@ -11,7 +12,6 @@
 #include <linux/kvm.h>
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -73,16 +73,10 @@ static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long 
 
 SP_EXPORT int prctl(int option, ...)
 {
-	unsigned long a, b, c, d;
-	va_list args;
+	long a[4];
 
-	va_start(args, option);
-	a = va_arg(args, unsigned long);
-	b = va_arg(args, unsigned long);
-	c = va_arg(args, unsigned long);
-	d = va_arg(args, unsigned long);
-	va_end(args);
-	return sp_prctl(option, a, b, c, d);
+	ARGUMENTS(a, option);
+	return sp_prctl(option, (unsigned long)a[0], (unsigned long)a[1], (unsigned long)a[2], (unsigned long)a[3]);
 }
 
 static void untrack_range(void *arg)
@@ -131,13 +125,10 @@ static int sp_ioctl(int fd, unsigned long request, void *arg)
 
 SP_EXPORT int ioctl(int fd, unsigned long request, ...)
 {
-	va_list args;
-	void *arg;
+	long a[1];
 
-	va_start(args, request);
-	arg = va_arg(args, void *);
-	va_end(args);
-	return sp_ioctl(fd, request, arg);
+	ARGUMENTS(a, request);
+	return sp_ioctl(fd, request, (void *)a[0]);
 }
 
 /* ---- syscall(2) ------------------------------------------------------------------------------------------ */
@@ -145,12 +136,8 @@ SP_EXPORT int ioctl(int fd, unsigned long request, ...)
 SP_EXPORT long syscall(long number, ...)
 {
 	long a[6];
-	va_list args;
 
-	va_start(args, number);
-	for (int i = 0; i < 6; i++)
-		a[i] = va_arg(args, long);
-	va_end(args);
+	ARGUMENTS(a, number);
 	need_next();
 	switch (number) {
 	case SYS_mmap:
