@@ -21,13 +21,10 @@ EXCEPTIONS = {
     "src/samepage/service/server.py: class Server": "one loop, and what it does for each kind of descriptor",
     "tests/agent/calls.c": "a list: every call that changes a mapping, and what it must return",
     "tests/agent/calls.c: resizing()": "one story: each step builds on the mappings that the last one left",
-    "tests/agent/test_headroom.py": "the rules of both versions of cgroups, made up and real, by one program that asks",
     "tests/agent/torture.c: main()": "the command line, and the threads that it asks for",
     "tests/agent/torture.c: region_op()": "a list: one case for each operation that torture makes",
     "tests/fuzz/model/main.c": "the random choice of calls; what each must do is in files of its own",
     "tests/ksmd/test_ksmd_stateful.py: class KsmdMachine": "hypothesis wants a method for each rule",
-    "tests/ksmd/test_merging.py": "one case after the other of what is merged with what",
-    "tests/memory/test_agent_space.py": "every request, answered honestly and by a lie",
 }
 
 

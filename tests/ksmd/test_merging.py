@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
 import pytest
 
-from samepage.ksmd import Ksmd, PageState, books
-from samepage.ksmd.mm_slot import Structured
+from samepage.ksmd import Ksmd
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import (
     PAGE_SIZE,
-    RUN,
-    VPN_END,
     AddressSpaceGone,
-    BreakResult,
-    Donation,
-    MergeResult,
     PageStatus,
-    ScanFlag,
-    ScanResult,
-    Segment,
 )
-from samepage.memory import check as check_answer
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
-from tests.ksmd.simulation import BASE, Clock, check, new_ksmd, passes, process, processes
+from tests.ksmd.simulation import BASE, check, new_ksmd, passes, process, processes
 
 SAME = range(1, 51)
 
@@ -170,17 +157,6 @@ def test_pages_that_are_equal_are_merged_though_others_collide_with_them(machine
     assert not a.merged_pages()
     assert b.merged_pages() == c.merged_pages() == {BASE}
     assert ksmd.counters().pages_collided == 1
-
-
-def test_who_lies_about_a_page_does_not_keep_others_from_each_other_for_ever() -> None:
-    machine, ksmd = SimulatedMachine(), new_ksmd()
-    (liar, _), slots = processes(machine, ksmd, [7], [7])
-    liar.script = lambda what, vpn: PageStatus.DIFFERENT if what == "merge" else None
-    passes(ksmd, 6)
-    ksmd.exit(slots[0])
-    slots[0] = ksmd.enter(process(machine, 300, [7]))
-    passes(ksmd, 40)
-    assert [slot.merged for slot in slots] == [1, 1]
 
 
 def test_a_collided_page_is_tried_again_once_it_has_changed(machine: SimulatedMachine, ksmd: Ksmd) -> None:
@@ -500,263 +476,3 @@ def test_nothing_is_asked_a_page_when_nothing_changed(machine: SimulatedMachine,
     assert a.pages_hashed == hashed
     assert ksmd.counters().pages_skipped >= 10 * 100
     assert b.pages_hashed == 50
-
-
-class Liar(SimulatedAddressSpace):
-    """A process whose agent answers what a test tells it to; its answers are looked at as those of a real one are."""
-
-    def __init__(self, machine: SimulatedMachine, lie: str, answer: Any) -> None:
-        super().__init__(machine, 666)
-        self.lie, self.answer = lie, answer
-        self.map_area(BASE, 256)
-        self.write(BASE, *SAME)
-
-    def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
-        reply = super().scan(vpn, budget, flags, end)
-        if self.lie == "scan":
-            for name, value in self.answer.items():
-                setattr(reply, name, value(reply) if callable(value) else value)
-            check_answer.scanned(reply, vpn, budget)
-        return reply
-
-    def donate(self, runs: Structured) -> Donation:
-        donation = super().donate(runs)
-        if self.lie == "donate":
-            segment, donation = donation.segment, self.answer(donation)
-            try:
-                check_answer.donated(donation, int(runs["npages"].sum()))
-            except AddressSpaceGone:
-                if segment is not None:
-                    segment.close()
-                raise
-        return donation
-
-    def merge(self, segment: Segment | None, extents: Structured) -> MergeResult:
-        result = super().merge(segment, extents)
-        if self.lie == "merge":
-            result = self.answer(result)
-            check_answer.statuses(result.status, int(extents["npages"].sum()))
-        return result
-
-    def break_ksm(self, vpn: int, npages: int) -> BreakResult:
-        result = super().break_ksm(vpn, npages)
-        if self.lie == "break":
-            result = self.answer(result)
-            check_answer.broken(result, npages)
-        return result
-
-
-def _runs(reply: ScanResult, **fields: int) -> Structured:
-    runs = reply.runs.copy()
-    for name, value in fields.items():
-        runs[name] = value
-    return runs
-
-
-LIES: dict[str, tuple[str, Any]] = {
-    "runs outside its areas": ("scan", {"runs": lambda r: _runs(r, vpn=5)}),
-    "runs beyond any address": ("scan", {"runs": lambda r: _runs(r, vpn=(1 << 64) - 3)}),
-    "runs twice": ("scan", {"runs": lambda r: np.concatenate([r.runs, r.runs]),
-                            "checksums": lambda r: np.concatenate([r.checksums, r.checksums])}),
-    "empty runs": ("scan", {"runs": lambda r: _runs(r, npages=0), "checksums": lambda r: r.checksums[:0]}),
-    "unknown kinds": ("scan", {"runs": lambda r: _runs(r, kind=9)}),
-    "too few checksums": ("scan", {"checksums": lambda r: r.checksums[1:]}),
-    "a scan that stands still": ("scan", {"next_vpn": 1, "runs": lambda r: r.runs, "cpu_ns": -1}),
-    "a status too few": ("donate", lambda d: Donation(d.segment, d.status[1:])),
-    "pages it did not copy": ("donate", lambda d: Donation(d.segment.close(), d.status)),
-    "an unknown status": ("merge", lambda m: MergeResult(m.status + np.uint8(50))),
-    "too many statuses": ("merge", lambda m: MergeResult(np.append(m.status, np.uint8(0)))),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
-def test_a_process_that_talks_nonsense_is_dropped_and_nobody_else_notices(
-    machine: SimulatedMachine, ksmd: Ksmd, lie: tuple[str, Any]
-) -> None:
-    liar = ksmd.enter(Liar(machine, *lie))
-    (a, b), _ = processes(machine, ksmd, SAME, SAME)
-    passes(ksmd, 3)
-    assert liar.gone
-    assert len(a.merged_pages()) == len(b.merged_pages()) == 50
-    check(ksmd, machine, {})
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [BreakResult(errno=999), BreakResult(pages_unmerged=1 << 40), BreakResult(pages_remaining=-1)],
-    ids=["unknown errno", "too many pages", "less than no pages"],
-)
-def test_a_break_that_talks_nonsense_is_as_good_as_none(
-    machine: SimulatedMachine, ksmd: Ksmd, answer: BreakResult
-) -> None:
-    slot = ksmd.enter(Liar(machine, "break", lambda _: answer))
-    processes(machine, ksmd, SAME)
-    passes(ksmd, 3)
-    result = ksmd.unmerge(slot)  # it may still have merged pages, and nothing is known of them
-    assert (result.errno, result.pages_unmerged) == (errno.ETIMEDOUT if result.pages_remaining else 0, 0)
-    assert slot.gone
-    assert ksmd.slots(666) == []
-
-
-def test_found_pages_of_impossible_segments_are_not_counted(machine: SimulatedMachine, ksmd: Ksmd) -> None:
-    def found(reply: ScanResult) -> Structured:
-        return _runs(reply, kind=3, ino=77, offset=(1 << 63))
-
-    slot = ksmd.enter(Liar(machine, "scan", {"runs": found, "checksums": lambda r: r.checksums[:0]}))
-    passes(ksmd, 3)
-    assert not slot.gone
-    assert ksmd.counters().pages_sharing == 0
-    assert ksmd.rows()[0].merged == 0
-
-
-def test_two_hundred_joins_and_exits_leave_nothing_behind(machine: SimulatedMachine, ksmd: Ksmd) -> None:
-    processes(machine, ksmd, SAME)
-    sizes = []
-    for i in range(200):
-        space = process(machine, 1000 + i, [*SAME, *range(2000 + i, 2100 + i)])
-        slot = ksmd.enter(space)
-        passes(ksmd, 2)
-        if i % 2:
-            space.exit()
-            passes(ksmd, 1)
-        else:
-            ksmd.exit(slot)
-            space.exit()
-        passes(ksmd, 1)
-        sizes.append((ksmd.counters().metadata_bytes, len(next(iter(ksmd.mm_list.domains())).rmap.columns[0])))
-    assert max(sizes[100:]) <= max(sizes[:10])
-    assert machine.saved == 0
-
-
-def test_the_same_happens_every_time() -> None:
-    logs = []
-    for _ in range(2):
-        machine, ksmd = SimulatedMachine(), new_ksmd()
-        spaces, _ = processes(machine, ksmd, SAME, [*SAME, 0, 0], [7] * 20, hash_bits=5)
-        passes(ksmd, 6)
-        logs.append(([space.calls for space in spaces], ksmd.counters()))
-    assert logs[0] == logs[1]
-
-
-def test_states_fit_their_column() -> None:
-    assert max(PageState) < 256
-
-
-def test_a_whole_gigabyte_takes_less_than_sixteen_bytes_a_page_and_one_extent_a_segment() -> None:
-    """With the numbers of a real process, and no process behind them."""
-
-    class Handle:
-        def __init__(self, ino: int, npages: int) -> None:
-            self.ino, self.npages = ino, npages
-
-        def close(self) -> None: ...
-
-    class Bulk(SimulatedAddressSpace):
-        """Answers for so many pages at once, and agrees to everything."""
-
-        inos = iter(range(1, 1 << 30))
-        extents_merged = 0
-
-        def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
-            fresh = sums if not self.calls else sums[:0]
-            self.calls.append("scan")
-            runs = np.array([(BASE, len(fresh), 0, 0, 0)] if len(fresh) else [], RUN)
-            return ScanResult(runs, fresh, 0, self._areas_seq, 0)
-
-        def donate(self, runs: Structured) -> Donation:
-            n = int(runs["npages"].sum())
-            return Donation(Handle(next(self.inos), n), np.zeros(n, np.uint8))
-
-        def merge(self, segment: Segment | None, extents: Structured) -> MergeResult:
-            self.extents_merged += len(extents)
-            return MergeResult(np.zeros(int(extents["npages"].sum()), np.uint8))
-
-    n = 1 << 17
-    sums = np.random.default_rng(1).integers(1, 1 << 63, n, dtype=np.uint64)
-    machine, ksmd = SimulatedMachine(), new_ksmd()
-    spaces = [Bulk(machine, pid) for pid in (1, 2)]
-    for space in spaces:
-        space.map_area(BASE, n)
-        ksmd.enter(space)
-    passes(ksmd, 2)
-    assert ksmd.counters().pages_sharing == n
-    assert [space.extents_merged for space in spaces] == [n // SEGMENT_PAGES] * 2
-    assert ksmd.counters().metadata_bytes / (2 * n) < 15.7  # and the objects that stand for 64 segments are in it
-
-
-def test_pages_merged_with_the_zero_page_can_be_recounted_at_any_time(machine: SimulatedMachine, ksmd: Ksmd) -> None:
-    (a, b), (slot, _) = processes(machine, ksmd, [0] * 100, [0] * 10)
-    passes(ksmd, 2)
-    ksmd.set("run", 0)
-    rows = {row.pid: row.ksm_zero_pages for row in ksmd.rows()}
-    assert rows == {a.pid: 100, b.pid: 10}
-    a.write(BASE + 5, 1, 0, 2)
-    a.unmap(BASE + 50, 50)
-    hashed = a.pages_hashed
-    ksmd.recount_zeros(slot)
-    assert {row.pid: row.ksm_zero_pages for row in ksmd.rows()} == {a.pid: 47, b.pid: 10}
-    assert ksmd.counters().ksm_zero_pages == 57
-    assert a.pages_hashed == hashed
-    check(ksmd, machine, {})
-    ksmd.set("run", 1)
-    passes(ksmd, 2)
-    assert ksmd.rows()[0].ksm_zero_pages == 48
-
-
-def test_where_there_are_many_pages_none_is_recounted(
-    machine: SimulatedMachine, ksmd: Ksmd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("samepage.ksmd.look.RECOUNT_PAGES", 255)
-    (a,), (slot,) = processes(machine, ksmd, [0] * 21)
-    passes(ksmd, 2)
-    a.write(BASE, 1)
-    ksmd.recount_zeros(slot)
-    assert ksmd.rows()[0].ksm_zero_pages == 21
-
-
-def test_a_process_that_goes_while_it_is_recounted_is_dropped(machine: SimulatedMachine, ksmd: Ksmd) -> None:
-    (a,), (slot,) = processes(machine, ksmd, [0] * 10)
-    passes(ksmd, 2)
-    a.exit()
-    ksmd.recount_zeros(slot)
-    assert ksmd.rows() == ()
-
-
-def test_where_segments_are_scarce_old_ones_are_retired_and_merging_goes_on(
-    machine: SimulatedMachine, ksmd: Ksmd
-) -> None:
-    ksmd.slices.segments_max = 4
-    (a, b), slots = processes(machine, ksmd, SAME, SAME)
-    for n in range(2, 10):
-        passes(ksmd, 3)
-        assert len(a.merged_pages()) == len(b.merged_pages()) == 25 * n
-        check_books(ksmd)
-        assert sum(segment.is_open for segment in machine.segments.values()) <= 4
-        for space in (a, b):
-            space.write(BASE + 25 * n, *range(100 * n, 100 * n + 25))
-    assert ksmd.slices.segments_retired > 0
-    assert ksmd.unmerge(slots[0]).pages_remaining == 0
-    assert not a.merged_pages()
-    check_books(ksmd)
-
-
-def check_books(ksmd: Ksmd) -> None:
-    assert [books.problems(domain) for domain in ksmd.mm_list.domains()] == [[]]
-
-
-def test_a_domain_whose_processes_all_turn_out_to_have_ended_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    def verify(space: SimulatedAddressSpace) -> None:
-        raise AddressSpaceGone("it ended", ended=True)
-
-    clock = Clock()
-    ksmd = new_ksmd(clock)
-    machine = SimulatedMachine()
-    processes(machine, ksmd, [5, 6, 7, 8], [5, 6, 7, 8])
-    while not any(domain.candidates for domain in ksmd.mm_list.domains()):
-        clock.now += ksmd.next_wait()
-        ksmd.do_scan()
-    monkeypatch.setattr(SimulatedAddressSpace, "verify", verify)
-    clock.now += 60.0
-    for _ in range(5):
-        ksmd.do_scan()
-    assert ksmd.rows() == ()

@@ -1,0 +1,188 @@
+"""What ksmd keeps of processes and pages: how much, whether it is true, and that nothing is left of what is gone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from samepage.ksmd import Ksmd, PageState, books
+from samepage.ksmd.mm_slot import Structured
+from samepage.ksmd.stable import SEGMENT_PAGES
+from samepage.memory import (
+    RUN,
+    VPN_END,
+    AddressSpaceGone,
+    Donation,
+    MergeResult,
+    ScanFlag,
+    ScanResult,
+    Segment,
+)
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
+from tests.ksmd.simulation import BASE, Clock, check, new_ksmd, passes, process, processes
+
+SAME = range(1, 51)
+
+
+@pytest.fixture
+def machine() -> SimulatedMachine:
+    return SimulatedMachine()
+
+
+@pytest.fixture
+def ksmd() -> Ksmd:
+    return new_ksmd()
+
+
+def test_two_hundred_joins_and_exits_leave_nothing_behind(machine: SimulatedMachine, ksmd: Ksmd) -> None:
+    processes(machine, ksmd, SAME)
+    sizes = []
+    for i in range(200):
+        space = process(machine, 1000 + i, [*SAME, *range(2000 + i, 2100 + i)])
+        slot = ksmd.enter(space)
+        passes(ksmd, 2)
+        if i % 2:
+            space.exit()
+            passes(ksmd, 1)
+        else:
+            ksmd.exit(slot)
+            space.exit()
+        passes(ksmd, 1)
+        sizes.append((ksmd.counters().metadata_bytes, len(next(iter(ksmd.mm_list.domains())).rmap.columns[0])))
+    assert max(sizes[100:]) <= max(sizes[:10])
+    assert machine.saved == 0
+
+
+def test_the_same_happens_every_time() -> None:
+    logs = []
+    for _ in range(2):
+        machine, ksmd = SimulatedMachine(), new_ksmd()
+        spaces, _ = processes(machine, ksmd, SAME, [*SAME, 0, 0], [7] * 20, hash_bits=5)
+        passes(ksmd, 6)
+        logs.append(([space.calls for space in spaces], ksmd.counters()))
+    assert logs[0] == logs[1]
+
+
+def test_states_fit_their_column() -> None:
+    assert max(PageState) < 256
+
+
+def test_a_whole_gigabyte_takes_less_than_sixteen_bytes_a_page_and_one_extent_a_segment() -> None:
+    """With the numbers of a real process, and no process behind them."""
+
+    class Handle:
+        def __init__(self, ino: int, npages: int) -> None:
+            self.ino, self.npages = ino, npages
+
+        def close(self) -> None: ...
+
+    class Bulk(SimulatedAddressSpace):
+        """Answers for so many pages at once, and agrees to everything."""
+
+        inos = iter(range(1, 1 << 30))
+        extents_merged = 0
+
+        def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:
+            fresh = sums if not self.calls else sums[:0]
+            self.calls.append("scan")
+            runs = np.array([(BASE, len(fresh), 0, 0, 0)] if len(fresh) else [], RUN)
+            return ScanResult(runs, fresh, 0, self._areas_seq, 0)
+
+        def donate(self, runs: Structured) -> Donation:
+            n = int(runs["npages"].sum())
+            return Donation(Handle(next(self.inos), n), np.zeros(n, np.uint8))
+
+        def merge(self, segment: Segment | None, extents: Structured) -> MergeResult:
+            self.extents_merged += len(extents)
+            return MergeResult(np.zeros(int(extents["npages"].sum()), np.uint8))
+
+    n = 1 << 17
+    sums = np.random.default_rng(1).integers(1, 1 << 63, n, dtype=np.uint64)
+    machine, ksmd = SimulatedMachine(), new_ksmd()
+    spaces = [Bulk(machine, pid) for pid in (1, 2)]
+    for space in spaces:
+        space.map_area(BASE, n)
+        ksmd.enter(space)
+    passes(ksmd, 2)
+    assert ksmd.counters().pages_sharing == n
+    assert [space.extents_merged for space in spaces] == [n // SEGMENT_PAGES] * 2
+    assert ksmd.counters().metadata_bytes / (2 * n) < 15.7  # and the objects that stand for 64 segments are in it
+
+
+def test_pages_merged_with_the_zero_page_can_be_recounted_at_any_time(machine: SimulatedMachine, ksmd: Ksmd) -> None:
+    (a, b), (slot, _) = processes(machine, ksmd, [0] * 100, [0] * 10)
+    passes(ksmd, 2)
+    ksmd.set("run", 0)
+    rows = {row.pid: row.ksm_zero_pages for row in ksmd.rows()}
+    assert rows == {a.pid: 100, b.pid: 10}
+    a.write(BASE + 5, 1, 0, 2)
+    a.unmap(BASE + 50, 50)
+    hashed = a.pages_hashed
+    ksmd.recount_zeros(slot)
+    assert {row.pid: row.ksm_zero_pages for row in ksmd.rows()} == {a.pid: 47, b.pid: 10}
+    assert ksmd.counters().ksm_zero_pages == 57
+    assert a.pages_hashed == hashed
+    check(ksmd, machine, {})
+    ksmd.set("run", 1)
+    passes(ksmd, 2)
+    assert ksmd.rows()[0].ksm_zero_pages == 48
+
+
+def test_where_there_are_many_pages_none_is_recounted(
+    machine: SimulatedMachine, ksmd: Ksmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("samepage.ksmd.look.RECOUNT_PAGES", 255)
+    (a,), (slot,) = processes(machine, ksmd, [0] * 21)
+    passes(ksmd, 2)
+    a.write(BASE, 1)
+    ksmd.recount_zeros(slot)
+    assert ksmd.rows()[0].ksm_zero_pages == 21
+
+
+def test_a_process_that_goes_while_it_is_recounted_is_dropped(machine: SimulatedMachine, ksmd: Ksmd) -> None:
+    (a,), (slot,) = processes(machine, ksmd, [0] * 10)
+    passes(ksmd, 2)
+    a.exit()
+    ksmd.recount_zeros(slot)
+    assert ksmd.rows() == ()
+
+
+def test_where_segments_are_scarce_old_ones_are_retired_and_merging_goes_on(
+    machine: SimulatedMachine, ksmd: Ksmd
+) -> None:
+    ksmd.slices.segments_max = 4
+    (a, b), slots = processes(machine, ksmd, SAME, SAME)
+    for n in range(2, 10):
+        passes(ksmd, 3)
+        assert len(a.merged_pages()) == len(b.merged_pages()) == 25 * n
+        check_books(ksmd)
+        assert sum(segment.is_open for segment in machine.segments.values()) <= 4
+        for space in (a, b):
+            space.write(BASE + 25 * n, *range(100 * n, 100 * n + 25))
+    assert ksmd.slices.segments_retired > 0
+    assert ksmd.unmerge(slots[0]).pages_remaining == 0
+    assert not a.merged_pages()
+    check_books(ksmd)
+
+
+def check_books(ksmd: Ksmd) -> None:
+    assert [books.problems(domain) for domain in ksmd.mm_list.domains()] == [[]]
+
+
+def test_a_domain_whose_processes_all_turn_out_to_have_ended_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verify(space: SimulatedAddressSpace) -> None:
+        raise AddressSpaceGone("it ended", ended=True)
+
+    clock = Clock()
+    ksmd = new_ksmd(clock)
+    machine = SimulatedMachine()
+    processes(machine, ksmd, [5, 6, 7, 8], [5, 6, 7, 8])
+    while not any(domain.candidates for domain in ksmd.mm_list.domains()):
+        clock.now += ksmd.next_wait()
+        ksmd.do_scan()
+    monkeypatch.setattr(SimulatedAddressSpace, "verify", verify)
+    clock.now += 60.0
+    for _ in range(5):
+        ksmd.do_scan()
+    assert ksmd.rows() == ()

@@ -1,0 +1,113 @@
+"""AgentAddressSpace: how long callers wait for an answer, and what wakes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from samepage.memory import (
+    AREA,
+    AddressSpaceGone,
+    AddressSpaceSilent,
+    wire,
+)
+from samepage.memory import agent as module
+from samepage.memory.agent import AgentAddressSpace
+from samepage.memory.identity import identify
+from samepage.memory.merge_domain import MergeDomain
+from tests.memory.test_agent_space import Make, make, runs, short_timeout
+from tests.service import fake_agent
+from tests.service.fake_agent import BASE_VPN, FakeAgent
+
+__all__ = ["make", "short_timeout"]
+
+
+def test_hanging_up_wakes_whoever_waits_for_an_answer(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TIMEOUT", 30)
+    space, _ = make(scan=fake_agent.nothing)
+    threading.Timer(0.1, space.hang_up).start()
+    started = time.monotonic()
+    with pytest.raises(AddressSpaceGone):
+        space.scan(0, 1)
+    assert time.monotonic() - started < 5
+
+
+def test_a_request_does_not_wait_for_the_answer_to_the_one_before(make: Make) -> None:
+    def answer_once_the_next_is_there(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        if len(agent.asked) == 1:
+            assert select.select([agent.sock], [], [], 0.4)[0]
+        return agent.honest(request)
+
+    space, agent = make(scan=answer_once_the_next_is_there)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda budget: len(space.scan(0, budget).checksums), (3, 5))
+    assert first + second == 8
+    assert len(agent.asked) == 2
+
+
+def test_of_several_who_wait_each_gets_its_own_answer(make: Make) -> None:
+    space, _ = make(npages=64)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: len(space.donate(np.array([(BASE_VPN, n)], AREA)).status), range(1, 65)))
+    assert found == list(range(1, 65))
+
+
+def test_whoever_waits_behind_an_answer_that_makes_no_sense_is_told_too(make: Make) -> None:
+    space, _ = make(scan=lambda _, request: (wire.encode(request.op, request.seq + 7), -1))
+
+    def ask(_: int) -> bool:
+        with pytest.raises(AddressSpaceGone):
+            space.scan(0, 1)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(4)))
+
+
+def test_a_descriptor_that_would_block_whoever_closes_it_blocks_nobody(make: Make) -> None:
+    """A TCP socket with SO_LINGER and data that nobody takes: the last to close it waits."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def lingering() -> int:
+            sock = socket.create_connection(server.getsockname())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3))
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.send(b"x" * (1 << 20))
+            return sock.detach()
+
+        def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+            return agent.honest(request)[0], lingering()
+
+        for op, ask in (
+            ("map_count", lambda space: space.map_count()),
+            ("donate", lambda space: space.donate(runs((0, 2)))),
+        ):
+            space, _ = make(**{op: lie})
+            started = time.monotonic()
+            with pytest.raises(AddressSpaceGone):
+                ask(space)
+            assert time.monotonic() - started < 2
+            assert space.doubtful
+
+
+def test_nobody_waits_long_for_a_break_of_more_pages_than_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("samepage.memory.agent.memory_of", lambda pid: 4000)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ready = {"swap": 1, "tracking": 1, "zero_checksum": 0}
+    space = AgentAddressSpace(ours, os.getpid(), MergeDomain(0), "guest", ready, identify(os.getpid()))
+    space.hurry = 0.1
+    began = time.monotonic()
+    with ours, theirs, pytest.raises(AddressSpaceSilent):
+        space.break_ksm(1, 1 << 24)  # for which a process may take seventeen minutes
+    assert time.monotonic() - began < 5.0
