@@ -76,10 +76,11 @@ def paced(bench: Bench) -> Iterator[Record]:
         raise Skipped("needs the kernel's KSM")
     npages = pages_of(bench.sizes.same)
     makers: list[Callable[[], Kernel]] = [Paced, sides.fastest, tuned]
+    slow = [sides.defaults]  # once: each takes as long as it may
     if (kernel_ksm.KSM / "advisor_mode").exists():
-        makers.append(advisor)
+        slow.append(advisor)
     for repeat in range(bench.repeats):
-        for make in makers if repeat else [*makers, sides.defaults]:
+        for make in makers if repeat else makers + slow:
             side = make()
             limit = 4 * bench.sizes.defaults_limit
             with sides.switches(bench.say), bench.group() as group, side:
