@@ -18,6 +18,8 @@ from samepage.memory.simulated_memory import SimulatedMachine
 
 BASE = 1000
 """First page of the area that `process` makes."""
+SAME = range(1, 51)
+"""Pages for two processes to have in common."""
 
 
 class Clock:

@@ -20,19 +20,7 @@ from samepage.memory import (
 )
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
-from tests.ksmd.simulation import BASE, Clock, check, new_ksmd, passes, process, processes
-
-SAME = range(1, 51)
-
-
-@pytest.fixture
-def machine() -> SimulatedMachine:
-    return SimulatedMachine()
-
-
-@pytest.fixture
-def ksmd() -> Ksmd:
-    return new_ksmd()
+from tests.ksmd.simulation import BASE, SAME, Clock, check, new_ksmd, passes, process, processes
 
 
 def test_two_hundred_joins_and_exits_leave_nothing_behind(machine: SimulatedMachine, ksmd: Ksmd) -> None:

@@ -24,19 +24,7 @@ from samepage.memory import (
 from samepage.memory import check as check_answer
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
-from tests.ksmd.simulation import BASE, check, new_ksmd, passes, process, processes
-
-SAME = range(1, 51)
-
-
-@pytest.fixture
-def machine() -> SimulatedMachine:
-    return SimulatedMachine()
-
-
-@pytest.fixture
-def ksmd() -> Ksmd:
-    return new_ksmd()
+from tests.ksmd.simulation import BASE, SAME, check, new_ksmd, passes, process, processes
 
 
 def test_who_lies_about_a_page_does_not_keep_others_from_each_other_for_ever() -> None:

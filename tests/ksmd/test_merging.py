@@ -15,19 +15,7 @@ from samepage.memory import (
 )
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
-from tests.ksmd.simulation import BASE, check, new_ksmd, passes, process, processes
-
-SAME = range(1, 51)
-
-
-@pytest.fixture
-def machine() -> SimulatedMachine:
-    return SimulatedMachine()
-
-
-@pytest.fixture
-def ksmd() -> Ksmd:
-    return new_ksmd()
+from tests.ksmd.simulation import BASE, SAME, check, new_ksmd, passes, process, processes
 
 
 def test_equal_pages_of_two_processes_become_one_extent_each(machine: SimulatedMachine, ksmd: Ksmd) -> None:
