@@ -31,7 +31,7 @@ from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.pieces import Pieces
 from samepage.ksmd.rmap import RmapItems
 from samepage.ksmd.stable import StableTree
-from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, PageStatus, RunKind, wire
+from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, STALLS_US, PageStatus, RunKind, wire
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.proof import expected
@@ -88,6 +88,7 @@ class Liar(FakeAgent):
         self._known = {page.tobytes() for page in pages}
         self.stolen = 0
         self._rng = rng
+        self._aside = random.Random(rng.getstate()[1][0])  # of its own, so that old seeds still find what they found
         self._chance = chance
         self._garbled = garbled
         self._boasts = rng.choice((0.03, 0.03, 0.3))
@@ -173,10 +174,15 @@ class Liar(FakeAgent):
         sums = np.array([self.checksum(self.pages[rng.randrange(NPAGES)]) for _ in range(hashed)], "<u8")
         seq = self._seq if rng.random() < 0.7 else self._seq + rng.randint(-1, 1)
         more = 0 if rng.random() < 0.7 else self._vpn() & ((1 << 64) - 1)
-        head = wire.pack(
-            wire.SCANNED, more, max(seq, 0), rng.choice(HUGE), len(runs), hashed, rng.choice((NEVER, 0)), 0
-        )
-        return head + runs.tobytes() + sums.tobytes(), -1
+        head = (more, max(seq, 0), rng.choice(HUGE), len(runs), hashed, rng.choice((NEVER, 0)), 0, self._stalls())
+        return wire.pack(wire.SCANNED, *head) + runs.tobytes() + sums.tobytes(), -1
+
+    def _stalls(self) -> bytes:
+        rng = self._aside
+        counts = [rng.choice((0, 0, 1, 5, 0xFFFFFFFF)) for _ in range(len(STALLS_US) + 1)]
+        most = sum(n * us * 1000 for n, us in zip(counts, (*STALLS_US, STALLS_US[-1]), strict=True))
+        ns = most if rng.random() < 0.8 else rng.choice(HUGE)
+        return np.array((ns & ((1 << 64) - 1), counts), wire.STALLS).tobytes() if rng.random() < 0.5 else b""
 
     def _statuses(self, npages: int) -> Any:
         rng = self._rng

@@ -20,12 +20,14 @@ import pytest
 from samepage.memory import (
     AREA,
     EXTENT,
+    NO_STALLS,
     PAGE_SIZE,
     RUN,
     ZERO_PAGE,
     AddressSpaceGone,
     PageStatus,
     RunKind,
+    Stalls,
     wire,
 )
 from samepage.memory import agent as module
@@ -392,11 +394,28 @@ def test_a_scan_that_cannot_be_true_is_refused(
     make: Make, head: tuple[int, ...], rows: list[tuple[int, ...]], why: str
 ):
     def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
-        body = wire.pack(wire.SCANNED, *head, 0, 0) + np.array(rows, RUN).tobytes() + bytes(8 * head[4])
+        body = wire.pack(wire.SCANNED, *head, 0, 0, b"") + np.array(rows, RUN).tobytes() + bytes(8 * head[4])
         return wire.encode(request.op, request.seq, body), -1
 
     with pytest.raises(AddressSpaceGone, match=why):
         make(scan=lie)[0].scan(0, 8)
+
+
+def test_stalls_are_told_of_once(make: Make) -> None:
+    space, agent = make()
+    agent.stalls = np.array((1_040_000, (2, 0, 0, 0, 1, 0, 0, 0)), wire.STALLS).tobytes()
+    assert space.scan(BASE_VPN, 8).stalls == Stalls((2, 0, 0, 0, 1, 0, 0, 0), 1_040_000)
+    assert space.scan(BASE_VPN, 8).stalls == NO_STALLS
+
+
+@pytest.mark.parametrize(
+    ("count", "us"), [((1, 0, 0, 0, 0, 0, 0, 0), 31), ((0, 0, 0, 0, 0, 0, 0, 2), 199_999), ((0,) * 8, 1)]
+)
+def test_stalls_that_cannot_have_taken_so_long_are_refused(make: Make, count: tuple[int, ...], us: int) -> None:
+    space, agent = make()
+    agent.stalls = np.array((us * 1000, count), wire.STALLS).tobytes()
+    with pytest.raises(AddressSpaceGone, match="stalls"):
+        space.scan(BASE_VPN, 8)
 
 
 @pytest.mark.parametrize("restored", [(9, 0, 0), (4, 5, 0), ((1 << 64) - 1, 1, 0)])

@@ -80,12 +80,13 @@ def test_no_struct_of_the_c_header_is_missing() -> None:
 
 def test_no_field_of_the_c_header_is_missing() -> None:
     for name, body in re.findall(r"^struct (sp_\w+) \{(.*?)^\};", HEADER.read_text(), re.M | re.S):
-        fields = re.findall(r"^\t\w+ (\w+)(?:\[\w+\])?;", body, re.M)
+        fields = re.findall(r"^\t(?:struct )?\w+ (\w+)(?:\[\w+\])?;", body, re.M)
         assert tuple(fields) == wire.STRUCTS[name].names
 
 
 def test_every_constant_equals_the_c_header(c_layout: Layout) -> None:
     ours = {"SP_MAGIC": wire.MAGIC, "SP_VERSION": wire.VERSION, "SP_MSG_MAX": wire.MSG_MAX}
+    ours |= {"SP_STALLS": len(memory.STALLS_US) + 1}
     ours |= {"SP_KEY_SIZE": wire.KEY_SIZE, "SP_PROOF_SIZE": wire.PROOF_SIZE}
     ours |= {"SP_ZERO_PAGE": memory.ZERO_PAGE, "SP_VPN_END": memory.VPN_END, "SP_AREAS_CHANGED": memory.AREAS_CHANGED}
     ours |= {f"SP_WELCOME_{flag.name}": int(flag) for flag in wire.Flags}
@@ -93,6 +94,11 @@ def test_every_constant_equals_the_c_header(c_layout: Layout) -> None:
     ours |= {f"SP_SCAN_{flag.name}": int(flag) for flag in memory.ScanFlag}
     ours |= {f"SP_SWAP_{swap.name}": int(swap) for swap in wire.Swap}
     assert ours | {"": 0} == c_layout["constants"]
+
+
+def test_stalls_are_counted_by_the_times_of_the_c_header() -> None:
+    (times,) = re.findall(r"#define SP_STALLS_US \{(.*?)\}", HEADER.read_text())
+    assert tuple(map(int, times.split(","))) == memory.STALLS_US
 
 
 def test_a_packet_arrives_as_it_was_sent(pair: Pair) -> None:

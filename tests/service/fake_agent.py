@@ -54,6 +54,8 @@ class FakeAgent:
         self.areas = np.array([(BASE_VPN, len(pages))], AREA)
         self.headroom = 1 << 40
         self.asked: list[tuple[Op, int]] = []
+        self.stalls = b""
+        """What it says next of threads that were held up (`wire.STALLS`)."""
 
     def hello(self, version: int = wire.VERSION, page_size: int = PAGE_SIZE) -> bytes:
         body = wire.pack(wire.HELLO, wire.MAGIC, version, os.getpid(), page_size, b"fake", b"")
@@ -120,7 +122,8 @@ class FakeAgent:
         sums = np.array([self.checksum(self.pages[i]) for i in todo], "<u8")
         left = bool(len(todo)) and bool(self.written[todo[-1] :].any())
         next_vpn = BASE_VPN + int(todo[-1]) + 1 if left else 0
-        head = wire.pack(wire.SCANNED, next_vpn, 1, 1000, len(runs), len(sums), NEVER, 0)
+        head = wire.pack(wire.SCANNED, next_vpn, 1, 1000, len(runs), len(sums), NEVER, 0, self.stalls)
+        self.stalls = b""
         return head + runs.tobytes() + sums.tobytes(), -1
 
     def do_donate(self, request: Packet) -> tuple[bytes, int]:

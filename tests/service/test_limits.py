@@ -249,7 +249,7 @@ def test_descriptors_that_block_whoever_closes_them_hold_up_nobody_else(folder: 
                 agent = FakeAgent(connect(path), PAGES)
                 fd = lingering()
                 agent.join()
-                nothing = wire.pack(wire.SCANNED, 0, 0, 0, 0, 0, NEVER, 0)
+                nothing = wire.pack(wire.SCANNED, 0, 0, 0, 0, 0, NEVER, 0, b"")
                 socket.send_fds(agent.sock, [wire.encode(wire.Op.SCAN, 1, nothing)], [fd])
                 os.close(fd)
                 agent.sock.settimeout(1)

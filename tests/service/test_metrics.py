@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from samepage.ksmd import ProcessRow
 from samepage.ksmd.counters import DomainRow, Snapshot
-from samepage.memory import PAGE_SIZE
+from samepage.memory import NO_STALLS, PAGE_SIZE, Stalls
 from samepage.memory.agent import memory_cgroup
 from samepage.memory.conversation import ENDED
 from samepage.memory.merge_domain import MergeDomain
@@ -239,7 +239,7 @@ def test_a_place_that_nobody_is_in_makes_room_after_a_while() -> None:
     for pid in range(PLACES_MAX):
         counted.enter(pid, MergeDomain(0))
         if pid:
-            counted.leave(pid, 0.0, None)
+            counted.leave(pid, 0.0, NO_STALLS, None)
     clock.now += tally.IDLE + 1
     counted.enter(1234, MergeDomain(0))
     assert {place.cgroup for place in counted.places()} == {"/0", "/1234"}
@@ -251,14 +251,35 @@ def test_cpu_time_is_counted_once_over_an_exec_and_an_end() -> None:
     counted.enter(1, MergeDomain(0))
     clock.now += 2
     counted.look([replace(ROW, cpu_seconds=3.0)])
-    counted.leave(1, 4.0, None)
+    counted.leave(1, 4.0, NO_STALLS, None)
     counted.enter(1, MergeDomain(0))
     counted.look([replace(ROW, cpu_seconds=4.0)])  # a row of before
     clock.now += 2
     counted.look([replace(ROW, cpu_seconds=0.5)])
-    counted.leave(1, 1.0, ENDED)
+    counted.leave(1, 1.0, NO_STALLS, ENDED)
     counted.look([replace(ROW, cpu_seconds=1.0)])
     assert [place.cpu_seconds for place in counted.places()] == [5.0]
+
+
+def test_how_long_threads_were_held_up_is_a_histogram_that_only_grows() -> None:
+    clock, scanner = Clock(), Scanner()
+    scanner.tally = Tally(0, clock, lambda pid: "/x")
+    first, more = Stalls((2, 0, 0, 0, 1, 0, 0, 0), 1_040_000), Stalls((2, 3, 0, 0, 1, 0, 0, 1), 200_000_000)
+    scanner.tally.enter(1, MergeDomain(0))
+    found = samples(scanner)
+    assert summed(found, "samepage_stall_seconds_bucket") == 0
+    assert len([name for name, _ in found if name == "samepage_stall_seconds_bucket"]) == len(first.counts)
+    clock.now += 2
+    scanner.tally.look([replace(ROW, stalls=first)])
+    scanner.tally.look([replace(ROW, stalls=first)])
+    scanner.tally.leave(1, 0.0, more, None)
+    scanner.tally.enter(1, MergeDomain(0))
+    scanner.tally.leave(1, 0.0, first, None)
+    found = samples(scanner)
+    below = {dict(of)["le"]: n for (name, of), n in found.items() if name == "samepage_stall_seconds_bucket"}
+    assert below == {"3e-05": 4, "0.0001": 7, "0.0003": 7, "0.001": 7, "0.003": 9, "0.01": 9, "0.1": 9, "+Inf": 10}
+    assert summed(found, "samepage_stall_seconds_count") == 10
+    assert summed(found, "samepage_stall_seconds_sum") == pytest.approx(0.20104)
 
 
 def test_names_of_cgroups_can_be_anything() -> None:

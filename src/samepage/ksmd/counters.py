@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.rmap import PageState
-from samepage.memory import PAGE_SIZE, PageStatus
+from samepage.memory import NO_STALLS, PAGE_SIZE, PageStatus, Stalls
 from samepage.memory.merge_domain import MergeDomain
 
 
@@ -62,6 +62,8 @@ class ProcessRow:
     """Bytes: merged pages, less what ksmd spends on knowing this process's pages (nine bytes each)."""
     cpu_seconds: float
     """CPU time spent for ksmd in the process itself."""
+    stalls: Stalls = NO_STALLS
+    """How its threads were held up."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -158,6 +160,7 @@ def process_row(slot: MmSlot) -> ProcessRow:
         ksm_mergeable=len(slot.areas) > 0,
         ksm_process_profit=own * PAGE_SIZE - 9 * rmap_items,
         cpu_seconds=slot.cpu_ns / 1e9,
+        stalls=slot.stalls,
     )
 
 

@@ -14,7 +14,17 @@ from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.pieces import NONE, Stretches
 from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, IS_MERGED, PageState
 from samepage.ksmd.stable import SEGMENT_PAGES
-from samepage.memory import U64, VPN_END, AddressSpaceGone, AddressSpaceSilent, Areas, RunKind, ScanFlag, ScanResult
+from samepage.memory import (
+    NO_STALLS,
+    U64,
+    VPN_END,
+    AddressSpaceGone,
+    AddressSpaceSilent,
+    Areas,
+    RunKind,
+    ScanFlag,
+    ScanResult,
+)
 
 
 @dataclass(slots=True)
@@ -75,6 +85,8 @@ def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
     if seen.areas is not None:
         _take_areas(domain, slot, seen.areas)
     slot.cpu_ns += min(reply.cpu_ns, seen.wall_ns)
+    if reply.stalls is not NO_STALLS:
+        slot.stalls += reply.stalls
     # Areas that changed once more after the scan may have lost what it reports; then, and only then, runs may
     # lie outside: their pages are gone.
     strict = reply.areas_seq == slot.areas_seq

@@ -19,7 +19,7 @@ from samepage.ksmd.age import Ages
 from samepage.ksmd.patience import A_MOMENT, Patience
 from samepage.ksmd.pieces import Pieces, Stretches
 from samepage.ksmd.rmap import HAS_CHECKSUM, PageState
-from samepage.memory import U32, AddressSpace, AddressSpaceGone, AddressSpaceSilent, ScanResult
+from samepage.memory import NO_STALLS, U32, AddressSpace, AddressSpaceGone, AddressSpaceSilent, ScanResult
 
 if TYPE_CHECKING:
     from samepage.ksmd.domain import Domain
@@ -94,6 +94,7 @@ class MmSlot:
         self._quiet = 0  # looks at them in a row that found nothing
         self._merged = 0  # how many there were after the last pass
         self.cpu_ns = 0
+        self.stalls = NO_STALLS
         self.zero_checksum = space.zero_checksum & ((1 << 64) - 1)
         self.group = ""  # its memory cgroup, when last asked
         self.pending_breaks: list[tuple[int, int]] = []  # (vpn, npages) whose unmerge was asked for and failed

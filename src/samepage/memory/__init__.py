@@ -113,6 +113,28 @@ class Areas:
     merge_any: bool = False
 
 
+STALLS_US = (30, 100, 300, 1000, 3000, 10_000, 100_000)
+"""Threads that were held up are counted by for how many microseconds at most; those for longer are counted last."""
+
+
+@dataclass(slots=True, frozen=True)
+class Stalls:
+    """How often threads of a process were held up for ksmd's sake, by `STALLS_US`, and for how long all together. All
+    of that is an upper bound: a thread counts for as long as the page it wanted was out of its place."""
+
+    counts: tuple[int, ...] = (0,) * (len(STALLS_US) + 1)
+    ns: int = 0
+
+    def __add__(self, more: Stalls) -> Stalls:
+        return Stalls(tuple(a + b for a, b in zip(self.counts, more.counts, strict=True)), self.ns + more.ns)
+
+    def __sub__(self, less: Stalls) -> Stalls:
+        return Stalls(tuple(a - b for a, b in zip(self.counts, less.counts, strict=True)), self.ns - less.ns)
+
+
+NO_STALLS = Stalls()
+
+
 @dataclass(slots=True)
 class ScanResult:
     """One step of a scan.
@@ -121,7 +143,7 @@ class ScanResult:
     what is there instead. `checksums` holds, in the same order, one checksum for every page of every HASHED run.
     `next_vpn` is where the next step goes on, 0 at the end of the last area. `areas_seq` changes whenever the list of
     areas does, or is AREAS_CHANGED; `cpu_ns` is CPU time spent in the process itself. `forked` seconds ago it forked
-    last.
+    last. `stalls` are those since the last step.
     """
 
     runs: npt.NDArray[np.void]
@@ -130,6 +152,7 @@ class ScanResult:
     areas_seq: int
     cpu_ns: int
     forked: float = math.inf
+    stalls: Stalls = NO_STALLS
 
 
 @dataclass(slots=True)

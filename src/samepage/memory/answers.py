@@ -3,6 +3,7 @@ Either ends the connection."""
 
 from __future__ import annotations
 
+import struct
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from samepage.memory import (
     AREA,
     DONE,
     RUN,
+    STALLS_US,
     U8,
     U64,
     BreakResult,
@@ -20,11 +22,14 @@ from samepage.memory import (
     PageStatus,
     RestoreResult,
     ScanResult,
+    Stalls,
     check,
     wire,
 )
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Packet
+
+_STALLS = struct.Struct(f"<Q{len(STALLS_US) + 1}I")
 
 
 def one(answer: Packet, dtype: np.dtype[np.void]) -> dict[str, Any]:
@@ -53,6 +58,9 @@ def scanned(answer: Packet, vpn: int, budget: int) -> ScanResult:
     reader.end()
     forked = head["forked_ms"] / 1000
     found = ScanResult(runs, checksums, head["next_vpn"], head["areas_seq"], head["cpu_ns"], forked)
+    ns, *counts = _STALLS.unpack(head["stalls"])
+    if ns or any(counts):
+        found.stalls = Stalls(tuple(counts), ns)
     check.scanned(found, vpn, budget)
     return found
 

@@ -9,6 +9,8 @@ no check: whoever merges with it compares the bytes.
 from __future__ import annotations
 
 import errno
+import math
+import operator
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ import numpy.typing as npt
 from samepage.memory import (
     DONE,
     LAST_STATUS,
+    STALLS_US,
     USER_END,
     AddressSpaceGone,
     BreakResult,
@@ -93,6 +96,10 @@ def scanned(reply: ScanResult, vpn: int, budget: int) -> None:
     _require(hashed == len(sums), "checksums do not match the runs")
     _require(reply.next_vpn == 0 or past <= reply.next_vpn < USER_END, "the scan does not go on")
     _require(reply.cpu_ns >= 0, "negative CPU time")
+    counts = reply.stalls.counts
+    least = sum(map(operator.mul, counts[1:], STALLS_US)) * 1000
+    most = math.inf if counts[-1] else sum(map(operator.mul, counts, STALLS_US)) * 1000
+    _require(least <= reply.stalls.ns <= most, "stalls that were longer or shorter than they are counted for")
 
 
 def statuses(status: npt.NDArray[np.uint8], npages: int, told_of: int | None = None) -> None:

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from samepage.memory import AREA, EXTENT, RUN
+from samepage.memory import AREA, EXTENT, RUN, STALLS_US
 
 MAGIC = 0x45504D53
-VERSION = 6
+VERSION = 7
 MSG_MAX = 128 << 10
 """Bytes of the largest packet, header included."""
 
@@ -89,6 +89,7 @@ WELCOME = np.dtype(
 READY = np.dtype([("swap", "<u4"), ("tracking", "<u4"), ("zero_checksum", "<u8")])
 AREAS = np.dtype([("seq", "<u8"), ("next_vpn", "<u8"), ("merge_any", "<u4"), ("pad", "<u4")])
 SCAN = np.dtype([("vpn", "<u8"), ("budget", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("pad", "<u4")])
+STALLS = np.dtype([("ns", "<u8"), ("count", "<u4", len(STALLS_US) + 1)])
 SCANNED = np.dtype(
     [
         ("next_vpn", "<u8"),
@@ -98,6 +99,7 @@ SCANNED = np.dtype(
         ("nhashed", "<u4"),
         ("forked_ms", "<u4"),
         ("pad", "<u4"),
+        ("stalls", STALLS),
     ]
 )
 DONE = np.dtype([("cpu_ns", "<u8"), ("npages", "<u8")])
@@ -128,6 +130,7 @@ STRUCTS: dict[str, np.dtype[np.void]] = {
     "sp_areas": AREAS,
     "sp_scan": SCAN,
     "sp_run": RUN,
+    "sp_stalls": STALLS,
     "sp_scanned": SCANNED,
     "sp_extent": EXTENT,
     "sp_done": DONE,

@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from samepage.ksmd import ProcessRow
 from samepage.ksmd.counters import DomainRow, Snapshot
-from samepage.memory import PAGE_SIZE
+from samepage.memory import PAGE_SIZE, STALLS_US, Stalls
 from samepage.memory.merge_domain import MergeDomain
 from samepage.service.tally import Place
 
@@ -126,13 +127,25 @@ def _counted(places: list[Place]) -> Iterator[Metric]:
     dropped = CounterMetricFamily(
         "samepage_processes_dropped", "Processes not served any more, by reason.", labels=[*PLACE, "why"]
     )
+    stalls = HistogramMetricFamily(
+        "samepage_stall_seconds", "How long threads of applications were held up, at most.", labels=PLACE
+    )
     for place in places:
         cpu.add_metric([place.domain, place.cgroup], place.cpu_seconds)
+        stalls.add_metric([place.domain, place.cgroup], _buckets(place.stalls), place.stalls.ns / 1e9)
         for outcome, value in list(place.unmerges.items()):
             unmerges.add_metric([place.domain, place.cgroup, outcome], value)
         for why, value in list(place.dropped.items()):
             dropped.add_metric([place.domain, place.cgroup, why], value)
-    yield from (cpu, unmerges, dropped)
+    yield from (cpu, stalls, unmerges, dropped)
+
+
+BOUNDS = [*(f"{us / 1e6:g}" for us in STALLS_US), "+Inf"]
+
+
+def _buckets(stalls: Stalls) -> list[tuple[str, float]]:
+    """Each holds what the ones before it hold, too."""
+    return list(zip(BOUNDS, accumulate(map(float, stalls.counts)), strict=True))
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

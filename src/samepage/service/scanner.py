@@ -181,7 +181,7 @@ class Scanner:
         with self._slots_lock:
             slot = self._slots.pop(space)
         why = space.gone if space.gone != ENDED else None
-        self.tally.leave(slot.pid, slot.cpu_ns / 1e9, why)
+        self.tally.leave(slot.pid, slot.cpu_ns / 1e9, slot.stalls, why)
         if space.gone not in (None, ENDED):
             slot.lose(AddressSpaceGone(space.gone or ""))
         try:

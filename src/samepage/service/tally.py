@@ -1,4 +1,5 @@
-"""What a service counts for its metrics, by merge domain and cgroup: CPU time, unmerges, processes that were dropped.
+"""What a service counts for its metrics, by merge domain and cgroup: CPU time, stalls, unmerges, processes that
+were dropped.
 
 A pair of domain and cgroup is a *place*. Users make cgroups and user namespaces as they like, and each place is a
 time series in somebody's database, so there are `PLACES_MAX` of them; all others are one, `OTHERS`.
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from samepage.ksmd import ProcessRow
+from samepage.memory import NO_STALLS, Stalls
 from samepage.memory.agent import memory_cgroup
 from samepage.memory.merge_domain import MergeDomain
 
@@ -70,6 +72,7 @@ class Place:
     """When it last had a process, in `time.monotonic`."""
     cpu_seconds: float = 0.0
     """CPU time of the agents."""
+    stalls: Stalls = NO_STALLS
     unmerges: Counter[str] = field(default_factory=lambda: _zeros(OUTCOMES))
     """By outcome."""
     dropped: Counter[str] = field(default_factory=lambda: _zeros(KINDS.values()))
@@ -82,6 +85,7 @@ class _Process:
     entered: float
     looked: float
     cpu_seconds: float = 0.0
+    stalls: Stalls = NO_STALLS
 
 
 class Tally:
@@ -109,16 +113,17 @@ class Tally:
             self._processes[pid] = _Process(self._place(pid, domain), now, now)
 
     def look(self, rows: Iterable[ProcessRow]) -> list[Place]:
-        """Take in the CPU time of processes, and whether they are in another cgroup. The place of each, in order."""
+        """Take in the CPU time of processes and how they were held up, and whether they are in another cgroup. The
+        place of each, in order."""
         with self._lock:
             return [self._look(row) for row in rows]
 
-    def leave(self, pid: int, cpu_seconds: float, why: str | None) -> None:
+    def leave(self, pid: int, cpu_seconds: float, stalls: Stalls, why: str | None) -> None:
         """A process left; `why`, if it did not end."""
         with self._lock:
             process = self._processes.pop(pid, None)
             if process is not None:
-                _spend(process, cpu_seconds)
+                _spend(process, cpu_seconds, stalls)
                 if why is not None:
                     process.place.dropped[kind_of(why)] += 1
 
@@ -152,7 +157,7 @@ class Tally:
             process.place, process.looked = self._place(row.pid, row.domain, process.place), now
         process.place.used = now
         if now - process.entered >= SETTLED:
-            _spend(process, row.cpu_seconds)
+            _spend(process, row.cpu_seconds, row.stalls)
         return process.place
 
     def _place(self, pid: int, domain: MergeDomain, before: Place | None = None) -> Place:
@@ -183,9 +188,12 @@ class Tally:
         return len(self._places) < PLACES_MAX and (user == self._owner or had < PLACES_OF_A_GUEST)
 
 
-def _spend(process: _Process, cpu_seconds: float) -> None:
+def _spend(process: _Process, cpu_seconds: float, stalls: Stalls) -> None:
     process.place.cpu_seconds += max(0.0, cpu_seconds - process.cpu_seconds)
     process.cpu_seconds = max(process.cpu_seconds, cpu_seconds)
+    if stalls.ns > process.stalls.ns:
+        process.place.stalls += stalls - process.stalls
+        process.stalls = stalls
 
 
 def kind_of(why: str) -> str:

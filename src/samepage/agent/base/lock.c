@@ -6,12 +6,14 @@
 #include "base/descriptors.h"
 #include "base/page.h"
 #include "base/real.h"
+#include "base/stalls.h"
 #include "base/system.h"
 
 #include <sys/mman.h>
 
 static struct mutex lock;
 static _Atomic int waiters; /* application threads that want the lock */
+static _Atomic bool agent_has_it;
 uint64_t mmap_lock_held;
 
 /*
@@ -37,16 +39,25 @@ void mmap_lock_watch(void (*forked)(void))
 	here = page;
 }
 
+static void wait_for_lock(void)
+{
+	bool agents = atomic_load_explicit(&agent_has_it, memory_order_relaxed);
+	uint64_t began = agents ? now_ns() : 0;
+
+	atomic_fetch_add(&waiters, 1);
+	mutex_lock(&lock);
+	atomic_fetch_sub(&waiters, 1);
+	if (agents)
+		stalls_note(1, now_ns() - began);
+}
+
 void mmap_lock(sigset_t *saved)
 {
 	block_signals(saved);
 	if (here && __builtin_expect(!atomic_load_explicit(here, memory_order_relaxed), 0))
 		when_forked();
-	if (!mutex_trylock(&lock)) {
-		atomic_fetch_add(&waiters, 1);
-		mutex_lock(&lock);
-		atomic_fetch_sub(&waiters, 1);
-	}
+	if (!mutex_trylock(&lock))
+		wait_for_lock();
 	mmap_lock_held++;
 }
 
@@ -67,6 +78,7 @@ void agent_mmap_lock(void)
 	for (int tries = 0; tries < STAND_BACK && atomic_load_explicit(&waiters, memory_order_relaxed); tries++)
 		real.syscall(SYS_sched_yield);
 	mutex_lock(&lock);
+	atomic_store_explicit(&agent_has_it, true, memory_order_relaxed);
 	mmap_lock_held++;
 	descriptors_are_ours(); /* a step finds none of them if they are not */
 }
@@ -74,6 +86,7 @@ void agent_mmap_lock(void)
 void agent_mmap_unlock(void)
 {
 	check_books();
+	atomic_store_explicit(&agent_has_it, false, memory_order_relaxed);
 	mutex_unlock(&lock);
 }
 
@@ -102,6 +115,8 @@ void mmap_lock_reinit(void)
 {
 	lock = (struct mutex){0};
 	atomic_store(&waiters, 0);
+	atomic_store(&agent_has_it, false);
+	stalls_forget();
 	if (here)
 		atomic_store(here, 1);
 }

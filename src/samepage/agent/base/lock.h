@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The address-space lock. It protects the areas and the planes (area.h, planes.h), the reader of mappings (maps.h), the blocks
- * of alloc.c, the buffers of headroom.c, and that nothing the agent looks at changes under it: every call that changes an area
+ * of alloc.c, the buffers of headroom.c, what is counted of stalls (stalls.h), and that nothing the agent looks at changes under it: every call that changes an area
  * is made with the lock held.
  *
  * An application thread takes it with all signals blocked, since a handler may call mprotect() too. The agent thread, which

@@ -215,12 +215,17 @@ ssize_t read_file(const char *path, char *buf, size_t size)
 	return got;
 }
 
-int64_t now_ms(void)
+uint64_t now_ns(void)
 {
 	struct timespec t;
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+int64_t now_ms(void)
+{
+	return (int64_t)(now_ns() / 1000000);
 }
 
 uint64_t thread_cpu_ns(void)

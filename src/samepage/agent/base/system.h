@@ -36,6 +36,7 @@ long kernel_syscall(long number, ...);
 /* Bytes read from the start of a file, or -errno. */
 ssize_t read_file(const char *path, char *buf, size_t size);
 int64_t now_ms(void); /* of CLOCK_MONOTONIC */
+uint64_t now_ns(void);
 uint64_t thread_cpu_ns(void);
 
 /* All, also libc's own. */

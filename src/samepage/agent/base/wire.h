@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define SP_MAGIC 0x45504d53u /* "SMPE" */
-#define SP_VERSION 6u
+#define SP_VERSION 7u
 #define SP_MSG_MAX (128u << 10)
 
 enum sp_op {
@@ -124,6 +124,16 @@ struct sp_run {
 	uint64_t offset;
 };
 
+/* Threads of the application that were held up, by for how many microseconds at most; the last for longer than that. STALLS in
+ * samepage/memory. */
+#define SP_STALLS 8
+#define SP_STALLS_US {30, 100, 300, 1000, 3000, 10000, 100000}
+
+struct sp_stalls {
+	uint64_t ns; /* all together */
+	uint32_t count[SP_STALLS];
+};
+
 #define SP_AREAS_CHANGED 0ULL /* the set of areas changed during the scan; it has no such seq */
 
 struct sp_scanned {
@@ -134,6 +144,7 @@ struct sp_scanned {
 	uint32_t nhashed;
 	uint32_t forked_ms; /* since the last fork, whose child may be about to join; UINT32_MAX: none, or long ago */
 	uint32_t pad;
+	struct sp_stalls stalls; /* since the last such answer */
 };
 
 struct sp_extent {

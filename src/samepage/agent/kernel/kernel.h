@@ -88,6 +88,9 @@ int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode);
 int uffd_unregister(int uffd, uintptr_t start, uintptr_t len);
 /* The same for what was registered to keep threads away, where it may not fail: rather is all of it closed, for good. */
 void uffd_release(int *uffd, uintptr_t start, uintptr_t len);
+/* Notes the threads that sleep at pages before `end`, and are about to be woken, as held up since then. The kernel tells of each
+ * once, so those that sleep behind it are kept in mind until their turn comes. Needs the lock. */
+void uffd_count_sleepers(int uffd, uintptr_t end, uint64_t since);
 /* Whether all of the range still is registered with `move`, which can be wrong if another userfaultfd follows writes there. */
 bool uffd_holds(uintptr_t start, uintptr_t len);
 int uffd_protect(uintptr_t start, uintptr_t len, bool on);

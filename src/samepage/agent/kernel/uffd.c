@@ -4,6 +4,8 @@
 #include "base/planes.h"
 #include "base/real.h"
 #include "base/settings.h"
+#include "base/stalls.h"
+#include "base/system.h"
 #include "kernel/kernel.h"
 
 #include <linux/userfaultfd.h>
@@ -18,10 +20,14 @@ struct move_request {
 #define MOVE_REQUEST _IOWR(UFFDIO, 0x05, struct move_request)
 #define MOVE_MODE_DONTWAKE 1
 
+static uint64_t kept_away_since; /* now_ns() when a range was last registered, or protected, to keep threads away */
+
 int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode)
 {
 	struct uffdio_register r = {.range = {start, len}, .mode = mode};
 
+	if (mode & (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR))
+		kept_away_since = now_ns();
 	return real.ioctl(uffd, UFFDIO_REGISTER, &r) ? -errno : 0;
 }
 
@@ -37,8 +43,46 @@ int uffd_unregister(int uffd, uintptr_t start, uintptr_t len)
 	return err;
 }
 
+#define SLEEPERS_MAX 16 /* told of by one read(2) */
+
+void uffd_count_sleepers(int uffd, uintptr_t end, uint64_t since)
+{
+	static struct {
+		unsigned threads;
+		uint64_t last, since;
+	} behind;
+	struct uffd_msg told[SLEEPERS_MAX];
+	ssize_t got = sizeof(told);
+	unsigned before = 0;
+
+	for (int tries = 0; tries < KERNEL_TRIES && got == sizeof(told); tries++) {
+		got = read(uffd, told, sizeof(told));
+		for (ssize_t i = 0; i < got / (ssize_t)sizeof(told[0]); i++) {
+			if (told[i].event != UFFD_EVENT_PAGEFAULT)
+				continue;
+			if (told[i].arg.pagefault.address < end) {
+				before++;
+				continue;
+			}
+			if (!behind.threads++)
+				behind.since = since;
+			if (behind.last < told[i].arg.pagefault.address)
+				behind.last = told[i].arg.pagefault.address;
+		}
+	}
+	if (before)
+		stalls_note(before, now_ns() - since);
+	if (behind.threads && behind.last < end) {
+		stalls_note(behind.threads, now_ns() - behind.since);
+		behind.threads = 0;
+		behind.last = 0;
+	}
+}
+
 void uffd_release(int *uffd, uintptr_t start, uintptr_t len)
 {
+	if (*uffd >= 0)
+		uffd_count_sleepers(*uffd, ADDRESS_END, kept_away_since);
 	for (int tries = 0; tries < KERNEL_TRIES && *uffd >= 0; tries++) {
 		if (!uffd_unregister(*uffd, start, len))
 			return;
@@ -84,8 +128,11 @@ static int protect_at_once(uintptr_t start, uintptr_t len, bool on)
 
 int uffd_protect(uintptr_t start, uintptr_t len, bool on)
 {
-	int err = protect_at_once(start, len, on);
+	int err;
 
+	if (on)
+		kept_away_since = now_ns();
+	err = protect_at_once(start, len, on);
 	if (err != -ENOENT)
 		return err;
 	/* Before 6.4 it takes a range of one mapping only. */

@@ -10,6 +10,7 @@
 #include "base/planes.h"
 #include "base/real.h"
 #include "base/settings.h"
+#include "base/system.h"
 #include "kernel/headroom.h"
 #include "kernel/holders.h"
 #include "kernel/window.h"
@@ -136,12 +137,15 @@ static bool clear_scratch(struct chunk *c, size_t i, size_t n)
 static struct {
 	struct chunk *chunk;
 	size_t i, j;
+	uint64_t since; /* now_ns() */
 } now;
 
 static void set_out(struct chunk *c, size_t i, size_t j)
 {
-	if (i < j) /* what is not answered for yet must not be taken for done */
+	if (i < j) { /* what is not answered for yet must not be taken for done */
 		memset(c->status + i, BUSY, j - i);
+		now.since = now_ns();
+	}
 	now.chunk = c;
 	now.i = i;
 	now.j = j;
@@ -167,6 +171,7 @@ bool scratch_ready(size_t n)
 /* Whoever waits for one of pages [i, j), or a page in between, goes on. */
 static void wake(const struct chunk *c, size_t i, size_t j)
 {
+	uffd_count_sleepers(kernel.move, c->addr[j - 1] + PAGE_SIZE, now.since);
 	uffd_wake(kernel.move, c->addr[i], c->addr[j - 1] + PAGE_SIZE - c->addr[i]);
 }
 

@@ -5,6 +5,7 @@
 #include "base/maps.h"
 #include "base/planes.h"
 #include "base/settings.h"
+#include "base/stalls.h"
 #include "kernel/headroom.h"
 #include "pages/pages.h"
 #include "pages/unstopped.h"
@@ -87,6 +88,9 @@ static size_t do_scan(const struct sp_scan *req)
 	memmove(runs + head->nruns, sums, head->nhashed * 8);
 	head->forked_ms = ms_since_fork();
 	head->pad = 0;
+	agent_mmap_lock();
+	stalls_take(&head->stalls);
+	agent_mmap_unlock();
 	head->cpu_ns = thread_cpu_ns() - cpu;
 	return sizeof(*head) + head->nruns * sizeof(*runs) + head->nhashed * 8;
 }
