@@ -24,7 +24,7 @@ static bool mergeable(unsigned flags)
 	return (flags & (AREA_ALLOC | AREA_ADVISED) || mapped) && !(flags & (AREA_EXCLUDED | AREA_UNMERGED));
 }
 
-/* `now`, and whether all of it is to be looked at afresh. */
+/* `now`, with AREA_AFRESH if the area becomes mergeable. */
 static unsigned changed_flags(unsigned before, unsigned now)
 {
 	return !mergeable(before) && mergeable(now) ? now | AREA_AFRESH : now;
@@ -86,7 +86,7 @@ static void delete(struct area *a)
 	nr_areas = areas.nr;
 }
 
-/* Makes `addr` a boundary between areas, if it lies inside one. Needs room for one more. */
+/* Makes `addr` a boundary between areas if it lies inside one. Needs room for one more area. */
 static void split_at(uintptr_t addr)
 {
 	struct area *a = area_next(addr);
@@ -104,7 +104,7 @@ static bool same_kind(const struct area *a, const struct area *b)
 	return a->end == b->start && a->flags == b->flags && a->prot == b->prot;
 }
 
-/* Joins equal neighbours among the areas that touch [start, end]. */
+/* Joins neighbours of the same kind among the areas that touch [start, end]. */
 static void join_around(uintptr_t start, uintptr_t end)
 {
 	struct area *a = area_next(start ? start - 1 : 0), *b;
@@ -113,7 +113,7 @@ static void join_around(uintptr_t start, uintptr_t end)
 		if (same_kind(a, b)) {
 			uintptr_t stop = b->end;
 
-			delete(b); /* first: no two may overlap */
+			delete(b); /* first, since no two may overlap */
 			a->end = stop;
 		} else {
 			a = b;
@@ -131,7 +131,7 @@ int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
 		flags |= AREA_EXCLUDED;
 	if (area_reserve(1) || (mergeable(flags) && page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT)))
 		return -ENOMEM;
-	if (flags & AREA_ADVISED) /* what the program declares may have been an area before */
+	if (flags & AREA_ADVISED) /* the range may have been an area before */
 		flags = changed_flags(0, flags);
 	insert((struct area){.start = start, .end = end, .flags = flags, .prot = prot});
 	join_around(start, end);
@@ -141,8 +141,8 @@ int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot)
 	return 0;
 }
 
-/* Without memory for the pieces. Whole areas get the stricter reading: what is excluded is not merged, and the kernel is
- * asked how it is protected (see prot_of). */
+/* Called when there is no memory for the pieces: marks whole areas AREA_EXCLUDED, the stricter reading. They are not
+ * merged, and the kernel is asked how they are protected (prot_of()). */
 static void exclude(uintptr_t start, uintptr_t end)
 {
 	for (struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
@@ -159,7 +159,7 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 		exclude(start, end);
 		return;
 	}
-	page_disturb(); /* what was not to be looked at may be now */
+	page_disturb(); /* pages here may have to be looked at from now on */
 	split_at(start);
 	split_at(end);
 	for (struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
@@ -187,7 +187,7 @@ void area_merge_any(bool on)
 	areas_seq++;
 }
 
-/* Cuts [start, end) out of `a`, which overlaps it. Takes room for one more where it leaves two pieces. */
+/* Cuts [start, end) out of `a`, which overlaps it. Needs room for one more area if two pieces are left. */
 static void cut(struct area *a, uintptr_t start, uintptr_t end)
 {
 	struct area right = *a;
@@ -210,13 +210,14 @@ void area_remove(uintptr_t start, uintptr_t end)
 
 	if (!area_overlaps(start, end))
 		return;
-	/* What is unmapped is mapped from no segment. KNOWN stays: the service hears that the pages are gone
-	 * should the range become an area again before it asks. */
+	/* Unmapped memory is mapped from no segment. KNOWN stays: if the range becomes an area again before the service
+	 * asks, the service hears that the pages are gone. */
 	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
 	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);
 	a = area_next(start);
 	if (a->start < start && a->end > end && area_reserve(1)) {
-		/* No hole can be cut. What lies around it may be mapped from segments, and a discard has to find that out. */
+		/* There is no memory to cut a hole. What lies around it may still be mapped from segments, and a
+		 * discard has to know that. */
 		exclude(start, end);
 		return;
 	}
@@ -232,7 +233,8 @@ void area_forget_plain(uintptr_t start, uintptr_t end)
 		uint64_t last = a->end >> PAGE_SHIFT;
 
 		start = a->end;
-		/* Locks and exclusions outlive the advice. Islands stay: their mapping is still a segment's, and a discard has to know. */
+		/* Locks and exclusions outlive the advice. Areas with islands stay: they are still mapped from a
+		 * segment, and a discard has to know that. */
 		if (!(a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_MAPPED | AREA_LOCKED | AREA_EXCLUDED)) &&
 		    page_next(PAGE_SEGMENT, a->start >> PAGE_SHIFT, last, true) == last) {
 			delete(a);
@@ -271,9 +273,10 @@ int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int
 {
 	uintptr_t stop;
 
-	/* A gap before each area and one behind the last; two pieces more of the first and the last. */
+	/* One for the gap before each area, one for the gap after the last, and two for splitting the first and the
+	 * last area. */
 	if (area_reserve(area_count(start, end) + 3)) {
-		if (!(set & AREA_ADVISED)) /* what is locked or excluded is left alone at any price */
+		if (!(set & AREA_ADVISED)) /* memory that becomes locked or excluded must be left alone in any case */
 			area_change(start, end, set, clear, -1);
 		return -ENOMEM;
 	}
@@ -310,10 +313,11 @@ void area_unlock(uintptr_t start, uintptr_t end)
 	const struct area *a;
 
 	area_change(start, end, 0, AREA_LOCKED, -1);
-	/* An area may be longer than the range, on both sides: what was cut for the lock is one piece again. */
+	/* An area may reach beyond the range on both sides: area_change() has joined the pieces that the lock had
+	 * cut. */
 	for (uintptr_t at = start, stop; at < end && (a = area_next(at)) && a->start < end; at = stop) {
 		stop = min_addr(a->end, end);
-		if (!a->flags) /* was only known for being locked */
+		if (!a->flags) /* was an area only because it was locked */
 			area_remove(a->start > start ? a->start : start, stop);
 	}
 }

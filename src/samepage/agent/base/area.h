@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Areas: whose memory the agent may touch. Large allocations that alloc.c served itself, ranges that the program named with
- * madvise(MADV_MERGEABLE) or samepage_register(), and what it maps itself if it is run so. Every libc call that changes an
- * area passes through a wrapper (hooks/) and takes the mmap_lock, so that an area never changes under a step of the agent's.
+ * Areas: whose memory the agent may touch. An area is a large allocation that alloc.c served, a range that the program
+ * named with madvise(MADV_MERGEABLE) or samepage_register(), or, under `samepage run --memory`, memory that the program
+ * mapped itself. Every libc call that changes an area passes through a wrapper (hooks/) and takes the mmap_lock, so no
+ * area changes while the agent is in the middle of a step.
  *
- * All need the mmap_lock, but where it says otherwise.
+ * Callers hold the mmap_lock unless a comment says otherwise.
  */
 #ifndef SAMEPAGE_BASE_AREA_H
 #define SAMEPAGE_BASE_AREA_H
@@ -18,20 +19,20 @@ enum area_flags {
 	AREA_ADVISED = 1 << 1,	 /* MADV_MERGEABLE, samepage_register, PR_SET_MEMORY_MERGE */
 	AREA_LOCKED = 1 << 2,	 /* mlocked */
 	AREA_EXCLUDED = 1 << 3,	 /* an application's userfaultfd, MADV_WIPEONFORK, mbind(2): left alone for good */
-	AREA_UNMERGING = 1 << 4, /* an unmerge walks it: do not merge meanwhile */
-	AREA_QUIET = 1 << 5,	 /* its owner vows that nobody touches it (samepage_quiet) */
-	AREA_DONTFORK = 1 << 6,	 /* advice that a new mapping in the area must be given too */
+	AREA_UNMERGING = 1 << 4, /* an unmerge is walking it: do not merge meanwhile */
+	AREA_QUIET = 1 << 5,	 /* its owner promises that nobody touches it (samepage_quiet) */
+	AREA_DONTFORK = 1 << 6,	 /* advice that any new mapping in the area must be given too */
 	AREA_DONTDUMP = 1 << 7,
 	AREA_HUGEPAGE = 1 << 8,
 	AREA_NOHUGEPAGE = 1 << 9,
-	AREA_UNMERGED = 1 << 10, /* MADV_UNMERGEABLE on memory of ours: known, not mergeable */
+	AREA_UNMERGED = 1 << 10, /* MADV_UNMERGEABLE on memory that alloc.c served: known, not mergeable */
 	AREA_MAPPED = 1 << 11, /* private anonymous memory that the program mapped itself: merged if merges_mapped() */
-	AREA_WIPE = 1 << 12,   /* MADV_WIPEONFORK: what is a segment's here, the agent wipes in a child */
+	AREA_WIPE = 1 << 12,   /* MADV_WIPEONFORK: the agent wipes in a child what is mapped from segments here */
 	AREA_SEQUENTIAL = 1 << 13,
 	AREA_RANDOM = 1 << 14,
-	AREA_AFRESH = 1 << 15,	 /* was not mergeable for a while: the service has forgotten what it was told of it */
-	AREA_SEALED = 1 << 16,	 /* mseal(2): what the kernel would refuse there is refused */
-	AREA_RESERVED = 1 << 17, /* mapped, not advised: addresses, of which most are not to be used as memory */
+	AREA_AFRESH = 1 << 15,	 /* was not mergeable for a while, so the service has forgotten its pages */
+	AREA_SEALED = 1 << 16,	 /* mseal(2): the wrappers refuse what the kernel would refuse */
+	AREA_RESERVED = 1 << 17, /* mapped, not advised: reserved addresses, most of which are never used as memory */
 };
 
 struct area {
@@ -40,81 +41,85 @@ struct area {
 	int prot;
 };
 
-/* An ordered set of disjoint areas (area_set.c); all zeros is an empty one. A pointer to an area of it is valid until the
- * set grows or is trimmed. */
+/* An ordered set of disjoint areas (area_set.c). All zeros is an empty set. A pointer to one of its areas is valid
+ * until the set grows or is trimmed. */
 struct area_set {
 	struct area_node *node;
 	uint32_t nr, capacity, fresh, unused, hint;
 	size_t reserved; /* for VM_BUG_ON */
 };
-/* The first area that ends after `addr`, or NULL. Takes no time where it was asked for last, or the one before. */
+/* The first area that ends after `addr`, or NULL. Constant time if it is the area of the last call, or the one after
+ * it. */
 struct area *area_set_next(struct area_set *s, uintptr_t addr);
-/* Room for so many more, or -ENOMEM and nothing changed. Insert needs room. */
+/* Reserves room for `more` areas. Returns 0, or -ENOMEM with nothing changed. Call it before area_set_insert(). */
 int area_set_reserve(struct area_set *s, size_t more);
 struct area *area_set_insert(struct area_set *s, struct area a);
 void area_set_delete(struct area_set *s, struct area *a);
-/* Gives memory back when there were far more areas once. */
+/* Gives memory back if there were once far more areas. */
 void area_set_trim(struct area_set *s);
 
 extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every wrapper passes straight through */
-extern uint64_t areas_seq;	       /* changes whenever the set of mergeable ranges does, or merge_any */
-extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: what the program mapped or will map is mergeable */
-extern _Atomic bool merge_mapped;      /* the same, by `samepage run --memory`; set before anything is mapped */
-bool merges_mapped(void);	       /* one of the two */
-/* Where the kernel's KSM serves the processes that have no agent (`run --engine auto`), it is not to serve this one, too: the
- * kernel's own PR_SET_MEMORY_MERGE is off here. Set before anything is mapped. */
+extern uint64_t areas_seq;	       /* changes whenever merge_any or the set of mergeable ranges does */
+extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: all that the program maps is mergeable */
+extern _Atomic bool merge_mapped;      /* the same, set by `samepage run --memory` before anything is mapped */
+bool merges_mapped(void);	       /* merge_any or merge_mapped */
+/* The kernel's KSM serves the processes that have no agent (`run --engine auto`). It must not serve this one too, so
+ * the kernel's own PR_SET_MEMORY_MERGE is switched off here. Set before anything is mapped. */
 extern bool kernel_serves_others;
 
 /* The first area that ends after `addr`, or NULL; valid until the set changes. */
 struct area *area_next(uintptr_t addr);
 bool area_overlaps(uintptr_t start, uintptr_t end);
-unsigned long area_count(uintptr_t start, uintptr_t end); /* that overlap the range */
-/* Room for `more` areas than there are, or -ENOMEM. Then area_add fails only for want of room for planes, and the others not
- * at all, as long as the lock is held: area_add takes room for one, area_change for two, area_remove for one. */
+unsigned long area_count(uintptr_t start, uintptr_t end); /* areas that overlap the range */
+/* Reserves room for `more` areas. Returns 0 or -ENOMEM. As long as the lock is held afterwards, area_add() can fail
+ * only if there is no room for the planes, and area_change() and area_remove() cannot fail: area_add() uses room for
+ * one area, area_change() for two, area_remove() for one. */
 int area_reserve(unsigned long more);
 void area_trim(void);
-/* Where there is no area yet. 0 or -errno. */
+/* Adds an area; none may overlap the range yet. Returns 0 or -errno. */
 int area_add(uintptr_t start, uintptr_t end, unsigned flags, int prot);
-/* Without room for the pieces these two leave whole areas, excluded. */
+/* If there is no room for the pieces, both mark whole areas AREA_EXCLUDED. */
 void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot); /* prot -1: keep */
 void area_remove(uintptr_t start, uintptr_t end);
-/* Areas of a range where none is become areas at `to` as well; or they move there with what is known of their pages.
- * The caller reserved: for each area one, and two. */
+/* Both make areas at `to` like those of the range; area_move() also takes along what is known of their pages and
+ * removes the old ones. The caller has reserved room: one for each area for area_copy(), two for area_move(). */
 void area_copy(uintptr_t start, uintptr_t end, uintptr_t to);
 void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start);
 bool area_mergeable(const struct area *a);
 bool any_mergeable(void);
-/* Sets merge_any. Memory for which there is no room to keep books is left alone. */
+/* Sets merge_any. Excludes memory whose planes there is no room for. */
 void area_merge_any(bool on);
-/* Drops areas of [start, end) that nothing has to be remembered of: not ours, not mergeable, nothing merged. */
+/* Drops the areas of [start, end) that need not be remembered: not ours, not mergeable, nothing merged in them. */
 void area_forget_plain(uintptr_t start, uintptr_t end);
-/* What is an area in the range gets `set` and loses `clear`; what is none becomes one with `set`. All get `prot`, unless it
- * is 0 and they have one. 0 or -ENOMEM. */
+/* Existing areas in the range get `set` and lose `clear`; the gaps between them become areas with `set`. All get
+ * `prot`; where `prot` is 0, existing areas keep theirs. Returns 0 or -ENOMEM. */
 int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot);
-/* What a new area starts with: AREA_LOCKED under mlockall(MCL_FUTURE). */
+/* The flags of a new area: AREA_LOCKED under mlockall(MCL_FUTURE). */
 unsigned area_new_flags(void);
 void area_lock_future(bool on);
-/* The range was unlocked; or all memory, by munlockall() or in a forked child. */
+/* Call these after the range was unlocked, or all memory was: by munlockall() or in a forked child. */
 void area_unlock(uintptr_t start, uintptr_t end);
 void area_unlock_all(void);
 
 /* ---- mappings inside areas (mappings.c) ---- */
 
-/* A merged page is in the range. */
+/* Whether any part of the range is mapped from a segment. */
 bool has_segments(uintptr_t start, uintptr_t end);
-/* Maps fresh anonymous memory over whatever part of the range is mapped from segments, so that a discard
- * gives zeros there. 0, or -errno with nothing lost. */
+/* Maps fresh anonymous memory over every part of the range that is mapped from segments, so that a discard gives zeros
+ * there. Returns 0, or -errno with nothing lost. */
 int discard_segments(uintptr_t start, uintptr_t end);
-/* Gives a new mapping inside `a` the advice that its neighbours have. */
+/* Gives a new mapping inside `a` the advice that the rest of `a` has. */
 void area_readvise(const struct area *a, uintptr_t start, uintptr_t end);
-/* Leaves alone for good what the books have for merged in [start, end), but the kernel has not: somebody mapped something else
- * there by a system call that passed no wrapper. `maps` is an open maps file, or -1. Whether there was any. */
+/* Finds memory in [start, end) that the books call merged but the kernel does not: somebody mapped something else there
+ * by a system call that passed no wrapper. That memory is left alone for good. `maps` is an open maps file, or -1.
+ * Returns whether there was any. */
 bool area_disown(uintptr_t start, uintptr_t end, int maps);
-/* After a call that failed, maybe half-way: forgets areas of the range that are not mapped any more, and learns how
+/* Call after a call that failed, maybe half-way. Forgets areas of the range that are no longer mapped, and learns how
  * the rest is protected. Keeps errno. */
 void area_reconcile(uintptr_t start, uintptr_t end);
-/* After a call that failed, maybe half-way (of several mappings, mlock(2) and munlock(2) may stop without a reason, Linux
- * 6.18), or that unlocked more than it was asked to: learns which of the mappings in the range are locked. Keeps errno. */
+/* Learns which mappings in the range are locked. Call it after a call that unlocked more than it was asked to, or that
+ * failed, maybe half-way: mlock(2) and munlock(2) of several mappings may stop without a reason (Linux 6.18). Keeps
+ * errno. */
 void learn_locks(uintptr_t start, uintptr_t end);
 
 #endif

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * An ordered set of areas that do not overlap: a skip list. Its nodes lie in one mapping of our own and name each other by
- * number, so that the mapping can be replaced by a larger or smaller one. A node is on the lists 0 to height - 1; a quarter
- * of those on one list are on the next. The height follows from the number of the node, scrambled: whichever nodes a program's
- * habits leave over, a quarter of them are still one higher.
+ * An ordered set of areas that do not overlap: a skip list. Its nodes lie in one mapping of our own and refer to each
+ * other by number, so that a larger or smaller mapping can replace it. A node of height h is on the lists 0 to h - 1; a
+ * quarter of the nodes on one list are also on the next. The height follows from the scrambled number of the node:
+ * whichever nodes remain in use, a quarter of them still reach one list higher.
  *
- * To insert takes one node, and area_set_reserve() asks for as many as an operation can need at worst before it
- * changes anything.
+ * An insertion takes one node. Before an operation changes anything, area_set_reserve() makes room for as many nodes as
+ * it may need at worst.
  */
 #include "base/area.h"
 #include "base/check.h"
@@ -14,8 +14,8 @@
 
 #include <sys/mman.h>
 
-#define LEVELS 10		  /* 4^10 areas: vm.max_map_count is 65,530 as a rule */
-#define FIRST_CAPACITY (1U << 14) /* 1 MiB, of which pages are touched as they are needed */
+#define LEVELS 10		  /* good for 4^10 areas; vm.max_map_count is usually 65,530 */
+#define FIRST_CAPACITY (1U << 14) /* 1 MiB; its pages are touched only as they are needed */
 #define LEAST_CAPACITY (1U << 8)
 
 struct area_node {
@@ -32,7 +32,7 @@ static int height(uint32_t i)
 	return 1 + __builtin_ctz(i | 1U << 2 * (LEVELS - 1)) / 2;
 }
 
-/* The last node on each list that ends at or before `addr`; the head, 0, where there is none. */
+/* Finds, on each list, the last node that ends at or before `addr`; 0, the head, if there is none. */
 static void find(const struct area_set *s, uintptr_t addr, uint32_t last[LEVELS])
 {
 	uint32_t at = 0, next;
@@ -49,7 +49,7 @@ struct area *area_set_next(struct area_set *s, uintptr_t addr)
 
 	if (!s->nr)
 		return NULL;
-	/* Mostly it is the area that was asked for last, or the one behind it. */
+	/* Mostly it is the area of the last call, or the one after it. */
 	hint = &s->node[s->hint].area;
 	i = hint->end <= addr ? s->node[s->hint].link[0] : hint->start <= addr ? s->hint : 0;
 	if (!i || s->node[i].area.end <= addr) {
@@ -94,7 +94,7 @@ int area_set_reserve(struct area_set *s, size_t more)
 	uint64_t want = (uint64_t)s->nr + more + 1, capacity = s->node ? s->capacity : FIRST_CAPACITY;
 
 	s->reserved = more;
-	/* Sooner than it must be: an eighth is kept for when there is no memory to be had. */
+	/* Grow earlier than necessary: the last eighth is kept for when no memory can be had. */
 	while (want > capacity - capacity / 8)
 		capacity *= 2;
 	if (s->node && capacity == s->capacity)
@@ -107,7 +107,7 @@ int area_set_reserve(struct area_set *s, size_t more)
 
 void area_set_trim(struct area_set *s)
 {
-	/* `fresh` nodes were touched. */
+	/* At most `fresh` nodes were ever touched. */
 	if (s->fresh > FIRST_CAPACITY / 4 && s->nr < s->fresh / 8)
 		resize(s, s->capacity > 2 * FIRST_CAPACITY ? s->capacity / 2 : s->capacity);
 }

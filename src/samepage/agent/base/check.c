@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The invariants of the agent's books, for a build that checks them (-Ddebug_checks=true). A check that fails says so in
- * one line on descriptor 2 and aborts. With many areas, or where the kernel has to be asked, it is not every unlock that
- * checks, and not everything that one looks at.
+ * The invariants of the agent's books, for a build that checks them (-Ddebug_checks=true). A check that fails prints
+ * one line on descriptor 2 and aborts. Checks that take long (many areas, questions to the kernel) do not run at every
+ * unlock, and look at only a part each time.
  */
 #include "base/check.h"
 
@@ -18,8 +18,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define AREAS_EACH 64	/* areas looked at before one unlock */
-#define RUNS_EACH 64	/* of pages of one kind */
+#define AREAS_EACH 64	/* areas checked at one unlock */
+#define RUNS_EACH 64	/* runs of pages of one kind */
 #define PLANES_EVERY 16 /* unlocks */
 #define KERNEL_EVERY 64
 #define MAPPINGS_EACH 32
@@ -27,12 +27,12 @@
 _Noreturn void check_failed(const char *line)
 {
 	const struct
-	{ /* the kernel's struct sigaction: SIG_DFL, no handler of the application's, for the lock may be held */
+	{ /* the kernel's struct sigaction, SIG_DFL: the lock may be held, so no handler of the application's may run */
 		uint64_t handler, flags, restorer, mask;
 	} action = {0};
 	const uint64_t none = 0;
 
-	/* The agent's thread has a file table without it. */
+	/* The agent's thread has a file table without descriptor 2. */
 	if (real.syscall(SYS_write, 2, line, strlen(line)) < 0)
 		real.syscall(SYS_write, real.syscall(SYS_openat, AT_FDCWD, "/proc/self/fd/2", O_WRONLY | O_APPEND),
 			     line, strlen(line));
@@ -42,7 +42,7 @@ _Noreturn void check_failed(const char *line)
 	__builtin_trap();
 }
 
-/* A number of areas, from where the last look ended. */
+/* Checks some areas, starting where the last call ended. */
 static void check_areas(void)
 {
 	static uintptr_t from;
@@ -64,7 +64,7 @@ static void check_areas(void)
 		from = 0;
 }
 
-/* What is mapped from a segment lies in an area. Each look goes on where the last one ended. */
+/* Checks that all that is mapped from a segment lies in an area, starting where the last call ended. */
 static void check_segments(void)
 {
 	static uint64_t vpn;
@@ -84,7 +84,7 @@ static void check_segments(void)
 	}
 }
 
-/* An island lies in what is mapped from a segment. */
+/* Checks that each island lies in a mapping of a segment. */
 static void check_islands(void)
 {
 	static uint64_t vpn;
@@ -104,7 +104,8 @@ static void check_islands(void)
 	}
 }
 
-/* A page is mapped from a file if and only if the plane says that it is from a segment. Goes on where the last look ended. */
+/* Checks that a page is mapped from a file if and only if its PAGE_SEGMENT bit is set, starting where the last call
+ * ended. */
 static void check_against_kernel(void)
 {
 	static uintptr_t from;
@@ -122,7 +123,7 @@ static void check_against_kernel(void)
 		}
 		vpn = (v.start > a->start ? v.start : a->start) >> PAGE_SHIFT;
 		end = min_addr(v.end, a->end) >> PAGE_SHIFT;
-		/* What is known only for being locked may be of any file. */
+		/* An area that exists only because it is locked may be of any file. */
 		if (vpn < end && !(a->flags & AREA_EXCLUDED) && a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_MAPPED)) {
 			VM_BUG_ON(page_next(PAGE_SEGMENT, vpn, end, !v.ino) < end);
 			VM_BUG_ON(v.ino && v.shared);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A build that checks itself (-Ddebug_checks=true); in any other all of this is nothing. */
+/* Self-checks for a build with -Ddebug_checks=true. In any other build they are empty. */
 #ifndef SAMEPAGE_BASE_CHECK_H
 #define SAMEPAGE_BASE_CHECK_H
 
@@ -12,7 +12,7 @@ _Noreturn void check_failed(const char *line);
 		if (wrong)                                                                                             \
 			check_failed(VM_BUG_LINE(__FILE__, __LINE__, #wrong));                                         \
 	} while (0)
-/* Before the lock is let go: areas and planes are as they must be, and as the kernel has it. */
+/* Called before the lock is released: checks areas and planes against each other and against the kernel. */
 void check_books(void);
 #else
 #define VM_BUG_ON(wrong) ((void)sizeof(!(wrong)))

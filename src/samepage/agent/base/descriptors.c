@@ -2,10 +2,11 @@
 /*
  * Whether the thread's descriptors are its own.
  *
- * A process that is restored from a checkpoint (CRIU) has one table of them for all its threads, the first one's. What the
- * agent's thread takes for its socket is then a descriptor of the application's, and what it reads there the application
- * never gets. So it has a *mark* in its table, a socket that is like no other, and looks whether that is still there
- * before it reads or writes; this costs a tenth of a microsecond. When it is not, the thread ends, for good, and closes nothing.
+ * CRIU restores a process with one table of descriptors for all its threads, the first thread's. The number of the
+ * agent's socket then is a descriptor of the application's, and the application would never get what the agent reads
+ * there. So the thread keeps a *mark* in its table, a socket with an unlikely option value, and looks whether that is
+ * still there before it reads or writes; this costs a tenth of a microsecond. When the mark is gone, the thread ends
+ * for good and closes nothing.
  */
 #include "base/descriptors.h"
 #include "base/system.h"
@@ -15,7 +16,7 @@
 
 static struct {
 	int fd;
-	int value; /* what its SO_RCVLOWAT is, which is 1 unless somebody sets it; 0: there is no mark */
+	int value; /* its SO_RCVLOWAT, which is 1 on sockets on which nobody set it; 0: there is no mark */
 	bool lost;
 	void (*when_lost)(void);
 } mark = {.fd = -1};
@@ -62,11 +63,11 @@ bool descriptors_are_ours(void)
 	int value = 0;
 	socklen_t len = sizeof(value);
 
-	if (!on_agent_thread()) /* which never uses the thread's */
+	if (!on_agent_thread()) /* other threads never use its descriptors */
 		return true;
 	if (mark.lost)
 		return false;
-	/* Not by getsockopt() of system.c: callers may have an errno to tell. */
+	/* The caller may still need errno, so don't use system.c's getsockopt(), which sets it. */
 	if (!mark.value ||
 	    (!raw_syscall(SYS_getsockopt, mark.fd, SOL_SOCKET, SO_RCVLOWAT, (long)&value, (long)&len, 0) &&
 	     value == mark.value))

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The lock that keeps areas still. */
+/* The lock that keeps areas from changing. */
 #include "base/lock.h"
 #include "base/area.h"
 #include "base/check.h"
@@ -17,8 +17,8 @@ static _Atomic bool agent_has_it;
 uint64_t mmap_lock_held;
 
 /*
- * In a page that the kernel clears in a forked child: 0 says that this process is one, by a fork that passed no wrapper (an
- * inline system call). The lock may have been the agent thread's then, which is not here.
+ * In a page that the kernel clears in a forked child. 0: this process is such a child, of a fork that passed no wrapper
+ * (an inline system call). The agent thread, which does not exist here, may have held the lock at the fork.
  */
 static _Atomic uint32_t *here;
 static void (*when_forked)(void);
@@ -73,14 +73,14 @@ void mmap_unlock(const sigset_t *saved)
 
 void agent_mmap_lock(void)
 {
-	/* A mutex that is let go and retaken at once never reaches a sleeper: stand back while one waits. But there may always
-	 * be one. */
+	/* If the agent releases a mutex and retakes it at once, a sleeper never gets it. So yield while somebody waits,
+	 * but not for ever: there may always be somebody. */
 	for (int tries = 0; tries < STAND_BACK && atomic_load_explicit(&waiters, memory_order_relaxed); tries++)
 		real.syscall(SYS_sched_yield);
 	mutex_lock(&lock);
 	atomic_store_explicit(&agent_has_it, true, memory_order_relaxed);
 	mmap_lock_held++;
-	descriptors_are_ours(); /* a step finds none of them if they are not */
+	descriptors_are_ours(); /* if they are not, this forgets them, so that the step uses none */
 }
 
 void agent_mmap_unlock(void)

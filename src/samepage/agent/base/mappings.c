@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The mappings that areas are made of: what becomes of them, and what the kernel is asked of them. */
+/* The mappings in areas: giving them up, and asking the kernel about them. */
 #include "base/area.h"
 #include "base/maps.h"
 #include "base/planes.h"
@@ -28,12 +28,13 @@ void area_readvise(const struct area *a, uintptr_t start, uintptr_t end)
 	for (size_t i = 0; i < sizeof(advices) / sizeof(advices[0]); i++)
 		if (a->flags & advices[i].flag)
 			real.madvise((void *)start, end - start, advices[i].advice);
-	/* mlockall(MCL_FUTURE) locks whatever is mapped; but what was unlocked since is not. */
+	/* Under mlockall(MCL_FUTURE) every new mapping is locked. This area was unlocked since, so its new mapping must
+	 * be, too. */
 	if (area_new_flags() & ~a->flags & AREA_LOCKED)
 		real.munlock((void *)start, end - start);
 }
 
-/* How memory here is protected. */
+/* How the memory at `addr` is protected. */
 static int prot_of(const struct area *a, uintptr_t addr)
 {
 	int prot = a->prot, maps = a->flags & AREA_EXCLUDED ? maps_open() : -1;
@@ -82,7 +83,7 @@ void area_reconcile(uintptr_t start, uintptr_t end)
 	if (!area_overlaps(start, end))
 		return;
 	maps = maps_open();
-	if (maps < 0) { /* whatever stands there now, it is not touched */
+	if (maps < 0) { /* leave alone whatever is there now */
 		area_change(start, end, AREA_EXCLUDED, 0, -1);
 		errno = err;
 		return;
@@ -138,7 +139,8 @@ void learn_locks(uintptr_t start, uintptr_t end)
 	struct vma v;
 
 	for (uintptr_t at = start; maps >= 0 && at < end && vma_find(maps, at, &v) && v.start < end; at = v.end)
-		/* Which takes all memory but what is locked; before 5.4 none, and the stricter reading is as well. */
+		/* MADV_COLD takes all memory except locked memory. Before 5.4 the kernel does not know it and refuses
+		 * all memory; the stricter reading is right then, too. */
 		if (real.madvise((void *)v.start, v.end - v.start, MADV_COLD) && errno == EINVAL)
 			area_change(v.start, v.end, AREA_LOCKED, 0, -1);
 		else

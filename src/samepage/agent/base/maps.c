@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the kernel has mapped. Since Linux 6.11 it can be asked for the mapping at an address; before, /proc/self/maps is
- * read from its start. Who asks for one mapping after the other must not read all that is before it each time, so reading
- * goes on where it stopped as long as nobody else held the lock, and the next address is not before the last.
+ * What the kernel has mapped. Since Linux 6.11 one can ask for the mapping at an address. On older kernels
+ * /proc/self/maps has to be read from its start. A caller that asks for one mapping after another must not read
+ * everything before it each time; so reading goes on where it stopped, as long as nobody else held the lock and the
+ * next address is not below the last.
  */
 #include "base/maps.h"
 #include "base/lock.h"
@@ -20,7 +21,7 @@
 
 uint64_t segment_dev;
 
-/* Not /proc/self: that is the main thread, which may have ended, and then shows no mappings. */
+/* Not /proc/self: that is the main thread, which may have ended and then shows no mappings. */
 int maps_open(void)
 {
 	int file;
@@ -40,7 +41,7 @@ int vma_prot(const struct vma *v)
 	return (v->read ? PROT_READ : 0) | (v->write ? PROT_WRITE : 0) | (v->exec ? PROT_EXEC : 0);
 }
 
-#define MAX_MAP_COUNT 65530UL /* of the kernel, unless somebody changed it */
+#define MAX_MAP_COUNT 65530UL /* the kernel's default */
 
 /* ---- lines -------------------------------------------------------------------------------------------- */
 
@@ -81,15 +82,15 @@ static bool parse_vma(const char *s, const char *end, struct vma *v)
 	return true;
 }
 
-/* Where reading stopped; under the lock. */
+/* Where reading stopped. Protected by the lock. */
 static struct {
 	bool valid;
 	int file;
-	uint64_t held;	 /* which hold of the lock it belongs to */
-	uintptr_t from;	 /* what was left behind ends here or before */
-	struct vma last; /* the last line that was read; its end 0: none */
+	uint64_t held;	 /* the hold of the lock that this belongs to (mmap_lock_held) */
+	uintptr_t from;	 /* the mappings read before the last end here or below */
+	struct vma last; /* the last line that was read; none if its end is 0 */
 	size_t at, have;
-	char buf[8192]; /* more than a line can take: a path has at most PATH_MAX bytes */
+	char buf[8192]; /* longer than any line: a path has at most PATH_MAX bytes */
 } reader;
 
 void vma_forget(void)
@@ -112,7 +113,7 @@ static bool rewind_reader(int file)
 	return reader.valid = lseek(file, 0, SEEK_SET) == 0;
 }
 
-/* Reads more behind what is left. False at the end of the file. */
+/* Keeps what was not parsed yet and reads more after it. False at the end of the file. */
 static bool fill_reader(void)
 {
 	long got;
@@ -120,7 +121,7 @@ static bool fill_reader(void)
 	reader.have -= reader.at;
 	memmove(reader.buf, reader.buf + reader.at, reader.have);
 	reader.at = 0;
-	/* Not read(2): application threads hold the lock here, and that is a cancellation point. */
+	/* Not read(2), which is a cancellation point: application threads come here with the lock held. */
 	got = real.syscall(SYS_read, reader.file, reader.buf + reader.have, sizeof(reader.buf) - reader.have);
 	if (got <= 0)
 		return reader.valid = false;
@@ -128,7 +129,7 @@ static bool fill_reader(void)
 	return true;
 }
 
-/* The next line becomes reader.last. False when there is none. */
+/* Parses the next line into reader.last. False if there is none. */
 static bool next_line(void)
 {
 	const char *line, *nl;
@@ -220,7 +221,7 @@ unsigned long vma_count(unsigned long *segments)
 			*segments += strstr(line, "/memfd:samepage") != NULL;
 		}
 		kept = (size_t)(end - line);
-		if (kept == sizeof(buf)) /* a path as long as that is nothing of ours */
+		if (kept == sizeof(buf)) /* no mapping of ours has a path that long */
 			kept = 0;
 		memmove(buf, line, kept);
 	}

@@ -10,8 +10,8 @@
 #define PAGE_SIZE_MAX (1UL << ARCH_PAGE_SHIFT_MAX)
 #define PAGE_ALIGN_DOWN(x) ((uintptr_t)(x) & ~(PAGE_SIZE - 1))
 #define PAGE_ALIGN_UP(x) PAGE_ALIGN_DOWN((uintptr_t)(x) + PAGE_SIZE - 1)
-#define SECTION_MAX 512UL /* pages that are swapped under one hold of the lock: one PMD where pages are of 4 KiB */
-/* Beyond every address of which the planes know: user addresses are below it, unless a program asks for others by hint. */
+#define SECTION_MAX 512UL /* pages swapped under one hold of the lock: one PMD's worth if pages are 4 KiB */
+/* The planes cover addresses below this. User addresses are, unless a program asks for higher ones by hint. */
 #define ADDRESS_END ARCH_ADDRESS_END
 
 extern const uint8_t zero_page[PAGE_SIZE_MAX];

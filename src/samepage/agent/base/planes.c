@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What is known of every page in an area: three planes of bits. */
+/* Three bits for every page of an area, in planes. */
 #include "base/planes.h"
 #include "base/check.h"
 #include "base/real.h"
 
 #include <sys/mman.h>
 
-/* A leaf holds the bits of 1 GiB of addresses, in pages of 4 KiB. It is mapped whole and touched where needed: 4 KiB of it
- * stand for 128 MiB of one plane. */
+/* A leaf holds the bits of 1 GiB of addresses, if pages are 4 KiB. It is mapped whole but touched only as needed: 4 KiB
+ * of it cover 128 MiB of addresses in one plane. */
 #define LEAF_SHIFT 18
 #define LEAF_PAGES (1UL << LEAF_SHIFT)
 #define WORD_BITS (8 * sizeof(unsigned long))
@@ -18,7 +18,7 @@ struct leaf {
 };
 
 static struct leaf *leaves[NR_LEAVES];
-static uint64_t first_leaf = NR_LEAVES, last_leaf; /* that exist */
+static uint64_t first_leaf = NR_LEAVES, last_leaf; /* of the leaves that exist */
 
 _Atomic bool pages_disturbed;
 
@@ -55,7 +55,8 @@ bool page_test(enum page_plane plane, uint64_t vpn)
 	return l && l->bits[plane][at / WORD_BITS] >> at % WORD_BITS & 1;
 }
 
-/* The bits of [vpn, end) that fall into the word of `vpn`, as a mask; *next is where the next word starts. */
+/* The bits of [vpn, end) that are in the same word as `vpn`, as a mask. *next is the first page of the next word, or
+ * `end`. */
 static unsigned long word_mask(uint64_t vpn, uint64_t end, uint64_t *next)
 {
 	uint64_t word_end = (vpn / WORD_BITS + 1) * WORD_BITS;
@@ -80,7 +81,7 @@ void page_set(enum page_plane plane, uint64_t vpn, uint64_t end, bool value)
 			continue;
 		}
 		word = &l->bits[plane][vpn % LEAF_PAGES / WORD_BITS];
-		/* Clearing what is clear would only touch a page of the leaf for nothing. */
+		/* If nothing is set, don't write: that would touch a page of the leaf in vain. */
 		if (value)
 			*word |= mask;
 		else if (*word & mask)
@@ -136,7 +137,7 @@ void page_move(uint64_t vpn, uint64_t end, uint64_t to)
 		uint64_t last = page_next(PAGE_SEGMENT, first, end, false);
 
 		page_set(PAGE_SEGMENT, to + (first - vpn), to + (last - vpn), true);
-		page_set(PAGE_KNOWN, to + (first - vpn), to + (last - vpn), false); /* of what stood there before */
+		page_set(PAGE_KNOWN, to + (first - vpn), to + (last - vpn), false); /* about what was there before */
 		for (uint64_t p = first; p < last; p++)
 			if (page_test(PAGE_ISLAND, p))
 				page_set(PAGE_ISLAND, to + (p - vpn), to + (p - vpn) + 1, true);

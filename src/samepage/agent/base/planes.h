@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What is known of every page of an area: three bits.
+ * Three bits for every page of an area.
  *
  *   PAGE_SEGMENT  the mapping here is a private mapping of a segment, not anonymous memory. Discarding
  *                 it must give zeros, so whoever discards maps anonymous memory over it first.
@@ -8,7 +8,7 @@
  *                 UFFDIO_MOVE does not take it from there; restore.c makes it anonymous memory again.
  *   PAGE_KNOWN    the service was told that this page is merged. Of an island: is to be told that it is not.
  *
- * All need the mmap_lock. Page numbers, half-open ranges.
+ * Callers hold the mmap_lock. Ranges are half-open, in page numbers.
  */
 #ifndef SAMEPAGE_BASE_PLANES_H
 #define SAMEPAGE_BASE_PLANES_H
@@ -19,18 +19,19 @@
 
 enum page_plane { PAGE_SEGMENT, PAGE_ISLAND, PAGE_KNOWN, NR_PLANES };
 
-/* Makes sure that later sets cannot fail: 0 or -ENOMEM. */
+/* Makes sure that later sets cannot fail. Returns 0 or -ENOMEM. */
 int page_reserve(uint64_t vpn, uint64_t end);
 bool page_test(enum page_plane plane, uint64_t vpn);
 void page_set(enum page_plane plane, uint64_t vpn, uint64_t end, bool value);
 /* The first page in [vpn, end) whose bit equals `value`, or end. */
 uint64_t page_next(enum page_plane plane, uint64_t vpn, uint64_t end, bool value);
-void page_forget_known(void);				 /* nothing is known to the service any more */
-void page_tell_islands(uint64_t vpn, uint64_t end);	 /* it is to be told of islands here that it may not know of */
-void page_move(uint64_t vpn, uint64_t end, uint64_t to); /* mremap: bits travel, KNOWN does not */
+void page_forget_known(void);				 /* the service knows nothing any more */
+void page_tell_islands(uint64_t vpn, uint64_t end);	 /* the service is told of the islands here, which it may not
+							  * know of */
+void page_move(uint64_t vpn, uint64_t end, uint64_t to); /* mremap: moves the bits, but not KNOWN */
 
-/* The next look (scan.c) is to be at everything, for something became of pages that no fault of the application's tells of.
- * Any thread, without the lock. */
+/* Makes the next look (scan.c) look at everything, because pages changed in a way that no fault of the application's
+ * tells of. For any thread, without the lock. */
 extern _Atomic bool pages_disturbed;
 static inline void page_disturb(void)
 {

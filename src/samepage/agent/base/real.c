@@ -3,9 +3,10 @@
 #include "base/system.h"
 
 /*
- * What changes mappings goes to the kernel, whoever else stands in front of libc. tcmalloc has an mmap() that is made
- * of syscall(), which is ours and would call it again; and while pages are out of their place the agent must not
- * meet foreign code. So does what the agent's thread calls, which may call nothing of others at all (thread.c).
+ * Calls that change mappings go straight to the kernel, whoever has replaced libc's functions. tcmalloc's mmap() calls
+ * syscall(), which is our wrapper and would call it again; and while pages are out of their place, the agent must not
+ * run foreign code. All calls of the agent's thread go straight to the kernel, too: it may call nobody else's functions
+ * at all (thread.c).
  */
 static void *kernel_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {

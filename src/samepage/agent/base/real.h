@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The kernel's calls that change mappings, and those through which all others go.
+ * The kernel's calls that change mappings, and those that all others go through.
  *
- * A table, so that tests can put themselves in front of it (tests/agent/faults.c). It is filled before any code runs, and
- * nothing but a test changes it.
+ * They are in a table so that tests can replace them (tests/agent/faults.c). The table is filled before any code runs,
+ * and only tests change it.
  */
 #ifndef SAMEPAGE_BASE_REAL_H
 #define SAMEPAGE_BASE_REAL_H

@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * How often threads of the application were held up by the agent, and for how long: at a page that was out of its place, no longer
- * than it was; at the mmap_lock, while the agent's thread had it. All needs the lock.
+ * How often, and for how long, the agent held up threads of the application. A thread waits at a page that is out of
+ * its place, at most as long as the page is away; or at the mmap_lock while the agent's thread has it. Callers hold the
+ * lock.
  */
 #ifndef SAMEPAGE_BASE_STALLS_H
 #define SAMEPAGE_BASE_STALLS_H
 
 #include "base/wire.h"
 
-/* So many threads were held up, none for longer than `ns`. */
+/* Counts `threads` threads that were held up, none of them for longer than `ns`. */
 void stalls_note(unsigned threads, uint64_t ns);
-/* Those since the last call. */
+/* Hands out the counts since the last call. */
 void stalls_take(struct sp_stalls *to);
-/* What a forked child has of its parent's. */
+/* Forgets, in a forked child, the parent's counts. */
 void stalls_forget(void);
 
 #endif

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the agent uses of libc, made of system calls and plain loops. The names are libc's and hidden, so that every call
- * in this library ends here (see system.h), and none is a cancellation point.
+ * The functions that the agent uses of libc, made of system calls and plain loops. They have libc's names and are
+ * hidden, so that every such call in this library ends here (system.h). None is a cancellation point.
  */
 #include "base/system.h"
 #include "base/descriptors.h"
@@ -17,7 +17,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* In a loop: the compiler may not take it for memcpy or strlen and call that, which is the function it is in. */
+/* For loops in functions that the compiler knows: without it the compiler may recognise the loop as memcpy or strlen
+ * and call that, which is the very function that the loop is in. */
 #define AS_WRITTEN __asm__ volatile("")
 
 /* ---- system calls ------------------------------------------------------------------------------------ */
@@ -43,7 +44,7 @@ long kernel_syscall(long number, ...)
 
 int open(const char *path, int flags, ...)
 {
-	return (int)CALL(SYS_openat, AT_FDCWD, path, flags, 0, 0, 0); /* nothing is ever created */
+	return (int)CALL(SYS_openat, AT_FDCWD, path, flags, 0, 0, 0); /* no mode: the agent creates no files */
 }
 
 int openat(int dir, const char *path, int flags, ...)
@@ -51,8 +52,8 @@ int openat(int dir, const char *path, int flags, ...)
 	return (int)CALL(SYS_openat, dir, path, flags, 0, 0, 0);
 }
 
-/* These three look whether the number still is a descriptor of the agent's: a process may be restored from a checkpoint in the
- * middle of anything (descriptors.c). */
+/* close(), read() and write() check that the descriptor still is the agent's: a process may be restored from a
+ * checkpoint at any moment (descriptors.c). */
 int close(int fd)
 {
 	return descriptors_are_ours() ? (int)CALL(SYS_close, fd, 0, 0, 0, 0, 0) : 0;
@@ -107,7 +108,7 @@ int fcntl(int fd, int command, ...)
 int faccessat(int dir, const char *path, int mode, int flags)
 {
 	return (int)CALL(SYS_faccessat, dir, path, mode, flags, 0,
-			 0); /* the kernel's has no flags: 0 is all there may be */
+			 0); /* the system call has no flags, so `flags` is always 0 */
 }
 
 ssize_t readlink(const char *path, char *buf, size_t n)
@@ -187,7 +188,7 @@ int getrusage(__rusage_who_t who, struct rusage *usage)
 	return (int)CALL(SYS_getrusage, who, usage, 0, 0, 0, 0);
 }
 
-/* All there are, also the two of libc's own: a thread that is cancelled while it holds a lock would keep it. */
+/* All signals, also the two of libc's own: a thread that is cancelled while it holds a lock would keep it. */
 int sigfillset(sigset_t *set)
 {
 	memset(set, 0xff, sizeof(*set));
@@ -199,7 +200,7 @@ int pthread_sigmask(int how, const sigset_t *set, sigset_t *saved)
 	return (int)-raw_syscall(SYS_rt_sigprocmask, how, (long)set, (long)saved, _NSIG / 8, 0, 0);
 }
 
-/* ---- and what they are asked for often ---------------------------------------------------------------- */
+/* ---- helpers made of these ---------------------------------------------------------------------------- */
 
 ssize_t read_file(const char *path, char *buf, size_t size)
 {
@@ -236,7 +237,7 @@ uint64_t thread_cpu_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* ---- memory, but for what arch/ has -------------------------------------------------------------------- */
+/* ---- memory, except what arch/ has --------------------------------------------------------------------- */
 
 void *memchr(const void *p, int c, size_t n)
 {
@@ -257,7 +258,8 @@ size_t strlen(const char *s)
 	return n;
 }
 
-/* One function each for two that the compiler knows by name: it calls the one for the other. */
+/* stpcpy() and strcpy(), and strcmp() and strncmp(), share a function under another name: the compiler knows both names
+ * and may turn either into a call of the other. */
 static char *copy_text(char *to, const char *from)
 {
 	for (; (*to = *from); to++, from++)
@@ -343,7 +345,7 @@ char *strsep(char **rest, const char *stops)
 	return start;
 }
 
-/* Decimal digits after blanks; all that is asked for here. */
+/* Reads decimal digits after blanks; the agent needs no more. */
 unsigned long strtoul(const char *restrict s, char **restrict end, int base)
 {
 	unsigned long n = 0;

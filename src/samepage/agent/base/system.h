@@ -3,8 +3,8 @@
  * The kernel, reached by the agent's own instruction, and a lock made of nothing else.
  *
  * The agent's thread is not one that libc knows (thread.c), and agent code runs inside malloc, inside dlopen and inside
- * signal handlers. So the agent calls nothing of libc that somebody else may replace, hold a lock of, or be inside of: what
- * it uses by a name of libc's is defined in system.c, hidden, and the library imports none of it
+ * signal handlers. So the agent calls no libc function that somebody may replace, hold a lock of, or be inside of. The
+ * functions it uses under libc's names are defined in system.c, hidden, and the library imports none of them
  * (tests/agent/test_start.py).
  */
 #ifndef SAMEPAGE_BASE_SYSTEM_H
@@ -19,8 +19,8 @@
 #include <sys/types.h>
 #include <time.h>
 
-/* Reads the arguments after `last` of a variadic function into the array `a`. A system call reads no more of them than it has,
- * so it does no harm to read more than the caller gave. */
+/* Reads the arguments after `last` of a variadic function into the array `a`. It may read more than the caller gave,
+ * which does no harm: a system call uses only the arguments it has. */
 #define ARGUMENTS(a, last)                                                                                             \
 	do {                                                                                                           \
 		va_list args_;                                                                                         \
@@ -30,16 +30,16 @@
 		va_end(args_);                                                                                         \
 	} while (0)
 
-/* raw_syscall() by syscall(2)'s convention: -1 and errno. */
+/* raw_syscall() with syscall(2)'s convention: -1 and errno. */
 long kernel_syscall(long number, ...);
 
-/* Bytes read from the start of a file, or -errno. */
+/* Reads the start of a file. Returns how many bytes it read, or -errno. */
 ssize_t read_file(const char *path, char *buf, size_t size);
-int64_t now_ms(void); /* of CLOCK_MONOTONIC */
+int64_t now_ms(void); /* CLOCK_MONOTONIC */
 uint64_t now_ns(void);
 uint64_t thread_cpu_ns(void);
 
-/* All, also libc's own. */
+/* Blocks all signals, libc's own too. */
 static inline void block_signals(sigset_t *saved)
 {
 	sigset_t all;
@@ -48,7 +48,7 @@ static inline void block_signals(sigset_t *saved)
 	pthread_sigmask(SIG_SETMASK, &all, saved);
 }
 
-/* Sleeps while *word is `value`, a wake has not come, and the time is not over. */
+/* Sleeps while *word is `value`, until a wake comes or the timeout is over. */
 static inline void futex_wait(_Atomic uint32_t *word, uint32_t value, const struct timespec *timeout)
 {
 	raw_syscall(SYS_futex, (long)word, FUTEX_WAIT, value, (long)timeout, 0, 0);
@@ -60,8 +60,8 @@ static inline void futex_wake(_Atomic uint32_t *word)
 }
 
 /*
- * libc's mutexes leave out their atomic instructions in a process in which libc knows of one thread only, and so do not
- * keep the agent's out. This one does not sleep in libc either.
+ * libc's mutexes leave out their atomic instructions in a process in which libc knows of only one thread, so they would
+ * not keep the agent's thread out. This one doesn't, and it does not sleep inside libc.
  */
 struct mutex {
 	_Atomic uint32_t word; /* 0: free, 1: held, 2: held, and somebody may sleep */

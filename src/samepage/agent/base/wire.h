@@ -1,14 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The agent's side of the wire. samepage/memory/wire.py is the other; the two are kept equal by
- * tests/memory/test_wire.py, which compiles this file.
+ * The agent's side of the wire. samepage/memory/wire.py is the other side; tests/memory/test_wire.py, which compiles
+ * this file, keeps them equal.
  *
- * The socket is AF_UNIX, SOCK_SEQPACKET: one message is one packet, at most SP_MSG_MAX bytes, little-endian
- * (the host's order), and a descriptor rides on the packet it belongs to (SCM_RIGHTS). The agent speaks
- * first (HELLO), the service answers (WELCOME), the agent says what it can do (READY); from then on the
- * service asks, some things ahead if it likes, and the agent answers in the same order, each answer carrying
- * the request's op and seq.
- * A connection whose first packet starts with '{' is a control connection instead (see service/control.py).
+ * The socket is AF_UNIX, SOCK_SEQPACKET: one message is one packet, at most SP_MSG_MAX bytes, little-endian (the host's
+ * order), and a descriptor rides on the packet it belongs to (SCM_RIGHTS). The agent speaks first (HELLO), the service
+ * answers (WELCOME), the agent says what it can do (READY). From then on the service sends requests, several ahead if
+ * it likes. The agent answers them in order, each answer with the op and seq of its request. A connection whose first
+ * packet starts with '{' is a control connection instead (see service/control.py).
  *
  * Pages are named by virtual page number (vpn): address / page size.
  */
@@ -52,23 +51,24 @@ struct sp_hello {
 	char domain[32]; /* the merge domain it asks for ($SAMEPAGE_DOMAIN), ""; the service decides */
 };
 
-/* For tests and measurements: what an older kernel would do. */
+/* For tests and measurements: do what an older kernel would do. Some flags are for other things. */
 enum sp_welcome_flags {
 	SP_WELCOME_TRUNCATE_HASH = 1, /* keep 8 bits of every checksum, so that they collide */
 	SP_WELCOME_NO_MOVE = 2,	      /* no UFFDIO_MOVE */
 	SP_WELCOME_NO_TRACKING = 4,   /* hash everything at every scan */
-	SP_WELCOME_TWO_NODES = 8,     /* not an older kernel: pages of odd numbers are on a second NUMA node */
+	SP_WELCOME_TWO_NODES = 8,     /* for tests: pages of odd numbers are on a second NUMA node */
 	SP_WELCOME_NO_MAP_QUERY = 16, /* read /proc/self/maps for each mapping */
 	SP_WELCOME_LIKE_6_1 = 32,     /* also: no PAGEMAP_SCAN, UFFDIO_WRITEPROTECT takes one mapping */
 	SP_WELCOME_LIKE_5_10 = 64,    /* also: no MADV_POPULATE_WRITE; less for mappings of files */
-	SP_WELCOME_SWAP_WP = 128,     /* not an older kernel: the user chose to swap by write-protection */
-	SP_WELCOME_UNPINNED = 256, /* not an older kernel: as if there were a network file system (reads_unpinned()) */
+	SP_WELCOME_SWAP_WP = 128,     /* the user chose to swap by write-protection */
+	SP_WELCOME_UNPINNED = 256,    /* for tests: as if there were a network file system (reads_unpinned()) */
 };
 
 struct sp_welcome {
 	uint32_t version;
 	uint32_t flags;
-	uint64_t reserve;  /* bytes of headroom that a break or a donation leaves untouched, and merging half of */
+	uint64_t reserve;  /* bytes of headroom that a break or a donation leaves untouched; merging leaves half of
+			    * them */
 	uint32_t section;  /* pages in one critical section */
 	uint32_t use_swap; /* count free swap as headroom */
 };
@@ -77,9 +77,9 @@ struct sp_welcome {
 enum sp_swap {
 	SP_SWAP_NONE = 0,     /* no userfaultfd: nothing can be merged */
 	SP_SWAP_MOVE = 1,     /* UFFDIO_MOVE */
-	SP_SWAP_WP = 2,	      /* UFFDIO_WRITEPROTECT, which the user chose */
-	SP_SWAP_QUIET = 3,    /* user-mode-only userfaultfd: only areas their owner declares quiet */
-	SP_SWAP_QUIET_WP = 4, /* no UFFDIO_MOVE: only those, too, by UFFDIO_WRITEPROTECT */
+	SP_SWAP_WP = 2,	      /* UFFDIO_WRITEPROTECT; only if the user chose it */
+	SP_SWAP_QUIET = 3,    /* user-mode-only userfaultfd: only areas that their owner declares quiet */
+	SP_SWAP_QUIET_WP = 4, /* no UFFDIO_MOVE: only those areas too, by UFFDIO_WRITEPROTECT */
 };
 
 struct sp_ready {
@@ -100,18 +100,18 @@ struct sp_areas {
 	uint32_t pad;
 };
 
-#define SP_VPN_END (1ULL << 52) /* behind every page there can be; VPN_END in samepage/memory */
+#define SP_VPN_END (1ULL << 52) /* after the last possible page; VPN_END in samepage/memory */
 
 enum sp_scan_flags {			/* ScanFlag in samepage/memory */
-		     SP_SCAN_ALL = 1,	/* also pages that were not written since the last look */
+		     SP_SCAN_ALL = 1,	/* look also at pages that were not written since the last look */
 		     SP_SCAN_NODES = 2, /* a page's NUMA node is part of its checksum */
-		     SP_SCAN_STILL = 4, /* broken pages, and what others wrote, need not be found */
+		     SP_SCAN_STILL = 4, /* don't look for broken pages, nor for pages that others wrote */
 };
 
 struct sp_scan {
 	uint64_t vpn;
-	uint64_t budget; /* pages to hash at most */
-	uint64_t end;	 /* the page before which to stop */
+	uint64_t budget; /* the most pages to hash */
+	uint64_t end;	 /* stop before this page */
 	uint32_t flags;
 	uint32_t pad;
 };
@@ -124,17 +124,17 @@ struct sp_run {
 	uint64_t offset;
 };
 
-/* Threads of the application that were held up, by for how many microseconds at most; the last for longer than that. STALLS in
- * samepage/memory. */
+/* Threads of the application that were held up, counted by how long at most, in microseconds. The last count is of
+ * longer waits. STALLS in samepage/memory. */
 #define SP_STALLS 8
 #define SP_STALLS_US {30, 100, 300, 1000, 3000, 10000, 100000}
 
 struct sp_stalls {
-	uint64_t ns; /* all together */
+	uint64_t ns; /* the total */
 	uint32_t count[SP_STALLS];
 };
 
-#define SP_AREAS_CHANGED 0ULL /* the set of areas changed during the scan; it has no such seq */
+#define SP_AREAS_CHANGED 0ULL /* the set of areas changed during the scan; no set of areas has this seq */
 
 struct sp_scanned {
 	uint64_t next_vpn;
@@ -142,9 +142,10 @@ struct sp_scanned {
 	uint64_t cpu_ns;
 	uint32_t nruns;
 	uint32_t nhashed;
-	uint32_t forked_ms; /* since the last fork, whose child may be about to join; UINT32_MAX: none, or long ago */
+	uint32_t forked_ms; /* since the last fork, whose child may be about to join; UINT32_MAX: no fork, or long
+			     * ago */
 	uint32_t pad;
-	struct sp_stalls stalls; /* since the last such answer */
+	struct sp_stalls stalls; /* since the last SP_SCAN answer */
 };
 
 struct sp_extent {
@@ -160,7 +161,7 @@ struct sp_done {
 };
 
 #define SP_KEY_SIZE 32
-#define SP_PROOF_SIZE 16 /* BLAKE2b of the page under the key; zeros of a page that is not DONE */
+#define SP_PROOF_SIZE 16 /* BLAKE2b of the page under the key; zeros for a page that is not DONE */
 
 struct sp_prove {
 	uint8_t key[SP_KEY_SIZE];
@@ -170,16 +171,16 @@ struct sp_broken {
 	uint64_t pages_unmerged;
 	uint64_t pages_remaining;
 	uint64_t bytes_needed;	  /* for copies of the pages that remain */
-	uint64_t bytes_available; /* for copies: the reserve is taken off */
+	uint64_t bytes_available; /* for copies, without the reserve */
 	uint64_t cpu_ns;
 	int32_t error;	 /* 0, ENOMEM, EINTR, EFAULT */
-	uint32_t unseen; /* 1: bytes_available is 0 because what limits the process could not be read */
+	uint32_t unseen; /* 1: bytes_available is 0 because a limit of the process could not be read */
 };
 
-/* Of pages that were merged and then written, in what was asked for. */
+/* The pages of the request that were merged and then written. */
 struct sp_restored {
 	uint64_t pages_restored; /* ordinary anonymous memory again */
-	uint64_t pages_left;	 /* somebody holds them, or there is no memory to spare */
+	uint64_t pages_left;	 /* somebody holds them, or there is too little memory */
 	uint64_t cpu_ns;
 };
 

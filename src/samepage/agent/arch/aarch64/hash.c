@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* By NEON, which all have. */
+/* Uses NEON, which all aarch64 processors have. */
 #include "arch/arch.h"
 
 #define XXH_INLINE_ALL

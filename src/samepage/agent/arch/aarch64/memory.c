@@ -4,10 +4,11 @@
 #include <arm_neon.h>
 #include <string.h>
 
-/* In a loop: the compiler may not take it for memcpy or memset and call that, which is the function it is in. */
+/* For loops in memcpy() and its relatives: without it the compiler may recognise the loop and call the very function
+ * that it is in. */
 #define AS_WRITTEN __asm__ volatile("")
 
-#define LINE 64 /* bytes that are handled at a time */
+#define LINE 64 /* bytes handled at a time */
 
 static void move_up(char *to, const char *from, size_t n)
 {

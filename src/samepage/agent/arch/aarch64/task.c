@@ -38,7 +38,7 @@ long arch_clone(unsigned long flags, void *stack, _Atomic uint32_t *tid, void *t
 	return (long)x0;
 }
 
-/* The thread pointer points at two words of libc's; the guards that compiled code reads are variables. */
+/* The thread pointer points at two words of libc's. The guards that compiled code reads are ordinary variables. */
 const size_t arch_tcb_size = 2 * sizeof(void *);
 
 void arch_tcb_init(void *tp)

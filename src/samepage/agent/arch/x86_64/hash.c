@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* By the widest vectors that the CPU has; those of SSE2 all have. */
+/* Uses the widest vectors that the CPU has. All x86-64 processors have SSE2. */
 #include "arch/arch.h"
 
 #define XXH_INLINE_ALL

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* XXH3 for CPUs that have AVX2: the same number as by narrower vectors, a third faster. See hash.c. */
+/* XXH3 for CPUs with AVX2: the same result as with narrower vectors, a third faster. See hash.c. */
 #pragma GCC target("avx2")
 #define XXH_VECTOR 2 /* XXH_AVX2 */
 #define XXH_INLINE_ALL

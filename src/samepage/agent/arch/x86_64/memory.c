@@ -4,7 +4,8 @@
 #include <immintrin.h>
 #include <string.h>
 
-/* In a loop: the compiler may not take it for memcpy or memset and call that, which is the function it is in. */
+/* For loops in memcpy() and its relatives: without it the compiler may recognise the loop and call the very function
+ * that it is in. */
 #define AS_WRITTEN __asm__ volatile("")
 
 void *memcpy(void *restrict to, const void *restrict from, size_t n)
@@ -15,7 +16,7 @@ void *memcpy(void *restrict to, const void *restrict from, size_t n)
 	return ret;
 }
 
-/* Upwards over itself, which `rep movsb` does byte by byte. */
+/* For overlapping ranges moved upwards: `rep movsb` backwards goes byte by byte. */
 static void move_up(char *to, const char *from, size_t n)
 {
 	for (; n >= 64; n -= 64) {
@@ -33,7 +34,7 @@ static void move_up(char *to, const char *from, size_t n)
 	}
 }
 
-/* The same downwards: where the two are close together the instruction is slow in either direction. */
+/* For overlapping ranges moved downwards: if they are close together, the instruction is slow in either direction. */
 static void move_down(char *to, const char *from, size_t n)
 {
 	for (; n >= 64; n -= 64, to += 64, from += 64) {
@@ -70,8 +71,8 @@ void *memset(void *to, int byte, size_t n)
 	return to;
 }
 
-/* How many bytes at the start are surely equal. Pages are compared by these, one after the other: as fast as by libc's
- * memcmp, from memory only if the next are asked for meanwhile. */
+/* How many bytes at the start are certainly equal. Pages are compared one after another by these. That is as fast as
+ * libc's memcmp(), but for data that comes from memory only because the next lines are prefetched. */
 __attribute__((target("avx2"))) static size_t equal_avx2(const char *a, const char *b, size_t n)
 {
 	size_t at = 0;

@@ -17,7 +17,7 @@ long arch_clone(unsigned long flags, void *stack, _Atomic uint32_t *tid, void *t
 			 "test %%rax, %%rax\n\t"
 			 "jnz 1f\n\t"
 			 "xor %%ebp, %%ebp\n\t"
-			 "lea -256(%%rsp), %%rsp\n\t" /* behind the red zone */
+			 "lea -256(%%rsp), %%rsp\n\t" /* below the red zone */
 			 "and $-16, %%rsp\n\t"
 			 "mov %%r12, %%rdi\n\t"
 			 "call *%%r9\n\t"
@@ -33,7 +33,7 @@ long arch_clone(unsigned long flags, void *stack, _Atomic uint32_t *tid, void *t
 	return ret;
 }
 
-/* The x86-64 ABI: what %fs points at, and the words that compiled code finds there. */
+/* What %fs points at by the x86-64 ABI, and the words that compiled code reads there. */
 struct tcb {
 	struct tcb *self;
 	void *dtv;
