@@ -5,7 +5,7 @@
  * The answer is the least of what is left at each place that can say no: MemAvailable for the machine, and
  * the process's memory cgroup with each of its ancestors, where "left" is
  *
- *	limit - usage + clean file cache [+ what can be swapped out, only when asked]
+ * 	limit - usage + clean file cache [+ what can be swapped out, only when asked]
  *
  * What counts, and what does not:
  *
@@ -22,19 +22,20 @@
  * - Ancestors above the root of a cgroup namespace, or of a bind-mounted subtree, cannot be seen; nor does
  *   MemAvailable know of cpusets and mempolicies. A limit that hides there is not honoured.
  *
- * What cannot be read is no permission. A file that is not there may mean that there is no limit: v2 has none in
- * the root, and none where the controller is not enabled. Everything else (no mount that shows the process's own
- * cgroup, another file system over it, no permission, no descriptor left, a file longer than our buffer) leaves a
- * limit unknown, and then headroom is 0: memory can be had later, a killed process cannot. headroom_unknown() says
- * that this is why.
+ * A file that cannot be read permits nothing. A file that is not there may mean that there is no limit: v2 has none in
+ * the root, and none where the controller is not enabled. Every other failure (no mount that shows the process's own
+ * cgroup, another file system over it, no permission, no descriptor left, a file longer than our buffer) leaves a limit
+ * unknown, and then headroom is 0: a refused unmerge can be repeated later, a killed process cannot. headroom_unknown()
+ * then returns true.
  *
- * How exact. The usage counter errs on the safe side: each CPU may hold up to 64 pages that are charged
- * but not used yet (MEMCG_CHARGE_BATCH). memory.stat, and with it the clean cache, errs both ways, by up to
- * 64 pages times the number of CPUs: updates below that are not flushed for a reader. And others allocate
- * between our look and our fault. The caller's reserve has to cover the last two.
+ * How exact is it? The usage counter errs on the safe side: each CPU may hold up to 64 pages that are charged but not
+ * used yet (MEMCG_CHARGE_BATCH). memory.stat, and with it the clean cache, errs both ways, by up to 64 pages times the
+ * number of CPUs: updates below that are not flushed for a reader. And others allocate between our look and our fault.
+ * The caller's reserve has to cover the last two.
  *
- * Everything is read anew at each call (memcg.c). memory.stat is the dear one (it may flush every CPU's
- * counters), so it is read only where the limit could be the least. Needs the mmap_lock: the buffers are static.
+ * Everything is read anew at each call (memcg.c). memory.stat is the expensive file (reading it may flush every CPU's
+ * counters), so it is read only where the limit could be the least. Callers hold the mmap_lock, since the buffers are
+ * static.
  */
 #include "kernel/headroom.h"
 #include "base/settings.h"
@@ -49,7 +50,7 @@
 #include <time.h>
 #include <unistd.h>
 
-static uint64_t shielded; /* bytes of the machine's clean cache that memory.min and memory.low keep */
+static uint64_t shielded; /* bytes of the machine's clean cache that memory.min and memory.low protect */
 
 static uint64_t least_of(uint64_t a, uint64_t b)
 {
@@ -74,7 +75,7 @@ static uint64_t clean_cache(int dir)
 		     field("total_dirty", 0) + field("total_writeback", 0));
 }
 
-/* Bytes that memory.min and memory.low keep from reclaim that starts above this cgroup. v2 only. */
+/* How many bytes memory.min and memory.low protect from reclaim that starts above this cgroup. v2 only. */
 static uint64_t protection(int dir)
 {
 	uint64_t min = number_at(dir, "memory.min", 0), low = number_at(dir, "memory.low", 0);
@@ -82,7 +83,7 @@ static uint64_t protection(int dir)
 	return min > low ? min : low;
 }
 
-/* Clean cache of a child cgroup that its parent's reclaim must leave. */
+/* How much clean cache of a child cgroup its parent's reclaim must leave. */
 static uint64_t shielded_in(int child)
 {
 	uint64_t keep = protection(child), cache, usage;
@@ -94,7 +95,7 @@ static uint64_t shielded_in(int child)
 	return minus(cache, minus(usage, keep));
 }
 
-/* The same, for all children of a cgroup. */
+/* The same, summed over all children of a cgroup. */
 static uint64_t shielded_below(int dir)
 {
 	static char entries[8192] __attribute__((aligned(8)));
@@ -103,7 +104,8 @@ static uint64_t shielded_below(int dir)
 	ssize_t n;
 	int fd;
 
-	if (!memcg.v2 || fstat(dir, &st) || st.st_nlink == 2) /* kernfs counts subdirectories: most have none */
+	if (!memcg.v2 || fstat(dir, &st) || st.st_nlink == 2) /* kernfs counts subdirectories in st_nlink; most cgroups
+							       * have none */
 		return 0;
 	fd = open_at(dir, ".", O_DIRECTORY);
 	if (fd < 0)
@@ -127,24 +129,24 @@ static uint64_t shielded_below(int dir)
 	return sum;
 }
 
-/* What a counter leaves of its limit, once `extra` is reclaimed. */
+/* How much a counter leaves of its limit once `extra` is reclaimed. */
 static uint64_t left(uint64_t limit, uint64_t usage, uint64_t extra)
 {
 	return limit == NO_LIMIT ? NO_LIMIT : minus(limit + extra, usage);
 }
 
-/* The usage that goes with a limit: of no interest without one, and when unknown there is nothing left. */
+/* The usage that belongs to a limit. Without a limit it does not matter; if it is unknown, nothing is left. */
 static uint64_t usage_at(int dir, const char *name, uint64_t limit)
 {
 	return limit == NO_LIMIT ? 0 : number_at(dir, name, UINT64_MAX);
 }
 
-/* What one cgroup leaves, or `least` when that is less anyhow. */
+/* How much one cgroup leaves, or `least` if that is less anyway. */
 static uint64_t room_in(int dir, uint64_t swap, uint64_t least)
 {
 	uint64_t limit, usage, memsw = NO_LIMIT, memsw_usage, cache;
 
-	if (faccessat(dir, "cgroup.procs", F_OK, 0)) /* in every cgroup: something else is mounted over this one */
+	if (faccessat(dir, "cgroup.procs", F_OK, 0)) /* every cgroup has this file: something else is mounted here */
 		blind = true;
 	if (memcg.v2) {
 		limit = least_of(number_at(dir, "memory.max", NO_LIMIT), number_at(dir, "memory.high", NO_LIMIT));
@@ -175,7 +177,7 @@ static bool ascend(char *dir)
 	return slash;
 }
 
-/* The machine's own reclaim is one that starts at the root, and MemAvailable does not know what it must leave. */
+/* The machine's own reclaim starts at the root, and MemAvailable does not take off what that must leave. */
 static uint64_t shielded_from_machine(void)
 {
 	uint64_t bytes = 0;
@@ -193,7 +195,8 @@ static uint64_t shielded_from_machine(void)
 	return bytes;
 }
 
-/* Bytes of the process's own memory that can go to swap. Others' could as well, but not by limits that we see. */
+/* How many bytes of the process's own memory can be swapped out. Others' memory could be as well, but within limits
+ * that we do not see. */
 static uint64_t swappable(const struct roots *r, uint64_t swap_free)
 {
 	static char path[PATH_MAX];
@@ -206,7 +209,7 @@ static uint64_t swappable(const struct roots *r, uint64_t swap_free)
 		if (dir < 0)
 			continue;
 		if (strlen(path) == strlen(memcg.dir)) {
-			/* At 0 a cgroup's reclaim swaps nothing at all. v2 knows only the machine's. */
+			/* At 0, a cgroup's reclaim swaps nothing at all. v2 has only the machine's swappiness. */
 			swappiness = memcg.v2 ? number_at(AT_FDCWD, r->swappiness, 0)
 					      : number_at(dir, "memory.swappiness", 0);
 			if (read_at(dir, "memory.stat"))
@@ -223,7 +226,7 @@ static uint64_t swappable(const struct roots *r, uint64_t swap_free)
 	return swappiness ? least_of(anon, swap_free) : 0;
 }
 
-/* What the machine leaves. *swap: what of it could be freed by swapping, none unless asked for. */
+/* How much the machine leaves. *swap: how much of that has to be swapped out first; 0 unless `with_swap`. */
 static uint64_t room_in_machine(const struct roots *r, bool with_swap, uint64_t *swap)
 {
 	uint64_t available = NO_LIMIT;
@@ -251,7 +254,7 @@ static uint64_t headroom_under(const struct roots *r, bool with_swap)
 	if (memcg_locate(r)) {
 		shielded = memcg.dir[0] ? shielded_from_machine() : 0;
 		if (blind)
-			memcg.found = -1; /* what was not seen is looked for again at once */
+			memcg.found = -1; /* look again at the next call for what was not seen */
 	}
 	least = room_in_machine(r, with_swap, &swap);
 	if (swap)
@@ -261,14 +264,15 @@ static uint64_t headroom_under(const struct roots *r, bool with_swap)
 		int dir = open_at(AT_FDCWD, path, O_PATH | O_DIRECTORY);
 
 		if (dir < 0) {
-			/* Something else is mounted over it, unless there is none, or it has gone and what is above counts. */
+			/* Something else is mounted over it; unless there is no cgroup at all, or this one is gone and
+			 * only its ancestors count. */
 			if (*path && !memcg_is_gone(path))
 				blind = true;
 			continue;
 		}
 		least = least_of(least, room_in(dir, swap, least));
 		if (swap && memcg.v2 && protection(dir))
-			swap = 0; /* an ancestor's reclaim may have to leave this one alone */
+			swap = 0; /* an ancestor's reclaim may have to leave this cgroup alone */
 		close(dir);
 	} while (ascend(path));
 	return blind ? 0 : least;
@@ -279,10 +283,10 @@ bool headroom_unknown(void)
 	return blind;
 }
 
-#define LOOK_GOOD_US 20000ULL /* a look is never good for longer: the process may be moved to another cgroup */
-#define TAKEN_PER_US ((10ULL << 30) / 1000000) /* by each CPU at most: nobody clears pages faster */
+#define LOOK_GOOD_US 20000ULL /* a result is good for no longer: the process may be moved to another cgroup */
+#define TAKEN_PER_US ((10ULL << 30) / 1000000) /* by each CPU at most: none clears pages faster */
 
-/* In a list like "0-3,8-11". */
+/* How many numbers a list like "0-3,8-11" has. */
 static unsigned long count_listed(const char *list)
 {
 	unsigned long n = 0;
@@ -314,7 +318,7 @@ unsigned long online_cpus(void)
 	return n = count_listed(list);
 }
 
-/* What all CPUs together can have taken in so many microseconds. */
+/* How much all CPUs together can take in `us` microseconds. */
 static uint64_t taken_in(uint64_t us)
 {
 	return us * TAKEN_PER_US * online_cpus();
@@ -328,8 +332,8 @@ static bool room_under(const struct roots *r, uint64_t bytes, uint64_t leave)
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	now = (uint64_t)t.tv_sec * 1000000 + (uint64_t)t.tv_nsec / 1000;
-	/* What may be gone since: all that we asked for, and what every CPU can have taken. Where twice that was there,
-	 * and then what is asked for now, it still is. */
+	/* Since the last look, we took all that we asked for, and each CPU can have taken TAKEN_PER_US. If there was
+	 * twice that, and the bytes asked for now, they are still there. */
 	if (now - looked < LOOK_GOOD_US && 2 * (taken + taken_in(now - looked) + bytes + leave) <= found) {
 		taken += bytes;
 		return true;
@@ -340,7 +344,7 @@ static bool room_under(const struct roots *r, uint64_t bytes, uint64_t leave)
 	return found >= bytes + leave;
 }
 
-/* mountinfo is relative to a thread's root, and ours need not be the main thread's. */
+/* mountinfo is relative to a thread's root, and this thread's need not be the main thread's. */
 static const struct roots kernel_files = {
 	.cgroup = "/proc/self/cgroup",
 	.thread_cgroup = "/proc/thread-self/cgroup",

@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Who holds a page: a device that it is pinned for (O_DIRECT, a registered buffer of io_uring), a pipe, whoever took a
- * reference to it. No file says so that an ordinary user may read, but page migration tells. To migrate a page the kernel
- * takes it out of the page tables and counts who still holds it; if anybody does, the page stays. mbind(2) with MPOL_LOCAL and
- * MPOL_MF_MOVE | MPOL_MF_STRICT migrates every page of a range, also to the node it is on, and says EIO when one would not
- * go. (With MPOL_DEFAULT it ignores MPOL_MF_STRICT.) It is asked once in each process whether it really tells, with pages
- * that we hold ourselves.
+ * Who holds a page: a device that it is pinned for (O_DIRECT, a registered buffer of io_uring), a pipe, or anybody else
+ * who took a reference to it. No file that an ordinary user may read says so, but page migration shows it. To migrate a
+ * page the kernel takes it out of the page tables and counts who still holds it; if anybody does, the page stays.
+ * mbind(2) with MPOL_LOCAL and MPOL_MF_MOVE | MPOL_MF_STRICT migrates every page of a range, also to the node it is on,
+ * and says EIO when one would not go. (With MPOL_DEFAULT it ignores MPOL_MF_STRICT.) Each process tries once whether
+ * that really works, with pages that it holds itself.
  *
- * It does not tell of parts of a huge page. One that others map too, the kernel leaves out and calls that no failure; and whether
- * they do Linux 6.1 reads off the huge page's head, and 6.18 guesses: where the head was discarded, or a child has another part,
- * mbind(2) says 0 of a part that a device writes to. No call tells whether a page is such a part. So where anonymous
- * memory is asked after, the process must never have had a huge page: whoever starts it forbids them (PR_SET_THP_DISABLE), which
- * holds over fork and exec.
+ * It shows nothing about parts of a huge page. The kernel skips a huge page that others map too, and does not report
+ * that as a failure. Whether others map it, Linux 6.1 reads off the huge page's head, and 6.18 guesses: if the head was
+ * discarded, or a child has another part, mbind(2) returns 0 for a part that a device writes to. No call tells whether
+ * a page is such a part. So migration is trusted about anonymous memory only in a process that never had a huge page:
+ * whoever starts the process forbids them (PR_SET_THP_DISABLE), which holds across fork and exec.
  */
 #include "kernel/holders.h"
 #include "base/real.h"
@@ -37,11 +37,11 @@ int migrate(uintptr_t start, uintptr_t len)
 
 void unmigrated(uintptr_t start, uintptr_t len)
 {
-	/* Memory that has a policy of its own is in no area. */
+	/* No area has a policy of its own, so the default is what was there before. */
 	real.syscall(SYS_mbind, start, len, MPOL_DEFAULT, NULL, 0, 0);
 }
 
-/* Whether migrate() says -EIO of a page that a pipe holds, and 0 when it does not hold it any more. */
+/* Whether migrate() returns -EIO for a page that a pipe holds, and 0 once the pipe holds it no more. */
 static bool try_migrating(uintptr_t page)
 {
 	struct iovec iov = {(void *)page, PAGE_SIZE};
@@ -57,7 +57,7 @@ static bool try_migrating(uintptr_t page)
 	return held == -EIO && !freed;
 }
 
-/* The same of a new page of a private mapping of `fd`, -1: of anonymous memory. */
+/* The same, for a new page of a private mapping of `fd`, or of anonymous memory if `fd` is -1. */
 static bool tells(int fd)
 {
 	const int flags = MAP_PRIVATE | MAP_FIXED | (fd < 0 ? MAP_ANONYMOUS : 0);
@@ -86,7 +86,7 @@ static bool is_6_8(void)
 	return got < 4 || !strncmp(release, "6.8.", 4);
 }
 
-/* A module is loaded before anything is mounted, and is not asked for any more once it was there. */
+/* A module is loaded before anything of its kind is mounted. Once one was loaded, this stays true. */
 bool reads_unpinned(void)
 {
 	static bool is;

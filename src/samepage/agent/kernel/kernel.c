@@ -47,7 +47,8 @@ static int new_uffd(int dev, uint64_t features, bool *user_mode_only)
 	return fd;
 }
 
-/* Write-protection does not stop who holds a page already, so it takes somebody who chose it, and a kernel that tells who does. */
+/* Write-protection does not stop those who hold a page already. So it is used only if the user chose it, and if the
+ * kernel tells who holds a page. */
 static bool may_protect(void)
 {
 	return settings.flags & SP_WELCOME_SWAP_WP && only_small_pages() && migration_tells();
@@ -88,7 +89,7 @@ int kernel_open(int dev)
 		kernel.scan = false;
 
 	kernel.move = new_uffd(dev, move, &user_only);
-	if (kernel.move < 0) /* no minor faults on this architecture: islands stay */
+	if (kernel.move < 0) /* no minor faults on this architecture: islands stay islands */
 		kernel.move = new_uffd(dev, move & ~(uint64_t)UFFD_FEATURE_MINOR_SHMEM, &user_only);
 	kernel.tracking = kernel.move >= 0 && kernel.scan;
 	kernel.wp = settings.flags & SP_WELCOME_LIKE_5_10
@@ -104,7 +105,7 @@ int kernel_open(int dev)
 	kernel.protects = kernel.swap == SP_SWAP_WP || kernel.swap == SP_SWAP_QUIET_WP;
 	if (settings.flags & SP_WELCOME_NO_TRACKING)
 		kernel.tracking = false;
-	if (wp_user_only && kernel.wp >= 0) { /* a system call that met it would fail with EFAULT */
+	if (wp_user_only && kernel.wp >= 0) { /* a system call that met a protected page would fail with EFAULT */
 		close(kernel.wp);
 		kernel.wp = -1;
 	}

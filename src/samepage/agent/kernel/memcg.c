@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Where the limits of this process stand: its memory cgroup, by /proc/self/cgroup, and the directory that shows it, by
- * /proc/self/mountinfo. Everything is read anew at each call, at about 2 us a file: no descriptor is kept that a
- * forked child or a new agent thread could mistake for its own. Only the directory is remembered.
+ * Where the limits of this process are: its memory cgroup, from /proc/self/cgroup, and the directory that shows it,
+ * from /proc/self/mountinfo. Everything is read anew at each call, at about 2 us a file. No descriptor is kept, since a
+ * forked child or a new agent thread could take it for its own. Only the directory is remembered.
  */
 #include "kernel/memcg.h"
 
@@ -16,7 +16,7 @@ static char text[16384]; /* the file last read */
 
 /* ---- reading files --------------------------------------------------------------------------------- */
 
-/* Whether the file is not there. ENODEV: of a cgroup that is being removed, which so can be none above this process. */
+/* Whether the file does not exist. ENODEV is from a cgroup that is being removed, so no process can be below it. */
 static bool is_absent(int err)
 {
 	return err == ENOENT || err == ENODEV;
@@ -31,7 +31,7 @@ int open_at(int dir, const char *name, int flags)
 	return fd;
 }
 
-/* Into `text`. One read is enough: seq_file shows a single record in one piece. */
+/* Reads it into `text`. One read is enough: seq_file shows a single record in one piece. */
 bool read_at(int dir, const char *name)
 {
 	int fd = open_at(dir, name, 0);
@@ -40,7 +40,7 @@ bool read_at(int dir, const char *name)
 	if (fd < 0)
 		return false;
 	n = read(fd, text, sizeof(text) - 1);
-	if (n < 0 ? !is_absent(errno) : n == sizeof(text) - 1) /* the rest of it is not known */
+	if (n < 0 ? !is_absent(errno) : n == sizeof(text) - 1) /* the rest of the file is unknown */
 		blind = true;
 	close(fd);
 	text[n > 0 ? n : 0] = '\0';
@@ -88,9 +88,9 @@ static bool has_token(const char *list, const char *token)
 	}
 }
 
-/* The memory cgroup in a file like /proc/self/cgroup, NULL when it has none: no hierarchy was ever mounted, so there
- * are no cgroups but roots. The memory controller is in one hierarchy only: where v1 has it, v2's tree says nothing
- * of memory. */
+/* Finds the memory cgroup in a file like /proc/self/cgroup. NULL: there is none, since no hierarchy was ever mounted,
+ * so there are no cgroups but roots. The memory controller is in only one hierarchy: if v1 has it, v2's tree says
+ * nothing about memory. */
 static const char *cgroup_path(const char *file, bool *v2)
 {
 	char *rest = text, *path = NULL, *line;
@@ -113,7 +113,7 @@ static const char *cgroup_path(const char *file, bool *v2)
 	return path;
 }
 
-/* mountinfo writes space, tab, newline and backslash in octal. */
+/* mountinfo escapes space, tab, newline and backslash in octal. */
 static void unescape(char *s)
 {
 	char *out = s;
@@ -129,7 +129,7 @@ static void unescape(char *s)
 	*out = '\0';
 }
 
-/* How many "/.." a path begins with: both files write paths relative to the reader's cgroup namespace. */
+/* How many "/.." a path begins with. Both files give paths relative to the reader's cgroup namespace. */
 static size_t ups(const char *path)
 {
 	size_t n = 0;
@@ -141,8 +141,8 @@ static size_t ups(const char *path)
 	return n;
 }
 
-/* The way down from the cgroup `root` to the cgroup `path`: "" or "/a/b". NULL when root is not above path. A root
- * higher in the tree than the namespace's is above us, but nobody tells by which way. */
+/* The way down from the cgroup `root` to the cgroup `path`: "" or "/a/b". NULL if root is not above path. A root above
+ * the namespace's root is above us, but nothing says by which way. */
 static const char *way_down(const char *root, const char *path)
 {
 	size_t len = strlen(root);
@@ -165,7 +165,7 @@ static size_t depth(const char *way)
 	return n;
 }
 
-/* One line of mountinfo: take the mount if it shows more of our ancestors than the best so far. */
+/* Looks at one line of mountinfo. Takes the mount if it shows more of our ancestors than the best so far. */
 static void consider_mount(char *line, const char *prefix, size_t *best)
 {
 	char *super = strstr(line, " - "), *root, *point;
@@ -195,7 +195,7 @@ static void consider_mount(char *line, const char *prefix, size_t *best)
 	strcpy(memcg.dir + memcg.top, way);
 }
 
-/* Reads mountinfo, which has no bound, line by line. */
+/* Reads mountinfo, which may be of any length, line by line. */
 static void find_mount(const struct roots *r)
 {
 	size_t best = 0, held = 0;
@@ -217,7 +217,7 @@ static void find_mount(const struct roots *r)
 		}
 		held = strlen(line);
 		if (held == sizeof(text) - 1)
-			held = 0; /* no mount of a cgroup has a line as long as this */
+			held = 0; /* the line of a cgroup mount is never this long */
 		memmove(text, line, held);
 	}
 	close(fd);
@@ -231,19 +231,19 @@ bool memcg_is_gone(const char *path)
 	return len > end && !strcmp(path + len - end, mark);
 }
 
-/* The process's memory cgroup, NULL when it has none. */
+/* The process's memory cgroup, or NULL. */
 static const char *own_cgroup(const struct roots *r, bool *v2)
 {
 	const char *own = cgroup_path(r->cgroup, v2);
 
-	/* Of a thread group whose leader has exited, v1 shows the root and v2 where the leader was. The memory is still
-	 * charged where the other threads are. This thread has not exited. */
+	/* If the leader of the thread group has exited, v1 shows the root, and v2 the cgroup in which the leader was.
+	 * The memory is still charged where the other threads are, and this thread is one of them. */
 	if (own && (memcg_is_gone(own) || (!*v2 && !strcmp(own, "/"))))
 		own = cgroup_path(r->thread_cgroup, v2);
 	return own;
 }
 
-/* Whether the process is in the root of the hierarchy, which has no limits, and not just in that of a namespace. */
+/* Whether the process is in the root of the hierarchy, which has no limits, and not just in the root of a namespace. */
 static bool in_root(const struct roots *r)
 {
 	static const char first[] = "cgroup:[4026531835]"; /* PROC_CGROUP_INIT_INO */

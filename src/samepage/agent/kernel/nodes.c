@@ -31,7 +31,7 @@ int page_nodes(uintptr_t start, size_t n, int *node)
 		page[i] = (void *)(start + i * PAGE_SIZE);
 		node[i] = settings.flags & SP_WELCOME_TWO_NODES ? (int)((start >> PAGE_SHIFT) + i) & 1 : 0;
 	}
-	/* move_pages(2) that moves nothing but asks where they are. */
+	/* move_pages(2) without target nodes moves nothing and says where the pages are. */
 	if (kernel.numa && real.syscall(SYS_move_pages, 0, n, page, NULL, node, 0))
 		return -errno;
 	return 0;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What stands at pages. Sources: PAGEMAP_SCAN(2const), Documentation/admin-guide/mm/pagemap.rst. */
+/* What is at pages. Sources: PAGEMAP_SCAN(2const), Documentation/admin-guide/mm/pagemap.rst. */
 #include "base/real.h"
 #include "kernel/kernel.h"
 
@@ -19,8 +19,8 @@ struct scan_request { /* struct pm_scan_arg */
 #define PM_FILE (1ULL << 61)
 #define PM_EXCLUSIVE (1ULL << 56)
 
-/* The same answer from /proc/self/pagemap, 8 bytes a page, where PAGEMAP_SCAN is missing. It cannot tell
- * what was written, so everything was; nor the zero page, whose content says it. */
+/* For kernels without PAGEMAP_SCAN: the same answer from /proc/self/pagemap, 8 bytes a page. That cannot tell which
+ * pages were written, so all count as written; nor which are the zero page, but a page's content shows that. */
 static int walk_entries(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct page_region *v, int n,
 			uintptr_t *walked)
 {
@@ -78,7 +78,7 @@ int pagemap_walk(uintptr_t start, uintptr_t end, const struct pm_walk *w, struct
 		.category_inverted = w->must_not,
 		.category_mask = w->must | w->must_not,
 		.category_anyof_mask = w->any,
-		/* As little as can be: for PAGE_IS_FILE, say, the kernel looks at every page it is of. */
+		/* As few as possible: to report PAGE_IS_FILE, say, the kernel has to look at every page. */
 		.return_mask = quick ? PAGE_IS_WRITTEN : PAGE_IS_HUGE,
 	};
 	long got;

@@ -8,19 +8,19 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
-#define BACK_OUTS 1024 /* times that the kernel may back out of a fault and be asked again */
+#define BACK_OUTS 1024 /* how often the kernel may back out of a fault before we give up */
 
 #define OR_NOTHING FUTEX_OP(FUTEX_OP_OR, 0, FUTEX_OP_CMP_EQ, 0x7ff)
 
 /*
- * MADV_POPULATE_WRITE of a kernel that has none (before 5.14). futex(2) can do an atomic operation on a word of each page. To
- * set no bit of it changes nothing, also while other threads write there; but it is a write, so the kernel faults the page in
- * for it. Unlike a write by an instruction it fails with an errno where it cannot. It wakes whoever waits for the word's
- * being 0x7ff, who must expect to be woken for nothing.
+ * Replaces MADV_POPULATE_WRITE on kernels before 5.14. futex(2) can do an atomic operation on a word of each page.
+ * Setting no bit changes nothing, even while other threads write there; but it is a write, so the kernel faults the
+ * page in. Unlike a write instruction it fails with an errno if it cannot. It wakes threads that wait for the word to
+ * become 0x7ff, which must expect spurious wakes anyway.
  */
 static int write_nothing(uintptr_t start, uintptr_t len)
 {
-	static uint32_t nobody; /* waits here */
+	static uint32_t nobody; /* waits on this word */
 
 	for (uintptr_t at = start; at < start + len; at += PAGE_SIZE)
 		if (real.syscall(SYS_futex, &nobody, FUTEX_WAKE_OP_PRIVATE, 0UL, 0UL, at, OR_NOTHING) < 0)
@@ -28,7 +28,7 @@ static int write_nothing(uintptr_t start, uintptr_t len)
 	return 0;
 }
 
-/* Whether the kernel knows MADV_POPULATE_WRITE: of nothing it does nothing then. */
+/* Whether the kernel knows MADV_POPULATE_WRITE. If it does, the call with length 0 succeeds and does nothing. */
 static bool populates(void)
 {
 	return !(settings.flags & SP_WELCOME_LIKE_5_10) && !real.madvise((void *)zero_page, 0, MADV_POPULATE_WRITE);

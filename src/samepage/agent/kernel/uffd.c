@@ -20,7 +20,7 @@ struct move_request {
 #define MOVE_REQUEST _IOWR(UFFDIO, 0x05, struct move_request)
 #define MOVE_MODE_DONTWAKE 1
 
-static uint64_t kept_away_since; /* now_ns() when a range was last registered, or protected, to keep threads away */
+static uint64_t kept_away_since; /* now_ns() when a range was last registered or protected to keep threads away */
 
 int uffd_register(int uffd, uintptr_t start, uintptr_t len, uint64_t mode)
 {
@@ -36,14 +36,15 @@ int uffd_unregister(int uffd, uintptr_t start, uintptr_t len)
 	struct uffdio_range r = {start, len};
 	int err = real.ioctl(uffd, UFFDIO_UNREGISTER, &r) ? -errno : 0;
 
-	/* The kernel wakes those who wait for a missing page, but before it takes the range out of our hands: whoever
-	 * faults in between, under the lock of one mapping only (6.7 and later), would sleep for ever. Those who wait
-	 * to write it does not wake at all. Once it returned, nobody can fall asleep there any more. */
+	/* The kernel wakes threads that wait for a missing page, but it does so before it unregisters the range: a
+	 * thread that faults in between, under the lock of one mapping only (6.7 and later), would sleep for ever.
+	 * Threads that wait to write it does not wake at all. Once the call has returned, no thread can fall asleep
+	 * there any more. */
 	uffd_wake(uffd, start, len);
 	return err;
 }
 
-#define SLEEPERS_MAX 16 /* told of by one read(2) */
+#define SLEEPERS_MAX 16 /* reported by one read(2) */
 
 void uffd_count_sleepers(int uffd, uintptr_t end, uint64_t since)
 {
@@ -88,8 +89,9 @@ void uffd_release(int *uffd, uintptr_t start, uintptr_t len)
 			return;
 		real.syscall(SYS_sched_yield);
 	}
-	/* ENOMEM, for a mapping that had to be cut; EINVAL, for one that somebody else put here. Whoever touches a missing
-	 * page there would sleep for ever. Closing it cannot fail, takes all ranges out of its hands, and wakes everybody. */
+	/* ENOMEM: a mapping had to be cut. EINVAL: somebody else put a mapping here. A thread that touches a missing
+	 * page there would sleep for ever. Closing the userfaultfd cannot fail, unregisters all ranges, and wakes
+	 * everybody. */
 	if (*uffd >= 0)
 		close(*uffd);
 	*uffd = -1;
@@ -101,7 +103,7 @@ void uffd_release(int *uffd, uintptr_t start, uintptr_t len)
 	}
 }
 
-/* Where the first mapping of [start, end) ends, or `end`; 0: nothing is mapped at `start`. */
+/* Where the mapping at `start` ends, but at most `end`; 0: nothing is mapped at `start`. */
 static uintptr_t first_mapping_end(uintptr_t start, uintptr_t end)
 {
 	struct vma vma;
@@ -119,7 +121,7 @@ static int protect_at_once(uintptr_t start, uintptr_t len, bool on)
 		if (first_mapping_end(start, start + len) < start + len)
 			return -ENOENT;
 	}
-	for (int tries = 0;; tries++) { /* EAGAIN: a mapping was changing under it, 5.7 and later */
+	for (int tries = 0;; tries++) { /* EAGAIN: a mapping changed meanwhile, 5.7 and later */
 		err = real.ioctl(kernel.wp, UFFDIO_WRITEPROTECT, &w) ? -errno : 0;
 		if (err != -EAGAIN || tries == KERNEL_TRIES)
 			return err;
@@ -135,7 +137,7 @@ int uffd_protect(uintptr_t start, uintptr_t len, bool on)
 	err = protect_at_once(start, len, on);
 	if (err != -ENOENT)
 		return err;
-	/* Before 6.4 it takes a range of one mapping only. */
+	/* Before 6.4 the ioctl takes a range within one mapping only. */
 	for (uintptr_t at = start, stop; at < start + len; at = stop) {
 		vma_forget(); /* registering may have cut mappings */
 		stop = first_mapping_end(at, start + len);

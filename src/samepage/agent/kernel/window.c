@@ -20,11 +20,11 @@
 #define WINDOWS (2 * WINDOW + VIEW_SPACE + COPY_WINDOW + BALLAST * PAGE_SIZE)
 #define GIVE_TRIES 16
 
-static bool holed; /* a part of the windows is not ours any more: they are left where they are, for good */
+static bool holed; /* a part of the windows is no longer ours: never unmap them */
 
 bool range_mapped(uintptr_t start, size_t len)
 {
-	/* Does nothing but say whether all of the range is mapped. */
+	/* Only says whether all of the range is mapped. */
 	return !real.syscall(SYS_msync, start, len, MS_ASYNC);
 }
 
@@ -58,7 +58,7 @@ int window_give(uintptr_t from, size_t len, uintptr_t to)
 {
 	int err = 0;
 
-	/* Only for want of the kernel's own memory can this fail after it unmapped the target; then the next attempt has
+	/* This can fail after it unmapped the target only if the kernel itself has no memory; the next attempt then has
 	 * nothing to unmap. */
 	for (int tries = 0; tries < GIVE_TRIES; tries++) {
 		if (real.mremap((void *)from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)to) == (void *)to)
@@ -92,12 +92,12 @@ bool mappings_limited(void)
 
 bool mappings_charged(void)
 {
-	char mode = '2'; /* vm.overcommit_memory: nothing is promised beyond what there is */
+	char mode = '2'; /* vm.overcommit_memory=2: the kernel promises no more memory than there is */
 
 	return pread(kernel.overcommit, &mode, 1, 0) != 1 || mode == '2';
 }
 
-/* Whether the process is to be had `bytes` more of, in pages as statm says. */
+/* Whether the limit allows `bytes` more than the process has; `pages` is a field of statm. */
 static bool leaves(int resource, const char *pages, uint64_t bytes)
 {
 	struct rlimit limit;
@@ -143,9 +143,9 @@ static bool new_scratch(uintptr_t start)
 {
 	if (!window_reset(start, WINDOW, PROT_READ | PROT_WRITE, -1, 0))
 		return false;
-	/* A huge page faulted here would stand in the way of pages moved here. */
+	/* A huge page here would be in the way of pages moved here. */
 	real.madvise((void *)start, WINDOW, MADV_NOHUGEPAGE);
-	/* Who dumps the process and reads a page that is not there would have the kernel put zeros there. */
+	/* If a debugger dumped the process and read a page that is not there, the kernel would put zeros there. */
 	real.madvise((void *)start, WINDOW, MADV_DONTDUMP);
 	return kernel.move < 0 || !uffd_register(kernel.move, start, WINDOW, UFFDIO_REGISTER_MODE_WP);
 }
@@ -167,8 +167,8 @@ void huge_reset(void)
 		kernel.huge = 0;
 }
 
-/* Whether mremap(2) can leave a mapping of a file behind, empty (5.13). A kernel that cannot would say so only when it has
- * unmapped what was at the target. */
+/* Whether mremap(2) can move a mapping of a file and leave an empty one behind (5.13). An older kernel would refuse
+ * only after it has unmapped what was at the target. */
 static bool views_stay(void)
 {
 	bool old = settings.flags & SP_WELCOME_LIKE_5_10;
@@ -189,8 +189,8 @@ static bool views_stay(void)
 	return stays;
 }
 
-/* All that this thread ever maps lies in one range that is its own from the start. A program with one thread
- * may unmap memory and map something at the same place a moment later; nothing of ours may land there. */
+/* All that this thread ever maps lies in one range, which is its own from the start. A program with one thread may
+ * unmap memory and map something at the same place a moment later; no mapping of ours may land in between. */
 bool windows_open(void)
 {
 	char *p = real.mmap(NULL, WINDOWS + WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -198,7 +198,7 @@ bool windows_open(void)
 
 	if (p == MAP_FAILED)
 		return false;
-	/* A copy window that huge pages fit into. */
+	/* Align the copy window so that huge pages fit into it. */
 	if (slack)
 		real.munmap(p, slack);
 	real.munmap(p + slack + WINDOWS, WINDOW - slack);
@@ -213,7 +213,6 @@ bool windows_open(void)
 	return new_scratch(kernel.scratch);
 }
 
-/* Whether `move` really moves: one page of our own there and back. */
 bool scratch_works(void)
 {
 	bool works = false;
@@ -239,7 +238,7 @@ void windows_close(void)
 
 void windows_forked(void)
 {
-	/* The one window that is inherited while something is in it. */
+	/* The view is the only window that a child inherits with something in it. */
 	if (kernel.view && !holed)
 		real.munmap((void *)kernel.view, VIEW_SPACE);
 	holed = false;
@@ -247,7 +246,7 @@ void windows_forked(void)
 
 #ifdef SAMEPAGE_CHECK
 
-/* No page of the application's was left in them. mlockall(2) fills them with zeros. */
+/* No page of the application's is left in them. mlockall(2) fills them with zeros. */
 void check_windows(void)
 {
 	const struct pm_walk any = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED};
