@@ -34,7 +34,7 @@ static enum inject_error make_calls(void *arg)
 	return err;
 }
 
-/* Makes calls in the name of a process, in order, until one fails. enum inject_error. */
+/* Makes calls in the name of a process, in order, until one fails. Returns an enum inject_error. */
 EXPORT int samepage_inject_calls(pid_t pid, int pidfd, struct inject_call *call, size_t n)
 {
 	struct calls c = {pid, pidfd, call, n};

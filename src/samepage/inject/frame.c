@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The way back of a thread whose tracer was killed (inject.h): where its instructions are, and where its frame lies.
+ * The way back for a thread whose tracer was killed (inject.h): where its instructions are, and where its frame lies.
  *
- * The frame has to lie where nobody has anything. Below the first thread's stack pointer nobody has, as long as that thread is
- * held, if it stands in the kernel's mapping for the stack: no program hands out parts of that. If it stands elsewhere (on a
- * goroutine's stack, a coroutine's, that of a signal handler) what lies below may be anything. Then the frame lies in
- * pages at the low end of the mapping that were never touched: the stack did not reach there yet. Afterwards they are
- * filled with MARK, by which they are known the next time.
+ * The frame has to lie where nobody keeps anything. While the first thread is held, nobody uses the memory below its
+ * stack pointer, if that is in the kernel's mapping for the stack: no program hands out parts of that. If the stack
+ * pointer is elsewhere (on a goroutine's stack, a coroutine's, or a signal handler's), anything may lie below it. Then
+ * the frame goes to pages at the low end of the stack mapping that were never touched, because the stack has not
+ * reached them yet. Afterwards these are filled with MARK, by which they are recognised the next time.
  */
 #define _GNU_SOURCE
 #include "inject.h"
@@ -19,9 +19,9 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define TEXT_MAX (256UL << 20) /* bytes of code that are searched */
+#define TEXT_MAX (256UL << 20) /* how many bytes of code to search */
 #define CHUNK (256UL << 10)
-#define TOUCHED (3ULL << 62) /* of a pagemap entry: present, or swapped */
+#define TOUCHED (3ULL << 62) /* bits of a pagemap entry: present or swapped */
 #define MARK "samepage: unused"
 #define MARK_LEN (sizeof(MARK) - 1)
 
@@ -70,7 +70,7 @@ static bool next_map(FILE *maps, struct map *m)
 
 /* ---- the instructions ------------------------------------------------------------------------------- */
 
-/* Code that stays where it is while the process has it: of a file, or of the kernel's. */
+/* Code that stays where it is as long as the process runs: a file's, or the kernel's. */
 static bool is_code(const struct map *m)
 {
 	return m->perms[0] == 'r' && m->perms[2] == 'x' && (m->name[0] == '/' || !strcmp(m->name, "[vdso]"));
@@ -104,7 +104,7 @@ enum inject_error find_instructions(struct tracee *t)
 	if (!maps)
 		return errno == ENOENT || errno == ESRCH ? INJECT_GONE : INJECT_DENIED;
 	fclose(maps);
-	if (!searched) /* a process that has ended has an empty file */
+	if (!searched) /* the file of a process that has ended is empty */
 		return INJECT_GONE;
 	return t->syscall_ret && t->sigreturn ? INJECT_OK : INJECT_NO_WAY_BACK;
 }
@@ -145,7 +145,7 @@ static void fill_with_marks(unsigned char *page)
 		memcpy(page + at, MARK, MARK_LEN);
 }
 
-/* Whether a page is as an earlier frame left it. */
+/* Whether a page is as an earlier frame left it: full of marks. */
 static bool is_marked(const struct tracee *t, uint64_t at)
 {
 	unsigned char page[PAGE_SIZE], marks[PAGE_SIZE];

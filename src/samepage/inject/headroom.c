@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the agent knows of limits (agent/kernel/headroom.c), asked for another process. */
+/* The agent's knowledge of limits (agent/kernel/headroom.c), applied to another process. */
 #include "kernel/headroom.c"
 
 #include <stdio.h>
 
-struct sp_welcome settings; /* the agent's: nothing in it matters here */
+struct sp_welcome settings; /* the agent's; its values don't matter here */
 
 uint64_t headroom_of(pid_t pid, bool *unseen);
 
 uint64_t headroom_of(pid_t pid, bool *unseen)
 {
 	char cgroup[64];
-	/* All paths are as this process sees them: its cgroup namespace, its mounts. */
+	/* The other paths are as this process sees them: with its own cgroup namespace and mounts. */
 	struct roots files = kernel_files;
 	uint64_t bytes;
 

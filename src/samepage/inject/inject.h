@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A system call in a running process's name.
+ * Making a system call in the name of a running process.
  *
- * The kernel's KSM is switched on for memory by a call that only its owner can make (prctl, madvise). For a process that
- * runs already somebody else has to make it: by ptrace(2). The first thread is stopped, its registers are set to those of
- * the call and to an instruction `syscall` that is there already, it runs that one instruction, and then its registers are
- * what they were. No code is written, and no signal is sent (PTRACE_SEIZE, PTRACE_INTERRUPT).
+ * The kernel's KSM is switched on for memory by a call that only its owner can make (prctl, madvise). For a process
+ * that runs already, a tracer has to make it, by ptrace(2). It stops the first thread, sets its registers to those of
+ * the call and to a `syscall` instruction that is in the process already, lets it run that one instruction, and
+ * restores its registers. It writes no code and sends no signal (PTRACE_SEIZE, PTRACE_INTERRUPT).
  *
  * The rules:
  *
@@ -21,8 +21,8 @@
  *   so the tracer waits, for a second at most, until it has just begun (settle.c).
  * - *What is not sure is refused*, before anything is changed: enum inject_error.
  *
- * All of an operation is done by a thread of its own, for when that ends the kernel lets go of what it traced.
- * What of it is x86-64's is in arch/x86_64/: the registers' names, the frame, and the instructions.
+ * Each operation runs on a thread of its own: when that thread ends, the kernel detaches what it traced. What depends
+ * on x86-64 is in arch/x86_64/: the registers' names, the frame, and the instructions.
  */
 #ifndef SAMEPAGE_INJECT_H
 #define SAMEPAGE_INJECT_H
@@ -37,72 +37,73 @@
 #define RESTART_NO_HANDLER 514 /* ERESTARTNOHAND of the kernel's include/linux/errno.h */
 #define RESTART_SYSCALL 512    /* ERESTARTSYS */
 
-/* Why nothing was done, or not all. Python has a sentence for each (inject/__init__.py). */
+/* Why nothing, or not everything, was done. Python has a sentence for each (inject/__init__.py). */
 enum inject_error {
 	INJECT_OK,
 	INJECT_GONE,	    /* the process ended, or became another program */
 	INJECT_DENIED,	    /* the kernel does not let us trace it */
 	INJECT_STOPPED,	    /* it is stopped by a signal */
-	INJECT_OTHER_BITS,  /* it is not a 64-bit program, or inside a 32-bit call */
+	INJECT_OTHER_BITS,  /* it is not a 64-bit program, or is inside a 32-bit call */
 	INJECT_SILENT,	    /* it did not stop in time: it sleeps uninterruptibly in the kernel */
-	INJECT_BUSY,	    /* it was where it must not be held, each time */
+	INJECT_BUSY,	    /* each time it was at a place where it must not be held */
 	INJECT_NO_WAY_BACK, /* no `syscall; ret` or no rt_sigreturn in its code, or a shadow stack */
 	INJECT_NO_STACK,    /* no room below its stack */
 	INJECT_DISPATCHED,  /* it handles its system calls itself: prctl(PR_SET_SYSCALL_USER_DISPATCH) */
-	INJECT_FAILED,	    /* a ptrace call failed that cannot */
+	INJECT_FAILED,	    /* a ptrace call failed that never should */
 };
 
-/* A call to make, and what the kernel answered: -errno. */
+/* A call to make, and its result: -errno for an error. */
 struct inject_call {
 	int64_t nr;
 	uint64_t arg[6];
 	int64_t ret;
 };
 
-/* What a thread had when it was stopped, and all that leads back to that. */
+/* The state of a thread when it was stopped, and all that leads back to it. */
 struct tracee {
 	pid_t pid;
 	int pidfd;
 	struct user_regs_struct regs; /* to be restored */
-	uint64_t mask;		      /* of blocked signals */
+	uint64_t mask;		      /* blocked signals */
 	unsigned char fp[16384];      /* arch_fp_regset */
 	size_t fp_len;
 	uint64_t syscall_ret, sigreturn; /* addresses of instructions */
 	uint64_t frame;			 /* address of the frame in the process */
 	unsigned char *image;		 /* the frame */
-	unsigned char *before;		 /* what was there */
+	unsigned char *before;		 /* what was there before */
 	size_t frame_len;
-	uint64_t low, low_end; /* the pages it lies in, if not just below the stack pointer */
+	uint64_t low, low_end; /* the pages that the frame lies in, if not just below the stack pointer */
 	bool entered;	       /* the registers are not the thread's own */
 };
 
 /* ---- arch/ ---- */
 
-/* The register set of ptrace(2) that has all that a signal frame has besides the registers of struct user_regs_struct. */
+/* The register set of ptrace(2) that has everything in a signal frame that struct user_regs_struct has not. */
 extern const int arch_fp_regset;
 
-/* Whether it may be held where it was stopped; and makes a call that says EINTR for every stop one that goes on. */
+/* Whether the thread may be held where it was stopped. If it is in a call that returns EINTR for every stop, changes
+ * t->regs so that the call goes on. */
 enum inject_error arch_check(struct tracee *t);
-/* The registers for a call. */
+/* The registers that make a call. */
 struct user_regs_struct arch_call(const struct tracee *t, const struct inject_call *call);
 int64_t arch_result(const struct user_regs_struct *regs);
-/* Builds the frame for `top`, the highest address that it may lie below, into t->image. */
+/* Builds the frame in t->image. It must lie below `top`. */
 enum inject_error arch_frame(struct tracee *t, uint64_t top);
-/* Bytes that arch_frame() needs below `top`. */
+/* How many bytes arch_frame() needs below `top`. */
 size_t arch_frame_size(const struct tracee *t);
 /* The first address below the stack that nobody uses. */
 uint64_t arch_stack_free(const struct tracee *t);
-/* Finds the instructions in `text`, which lies at `at` in the process; those that are known already are kept. */
+/* Looks for the instructions in `text`, which lies at `at` in the process. Those already found are kept. */
 void arch_find(struct tracee *t, const unsigned char *text, size_t len, uint64_t at);
-#define ARCH_LONGEST 9 /* bytes of the longest of these */
-/* Whether they still are where they were found. */
+#define ARCH_LONGEST 9 /* length of the longest of these instructions */
+/* Whether the instructions still are where they were found. */
 bool arch_verify(const struct tracee *t);
-/* Which argument of a call holds its timeout, when the call says EINTR for every stop; -1: none. */
+/* Which argument holds the timeout of a call that returns EINTR for every stop; -1: none. */
 int arch_timeout(int64_t nr, const uint64_t arg[6]);
 
 /* ---- frame.c ---- */
 
-/* Finds the instructions, in a process that runs. */
+/* Finds the instructions while the process runs. */
 enum inject_error find_instructions(struct tracee *t);
 /* Finds a place for the frame and puts it there. */
 enum inject_error put_frame(struct tracee *t);
@@ -111,24 +112,25 @@ bool read_from(const struct tracee *t, uint64_t at, void *to, size_t len);
 
 /* ---- settle.c ---- */
 
-/* Waits, if it has to, for a moment at which a stop is not noticed. */
+/* Waits, if necessary, for a moment at which a stop goes unnoticed. */
 void settle(pid_t pid);
 
 /* ---- trace.c ---- */
 
-/* Stops the first thread; nothing is changed before INJECT_OK, and then end() must follow. */
+/* Stops the first thread. On INJECT_OK, end() must follow; on an error nothing was changed. */
 enum inject_error begin(struct tracee *t);
-/* Makes a call. An error: the process is as it will be without us, and end() need not follow. */
+/* Makes a call. After an error the process runs as if we were gone, and end() need not follow. */
 enum inject_error make_call(struct tracee *t, struct inject_call *call);
 enum inject_error end(struct tracee *t);
-/* Frees what it allocated, at the end of all. */
+/* Frees what the others allocated; call it last. */
 void forget(struct tracee *t);
 /* Runs `work` on a thread that ends afterwards. */
 enum inject_error on_own_thread(enum inject_error (*work)(void *), void *what);
 
 /* ---- headroom.c ---- */
 
-/* Bytes that the process could be given without anybody being killed for it; 0 and *unseen when that is not known. */
+/* How many bytes the process could be given without anybody being killed for it; 0 with *unseen if that is not
+ * known. */
 uint64_t headroom_of(pid_t pid, bool *unseen);
 
 #endif

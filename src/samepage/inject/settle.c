@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * When to stop a thread. One that waits in a call which says EINTR for every stop, and for a limited time, makes that call
- * again afterwards and waits for all of the time again (inject.h). If it has only just begun, nobody notices: so it is
- * waited until the thread has run, which for one that waits in a loop comes to the same.
+ * When to stop a thread. A thread may wait, for a limited time, in a call that returns EINTR for every stop. After a
+ * stop it makes that call again and waits for the whole time again (inject.h). If it has only just begun the wait,
+ * nobody notices. So settle() waits until the thread has run; a thread that waits in a loop has then just begun its
+ * next wait.
  */
 #define _GNU_SOURCE
 #include "inject.h"
@@ -13,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define WAIT_MS 1000 /* after which it is stopped all the same: it waits for longer than that */
+#define WAIT_MS 1000 /* the thread is stopped after that all the same: its wait is longer */
 
 static bool read_file(pid_t pid, const char *name, char *text, size_t size)
 {
@@ -43,7 +44,7 @@ static bool waits_for_a_time(pid_t pid)
 	       arch_timeout(nr, arg) >= 0;
 }
 
-/* How often it has gone to sleep. */
+/* How often the thread has gone to sleep. */
 static unsigned long sleeps(pid_t pid)
 {
 	unsigned long n = 0;

@@ -16,8 +16,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PATIENCE_NS 5000000000ULL /* for a thread to come out of the kernel */
-#define TRIES 200		  /* for a thread that is where it must not be held */
+#define PATIENCE_NS 5000000000ULL /* how long to wait for a thread to come out of the kernel */
+#define TRIES 200		  /* for a thread that is at a place where it must not be held */
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 #ifndef PTRACE_EVENT_STOP
 #define PTRACE_EVENT_STOP 128
@@ -38,7 +38,7 @@ static void nap(long ns)
 
 /* ---- stops ------------------------------------------------------------------------------------------ */
 
-/* The next stop of the thread, as waitpid() has it. */
+/* Waits for the next stop of the thread. *status is waitpid()'s. */
 static enum inject_error next_stop(const struct tracee *t, int *status)
 {
 	uint64_t until = now_ns() + PATIENCE_NS;
@@ -69,7 +69,7 @@ static bool is_syscall(int status)
 	return !(status >> 16) && WSTOPSIG(status) == SYSCALL_STOP;
 }
 
-/* Has the thread go on from the stop `status`, with the signal that it was stopped for. */
+/* Lets the thread go on from the stop `status`, with the signal that it was stopped for. */
 static enum inject_error resume(const struct tracee *t, int how, int status)
 {
 	bool signal = !(status >> 16) && WSTOPSIG(status) != SYSCALL_STOP;
@@ -79,7 +79,7 @@ static enum inject_error resume(const struct tracee *t, int how, int status)
 	return INJECT_OK;
 }
 
-/* Has the thread go on until it stops where it looks for signals: the only place where registers are restored. */
+/* Lets the thread go on until it stops where it looks for signals: registers are restored only there. */
 static enum inject_error until_event(const struct tracee *t, int how, int *status)
 {
 	enum inject_error err;
@@ -94,7 +94,7 @@ static enum inject_error until_event(const struct tracee *t, int how, int *statu
 	}
 }
 
-/* Has the thread go on from `*status` until the next stop at a system call. */
+/* Lets the thread go on from `*status` until the next stop at a system call. */
 static enum inject_error until_syscall(const struct tracee *t, int *status)
 {
 	enum inject_error err;
@@ -143,7 +143,7 @@ static enum inject_error get_state(struct tracee *t)
 
 /* ---- the operation ---------------------------------------------------------------------------------- */
 
-/* Whether it is the process that was meant: its number could be another's by now. */
+/* Whether this is the process that was meant: its pid could be another's by now. */
 static bool is_same(const struct tracee *t)
 {
 	return !syscall(SYS_pidfd_send_signal, t->pidfd, 0, NULL, 0);
@@ -181,7 +181,7 @@ static enum inject_error seize(struct tracee *t)
 		err = get_state(t);
 	if (!err)
 		err = arch_check(t);
-	/* At once: until then a tracer that is killed leaves a call interrupted that says so. */
+	/* Do this at once: if the tracer is killed before, an interrupted call returns EINTR. */
 	if (!err && !set_regs(t, &t->regs))
 		err = INJECT_FAILED;
 	if (err)
@@ -189,7 +189,7 @@ static enum inject_error seize(struct tracee *t)
 	return err;
 }
 
-/* From here on the thread, let go, makes `call` and returns by the frame. */
+/* From here on the thread, if it is let go, makes `call` and returns by the frame. */
 static enum inject_error enter(struct tracee *t, const struct inject_call *call)
 {
 	struct user_regs_struct regs = arch_call(t, call);
@@ -238,7 +238,7 @@ enum inject_error make_call(struct tracee *t, struct inject_call *call)
 {
 	struct user_regs_struct regs;
 	enum inject_error err;
-	int status = PTRACE_EVENT_STOP << 16 | SIGTRAP << 8 | 0x7f; /* as one that brings no signal */
+	int status = PTRACE_EVENT_STOP << 16 | SIGTRAP << 8 | 0x7f; /* a stop that brings no signal */
 
 	err = enter(t, call);
 	if (!err)
@@ -262,7 +262,7 @@ enum inject_error end(struct tracee *t)
 		err = resume(t, PTRACE_CONT, status);
 		if (!err)
 			err = until_event(t, PTRACE_CONT, &status);
-		/* In this order: a thread that is let go in between has its mask, and returns by the frame. */
+		/* In this order: if the thread is let go in between, it has its mask and returns by the frame. */
 		if (!err && (!set_mask(t, t->mask) || !set_regs(t, &t->regs)))
 			err = INJECT_FAILED;
 		t->entered = false;

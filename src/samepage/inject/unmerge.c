@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Unmerging what the kernel's KSM merged, in a process's name, without ever waking the OOM killer.
+ * Unmerges what the kernel's KSM merged, in the name of a process, without ever waking the OOM killer.
  *
- * MADV_UNMERGEABLE copies all merged pages of a range, whatever there is: in a memory cgroup that is full the first copy too many
- * ends in the OOM killer. So the range is cut into batches, and before each it is looked whether the memory is there
- * (headroom.c), with the process held already, so that as little as can be lies between the look and the copies.
- * If it is not there: ENOMEM, and nothing is asked of the kernel.
+ * MADV_UNMERGEABLE copies all merged pages of a range, however little memory there is: in a full memory cgroup, the
+ * first copy too many ends in the OOM killer. So the range is cut into batches, and before each batch headroom.c looks
+ * whether the memory is there. The process is held already by then, so that as little time as possible passes between
+ * the look and the copies. If the memory is not there, the answer is ENOMEM, and the kernel is not asked.
  *
- * The kernel takes VM_MERGEABLE off a range only when all of it was copied. So at each moment memory with merged pages is
- * mergeable, and what is not has none. With `keep` each batch is made mergeable again at once.
+ * The kernel clears VM_MERGEABLE of a range only when all of it was copied. So at each moment memory with merged pages
+ * is mergeable, and memory that is not mergeable has no merged pages. With `keep`, each batch is made mergeable again
+ * at once.
  */
 #define _GNU_SOURCE
 #include "inject.h"
@@ -23,11 +24,13 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-#define NEAR_STEP (256UL << 10) /* near the limit: copied after one look */
-#define NEAR_EACH (32ULL << 20) /* near: less than this, and the reserve, for each CPU that could take it meanwhile */
-#define OVERHEAD (256ULL << 10) /* more than the kernel needs for page tables and mappings */
+#define NEAR_STEP (256UL << 10) /* near the limit: bytes copied after one look */
+#define NEAR_EACH                                                                                                      \
+	(32ULL << 20)		/* near the limit: less than this, beside the reserve, for each CPU that could take
+				 * memory meanwhile */
+#define OVERHEAD (256ULL << 10) /* more than the kernel takes for page tables and mappings */
 
-/* Addresses of one mapping, and how many bytes of it are merged at most. */
+/* Addresses within one mapping, and how many bytes of it are merged at most. */
 struct range {
 	uint64_t start, end, merged;
 };
@@ -42,7 +45,7 @@ struct unmerging {
 	/* answered */
 	uint64_t done; /* ranges that are finished */
 	uint64_t needed, available;
-	int64_t error; /* an errno; EAGAIN: the process was held for long enough, call again with the rest */
+	int64_t error; /* an errno; EAGAIN: the process was held long enough, call again with the rest */
 	uint64_t unseen;
 };
 
@@ -54,7 +57,7 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
-/* Whether there is memory for a batch. 0 or ENOMEM. *near: others could take it while it is being copied. */
+/* Whether there is memory for a batch. Returns 0 or ENOMEM. *near: others could take the memory during the copy. */
 static int look(struct unmerging *u, uint64_t bytes, bool *near)
 {
 	bool unseen;
@@ -71,12 +74,12 @@ static enum inject_error advise(struct tracee *t, uint64_t start, uint64_t end, 
 	struct inject_call call = {SYS_madvise, {start, end - start, (uint64_t)advice}, 0};
 	enum inject_error failed = make_call(t, &call);
 
-	/* A signal that is waiting interrupts it: what was copied is copied. */
+	/* A pending signal interrupts the call; what was copied stays copied. */
 	*err = call.ret == -RESTART_SYSCALL || call.ret == -EINTR ? EAGAIN : -call.ret;
 	return failed;
 }
 
-/* One batch of one range. */
+/* Unmerges one batch of one range. */
 static enum inject_error unmerge_batch(struct unmerging *u, struct tracee *t, uint64_t start, uint64_t end)
 {
 	enum inject_error failed = advise(t, start, end, MADV_UNMERGEABLE, &u->error);
@@ -96,7 +99,7 @@ static enum inject_error unmerge_range(struct unmerging *u, struct tracee *t, co
 	u->error = look(u, r->merged, &near);
 	if (!u->error && !near)
 		return unmerge_batch(u, t, r->start, r->end);
-	/* A part of it may still go. */
+	/* A part of the range may still go. */
 	while (!failed && at < r->end) {
 		uint64_t end = r->end - at < NEAR_STEP ? r->end : at + NEAR_STEP;
 
@@ -136,18 +139,18 @@ static enum inject_error unmerge(void *arg)
 	return err;
 }
 
-/* enum inject_error, and the rest in *u. */
+/* Returns an enum inject_error; the rest of the answer is in *u. */
 EXPORT int samepage_inject_unmerge(struct unmerging *u)
 {
 	bool near;
 
 	u->done = 0;
-	/* To hold a process may take a page of its stack. */
+	/* Holding a process may take a page of its stack. */
 	u->error = look(u, 0, &near);
 	return u->error ? INJECT_OK : (int)on_own_thread(unmerge, u);
 }
 
-/* What there is for a process, and whether that is known. */
+/* How much memory there is for a process, and whether that is known. */
 EXPORT uint64_t samepage_inject_headroom(pid_t pid, int *unseen)
 {
 	bool not_seen;

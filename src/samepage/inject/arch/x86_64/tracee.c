@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What of making a call in another's name is x86-64's (inject.h). */
+/* The part of making a call in another's name that depends on x86-64 (inject.h). */
 #define _GNU_SOURCE
 #include "inject.h"
 
@@ -11,8 +11,8 @@
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 
-#define USER_CS 0x33	      /* of 64-bit code */
-#define USER_END (1ULL << 56) /* five levels of page tables; the vsyscall page lies above */
+#define USER_CS 0x33	      /* the code segment of 64-bit code */
+#define USER_END (1ULL << 56) /* with five levels of page tables; the vsyscall page lies above it */
 #define RED_ZONE 128
 #define SYSCALL_LEN 2
 #define RESTART_NO_INTR 513
@@ -33,7 +33,7 @@ struct dispatch_config {
 	uint64_t mode, selector, offset, len;
 };
 
-/* What the thread announces in struct rseq, when it is in a section that must not be interrupted. */
+/* What a thread announces in struct rseq while it is in a section that must not be interrupted. */
 struct section {
 	uint32_t version, flags;
 	uint64_t start, len, abort;
@@ -48,7 +48,7 @@ static bool in_syscall(const struct user_regs_struct *regs)
 	return (int64_t)regs->orig_rax >= 0;
 }
 
-/* Whether the kernel is to make the call again when the thread goes on. */
+/* Whether the kernel is going to make the call again when the thread goes on. */
 static bool restarts(const struct user_regs_struct *regs)
 {
 	int64_t ret = -(int64_t)regs->rax;
@@ -57,8 +57,8 @@ static bool restarts(const struct user_regs_struct *regs)
 	       (ret == RESTART_SYSCALL || ret == RESTART_NO_INTR || ret == RESTART_NO_HANDLER || ret == RESTART_BLOCK);
 }
 
-/* Whether it is in a restartable sequence, which the kernel has start anew when a thread was stopped in it, going by the
- * registers, and so by ours. */
+/* Whether it is in a restartable sequence. The kernel restarts the sequence of a thread that was stopped in it, going
+ * by the registers, and so by those that we set. */
 static bool in_section(const struct tracee *t)
 {
 	struct rseq_config config = {0};
@@ -72,8 +72,8 @@ static bool in_section(const struct tracee *t)
 	return !read_from(t, at, &section, sizeof(section)) || t->regs.rip - section.start < section.len;
 }
 
-/* Calls that end with EINTR in a thread that was only stopped (signal(7)), though nothing was done yet: they may be made
- * again. The argument that holds the time to wait, if there is one. */
+/* Calls that return EINTR in a thread that was only stopped (signal(7)), although nothing was done yet, so they may be
+ * made again. `timeout` is the argument that holds the time to wait, if there is one. */
 static const struct {
 	int64_t nr;
 	int timeout;
@@ -120,11 +120,12 @@ enum inject_error arch_check(struct tracee *t)
 	if (regs->cs != USER_CS)
 		return INJECT_OTHER_BITS;
 	if (regs->rip >= USER_END || regs->rsp >= USER_END)
-		return INJECT_BUSY; /* in a vsyscall, which the kernel makes for it */
+		return INJECT_BUSY; /* in a vsyscall, which the kernel carries out for it */
 	if (!ptrace(GET_DISPATCH, t->pid, sizeof(dispatch), &dispatch) && dispatch.mode)
 		return INJECT_DISPATCHED;
 	if (in_syscall(regs)) {
-		/* The kernel has forgotten that it was `int $0x80` when the thread goes on from ours. */
+		/* If the call was made by `int $0x80`, the kernel has forgotten that by the time the thread goes on
+		 * from our call. */
 		if (!read_from(t, regs->rip - SYSCALL_LEN, insn, sizeof(insn)) || insn[0] != 0x0f || insn[1] != 0x05)
 			return INJECT_BUSY;
 		if ((int64_t)regs->rax == -EINTR && may_be_made_again((int64_t)regs->orig_rax))
@@ -142,7 +143,7 @@ struct user_regs_struct arch_call(const struct tracee *t, const struct inject_ca
 	struct user_regs_struct regs = t->regs;
 
 	regs.rax = (uint64_t)call->nr;
-	regs.orig_rax = ~0ULL; /* nothing to be made again */
+	regs.orig_rax = ~0ULL; /* no call to make again */
 	regs.rdi = call->arg[0];
 	regs.rsi = call->arg[1];
 	regs.rdx = call->arg[2];
@@ -162,7 +163,7 @@ int64_t arch_result(const struct user_regs_struct *regs)
 /* ---- the instructions ------------------------------------------------------------------------------- */
 
 static const unsigned char syscall_ret[] = {0x0f, 0x05, 0xc3};
-/* mov $15, %rax; syscall, in two ways to write it: glibc's and musl's, Go's */
+/* mov $15, %rax; syscall, as glibc and musl write it, and as Go does */
 static const unsigned char sigreturn_long[] = {0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05};
 static const unsigned char sigreturn_short[] = {0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05};
 
@@ -213,7 +214,7 @@ struct sw_bytes {
 	uint32_t xstate_size, padding[7];
 };
 
-/* What rt_sigreturn() reads: struct rt_sigframe of arch/x86, without the siginfo. */
+/* What rt_sigreturn() reads: struct rt_sigframe of arch/x86 without the siginfo. */
 struct frame {
 	uint64_t pretcode;
 	uint64_t flags, link;
@@ -226,12 +227,13 @@ static uint64_t xfeatures(const struct tracee *t)
 {
 	uint64_t mask, used;
 
-	memcpy(&mask, t->fp + SW_RESERVED, sizeof(mask)); /* what the kernel has switched on */
+	memcpy(&mask, t->fp + SW_RESERVED, sizeof(mask)); /* the features that the kernel has switched on */
 	memcpy(&used, t->fp + XSTATE_BV, sizeof(used));
-	return used & AMX ? mask : mask & ~AMX; /* the kernel takes no tiles of a process that has not asked for them */
+	return used & AMX ? mask : mask & ~AMX; /* the kernel accepts no tiles of a process that has not asked for
+						 * them */
 }
 
-/* Bytes of the image of these features: as long as the last of them reaches. */
+/* Length of the image of these features: up to the end of the last one. */
 static uint32_t xstate_size(const struct tracee *t)
 {
 	uint64_t mask = xfeatures(t);
@@ -253,9 +255,9 @@ size_t arch_frame_size(const struct tracee *t)
 	return sizeof(struct frame) + xstate_size(t) + sizeof(uint32_t) + 64 + 16;
 }
 
-/* The number of the call that is made again. One that was interrupted twice is restart_syscall(2), which only the kernel
- * can make again, and a return by a signal frame ends that with EINTR. What it was first stands in the code before it,
- * where a compiler puts it: mov $nr, %eax. Its time to wait begins anew then. */
+/* The number of the call to make again. A call that was interrupted twice has become restart_syscall(2), which only the
+ * kernel can make again, and a return by a signal frame ends it with EINTR. The original number is in the code before
+ * the call, where a compiler puts it: mov $nr, %eax. Its time to wait then begins anew. */
 static uint64_t first_number(const struct tracee *t)
 {
 	unsigned char code[5];
@@ -271,7 +273,8 @@ static uint64_t first_number(const struct tracee *t)
 	return t->regs.orig_rax;
 }
 
-/* The registers that the thread would have gone on with. A call that would have been made again is. */
+/* The registers with which the thread would have gone on. If the kernel would have made a call again, the thread
+ * does. */
 static struct sigcontext context(const struct tracee *t, uint64_t fp)
 {
 	const struct user_regs_struct *r = &t->regs;
