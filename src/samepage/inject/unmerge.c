@@ -25,9 +25,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 #define NEAR_STEP (256UL << 10) /* near the limit: bytes copied after one look */
-#define NEAR_EACH                                                                                                      \
-	(32ULL << 20)		/* near the limit: less than this, beside the reserve, for each CPU that could take
-				 * memory meanwhile */
+#define NEAR_EACH (32ULL << 20) /* near the limit: less than this for each CPU, beside the reserve */
 #define OVERHEAD (256ULL << 10) /* more than the kernel takes for page tables and mappings */
 
 /* Addresses within one mapping, and how many bytes of it are merged at most. */

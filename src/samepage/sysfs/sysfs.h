@@ -2,17 +2,17 @@
 /*
  * samepage-sysfs: the files of /sys/kernel/mm/ksm for programs that know the kernel's KSM, in a mount of its own.
  *
- * It knows nothing of KSM. Names and modes of the files come from whoever starts it (mount.py); what is in them, and
- * what a write does, is the service's business (files.py), which is asked over its control socket. What is decided
- * here is how long anybody waits:
+ * It knows nothing of KSM. The names and modes of the files come from mount.py, which starts it. What is in the files
+ * and what a write does, it asks the service (ksm_files.py) over the control socket. All that it decides itself is how
+ * long anybody waits:
  *
  * - One thread answers the kernel, and never waits for the service. A request that has to is given to a thread
  *   of its own, so `echo 2 > run` may take minutes and can be interrupted, and everybody else is served meanwhile.
  * - A read waits TIMEOUT_MS for the service, and then fails with ETIMEDOUT; for a while after that, all do at once.
  * - When the service is gone the mount goes too: its pidfd tells.
  *
- * Why C: a scraper of 24 files ten times a second sends 1,200 requests a second. docs/ksm-interface.md has what that costs
- * with this, and with libraries for Python.
+ * Why C: a scraper that reads 24 files ten times a second sends 1,200 requests a second. docs/ksm-interface.md says
+ * what that costs with this program, and with libraries for Python.
  *
  * Files: main.c (mounts), tree.c (answers the kernel), jobs.c (what has to wait), service.c (asks the service, keeps
  * snapshots).
@@ -35,8 +35,8 @@
 #define NAME_SIZE 64
 #define TEXT_SIZE 512 /* a file's content, and a NUL */
 #define PIDS_MAX 16384
-#define TIMEOUT_MS 2000	 /* a service that is this long silent is stuck */
-#define STARTUP_MS 30000 /* but not before its first answer: it may be loading still, on a busy machine */
+#define TIMEOUT_MS 2000	 /* a service that is silent for this long is stuck */
+#define STARTUP_MS 30000 /* but until its first answer it may still be loading, on a busy machine */
 
 struct file {
 	char name[NAME_SIZE];
@@ -65,26 +65,26 @@ struct job {
 	char data[];
 };
 
-/* Has `work` done in another thread, so that this one need not wait. */
+/* Runs `work` in another thread, so that this one need not wait. */
 void detach(void (*work)(struct job *), fuse_req_t req, fuse_ino_t ino, size_t size, off_t off,
 	    const struct fuse_file_info *fi, const char *data);
 
-/* All of these return 0 or a negative errno: what the service said, ETIMEDOUT when it says nothing, ENODEV when it is not
- * there, EIO when it talks nonsense, EINTR when whoever sent `req` was interrupted. */
+/* All of these return 0 or a negative errno: what the service said; ETIMEDOUT if it says nothing; ENODEV if it is gone;
+ * EIO if it talks nonsense; EINTR if the sender of `req` was interrupted. */
 
-/* What is in files[index], for the thread `reader`. With `req` NULL it does not wait, but returns -EAGAIN. */
+/* Reads files[index] for the thread `reader`. If `req` is NULL it does not wait, but returns -EAGAIN. */
 int service_show(unsigned index, pid_t reader, fuse_req_t req, char text[TEXT_SIZE]);
 
-/* What is in the file `name` of /proc/PID. */
+/* Reads the file `name` of /proc/PID. */
 int service_show_process(pid_t pid, const char *name, fuse_req_t req, char text[TEXT_SIZE]);
 
-/* The processes that have joined; returns how many of them are in `pids`. */
+/* Fills `pids` with the processes that have joined, and returns how many they are. */
 int service_processes(fuse_req_t req, pid_t pids[PIDS_MAX]);
 
-/* Write to files[index]. Takes as long as it takes, but not when the service is stuck. */
+/* Writes to files[index]. It may take long, but gives up on a service that is stuck. */
 int service_store(unsigned index, const char *data, size_t size, fuse_req_t req);
 
-/* Where the service listens; once, before all else. */
+/* Says where the service listens. Call it once, before all else. */
 int service_at(const char *path);
 
 #endif

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Work that an application's thread hands to the agent's, since only that has the descriptors.
+ * Work that an application's thread hands to the agent's thread, which alone has the descriptors.
  *
- * The caller must be able to wake the thread without any of the thread's descriptors, without a descriptor to spare, and
- * without permission for /proc, which a process that changed its user has lost. So it sends a signal, which every thread may
- * send to any other of its process. The thread, which has blocked all signals, reads it from a signalfd, beside its socket.
+ * The caller must be able to wake the thread without any of the thread's descriptors, without a descriptor to spare,
+ * and without permission for /proc, which a process that changed its user has lost. So it sends a signal, which every
+ * thread may send to any other thread of its process. The agent's thread has all signals blocked, and reads it from a
+ * signalfd that it polls beside its socket.
  */
 #include "base/real.h"
 #include "kernel/kernel.h"
@@ -19,18 +20,19 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
-/* SIGSETXID, libc's own: no program can wait for it. A signalfd reads what was sent to the process as well as to its thread,
- * so of any other signal it would take away what a program that has blocked it everywhere waits for. */
+/* SIGSETXID, which is libc's own: no program can wait for it. Any other signal would be unsafe: a signalfd also reads
+ * signals sent to the whole process, so it would take away those that a program has blocked everywhere and waits
+ * for. */
 #define WAKE_SIGNAL 33
 #define LEADER_CHECK_MS 1000
 
 enum { FREE, POSTED, TAKEN, DONE_CALL };
 
-static struct mutex call_lock; /* one caller at a time */
+static struct mutex call_lock; /* held by the one caller */
 static struct {
 	void (*fn)(void *arg);
 	void *arg;
-	_Atomic uint32_t state; /* also what the caller sleeps on */
+	_Atomic uint32_t state; /* the caller sleeps on it */
 } call;
 
 static int wake_fd = -1;	    /* the thread's signalfd */
@@ -41,7 +43,7 @@ void thread_wake(void)
 	raw_syscall(SYS_tgkill, thread.owner, atomic_load(&thread.tid), WAKE_SIGNAL, 0, 0, 0);
 }
 
-/* Takes back a call that the thread has not begun. False: it has, and will end it. */
+/* Takes back a call that the thread has not begun. False: the thread has begun it, and will finish it. */
 static bool withdraw(void)
 {
 	uint32_t posted = POSTED;
@@ -62,7 +64,8 @@ int agent_call(void (*fn)(void *arg), void *arg)
 	}
 	if (!thread_is_here())
 		return -ENOTCONN;
-	/* A signal handler that called again would wait for itself; a cancelled thread would keep the lock. */
+	/* Block signals: a handler that made a call would wait for itself, and a cancelled thread would keep the
+	 * lock. */
 	block_signals(&saved);
 	mutex_lock(&call_lock);
 	tid = atomic_load(&taking_tid);
@@ -72,7 +75,7 @@ int agent_call(void (*fn)(void *arg), void *arg)
 		atomic_store(&call.state, POSTED);
 		thread_wake();
 		while ((state = atomic_load(&call.state)) != DONE_CALL) {
-			/* The thread may have ended before it came to this; the next one must not find it. */
+			/* The thread may have ended before it came to this call; the next thread must not find it. */
 			if (state == POSTED && atomic_load(&taking_tid) != tid && withdraw()) {
 				err = -ENOTCONN;
 				break;
@@ -106,7 +109,8 @@ static void calls_abandon(void)
 	futex_wake(&call.state);
 }
 
-/* The thread's descriptors are the application's by now, so it ends. What is in the windows stays there. */
+/* The descriptors in the thread's table are the application's by now, so the thread ends. What is in the windows stays
+ * there. */
 static void descriptors_lost(void)
 {
 	thread_retires();
@@ -148,8 +152,8 @@ void calls_forget(void)
 	descriptors_forget();
 }
 
-/* A main thread that ends by the bare system call leaves the process to its other threads, and the last of them ends it.
- * That must not wait for this one. (libc, which counts threads and does not know of this one, ends the process.) */
+/* If the main thread ends by the bare system call, the process lives until its other threads have ended, and must not
+ * wait for this one. (libc counts its own threads and ends the process without counting this one.) */
 static void end_if_alone(void)
 {
 	char buf[2048];
@@ -158,8 +162,8 @@ static void end_if_alone(void)
 	size_t len;
 	ssize_t got;
 
-	/* glibc gives every thread one, and the kernel forgets it when the thread ends: a tenth of the time that the file takes,
-	 * and mostly enough. */
+	/* glibc gives every thread a robust list, and the kernel forgets it when the thread ends. Asking takes a tenth
+	 * of the time that reading the file takes, and is mostly enough. */
 	if (!real.syscall(SYS_get_robust_list, thread.owner, &robust, &len) && robust)
 		return;
 	got = read_file("/proc/self/status", buf, sizeof(buf) - 1);
@@ -181,7 +185,7 @@ short wait_for(int fd, short events, int timeout_ms)
 	struct timespec now;
 
 	if (poll(p, 2, timeout_ms < LEADER_CHECK_MS ? timeout_ms : LEADER_CHECK_MS) < 0) {
-		/* RLIMIT_NOFILE came to be less than two, say: look now and then. */
+		/* RLIMIT_NOFILE may have become less than two, say: look now and then. */
 		real.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &nap, NULL);
 		p[0].revents = p[1].revents = 0;
 	}
@@ -189,11 +193,11 @@ short wait_for(int fd, short events, int timeout_ms)
 		return 0;
 	while (p[0].revents && read(wake_fd, &drain, sizeof(drain)) > 0)
 		;
-	/* Also when nobody woke us: a signal that the kernel dropped costs a moment, and not the call. */
+	/* Do this even if nobody woke us: if the kernel dropped a signal, the call is only late, not lost. */
 	take_call();
 	if (unstopped_killed())
 		thread_retires();
-	/* By the clock: a service in a hurry leaves no pause to do it in. */
+	/* Go by the clock: a service in a hurry leaves no pauses. */
 	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
 	if (now.tv_sec != looked) {
 		looked = now.tv_sec;

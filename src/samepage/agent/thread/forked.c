@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the agent is in a forked child: it has no thread yet, and none of the parent's descriptors. */
+/* The agent in a forked child: it has no thread yet, and none of the parent's descriptors. */
 #include "base/area.h"
 #include "base/lock.h"
 #include "base/planes.h"
@@ -8,7 +8,7 @@
 #include "pages/pages.h"
 #include "thread/peer.h"
 
-static _Atomic int64_t fork_ms; /* when the last fork was, 0: never */
+static _Atomic int64_t fork_ms; /* when the last fork was; 0: never */
 
 void note_fork(void)
 {
@@ -22,8 +22,9 @@ uint32_t ms_since_fork(void)
 	return ms < UINT32_MAX ? (uint32_t)ms : UINT32_MAX;
 }
 
-/* The kernel locks nothing of a child's. What the program kept from its children is not mapped here, and libc may map
- * something else there; what was to be wiped, the kernel wiped, but for what is a segment's. */
+/* Memory locks are not inherited. What the program kept from its children (MADV_DONTFORK) is not mapped here, and libc
+ * may map something else there. What it wants wiped in children (MADV_WIPEONFORK), the kernel wiped, except for what is
+ * mapped from segments. */
 static void inherit_areas(void)
 {
 	uintptr_t end;
@@ -38,7 +39,7 @@ static void inherit_areas(void)
 	}
 }
 
-/* The thread, its descriptors and what hung on them stayed in the parent. */
+/* The thread, its descriptors and all that depended on them stayed in the parent. */
 static void begin_anew(bool may_start_thread)
 {
 	life = (struct mutex){0};
@@ -62,7 +63,7 @@ void forked(bool plain)
 {
 	mmap_lock_reinit();
 	atomic_store(&fork_ms, 0);
-	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* whoever was about it stayed behind */
+	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* the thread that was unmerging stayed in the parent */
 	inherit_areas();
 	begin_anew(!plain);
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the agent's thread does: it joins the service, answers its requests one at a time, and joins again when the service
- * went and came back. Its descriptors live in a file table of its own (see thread.c).
+ * What the agent's thread does: it joins the service, answers its requests one at a time, and joins again if the
+ * service goes and comes back. Its descriptors are in a file table of its own (thread.c).
  */
 #include "thread/peer.h"
 #include "base/lock.h"
@@ -26,20 +26,20 @@
 #include <time.h>
 #include <unistd.h>
 
-#define REJOIN_MS 200	   /* between two attempts to join; from one refusal to the next twice as long, */
+#define REJOIN_MS 200	   /* between two attempts to join; doubled after each refusal, */
 #define REJOIN_MAX_MS 3200 /* up to this */
-#define SERVED_MS 1000	   /* how long nobody may ask before it is looked round */
+#define SERVED_MS 1000	   /* how long to wait for a request before looking around */
 #define FORK_DELAY_MS 50   /* most forked children exec at once, and are not worth a connection */
 
 struct peer peer = {.attached = -1, .sock = -1};
 
-/* Called by the constructor: the service that the environment names, joined once there is an area. */
 void agent_configure(const char *path, const char *domain)
 {
 	if (!path || strlen(path) >= sizeof(peer.path))
 		return;
 	strcpy(peer.path, path);
-	/* What is too long is no name: the service turns the process away, for it must not be in another domain. */
+	/* A name that is too long is invalid: send "?", so that the service refuses the process. It must not end up in
+	 * another domain. */
 	if (domain)
 		strcpy(peer.domain, strlen(domain) < sizeof(peer.domain) ? domain : "?");
 	thread_note_defaults();
@@ -58,7 +58,7 @@ void peer_forget(void)
 
 /* ---- joining ----------------------------------------------------------------------------------------- */
 
-/* Whether users that have no id in this user namespace all seem to be `uid`. */
+/* Whether `uid` is the one that stands for all users without an id in this user namespace. */
 static bool is_anybody(uid_t uid)
 {
 	char map[256] = "", overflow[16] = "";
@@ -69,11 +69,11 @@ static bool is_anybody(uid_t uid)
 		strcpy(overflow, "65534");
 	if (uid != strtoul(overflow, NULL, 10))
 		return false;
-	/* One line that maps every id there is to itself: nobody is without. */
+	/* If one line maps every id to itself, no user is without an id. */
 	return got <= 0 || strtoul(at, &at, 10) || strtoul(at, &at, 10) || strtoul(at, &at, 10) != UINT32_MAX;
 }
 
-/* Whoever serves us is told checksums of our memory: only root and our own user may. */
+/* The service gets checksums of our memory: it must be root's or our own user's. */
 static bool is_trusted(int sock)
 {
 	struct ucred peer_is;
@@ -98,7 +98,7 @@ static bool say_hello(void)
 	return transmit(SP_HELLO, 0, 0, sizeof(*hello), -1);
 }
 
-/* Says hello to whoever listens. Nothing waits for the answer: it may never come. */
+/* Connects and says hello. It does not wait for the answer, which may never come. */
 static bool connect_service(void)
 {
 	struct sockaddr_un to = {.sun_family = AF_UNIX};
@@ -110,7 +110,7 @@ static bool connect_service(void)
 	}
 	if (!peer.path[0])
 		return false;
-	if (!is_same()) { /* begun by a thread that acts for somebody else */
+	if (!is_same()) { /* started by a thread that acts for another user */
 		thread_retires();
 		return false;
 	}
@@ -120,7 +120,7 @@ static bool connect_service(void)
 	       say_hello();
 }
 
-/* The answer to hello is there. False: no such service as we know. */
+/* Reads the answer to hello. False: there is no service that we know. */
 static bool finish_handshake(void)
 {
 	struct sp_ready *ready = answer;
@@ -142,7 +142,7 @@ static bool finish_handshake(void)
 		settings.flags |= SP_WELCOME_NO_MOVE | SP_WELCOME_NO_TRACKING | SP_WELCOME_NO_MAP_QUERY;
 	if (settings.section < 1 || settings.section > SECTION_MAX)
 		settings.section = 64;
-	kernel_close(); /* closing forgets what was tracked: a new service has to be told everything */
+	kernel_close(); /* closing forgets which pages were written: a new service has to be told everything */
 	agent_mmap_lock();
 	page_forget_known();
 	agent_mmap_unlock();
@@ -157,8 +157,8 @@ static bool finish_handshake(void)
 	return true;
 }
 
-/* The service went, so nobody sleeps on a page for our sake. Should a kernel have lost a wake (see uffd_unregister for
- * one that does), it ends here at the latest. */
+/* The service is gone, so no page is away and nobody need sleep for one. If a kernel has lost a wake (uffd_unregister()
+ * knows one that does), the thread wakes here at the latest. */
 static void wake_everybody(void)
 {
 	const uintptr_t first = 1UL << 16, end = ARCH_TASK_SIZE; /* vm.mmap_min_addr */
@@ -178,13 +178,13 @@ static void disconnect(void)
 	peer.sock = -1;
 }
 
-/* The clock's time of the next attempt to join, and how long after that the one after it is. */
+/* When to try next to join, and how long after that to try once more, in ms. */
 static struct {
 	int64_t at;
 	int after;
 } next_try;
 
-/* Connects, if it is time to. Returns how many ms may pass until there is something to do here. */
+/* Connects if it is time to. Returns how many ms may pass until there is something to do here. */
 static int stay_connected(void)
 {
 	int64_t now = now_ms();
@@ -192,7 +192,8 @@ static int stay_connected(void)
 	if (peer.sock < 0 && now >= next_try.at) {
 		if (!connect_service()) {
 			disconnect();
-			next_try.after = REJOIN_MS; /* nobody is there: whoever comes is noticed soon */
+			next_try.after = REJOIN_MS; /* nobody is there: keep trying often, to notice soon when somebody
+						     * is */
 		}
 		next_try.at = now + next_try.after;
 		next_try.after = next_try.after < REJOIN_MAX_MS ? 2 * next_try.after : REJOIN_MAX_MS;
@@ -202,7 +203,7 @@ static int stay_connected(void)
 
 /* ---- the thread -------------------------------------------------------------------------------------- */
 
-/* A file table of this thread's own: empty but for an attached socket. */
+/* Gives this thread a file table of its own, empty except for an attached socket. */
 static bool isolate(void)
 {
 	const unsigned unshare_table = CLOSE_RANGE_UNSHARE; /* 5.9 */
@@ -218,7 +219,7 @@ static bool isolate(void)
 	return !chdir("/") && calls_open();
 }
 
-/* There is something to receive. False: the connection is of no more use. */
+/* Receives what is there. False: the connection is useless. */
 static bool attend(void)
 {
 	if (!atomic_load(&peer.joined))

@@ -21,29 +21,31 @@
 #define FEW_RUNS 64U
 #define FEW_SUMS ((uint32_t)SECTION_MAX)
 #define FEW_AREAS 256U
-#define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are looked at in between */
+#define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are taken after each step */
 #define RESTORE_STEP (2 * SECTION_MAX)
 
-#define VPN_LIMIT (ADDRESS_END >> PAGE_SHIFT) /* of user memory, and more: no address made of such a number wraps */
+#define VPN_LIMIT                                                                                                      \
+	(ADDRESS_END >> PAGE_SHIFT) /* beyond user memory; an address made of a smaller number does not
+					       * wrap */
 
 static bool in_user_memory(uint64_t vpn, uint64_t npages)
 {
 	return vpn < VPN_LIMIT && npages <= VPN_LIMIT - vpn;
 }
 
-/* What is sent is charged to this process's memory cgroup until the service has read it. Where there is hardly room for that,
- * answers that can go on in the next one are short: a few KiB. */
+/* What we send is charged to this process's memory cgroup until the service has read it. If there is hardly room for
+ * that, answers that can be continued in the next one are kept short: a few KiB. */
 static bool must_be_short(void)
 {
 	bool room;
 
 	agent_mmap_lock();
-	room = room_to_merge(2 * SP_MSG_MAX); /* it may send two before one is read */
+	room = room_to_merge(2 * SP_MSG_MAX); /* we may send two before one is read */
 	agent_mmap_unlock();
 	return !room;
 }
 
-/* The mergeable ranges, neighbours joined: what the service calls areas. */
+/* Lists the mergeable ranges with neighbours joined, which the service calls areas. */
 static size_t do_areas(uint64_t from_vpn)
 {
 	struct sp_areas *head = answer;
@@ -96,9 +98,9 @@ static size_t do_scan(const struct sp_scan *req)
 }
 
 /*
- * How many mappings the process has, and how many merging may bring it to. A third of vm.max_map_count is left to the program, and
- * never less than as many again as it has itself: what is broken afterwards stays cut, and to take mappings back (rejoin.c) is
- * for want alone. A page that is merged alone takes two more than there were.
+ * How many mappings the process has, and how many merging may bring it to. A third of vm.max_map_count is left to the
+ * program, and never less than as many again as it has itself: breaking leaves mappings cut, and rejoin() runs only
+ * when they are scarce. A page that is merged alone adds two mappings.
  */
 static struct sp_map_count count_mappings(void)
 {
@@ -109,7 +111,7 @@ static struct sp_map_count count_mappings(void)
 	return (struct sp_map_count){used, leave < max ? max - leave : 0};
 }
 
-/* Whether n ranges of pages lie in user memory and have answers that fit into a packet. */
+/* Whether a range of pages lies in user memory, and the answer for all of `total` fits into a packet. */
 static bool sane(uint64_t vpn, uint64_t npages, uint64_t *total)
 {
 	*total += npages;
@@ -133,11 +135,11 @@ static int do_donate(const struct sp_area *runs, size_t n, size_t *len, int *fd)
 
 _Atomic bool has_guest;
 
-#define GUEST_MS 30 /* a guest runs for so long after a slice */
+#define GUEST_MS 30 /* how long a guest runs after a slice */
 
 /*
- * Each swap has KVM take pages out of its own page tables some times over: a guest stands still meanwhile, and then faults
- * on every page. So it has most of the time to itself. The application's calls are taken meanwhile.
+ * Each swap makes KVM take pages out of its own page tables several times. Meanwhile the guest stands still, and
+ * afterwards it faults on every page. So the guest gets most of the time; the application's calls are taken meanwhile.
  */
 static bool let_guest_run(void)
 {
@@ -182,7 +184,7 @@ static int do_prove(const struct sp_prove *req, size_t n, size_t *len)
 	return 0;
 }
 
-/* A long range in steps, so that the application's calls need not wait for all of it. */
+/* Breaks a long range in steps, so that the application's calls need not wait for all of it. */
 static void do_break(const struct sp_area *range)
 {
 	uintptr_t start = range->vpn << PAGE_SHIFT, end = (range->vpn + range->npages) << PAGE_SHIFT;
@@ -196,7 +198,8 @@ static void do_break(const struct sp_area *range)
 	} while (out->error == EAGAIN && !atomic_load(&thread.stop));
 	out->pages_unmerged = sum.pages_unmerged;
 	out->cpu_ns = sum.cpu_ns;
-	if (!out->error) { /* the service now knows as much as we do; otherwise the next scan tells it */
+	if (!out->error) { /* the service now knows that nothing is merged here; after an error the next scan tells
+			    * it */
 		agent_mmap_lock();
 		page_set(PAGE_KNOWN, range->vpn, range->vpn + range->npages, false);
 		agent_mmap_unlock();
@@ -234,7 +237,6 @@ static uint64_t look_at_headroom(void)
 	return bytes;
 }
 
-/* Answers one request. False: the connection is of no more use. */
 bool serve(void)
 {
 	size_t len = 0;

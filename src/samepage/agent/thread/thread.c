@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * How the agent's thread begins and ends.
+ * How the agent's thread starts and ends.
  *
- * It begins wherever the application first has something to merge: inside malloc and its locks, inside dlopen, in a
- * signal handler, before main. So libc's pthread_create, which allocates and takes locks, is not to be had. The thread is
- * made by clone(2) itself, on a stack of its own, and libc does not know of it: what libc does for a process of
- * one thread it goes on doing, and what it does to all threads (setuid(2) and its kin) does not reach this one (identity.c).
- * In exchange the thread may use nothing of libc (system.c), but for errno, for which it has a place.
+ * It starts wherever the application first has something to merge: inside malloc and its locks, inside dlopen, in a
+ * signal handler, before main. libc's pthread_create allocates and takes locks, so it cannot be used there. The thread
+ * is made by clone(2) itself, on a stack of its own, and libc does not know of it. libc goes on treating the process as
+ * single-threaded if it was, and what libc does to all threads (setuid(2) and its relatives) does not reach this one
+ * (identity.c). In return the thread may use nothing of libc (system.c) except errno, for which it has a place.
  */
 #include "base/area.h"
 #include "base/lock.h"
@@ -23,8 +23,8 @@
 
 #define STACK_SIZE (256UL << 10)
 #define TLS_MAX (64UL << 10)
-#define WORTH_A_THREAD (16UL << 20) /* bytes that nobody named, mapped or made writable so far */
-#define END_TRIES 100		    /* of 100 ms: how long is waited for the thread's end */
+#define WORTH_A_THREAD (16UL << 20) /* bytes mapped or made writable so far that the program did not name */
+#define END_TRIES 100		    /* of 100 ms each: how long to wait for the thread's end */
 #define MASK_WORDS (8192 / 64)
 #define NODES_MAX 1024
 #define TIMER_SLACK_NS 50000L
@@ -34,15 +34,16 @@ struct mutex life;
 
 /* ---- stack and thread-local storage --------------------------------------------------------------------- */
 
-/* Compiled code finds errno at a fixed distance from the thread pointer, and at that some words of libc's. Of what libraries
- * that were there from the start keep for each thread the agent uses errno and nothing else. */
+/* Compiled code finds errno, and some words of libc's, at fixed distances from the thread pointer. Of all the
+ * thread-local variables of the libraries that were loaded at the start, the agent uses only errno. */
 static struct {
 	char *map; /* kept when the thread ends */
 	char *stack_top, *end;
 	void *thread_pointer;
 } room;
 
-/* [guard page | stack | errno, if it is below | the words, and errno, if it is above]. False: there is no memory. */
+/* Maps [guard page | stack | errno, if it is below | libc's words, and errno, if it is above]. False: there is no
+ * memory. */
 static bool make_room(void)
 {
 	uintptr_t self = (uintptr_t)arch_thread_pointer(), place = (uintptr_t)&errno;
@@ -52,7 +53,7 @@ static bool make_room(void)
 	if (room.map)
 		return true;
 	if (below > TLS_MAX || above > TLS_MAX)
-		return false; /* no libc that we know */
+		return false; /* not a libc that we know */
 	below = PAGE_ALIGN_UP((below + 64) & ~63UL);
 	size = PAGE_SIZE + STACK_SIZE + below + PAGE_ALIGN_UP(above > arch_tcb_size ? above : arch_tcb_size);
 	room.map = real.mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -74,7 +75,7 @@ static struct {
 	bool noted;
 	long affinity_bytes;
 	unsigned long affinity[MASK_WORDS];
-	int policy; /* of memory; -1: the kernel has none */
+	int policy; /* memory policy; -1: the kernel has none */
 	unsigned long nodes[NODES_MAX / 64];
 } defaults;
 
@@ -91,9 +92,9 @@ void thread_note_defaults(void)
 }
 
 /*
- * The thread inherits how the one runs that happened to allocate first. That may be one of real time, whose share of a CPU
- * this one must not take; one pinned to a CPU on which something spins, where this one would sleep with the lock in its
- * hands; or one that takes memory from a far node.
+ * The thread inherits the scheduling and memory policy of the thread that happened to allocate first. That one may have
+ * real-time priority, whose share of a CPU this thread must not take; or it may be pinned to a CPU on which something
+ * spins, where this thread would sleep with the lock held; or it may take memory from a far node.
  */
 void thread_settle(void)
 {
@@ -101,7 +102,7 @@ void thread_settle(void)
 	long nice = raw_syscall(SYS_getpriority, PRIO_PROCESS, getpid(), 0, 0, 0, 0);
 
 	raw_syscall(SYS_sched_setscheduler, 0, SCHED_OTHER, (long)&no_priority, 0, 0, 0);
-	if (nice > 0) /* the system call says 20 - nice */
+	if (nice > 0) /* the system call returns 20 - nice */
 		raw_syscall(SYS_setpriority, PRIO_PROCESS, 0, 20 - nice, 0, 0, 0);
 	if (defaults.affinity_bytes > 0)
 		raw_syscall(SYS_sched_setaffinity, 0, defaults.affinity_bytes, (long)defaults.affinity, 0, 0, 0);
@@ -114,7 +115,8 @@ void thread_settle(void)
 
 /* ---- begin ---------------------------------------------------------------------------------------------- */
 
-/* Not CLONE_FS: a shared fs_struct would keep the application from setns(2) and hold its working directory. */
+/* Not CLONE_FS: with a shared fs_struct the application could not call setns(2), and the thread would hold its working
+ * directory. */
 #define THREAD_FLAGS                                                                                                   \
 	(CLONE_VM | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_SETTLS | CLONE_PARENT_SETTID |  \
 	 CLONE_CHILD_CLEARTID)
@@ -140,7 +142,7 @@ int thread_start(void)
 		return state == RETIRED ? -EPERM : 0;
 	if (atomic_load(&thread.away))
 		return -EAGAIN;
-	/* What shares our memory and is another process (vfork) can have no thread in it that outlives it. */
+	/* A process that shares our memory (vfork) cannot have a thread in it that outlives it. */
 	if (thread.owner != getpid())
 		return -EPERM;
 	if (!make_room())
@@ -184,8 +186,9 @@ void agent_start_unnamed(size_t bytes)
 
 /* ---- end ------------------------------------------------------------------------------------------------ */
 
-/* Has the thread end, and waits. It looks up from whatever it waits for itself, and a step takes milliseconds; what else may
- * hold it up (a page of the application's that does not come) must not hold up the caller for ever. */
+/* Tells the thread to end, and waits. While the thread waits itself, it notices; a step takes milliseconds. Something
+ * else may hold it up (a page of the application's that does not come), but that must not hold up the caller for
+ * ever. */
 static void end_thread(void)
 {
 	const struct timespec step = {.tv_nsec = 100000000};
@@ -194,7 +197,7 @@ static void end_thread(void)
 	atomic_store(&thread.stop, true);
 	for (int i = 0; (tid = atomic_load(&thread.tid)) && i < END_TRIES; i++) {
 		thread_wake();
-		/* Woken by the kernel, which takes the word for one that is shared: as futex_wait() does. */
+		/* When the thread ends the kernel wakes `tid` as a shared futex, and futex_wait() waits for one. */
 		futex_wait(&thread.tid, tid, &step);
 	}
 }
@@ -208,7 +211,7 @@ static void stop_thread(int state)
 	mutex_lock(&life);
 	if (thread_is_here()) {
 		end_thread();
-		/* One that did not end in time is told to, and nothing is started beside it. */
+		/* A thread that did not end in time will do so later; no other one is started beside it. */
 		atomic_store(&thread.state, atomic_load(&thread.tid) ? RETIRED : state);
 	} else if (state == RETIRED && (!thread.owner || thread.owner == getpid())) {
 		atomic_store(&thread.state, RETIRED);
@@ -239,10 +242,10 @@ bool agent_leave(void)
 {
 	if (thread.owner != getpid())
 		return false;
-	/* Not by holding `life`: a thread that waits for it has all signals blocked, and libc waits for every thread to take one
-	 * when the process changes its user. */
+	/* Don't hold `life` meanwhile: a thread that waits for it has all signals blocked, and when the process changes
+	 * its user, libc waits until every thread has taken a signal. */
 	atomic_fetch_add(&thread.away, 1);
-	stop_thread(IDLE); /* waits for one that is being started */
+	stop_thread(IDLE); /* also waits for a thread that is just being started */
 	return true;
 }
 

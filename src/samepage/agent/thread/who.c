@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Who the process is, as the thread sees it before pages are given away or taken (hooks/identity.c). */
+/* Who the process is: checked on the agent thread before pages are given away or taken (hooks/identity.c). */
 #include "thread/peer.h"
 
 #include <string.h>
 
 #define WHO_MAX 256
 
-/* The users and groups of a task, as its status file has them, in `who`; where it cannot be read, nothing. */
+/* Copies the users and groups of a task from its status file to `who`; "" if it cannot be read. */
 static void read_who(const char *status, char *who)
 {
 	char buf[2048];
@@ -25,7 +25,7 @@ static void read_who(const char *status, char *who)
 
 bool is_same(void)
 {
-	static char ours[WHO_MAX]; /* nobody can change it but this thread, which does not */
+	static char ours[WHO_MAX]; /* only this thread could change its users and groups, and it does not */
 	static uint32_t of;
 	char theirs[WHO_MAX];
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Packets, and the descriptors that ride on them. Nothing here waits without taking calls meanwhile. */
+/* Packets, and the descriptors that come with them. Whatever waits here takes calls meanwhile. */
 #include "thread/peer.h"
 
 #include <poll.h>
@@ -24,7 +24,7 @@ ssize_t receive(struct sp_hdr *head, int *fd)
 		char room[CMSG_SPACE(sizeof(int))];
 	} control;
 	struct iovec iov = {rx.bytes, sizeof(rx.bytes)};
-	/* CMSG_LEN, not CMSG_SPACE, whose padding has room for a second descriptor. */
+	/* CMSG_LEN, not CMSG_SPACE: the padding of that has room for a second descriptor. */
 	struct msghdr m = {
 		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_LEN(sizeof(int))};
 	struct cmsghdr *c;
@@ -37,7 +37,7 @@ ssize_t receive(struct sp_hdr *head, int *fd)
 	if (got < 0 && errno == EAGAIN)
 		return -EAGAIN;
 	if (got > 0 && (c = CMSG_FIRSTHDR(&m)) && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
-		memcpy(fd, CMSG_DATA(c), sizeof(*fd)); /* there is no room for more */
+		memcpy(fd, CMSG_DATA(c), sizeof(*fd)); /* there is room for only one */
 	if (got < (ssize_t)sizeof(struct sp_hdr) || (m.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) ||
 	    rx.hdr.len != (size_t)got - sizeof(struct sp_hdr)) {
 		if (*fd >= 0)
@@ -49,7 +49,7 @@ ssize_t receive(struct sp_hdr *head, int *fd)
 	return got - (ssize_t)sizeof(struct sp_hdr);
 }
 
-/* The service may read slowly, or be stopped: then the thread waits, and does what the application asks of it. */
+/* If the service reads slowly, or is stopped, the thread waits here and takes the application's calls meanwhile. */
 bool transmit(uint32_t op, uint32_t seq, int error, size_t len, int fd)
 {
 	union {
