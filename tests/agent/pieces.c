@@ -93,7 +93,8 @@ int main(void)
 		err = got < pieces ? errno : 0;
 		for (size_t i = 0; i < THREADS; i++)
 			pthread_join(thread[i], NULL);
-		munmap(reserved, 2 * pieces * PAGE);
+		if (munmap(reserved, 2 * pieces * PAGE) && !err)
+			err = errno;
 		printf("pieces %lu %s, wrong %u\n", got, err ? strerror(err) : "", wrong);
 		fflush(stdout);
 	}
