@@ -49,7 +49,7 @@ def test_a_program_has_40_000_mappings_more_after_20_000_pages_were_merged(proce
     """Each piece takes two. Meanwhile its threads see every byte in its place."""
     assert process.space.map_count()[0] > PAGES
     assert process.tell(20_000) == "pieces 20000 , wrong 0\n"
-    # Each four of the program's took seven mappings, which it gave back. Seen twice in long runs: 42,507 right afterwards.
+    # Four of the program's took seven mappings, which it gave back. Seen twice in long runs: 42,507 right afterwards.
     wait_until(lambda: process.space.map_count()[0] < MOST - 20_000 // 4 * 7 + 100, "fewer mappings than before", 10)
 
 

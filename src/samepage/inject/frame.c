@@ -31,11 +31,17 @@ struct map {
 	char name[256];
 };
 
-bool read_from(const struct tracee *t, uint64_t at, void *to, size_t len)
+/* Bytes, up to a page that cannot be read; or -1 and errno. */
+static ssize_t read_some(const struct tracee *t, uint64_t at, void *to, size_t len)
 {
 	struct iovec local = {to, len}, remote = {(void *)at, len};
 
-	return process_vm_readv(t->pid, &local, 1, &remote, 1, 0) == (ssize_t)len;
+	return process_vm_readv(t->pid, &local, 1, &remote, 1, 0);
+}
+
+bool read_from(const struct tracee *t, uint64_t at, void *to, size_t len)
+{
+	return read_some(t, at, to, len) == (ssize_t)len;
 }
 
 static bool write_to(const struct tracee *t, uint64_t at, void *from, size_t len)
@@ -76,14 +82,17 @@ static bool is_code(const struct map *m)
 	return m->perms[0] == 'r' && m->perms[2] == 'x' && (m->name[0] == '/' || !strcmp(m->name, "[vdso]"));
 }
 
-static void search(struct tracee *t, const struct map *m, unsigned char *buffer)
+/* 0, or why the last part could not be read. */
+static int search(struct tracee *t, const struct map *m, unsigned char *buffer)
 {
-	for (uint64_t at = m->start; at < m->end && !(t->syscall_ret && t->sigreturn); at += CHUNK - ARCH_LONGEST) {
-		size_t len = m->end - at < CHUNK ? m->end - at : CHUNK;
+	ssize_t got = 0;
 
-		if (read_from(t, at, buffer, len))
-			arch_find(t, buffer, len, at);
+	for (uint64_t at = m->start; at < m->end && !(t->syscall_ret && t->sigreturn); at += CHUNK - ARCH_LONGEST) {
+		got = read_some(t, at, buffer, m->end - at < CHUNK ? m->end - at : CHUNK);
+		if (got > 0)
+			arch_find(t, buffer, (size_t)got, at);
 	}
+	return got < 0 ? errno : 0;
 }
 
 enum inject_error find_instructions(struct tracee *t)
@@ -92,12 +101,13 @@ enum inject_error find_instructions(struct tracee *t)
 	unsigned char *buffer = malloc(CHUNK);
 	uint64_t searched = 0;
 	struct map m;
+	int err = 0;
 
 	t->syscall_ret = t->sigreturn = 0;
 	while (maps && buffer && searched < TEXT_MAX && next_map(maps, &m)) {
 		if (!is_code(&m))
 			continue;
-		search(t, &m, buffer);
+		err = search(t, &m, buffer);
 		searched += m.end - m.start;
 	}
 	free(buffer);
@@ -106,7 +116,11 @@ enum inject_error find_instructions(struct tracee *t)
 	fclose(maps);
 	if (!searched) /* the file of a process that has ended is empty */
 		return INJECT_GONE;
-	return t->syscall_ret && t->sigreturn ? INJECT_OK : INJECT_NO_WAY_BACK;
+	if (t->syscall_ret && t->sigreturn)
+		return INJECT_OK;
+	if (err == ESRCH)
+		return INJECT_GONE;
+	return err == EPERM ? INJECT_DENIED : INJECT_NO_WAY_BACK;
 }
 
 /* ---- the frame -------------------------------------------------------------------------------------- */

@@ -57,8 +57,8 @@ class KernelEngine:
         self._looked = -ROWS_EVERY
 
     def start(self) -> None:
-        """Have ksmd run, and set its pace, until `stop`. `SettingsError`."""
-        self._settings.hold([os.getpid()], self._terms.at_once)
+        """Have ksmd run as soon as some memory is mergeable, and set its pace, until `stop`. `SettingsError`."""
+        self._settings.hold([os.getpid()], {})
         self._pacer = threading.Thread(target=self._keep_pace, name="pace", daemon=True)
         self._pacer.start()
 
@@ -70,10 +70,16 @@ class KernelEngine:
         self._settings.release([os.getpid()])
 
     def _keep_pace(self) -> None:
-        pace = Pace(self._settings, self._terms)
+        pace, begun = Pace(self._settings, self._terms), False
         while not self._ended.wait(LOOK_EVERY):
-            with contextlib.suppress(OSError):
-                pace.look(sum(kernel_rows.anonymous_pages(row["pid"]) for row in self.rows()))
+            with contextlib.suppress(OSError, SettingsError):
+                pages = sum(kernel_rows.anonymous_pages(row["pid"]) for row in self.rows())
+                # A ksmd that runs with nothing to do begins its pass with the first process that comes, and sees those
+                # that come with it in the next pass only: merging them would take a third.
+                if pages and not begun:
+                    begun = True
+                    self._settings.change(self._terms.at_once)
+                pace.look(pages)
 
     def counters(self, owner: str | None = None) -> dict[str, Any]:
         """Those of the machine; of one owner, sums over its processes."""
