@@ -73,11 +73,7 @@ class Daemon:
         facts = look()
         if old := too_old(facts):
             raise CommandError(old)
-        policy = args.policy or sockets.policy_path()
-        if policy is not None:
-            from samepage.service.policy import load
-
-            load(policy)  # before anything is made
+        policy = _policy(args.policy or sockets.policy_path())  # before anything is made
         given = systemd.listener()
         path = given.getsockname() if given else args.socket or sockets.default_path()
         if args.socket is None and not given:
@@ -87,7 +83,7 @@ class Daemon:
             with engines.others(args) as others, _tree(args.mount, path):
                 if why := hindrance(facts, args.swap or "move"):
                     streams.say(why)
-                options = {"userfaultfd_group": args.userfaultfd_group, "others": others, "policy": policy}
+                options = {"userfaultfd_group": args.userfaultfd_group, "others": others} | policy
                 with _metrics(args.metrics) as metrics:
                     _serve(listener, path, args.reserve, args.swap == "wp", metrics, **options)
         finally:
@@ -126,6 +122,15 @@ def _metrics(address: str | None) -> Iterator[socket.socket | None]:
         yield listener
     finally:
         exposition.remove(address)
+
+
+def _policy(path: str | None) -> dict[str, Any]:
+    """What the server is to know of it."""
+    if path is None:
+        return {}
+    from samepage.service.policy import load
+
+    return {"policy": load(path), "policy_file": path}
 
 
 def _group(name: str) -> int:

@@ -185,6 +185,9 @@ class RecordedAddressSpace:
     def interruptible(self, cancelled: Callable[[], bool]) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def misplaced(self) -> str:
+        return ""
+
     def verify(self) -> None:
         self._called()
 

@@ -33,8 +33,9 @@ or when somebody asks for it (`unmerge`, `unmerge_all`): a process for its own m
 all. That takes memory, and there may be none. Then it stops, and says ENOMEM; what was not done stays merged and stays
 known.
 
-Merge domains (`domain`) have nothing in common but the cursor. `knobs`, `counters` and `advisor` are those of
-/sys/kernel/mm/ksm. `memory.check` stands between ksmd and everything a process answers. `ksmd` puts it together.
+Merge domains (`domain`) have nothing in common but the cursor, and who turns out to belong in another takes nothing
+along (`places`). `knobs`, `counters` and `advisor` are those of /sys/kernel/mm/ksm. `memory.check` stands between
+ksmd and everything a process answers. `ksmd` puts it together.
 
 Memory: 9 bytes for each page that was told of, and as much for up to seven neighbours of one that lies alone, with 24
 to 40 for where it is (`pieces`); 4 more while it stands in the unstable index (or waits to be looked at again), 13 for

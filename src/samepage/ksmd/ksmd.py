@@ -1,7 +1,7 @@
 """The daemon itself: run control, and what others may ask of it. What it is made of does the work:
 
 `mm_list` has the processes, `passes` looks at them, `slices` merges what a pass left, `on_request` what a process wants
-merged at once, and `unmerge_all` takes it apart again.
+merged at once, `unmerge_all` takes it apart again, and `places` sees off who belongs elsewhere.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from samepage.ksmd.mm_list import MmList
 from samepage.ksmd.mm_slot import WHOLE, MmSlot
 from samepage.ksmd.on_request import MergeOutcome, MergeRequests
 from samepage.ksmd.passes import Passes
+from samepage.ksmd.places import Places
 from samepage.ksmd.slices import Slices
 from samepage.ksmd.unmerge import Cancelled, UnmergeResult
 from samepage.ksmd.unmerge_all import Unmerging
@@ -37,7 +38,7 @@ class Ksmd:
     """Finds equal pages in address spaces, and has them share one copy.
 
     Any thread may call any method. One works at a time, under `mutex` (ksm_thread_mutex); `enter`, `exit`,
-    `snapshot`, `counters`, `rows`, `get` and `next_wait` never wait for it.
+    `look_again`, `snapshot`, `counters`, `rows`, `get` and `next_wait` never wait for it.
 
     `concurrently` is used like `map` to have several processes work at once. `clock` and `cpu_clock` give seconds:
     of the time, and of this thread's CPU time. `owner` is the user whose processes come before those of others; None:
@@ -59,9 +60,10 @@ class Ksmd:
         self._advisor = Advisor(self._knobs)
         self._work = MergeWork(concurrently)
         self._passes = Passes(self.mm_list, self._knobs, self._advisor, self._work, clock, cpu_clock)
-        self.slices = Slices(self._passes)
-        self._requests = MergeRequests(self._passes, self.slices)
         self._unmerging = Unmerging(self._passes)
+        self._places = Places(self._passes, self._unmerging)
+        self.slices = Slices(self._passes, self._places.verify)
+        self._requests = MergeRequests(self._passes, self.slices)
         self._cpu = 0.0
         self._shown = Snapshot(Counters(run=self._knobs.run))
         self._urgent = False
@@ -88,6 +90,10 @@ class Ksmd:
     def slots(self, pid: int | None = None) -> list[MmSlot]:
         """Those that take part, or those of them with that pid (a process that called exec may have two)."""
         return self.mm_list.slots(pid)
+
+    def look_again(self) -> None:
+        """Who belongs in which merge domain is another matter now: look at it with the next `do_scan`."""
+        self._places.look_again()
 
     # -- one at a time ----------------------------------------------------------------------------------
 
@@ -126,6 +132,7 @@ class Ksmd:
         """
         with self._working():
             self._unmerging.listen()
+            self._places.look()
             if self._knobs.run != Run.MERGE:
                 return 0
             candidates = self.slices.merge_next()
@@ -237,7 +244,7 @@ class Ksmd:
             wait = self._passes.waits_for_children()
         else:
             wait = self._advisor.wait(self._clock(), self._urgent or mm_list.is_joined)
-        return min(wait, LISTEN_EVERY) if any(slot.owed for slot in mm_list.slots()) else wait
+        return min(wait, LISTEN_EVERY) if any(slot.owed or slot.leaving for slot in mm_list.slots()) else wait
 
     def snapshot(self) -> Snapshot:
         """How things stood after the last batch: counters and all rows, of the same moment."""

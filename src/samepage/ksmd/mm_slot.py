@@ -104,6 +104,8 @@ class MmSlot:
         self.idle_looks = 0  # looks of this pass that hardly got on
         self.pages_max = 0  # pages with checksums that it can have, as far as was asked
         self.verified = -math.inf  # when it was last seen to be who it was
+        self.placed = -math.inf  # when it was last seen where it belongs, or not
+        self.leaving = ""  # why it belongs in another merge domain: nothing is merged, and all of it is unmerged
         self.break_pages = BREAK_FEW  # that it is asked to break next
         self.faults = 0  # breaks of an unmerge that ended with EFAULT
         self.islands_due = 0  # the pass after which broken pages are asked about again
@@ -120,12 +122,12 @@ class MmSlot:
     @property
     def is_away(self) -> bool:
         """Whether there is no sense in asking it anything."""
-        return self.gone or bool(self.silent)
+        return self.gone or bool(self.silent or self.leaving)
 
     @property
     def is_put_off(self) -> bool:
-        """Whether it is silent, or it or its like kept ksmd waiting for too long."""
-        return bool(self.silent) or self.patience.is_spent or self.domain.patience.is_spent
+        """Whether it is silent or leaving, or it or its like kept ksmd waiting for too long."""
+        return bool(self.silent or self.leaving) or self.patience.is_spent or self.domain.patience.is_spent
 
     @contextlib.contextmanager
     def waited_for(self, free: float = A_MOMENT) -> Iterator[Wait]:

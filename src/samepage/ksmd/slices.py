@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.merge import merge_candidates
@@ -11,14 +12,10 @@ from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.passes import Passes
 from samepage.ksmd.rmap import SLICE_PAGES
 from samepage.ksmd.stable import SEGMENT_PAGES
-from samepage.memory import PAGE_SIZE, U32, AddressSpaceGone, PageStatus
+from samepage.memory import PAGE_SIZE, U32, PageStatus
 
 SEGMENTS_A_SLICE = 2 * SLICE_PAGES // SEGMENT_PAGES
 """More new segments than a slice of candidates comes to."""
-
-VERIFY_SECONDS = 1.0
-"""Before pages are matched, ksmd looks whether their processes still are who they were, but at each no more often than
-this: it takes 50 microseconds."""
 
 FOREIGN_SLICE_SECONDS = 1.0
 """How long a slice of other users' pages is merged at most, however many answers that takes. A user with a few pages in
@@ -26,12 +23,14 @@ each of very many segments could make every answer late and none of them very la
 
 
 class Slices:
-    """Merges slices of candidates. Everything is touched under `Ksmd.mutex` only."""
+    """Merges slices of candidates. `verify` drops the processes of a domain that are not who they were, or not where
+    they belong. Everything is touched under `Ksmd.mutex` only."""
 
-    def __init__(self, passes: Passes) -> None:
+    def __init__(self, passes: Passes, verify: Callable[[Domain], None]) -> None:
         self._passes, self._mm_list, self._knobs = passes, passes.mm_list, passes.knobs
         self._advisor, self._work = passes.advisor, passes.work
         self._clock, self._cpu_clock = passes.clock, passes.cpu_clock
+        self._verify = verify
         self.segments_max = math.inf
         """How many segments may be held at a time, to be handed out."""
         self.segments_retired = 0
@@ -93,18 +92,6 @@ class Slices:
             domain.stable.retire(held[domain].pop())
             self.segments_retired += 1
             over -= 1
-
-    def _verify(self, domain: Domain) -> None:
-        """Drop the processes that are not who they were (their user is another, say)."""
-        now = self._clock()
-        for slot in domain.slots:
-            if now - slot.verified >= VERIFY_SECONDS and not slot.gone:
-                try:
-                    slot.space.verify()
-                    slot.verified = now
-                except AddressSpaceGone as e:
-                    slot.lose(e)
-        self._mm_list.reap()
 
     def _allowance(self) -> dict[str, int] | None:
         """How many pages may be merged in each memory cgroup by `max_overcommit`, as things stand; None: any number."""

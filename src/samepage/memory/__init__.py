@@ -291,6 +291,11 @@ class AddressSpace(Protocol):
         not asked."""
         ...
 
+    def misplaced(self) -> str:
+        """Why it does not belong in its merge domain any more; "" if it does. The process itself is not asked. OSError:
+        it has ended."""
+        ...
+
     def pages_max(self) -> int:
         """How many pages with something in them it had, at most. The process itself is not asked."""
         ...

@@ -164,7 +164,7 @@ class Conversation:
             raise self.lost(self._gone)
         if self._identity is not None:
             try:
-                changed = self._identity.differs(identify(self.pid)) or self.misplaced()
+                changed = self._identity.differs(identify(self.pid))
                 # The kernel tells nobody the namespace of a process that just ended.
                 changed = ENDED if changed and has_ended(self.pid) else changed
             except OSError:

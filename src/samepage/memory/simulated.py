@@ -73,6 +73,8 @@ class SimulatedProcess(SimulatedMemory):
         super().__init__(machine, pid, **how)
         self.script: Script | None = None
         self.calls: list[str] = []
+        self.elsewhere = ""
+        """What `misplaced` says."""
 
     def _called(self, what: str) -> None:
         self.calls.append(what)
@@ -89,6 +91,9 @@ class SimulatedProcess(SimulatedMemory):
 
     def verify(self) -> None:
         self._called("verify")
+
+    def misplaced(self) -> str:
+        return self.elsewhere
 
     def is_there(self) -> bool:
         return self.alive

@@ -176,6 +176,11 @@ class Scanner:
             arrivals.put((pid, known))
             known.wait(INTRODUCE_TIMEOUT)
 
+    def look_again(self) -> None:
+        """The rules are others: whoever belongs in another merge domain by them is sent there."""
+        self._ksmd.look_again()
+        self._wake.set()
+
     def exit(self, space: AgentAddressSpace) -> None:
         """A process left."""
         with self._slots_lock:

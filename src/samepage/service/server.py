@@ -97,8 +97,8 @@ class Server:
     Run by root, it serves everyone, each user in a merge domain of their own; else only who runs it.
     `before_leave` is called when a process went and is about to be dropped, with its counters still in.
     `userfaultfd_group`: only processes of that group, and the owner's, are given /dev/userfaultfd; None: all.
-    `others`: engines besides, of processes that do not join. `policy`: the file that says who is in which merge domain
-    (`service.policy`); it is read again at SIGHUP.
+    `others`: engines besides, of processes that do not join. `policy` says who is in which merge domain; at SIGHUP
+    `policy_file` is read, or the one that this user's daemon has by default.
     """
 
     def __init__(
@@ -109,10 +109,11 @@ class Server:
         before_leave: Callable[[], None] = lambda: None,
         userfaultfd_group: int | None = None,
         others: Sequence[Engine] = (),
-        policy: str | None = None,
+        policy: Policy | None = None,
+        policy_file: str | None = None,
     ) -> None:
-        self._policy_file = policy
-        self._policy = load(policy) if policy is not None else Policy()
+        self._policy = policy or Policy()
+        self._policy_file = policy_file
         self._listener = listener
         self._scanner = scanner
         self._engines = Engines(scanner, others)
@@ -164,7 +165,8 @@ class Server:
             return True
         if path := self._policy_file or policy_path():
             try:
-                self._set_policy(load(path))
+                self._policy = load(path)
+                self._scanner.look_again()
             except PolicyError as e:
                 log(f"the policy stays as it was: {e.strerror}")
         return False
@@ -376,17 +378,8 @@ class Server:
         place = self._place(who, asked, groups)
         if place.domain == domain:
             return ""
-        return f"it belongs in merge domain {place.domain} now ({place.why})" if place.domain else place.why
-
-    def _set_policy(self, policy: Policy) -> None:
-        """It holds from now on: processes that belong elsewhere by it are let go of, and join again by themselves."""
-        self._policy = policy
-        with self._lock:
-            spaces = list(self._spaces.values())
-        for space in spaces:
-            with contextlib.suppress(OSError):  # it has ended
-                if why := space.misplaced():
-                    space.hang_up(why)
+        where = f"it belongs in merge domain {place.domain} now" if place.domain else "it is to be left alone"
+        return f"{where} ({place.why})"
 
     def _take_room(self, caller: Caller) -> None:
         """ConnectionRefusedError: there is no descriptor for one process more."""

@@ -44,6 +44,8 @@ Prometheus does not see that it grew."""
 KINDS = {
     "it changed its": "another user",
     "it entered another user namespace": "another user",
+    "it belongs in merge domain": "another domain",
+    "it is to be left alone": "another domain",
     "it executed another program": "another program",
     "its pid is another": "another program",
     "no answer in time": "no answer",

@@ -1,0 +1,83 @@
+"""Whether processes still are who they were, and in the merge domain where they belong.
+
+A process that belongs elsewhere by now (it was moved to another cgroup, or the policy says something else) takes
+nothing along: what it shares with its neighbours is unmerged before it is let go of, as far as there is memory for
+it. It joins again by itself, where it belongs.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+
+from samepage.ksmd.domain import Domain
+from samepage.ksmd.mm_slot import WHOLE, MmSlot, Owed
+from samepage.ksmd.passes import Passes
+from samepage.ksmd.unmerge_all import Unmerging
+from samepage.memory import AddressSpaceGone
+
+VERIFY_SECONDS = 1.0
+"""Before pages are matched, ksmd looks whether their processes still are who they were, but at each no more often than
+this: it takes 50 microseconds."""
+
+PLACE_SECONDS = 10.0
+"""Whether it is where it belongs ksmd looks so often, also when there is nothing to match."""
+
+UNMERGE_SECONDS = 1.0
+"""For so long at a time one process is unmerged: others want something, too."""
+
+
+class Places:
+    """Everything is touched under `Ksmd.mutex` only, but `look_again`."""
+
+    def __init__(self, passes: Passes, unmerging: Unmerging) -> None:
+        self._mm_list, self._unmerging, self._clock = passes.mm_list, unmerging, passes.clock
+
+    def verify(self, domain: Domain) -> None:
+        """To be called before pages of a domain are matched. Drop the processes that are not who they were (their user
+        is another, say), and those that belong elsewhere."""
+        now = self._clock()
+        for slot in list(domain.slots):
+            if now - slot.verified < VERIFY_SECONDS or slot.gone:
+                continue
+            try:
+                slot.space.verify()
+            except AddressSpaceGone as e:
+                slot.lose(e)
+                continue
+            slot.verified = now
+            self._look_at(slot, now)
+        self._mm_list.reap()
+
+    def look(self) -> None:
+        """Now and then at all of them, and go on with those that leave."""
+        now = self._clock()
+        for slot in self._mm_list.slots():
+            if slot.leaving or now - slot.placed >= PLACE_SECONDS:
+                self._look_at(slot, now)
+        self._mm_list.reap()
+
+    def look_again(self) -> None:
+        """At all of them, the next time: the rules are others. From any thread."""
+        for slot in self._mm_list.slots():
+            slot.placed = -math.inf
+
+    def _look_at(self, slot: MmSlot, now: float) -> None:
+        slot.placed = now
+        try:
+            slot.leaving = slot.space.misplaced()
+        except OSError:
+            return  # it has ended, and will be noticed to have
+        if slot.leaving and not slot.silent:  # else when it answers
+            self._see_off(slot)
+
+    def _see_off(self, slot: MmSlot) -> None:
+        ends = self._clock() + UNMERGE_SECONDS
+        result = self._unmerging.unmerge(slot, WHOLE, lambda: self._clock() >= ends, leave_alone=False)
+        if slot.gone or slot.silent or result.errno == errno.EINTR:
+            return
+        why = slot.leaving
+        if result.errno:
+            slot.owed.append(Owed(*WHOLE, leave_alone=True))
+            why += f"; {result.pages_remaining} of its pages stay merged: {errno.errorcode[result.errno]}"
+        slot.lose(AddressSpaceGone(why))
