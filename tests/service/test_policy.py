@@ -73,6 +73,21 @@ def test_the_outermost_container_counts_for_what_is_inside_makes_its_own_names()
     assert Group(f"/docker/{ID}/docker/{ID[::-1]}").container == ID
 
 
+def test_the_labels_of_a_container_are_read_once_however_many_rules_ask_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+
+    def stat(path: Path) -> os.stat_result:
+        reads.append(path)
+        return os.stat(path)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    rules = "".join(f'[[rule]]\nlabel = {{a = "{n}"}}\nmerge = "off"\n' for n in range(50))
+    parse(rules.encode(), "p").place(who(), Group(f"/docker/{ID}", str(tmp_path)))
+    assert len(reads) == len(set(reads)) > 0
+
+
 def test_the_first_rule_whose_conditions_all_hold_decides() -> None:
     text = """
         [[rule]]
@@ -142,6 +157,9 @@ def test_whoever_asks_for_a_domain_gets_in_only_if_the_policy_says_so() -> None:
         ("[default]\nmerge = 1", "Expected `str`"),
         ("[default", "p:"),
         ("\udcff", "p:"),
+        ("a = " + "[" * 100_000, "p: maximum recursion"),
+        ("a = " + "1" * 5000, "p: Exceeds"),
+        ("[[rule]]\nunit = '" + "*" * 5000 + "'\nmerge = 'off'", "length <= 4096"),
     ],
 )
 def test_a_wrong_policy_is_refused_with_one_line_that_says_where(text: str, why: str) -> None:
@@ -391,11 +409,13 @@ def test_a_process_that_is_moved_to_another_cgroup_is_in_the_domain_of_that() ->
     try:
         with machine(f'[[rule]]\nslice = "{group.name}"\ndomain = "moved"\n[domain.moved]') as host:
             a, b, moved = host.tenant(), host.tenant(), host.tenant()
-            until(lambda: len(host.domains()) == 3)
+            until(lambda: min(map(host.merged, (a, b, moved))) >= PAGES)
+            assert shared(a, moved) == PAGES - ZEROS
             (group / "cgroup.procs").write_text(str(moved.pid))
             assert group_of(moved.pid).slices[-1:] == [group.name]
             until(lambda: host.domains().get(moved.pid) == "moved,user=0")
             assert host.domains()[a.pid] == host.domains()[b.pid] == "0"
+            assert (shared(a, moved), shared(a, b)) == (0, PAGES - ZEROS)
             assert "it belongs in merge domain moved,user=0 now (rule 1)" in host.errors.read_text()
             rows = _checked("--pid", str(moved.pid), "--policy", str(host.policy))
             assert [(row["domain"], row["why"]) for row in rows] == [("moved,user=0", "rule 1")]
@@ -416,10 +436,13 @@ def test_sighup_reads_the_policy_again_and_a_wrong_one_changes_nothing() -> None
         host.policy.write_text('[[rule]]\nuser = "root"\ndomain = "new"\n[domain.new]')
         host.daemon.send_signal(signal.SIGHUP)
         until(lambda: host.domains() == {a.pid: "new,user=0", b.pid: "new,user=0"})
+        until(lambda: min(map(host.merged, (a, b))) >= PAGES - ZEROS)
+        assert shared(a, b) == PAGES - ZEROS
         host.policy.write_text('[default]\nmerge = "off"')
         host.daemon.send_signal(signal.SIGHUP)
         until(lambda: not host.domains())
         assert host.daemon.poll() is None
+        assert shared(a, b) == 0  # what may not be merged is merged no more
 
 
 # -- the command ----------------------------------------------------------------------------------------

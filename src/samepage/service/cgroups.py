@@ -16,12 +16,15 @@ from pathlib import Path
 from samepage.memory.halt import cgroups
 
 CONTAINER = re.compile(
-    r"/(?:docker-|libpod-|crio-|cri-containerd-)([0-9a-f]{64})\.scope(?:/|$)"
-    r"|/(?:docker|libpod_parent|kubepods[^/]*|pod[^/]*|burstable|besteffort|guaranteed|actions_job|containerd|default)/"
+    r"(?:/[^/]+\.slice)*/(?:docker-|libpod-|crio-|cri-containerd-)([0-9a-f]{64})\.scope(?:/|$)"
+    r"|/(?:docker|libpod_parent|kubepods(?:/burstable|/besteffort|/guaranteed)?/pod[^/]+|actions_job|containerd|default)/"
     r"(?:libpod-)?([0-9a-f]{64})(?:/|$)"
-    r"|/(?:lxc\.payload\.|lxc/|machine-)([A-Za-z0-9_.\\-]+?)(?:\.scope)?(?:/|$)"
+    r"|(?:/[^/]+\.slice)*/machine-([A-Za-z0-9_.\\-]+?)(?:\.scope)?(?:/|$)"
+    r"|/(?:lxc\.payload\.|lxc/)([A-Za-z0-9_.\\-]+?)(?:\.scope)?(?:/|$)"
 )
-"""Names that Docker, Podman, CRI-O, containerd, LXC and systemd-nspawn give cgroups, with either cgroup driver."""
+"""Names that Docker, Podman, CRI-O, containerd, LXC and systemd-nspawn give cgroups, with either cgroup driver: at the
+root, or in slices of the system's manager. Anywhere else somebody else may have given them, such as a service with a
+cgroup of its own (Delegate=)."""
 
 STATE_FILES = (
     ("var/lib/docker/containers/{id}/config.v2.json", ("Config", "Labels")),
@@ -67,7 +70,7 @@ class Group:
         users."""
         if self.path.startswith("/user.slice/"):
             return ""
-        found = CONTAINER.search(self.path)
+        found = CONTAINER.match(self.path)
         return next(filter(None, found.groups()), "") if found else ""
 
     def labels(self) -> dict[str, str]:

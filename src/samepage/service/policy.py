@@ -26,8 +26,10 @@ import os
 import pwd
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
+from functools import cache
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -35,12 +37,13 @@ import msgspec
 from samepage.memory.identity import Identity
 from samepage.memory.merge_domain import SEVERAL, MergeDomain
 from samepage.service.cgroups import Group
+from samepage.service.patterns import LENGTH_MAX, is_within, matches
 from samepage.service.sockets import DOMAIN_NAME
 
 SIZE_MAX = 1 << 20
 
 Name = Annotated[str, msgspec.Meta(pattern=DOMAIN_NAME)]
-Pattern = Annotated[str, msgspec.Meta(min_length=1)]
+Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=LENGTH_MAX)]
 
 
 class PolicyError(OSError):
@@ -86,15 +89,15 @@ class Rule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """Whether a condition is about the cgroup of a process."""
         return bool(self.cgroup or self.unit or self.slice or self.container or self.label)
 
-    def applies(self, user: int, group: Group) -> bool:
-        """Whether all its conditions hold."""
+    def applies(self, user: int, group: Group, labels: Callable[[], dict[str, str]]) -> bool:
+        """Whether all its conditions hold. `labels` are the group's, which are asked for if need be."""
         return (
-            (self.cgroup is None or _is_within(self.cgroup, group.path))
-            and (self.unit is None or _matches(self.unit, group.unit))
-            and (self.slice is None or any(_matches(self.slice, name) for name in group.slices))
-            and (self.container is None or _matches(self.container, group.container))
-            and (not self.label or _has_labels(self.label, group))
-            and (self.user is None or _matches(self.user, _user_name(user)))
+            (self.cgroup is None or is_within(self.cgroup, group.path))
+            and (self.unit is None or matches(self.unit, group.unit))
+            and (self.slice is None or any(matches(self.slice, name) for name in group.slices))
+            and (self.container is None or matches(self.container, group.container))
+            and (not self.label or _has_labels(self.label, labels()))
+            and (self.user is None or matches(self.user, _user_name(user)))
         )
 
 
@@ -136,9 +139,9 @@ class Policy(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     def place(self, who: Identity, group: Group, asked: str = "", groups: frozenset[int] = frozenset()) -> Place:
         """Where a process belongs that asked for a domain (or not: ""), and whose user is in `groups`."""
-        user = who.uids[0]
+        user, labels = who.uids[0], cache(group.labels)
         for number, rule in enumerate(self.rule, 1):
-            if rule.applies(user, group):
+            if rule.applies(user, group, labels):
                 why = f"rule {number}"
                 return self._named(rule.domain, who, why) if rule.domain else _merged(rule.merge, who, why)
         if asked and not re.fullmatch(DOMAIN_NAME, asked):
@@ -200,31 +203,15 @@ def parse(text: bytes, path: str) -> Policy:
     """`PolicyError` with `path` in its sentence."""
     try:
         return msgspec.toml.decode(text, type=Policy)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # also numbers of thousands of digits, and brackets in brackets
         raise PolicyError(errno.EINVAL, f"policy {path}: {e}") from e
 
 
 # -- conditions -----------------------------------------------------------------------------------------
 
 
-def _expression(pattern: str) -> str:
-    """As a regular expression: `**` is anything, `*` and `?` anything but slashes, the rest itself."""
-    parts = {"**": r".*", "*": r"[^/]*", "?": r"[^/]"}
-    return "".join(parts.get(part) or re.escape(part) for part in re.split(r"(\*\*|\*|\?)", pattern))
-
-
-def _matches(pattern: str, text: str) -> bool:
-    return bool(text) and re.fullmatch(_expression(pattern), text, re.DOTALL) is not None
-
-
-def _is_within(pattern: str, path: str) -> bool:
-    """Whether the pattern is of this cgroup or one above it."""
-    return re.fullmatch(_expression(pattern.rstrip("/")) + r"(/.*)?", path, re.DOTALL) is not None
-
-
-def _has_labels(wanted: dict[str, str], group: Group) -> bool:
-    labels = group.labels()
-    return all(_matches(pattern, labels.get(key, "")) for key, pattern in wanted.items())
+def _has_labels(wanted: dict[str, str], labels: dict[str, str]) -> bool:
+    return all(matches(pattern, labels.get(key, "")) for key, pattern in wanted.items())
 
 
 def _user_name(user: int) -> str:
