@@ -2,8 +2,9 @@
 
     python -m benchmarks.scrape --seconds 600
 
-Processes hold equal memory, write some of it all the time, and end and start anew. Each scrape is
-compared with itself (the places add up to the totals) and with what `samepage status` says just before and after.
+Processes hold equal memory, write some of it all the time, and end and start anew; one after the other is unmerged, and
+merged again as it writes. Each scrape is compared with itself (the places add up to the totals, and stalls to how many
+there were) and with what `samepage status` says just before and after; in the end all unmerges must have been counted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from typing import Any
 
 from samepage import agent
 from samepage.service.control import Client
+
+UNMERGE_EVERY = 5
+"""Scrapes between two."""
 
 WORK = """
 import random, sys, time
@@ -55,7 +59,39 @@ def wrong(found: dict[str, float]) -> str:
     """What does not add up within one scrape; "" if all does."""
     profit = found["node_ksmd_general_profit_bytes"] + found["samepage_metadata_bytes"]
     saved = summed(found, "samepage_saved_bytes")
-    return "" if saved == profit else f"places save {saved}, all together {profit}"
+    if saved != profit:
+        return f"places save {saved}, all together {profit}"
+    all_buckets = sum(value for key, value in found.items() if "stall_seconds_bucket{" in key and 'le="+Inf"' in key)
+    stalls = summed(found, "samepage_stall_seconds_count")
+    return "" if all_buckets == stalls else f"{stalls} stalls, {all_buckets} in buckets"
+
+
+class Unmerging:
+    """Has `samepage unmerge` unmerge one process after the other, each in its time."""
+
+    def __init__(self, client: Client, path: str) -> None:
+        self._client, self._path = client, path
+        self._running: subprocess.Popen[bytes] | None = None
+        self._turn = 0
+        self.done = 0
+
+    def next(self) -> None:
+        """The next one, when the last is done."""
+        if self._running is not None:
+            if self._running.poll() is None:
+                return
+            self.done += self._running.returncode == 0
+        pids = sorted(row["pid"] for row in self._client.ask("status")["processes"])
+        if not pids:
+            return
+        self._turn += 1
+        command = ["unmerge", "--socket", self._path, "--pid", str(pids[self._turn % len(pids)])]
+        quiet = subprocess.DEVNULL
+        self._running = subprocess.Popen([sys.executable, "-m", "samepage", *command], stdout=quiet, stderr=quiet)
+
+    def end(self) -> None:
+        if self._running is not None:
+            self.done += self._running.wait() == 0
 
 
 @contextlib.contextmanager
@@ -76,8 +112,8 @@ def crowd(socket_path: str, number: int, mib: int, seconds: float) -> Iterator[N
             process.wait()
 
 
-def measure(client: Client, metrics: str, seconds: float, every: float) -> dict[str, Any]:
-    scrapes, took, faults, apart = 0, [], [], 0
+def measure(client: Client, path: str, metrics: str, seconds: float, every: float) -> dict[str, Any]:
+    scrapes, took, faults, apart, unmerging = 0, [], [], 0, Unmerging(client, path)
     began = time.monotonic()
     first = scrape(metrics)
     while time.monotonic() - began < seconds:
@@ -91,7 +127,10 @@ def measure(client: Client, metrics: str, seconds: float, every: float) -> dict[
             faults.append(what)
         if before["bytes_saved"] == after["bytes_saved"]:
             apart += summed(found, "samepage_saved_bytes") != before["bytes_saved"]
+        if scrapes % UNMERGE_EVERY == 0:
+            unmerging.next()
         time.sleep(every)
+    unmerging.end()
     last, wall = scrape(metrics), time.monotonic() - began
     took.sort()
 
@@ -111,6 +150,10 @@ def measure(client: Client, metrics: str, seconds: float, every: float) -> dict[
         "service_rss_mib": round(last["samepage_service_resident_bytes"] / (1 << 20)),
         "did_not_add_up": len(faults),
         "differed_from_status": apart,
+        "unmerges": unmerging.done,
+        "unmerges_counted": summed(last, "samepage_unmerges_total"),
+        "stalls": summed(last, "samepage_stall_seconds_count"),
+        "stalls_seconds": round(summed(last, "samepage_stall_seconds_sum"), 4),
         "agents_cpu_seconds": round(summed(last, "samepage_agent_cpu_seconds_total"), 2),
         "cpu_seconds": round(last["samepage_cpu_seconds_total"], 2),
         "load": os.getloadavg()[0],
@@ -133,7 +176,7 @@ def main() -> None:
                 assert daemon.stdout is not None
                 daemon.stdout.readline()
                 with crowd(path, args.processes, args.mib, 30), Client(path) as client:
-                    found = measure(client, metrics, args.seconds, args.every)
+                    found = measure(client, path, metrics, args.seconds, args.every)
             finally:
                 daemon.terminate()
     print(json.dumps(found, indent=1))
