@@ -132,8 +132,9 @@ def test_a_daemon_shows_and_unmerges_what_is_attached_to(start: StartHolder, fol
     with kernel_ksm.borrowed(run=0, **(DEFAULTS | {"pages_to_scan": "20000", "sleep_millisecs": "1"})):
         holders = [start() for _ in range(2)]
         with service(folder, "--engine", "auto") as path:
-            assert kernel_ksm.read("run") == 1
+            assert kernel_ksm.read("run") == 0  # there is nothing for it to do
             assert samepage("attach", *(str(holder.pid) for holder in holders)).returncode == 0
+            assert kernel_ksm.read("run") == 1
             wait_until(lambda: all(h.merged() >= 0.99 * h.pages for h in holders), "merged", 60)
             wait_until(lambda: {row["pid"] for row in status(path)["processes"]} >= {h.pid for h in holders}, "shown")
             rows = {row["pid"]: row for row in status(path)["processes"]}
