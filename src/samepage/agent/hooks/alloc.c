@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The malloc family. Large blocks are mappings of our own: page-aligned, so that equal arrays are equally
- * aligned in every process, and areas from birth to death. Everything else is the real allocator's, which
+ * The malloc family. Large blocks are mappings of our own: they are page-aligned, so that equal arrays are equally
+ * aligned in every process, and they are areas as long as they exist. All other blocks are the real allocator's, which
  * may be any (jemalloc, tcmalloc, ...).
  *
- * Where large blocks come from, and what becomes of them when they are free, is in blocks.c. They start on a page
- * boundary, and within bounds that only ever widen; so for nearly every small block free() costs two comparisons.
+ * blocks.c decides where large blocks come from and what becomes of them when they are free. They start on a page
+ * boundary, within bounds that only ever widen; so for nearly every small block free() costs two comparisons.
  */
 #include "hooks/hooks.h"
 #include "pages/pages.h"
@@ -46,7 +46,7 @@ void alloc_enable(size_t bytes)
 	min_alloc = bytes;
 }
 
-/* Whoever holds a pointer into the bounds got it after they were widened, so relaxed loads see them. */
+/* A thread that holds a pointer into the bounds got it after they were widened, so relaxed loads see that. */
 static inline bool within(const struct bounds *b, const void *p)
 {
 	return (uintptr_t)p >= atomic_load_explicit(&b->low, memory_order_relaxed) &&
@@ -85,7 +85,7 @@ static void *early_alloc(size_t size)
 
 	if (size > sizeof(early) || need > sizeof(early) - early_used)
 		return NULL;
-	size += !size; /* 0 says elsewhere that a pointer is not ours */
+	size += !size; /* elsewhere 0 says that a pointer is not ours */
 	early_used += need;
 	memcpy(p, &size, sizeof(size));
 	return p + 16;
@@ -106,14 +106,15 @@ static inline bool maybe_ours(const void *p)
 	return (uintptr_t)p % PAGE_SIZE == 0 && within(&block_bounds, p);
 }
 
-/* Large enough to be ours, and not so large that rounding it up could overflow. */
+/* Large enough to be ours, but small enough that rounding it up cannot overflow. */
 static inline bool is_large(size_t size)
 {
 	return size >= atomic_load_explicit(&min_alloc, memory_order_relaxed) && size <= PTRDIFF_MAX - PAGE_SIZE;
 }
 
-/* libc's malloc sets itself up in a program's first call of it, and takes system calls for that (getrandom, brk). Without us a large
- * block would be that call; with us it must not be a small one much later, when a seccomp filter allows none of them. */
+/* libc's malloc sets itself up in the program's first call, by system calls (getrandom, brk). Without us that call
+ * might be for a large block. So we make a small one right after the first large one: much later, a seccomp filter may
+ * forbid those system calls. */
 static void set_up_real_malloc(void)
 {
 	static _Atomic bool done;
@@ -143,7 +144,7 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	return (void *)start;
 }
 
-/* Length of the block that starts at `p`; 0 when that is none of ours. */
+/* Length of the block that starts at `p`; 0 if it is not ours. */
 static size_t length_of(const void *p)
 {
 	const struct block *b;
@@ -194,9 +195,9 @@ static void *resize(void *p, size_t size)
 }
 
 /*
- * The program may have advised memory that the real allocator gave it. That ends before the allocator gets it
- * back, because what the allocator then does with it (munmap, MADV_DONTNEED that must give zeros) passes no
- * wrapper of ours. Pages that the block shares with its neighbours stay as they are: they are in use.
+ * The program may have given advice for memory of the real allocator. That ends before the allocator gets the memory
+ * back, because what the allocator then does with it (munmap, MADV_DONTNEED that must give zeros) passes no wrapper of
+ * ours. Pages that the block shares with its neighbours stay merged: they are in use.
  */
 static void end_advice(void *p)
 {
@@ -264,7 +265,7 @@ SP_EXPORT void cfree(void *p) /* until glibc 2.26 */
 	free(p);
 }
 
-/* A new block of `size` with the first `old_size` bytes of `p` at most. Leaves `p` alone. */
+/* Copies at most `old_size` bytes of `p` to a new block of `size`. Leaves `p` alone. */
 static void *copy_to_new(const void *p, size_t old_size, size_t size)
 {
 	void *q = is_large(size) ? allocate(size, PAGE_SIZE, false) : NULL;

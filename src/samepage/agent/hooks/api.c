@@ -58,7 +58,7 @@ SP_EXPORT int samepage_attach(int fd)
 	if (atomic_load(&thread.state) == IDLE) {
 		peer.attached = fd;
 		err = thread_start();
-		/* Until it has a file table of its own, this descriptor is the one it will use. */
+		/* Until the thread has a file table of its own, it needs this descriptor in ours. */
 		while (!err && !calls_taken() && atomic_load(&thread.tid))
 			real.syscall(SYS_sched_yield);
 		if (!err && !calls_taken()) {
@@ -74,7 +74,7 @@ SP_EXPORT int samepage_attach(int fd)
 	return err;
 }
 
-/* 0 when [start, end) is private anonymous memory that may be written; else -errno. */
+/* Returns 0 if [start, end) is private anonymous memory that may be read and written; else -errno. */
 static int check_mergeable(uintptr_t start, uintptr_t end)
 {
 	int maps = maps_open(), err = maps < 0 ? maps : 0;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Calls that change the memory of an area, but are seldom made: process_madvise(2) of the process on itself, mseal(2),
- * shmat(2), which may replace mappings, and brk(2).
+ * Calls that rarely change the memory of an area: process_madvise(2) on the calling process, mseal(2), shmat(2), which
+ * may replace mappings, and brk(2).
  */
 #include "base/real.h"
 #include "hooks/hooks.h"
@@ -22,8 +22,8 @@ struct pidfd_info { /* include/uapi/linux/pidfd.h, Linux 6.13 */
 };
 #define PIDFD_INFO_REQUEST _IOWR(0xFF, 11, struct pidfd_info)
 
-/* Whether a descriptor that the kernel takes is of this process, or of a thread of it. Since 6.13, which can tell, a
- * process may give itself any advice by it; before that, none that would discard anything. */
+/* Whether a descriptor that the kernel accepts is of this process, or of one of its threads. Kernels that can tell
+ * (6.13) let a process give itself any advice; older ones allow no advice that would discard anything. */
 static bool is_self(int pidfd)
 {
 	struct pidfd_info info = {0};
@@ -38,7 +38,7 @@ long sp_process_madvise(int fd, const void *vec, size_t n, int advice, unsigned 
 	const struct iovec *v = vec;
 	long done = 0;
 
-	/* Of no range, the kernel says what it thinks of the rest. */
+	/* With no ranges, the kernel checks the other arguments. */
 	if (no_areas() || n > IOV_MAX || real.syscall(SYS_process_madvise, fd, vec, 0, advice, flags) || !is_self(fd))
 		return real.syscall(SYS_process_madvise, fd, vec, n, advice, flags);
 	for (size_t i = 0; i < n; i++) {
@@ -56,8 +56,8 @@ SP_EXPORT ssize_t process_madvise(int fd, const struct iovec *vec, size_t n, int
 
 /* ---- mseal ------------------------------------------------------------------------------------------------- */
 
-/* Sealed mappings stay as they are: they cannot be merged any more, nor replaced when what was merged is discarded. So they are
- * made anonymous first, and left alone for good. */
+/* Sealed mappings cannot be changed: pages in them can neither be merged any more, nor replaced when merged ones are
+ * discarded. So they are made anonymous first, and left alone for good. */
 int sp_mseal(void *addr, size_t len, unsigned long flags)
 {
 	uintptr_t start = (uintptr_t)addr, end = PAGE_ALIGN_UP(start + len);
@@ -65,7 +65,7 @@ int sp_mseal(void *addr, size_t len, unsigned long flags)
 	bool ours;
 	int ret;
 
-	/* Of no length, it tells whether the kernel knows the call, before anything is done. */
+	/* With length 0, the call does nothing but tell whether the kernel knows it. */
 	if (no_areas() || end < start || real.syscall(SYS_mseal, addr, 0, flags))
 		return (int)real.syscall(SYS_mseal, addr, len, flags);
 	mmap_lock(&saved);
@@ -85,7 +85,7 @@ int sp_mseal(void *addr, size_t len, unsigned long flags)
 	return ret;
 }
 
-/* glibc has it not yet in Debian 13. */
+/* glibc of Debian 13 does not have it yet. */
 SP_EXPORT int mseal(void *addr, size_t len, unsigned long flags)
 {
 	return sp_mseal(addr, len, flags);
@@ -106,7 +106,7 @@ void *sp_shmat(int id, const void *addr, int flags)
 	p = (void *)real.syscall(SYS_shmat, id, addr, flags);
 	start = p == (void *)-1 ? PAGE_ALIGN_DOWN(addr) : (uintptr_t)p;
 	if (p == (void *)-1) {
-		if (flags & SHM_REMAP) /* what was there may be gone all the same */
+		if (flags & SHM_REMAP) /* what was there may be gone although the call failed */
 			area_reconcile(start, PAGE_ALIGN_UP(start + segment.shm_segsz));
 	} else {
 		area_remove(start, PAGE_ALIGN_UP(start + segment.shm_segsz));
@@ -128,7 +128,7 @@ static uintptr_t current_break(void)
 	return (uintptr_t)real.syscall(SYS_brk, 0);
 }
 
-/* The break was at `before`. Needs the lock. */
+/* Removes areas where the break moved; it was at `before`. Needs the lock. */
 static void break_moved(uintptr_t before)
 {
 	uintptr_t after = current_break();

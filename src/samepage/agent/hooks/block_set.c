@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The large blocks that there are, free or given out. They are nodes of a treap in the order of their addresses, and the free
- * ones of another in that of their lengths.
+ * All large blocks, free or in use. They are nodes of a treap ordered by address; the free ones are also nodes of
+ * another, ordered by length.
  */
 #include "base/check.h"
 #include "base/real.h"
@@ -9,7 +9,7 @@
 
 #include <sys/mman.h>
 
-#define POOL (4 * PAGE_SIZE) /* nodes are mapped so many bytes at a time */
+#define POOL (4 * PAGE_SIZE) /* bytes of nodes that are mapped at a time */
 
 struct block_set blocks;
 
@@ -38,7 +38,7 @@ size_t block_length(const struct block *b)
 	return b->end - b->start;
 }
 
-/* Whether b comes before a block of that length at that address. */
+/* Whether b comes before a block of length `len` at `start`. */
 static bool before(enum order by, const struct block *b, size_t len, uintptr_t start)
 {
 	if (by == BY_LENGTH && block_length(b) != len)
@@ -46,7 +46,7 @@ static bool before(enum order by, const struct block *b, size_t len, uintptr_t s
 	return b->start < start;
 }
 
-/* All of `low` comes before all of `high`. */
+/* Joins two treaps; all of `low` comes before all of `high`. */
 static struct block *join(enum order by, struct block *low, struct block *high)
 {
 	if (!low || !high)
@@ -59,7 +59,7 @@ static struct block *join(enum order by, struct block *low, struct block *high)
 	return high;
 }
 
-/* *low gets what comes before a block of that length at that address. */
+/* Parts a treap: *low gets what comes before a block of length `len` at `start`, *high the rest. */
 static void part(enum order by, struct block *b, size_t len, uintptr_t start, struct block **low, struct block **high)
 {
 	if (!b) {
@@ -196,7 +196,7 @@ void block_retire(struct block *b, unsigned age)
 		age = blocks.calls - low->since > age ? blocks.calls - low->since : age;
 		start = low->start;
 		block_remove(low);
-		b->start = start; /* there is nothing in between: its place in the order is the same */
+		b->start = start; /* nothing lies in between, so its place in the order stays the same */
 	}
 	if (high && high->free && high->start == b->end) {
 		age = blocks.calls - high->since > age ? blocks.calls - high->since : age;

@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The large blocks that alloc.c gives out: mappings of our own, and what is kept of them when they are free.
+ * The large blocks that alloc.c gives out: mappings of our own, and the free ones among them that are kept.
  *
  * A program that makes temporaries in a loop would have its pages mapped, zeroed and unmapped each time round. So free
- * blocks are kept, joined with their free neighbours, and the shortest that is long enough is given out again. What is
- * kept, and for how long, is glibc's own rule (mallopt(3), M_MMAP_THRESHOLD), so that no program needs more memory here
- * than there:
+ * blocks are kept and joined with their free neighbours; an allocation gets the shortest that is long enough. glibc's
+ * own rule (mallopt(3), M_MMAP_THRESHOLD) decides what is kept and for how long, so that no program needs more memory
+ * here than there:
  *
- * - A block larger than any that was freed before is mapped *alone*, and unmapped when it is free. That says there may be
- *   more of its size; from then on such blocks come from the *heap*, which grows upwards in a row.
- * - When what is free at the upper end of the heap reaches twice that size, it is unmapped. So is all that is free, at
- *   malloc_trim(3).
+ * - A block larger than any that was freed before is mapped *alone*, and unmapped when it is freed. Its size then
+ *   shows that more of that size may follow: from then on such blocks come from the *heap*, which grows upwards.
+ * - When the free memory at the upper end of the heap reaches twice that size, it is unmapped. malloc_trim(3) unmaps
+ *   all that is free.
  *
- * Beyond that rule, what nobody needed for DECAY calls is given back, too.
+ * Beyond that rule, memory that nobody needed for DECAY calls is given back, too.
  */
 #include "hooks/blocks.h"
 #include "base/real.h"
@@ -23,12 +23,12 @@
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000 /* 4.17 */
 #endif
-#define LARGEST (32UL << 20) /* glibc's DEFAULT_MMAP_THRESHOLD_MAX: what is larger is always alone */
-#define GAP (1UL << 40)	     /* that the heap may grow before it meets what the kernel places */
+#define LARGEST (32UL << 20) /* glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are always alone */
+#define GAP (1UL << 40)	     /* how far the heap may grow before it meets mappings that the kernel placed */
 #define DECAY 5000	     /* calls */
 
 static size_t mmap_threshold = 128UL << 10, trim_threshold = 128UL << 10; /* glibc's */
-static bool fixed_thresholds;						  /* somebody set one */
+static bool fixed_thresholds;						  /* the program set one of them */
 
 /* ---- giving back ---------------------------------------------------------------------------------------- */
 
@@ -38,7 +38,7 @@ static void empty(uintptr_t start, uintptr_t end)
 		real.madvise((void *)start, end - start, MADV_DONTNEED);
 }
 
-/* False: the kernel keeps the mapping (vm.max_map_count), but it is empty. */
+/* False: the kernel cannot unmap the range (vm.max_map_count); it is emptied instead. */
 static bool unmap(uintptr_t start, uintptr_t end)
 {
 	if (real.munmap((void *)start, end - start)) {
@@ -51,7 +51,7 @@ static bool unmap(uintptr_t start, uintptr_t end)
 	return true;
 }
 
-/* Nothing was done to the range that the next user of it would meet. */
+/* Whether nothing was done to the range that its next user would notice. */
 static bool is_plain(uintptr_t start, uintptr_t end)
 {
 	const unsigned allowed = AREA_ALLOC | AREA_HUGEPAGE | AREA_NOHUGEPAGE | area_new_flags();
@@ -67,7 +67,7 @@ static bool is_plain(uintptr_t start, uintptr_t end)
 	return true;
 }
 
-/* Nothing is given out right behind it. */
+/* Whether no block lies right behind it. */
 static bool is_top(const struct block *b)
 {
 	const struct block *after = block_behind(b->end);
@@ -75,7 +75,7 @@ static bool is_top(const struct block *b)
 	return !after || after->start > b->end;
 }
 
-/* Gives the memory of a free block back, and at the end of the heap its addresses. */
+/* Gives back the memory of a free block, and at the end of the heap its addresses. */
 static void drop(struct block *b)
 {
 	if (!is_top(b))
@@ -111,7 +111,7 @@ void block_free(struct block *b)
 	}
 	if ((b->alone || !plain) && unmap(b->start, b->end)) {
 		block_remove(b);
-	} else if (!plain) { /* nobody's any more */
+	} else if (!plain) { /* forget it: it is empty, but still mapped */
 		area_remove(b->start, b->end);
 		block_remove(b);
 	} else {
@@ -154,7 +154,7 @@ void blocks_forget(uintptr_t start, uintptr_t end)
 
 /* ---- giving out ------------------------------------------------------------------------------------------- */
 
-/* What is the agent's work in the range is undone: nobody sees it who gets it next. False: it cannot be. */
+/* Undoes the agent's work in the range, so that its next user sees nothing of it. False: that failed. */
 static bool make_anonymous(uintptr_t start, uintptr_t end)
 {
 	return !has_segments(start, end) || !discard_segments(start, end);
@@ -177,7 +177,7 @@ static struct block *carve(struct block *b, uintptr_t start, size_t len)
 	return b;
 }
 
-/* New memory at `addr` exactly, or with 0 anywhere. */
+/* Maps new memory at *addr, or anywhere if that is 0. */
 static bool map(uintptr_t *addr, size_t len)
 {
 	int flags = MAP_PRIVATE | MAP_ANONYMOUS | (*addr ? MAP_FIXED_NOREPLACE : 0);
@@ -193,15 +193,15 @@ static bool map(uintptr_t *addr, size_t len)
 	return true;
 }
 
-/* The range is newly mapped. */
+/* Notes a newly mapped range. */
 static void note(uintptr_t start, uintptr_t end)
 {
-	area_remove(start, end); /* of a mapping that went without our seeing it */
-	/* Should it fail, the block is as good as any, and never merged. */
+	area_remove(start, end); /* of an old mapping, whose end we did not see */
+	/* If this fails, the block is as good as any, but never merged. */
 	area_add(start, end, AREA_ALLOC | area_new_flags(), PROT_READ | PROT_WRITE);
 }
 
-/* What is free at the very end of the heap, or NULL. */
+/* The free block at the very end of the heap, or NULL. */
 static struct block *top(void)
 {
 	struct block *b = blocks.heap_end ? block_behind(blocks.heap_end - 1) : NULL;
@@ -209,7 +209,8 @@ static struct block *top(void)
 	return b && b->free && b->end == blocks.heap_end ? b : NULL;
 }
 
-/* A block from the end of the heap, which grows for it. *dirty: so much of it is not fresh from the kernel. */
+/* Makes a block at the end of the heap, which grows for it. *dirty: how many bytes of it are not fresh from the
+ * kernel. */
 static struct block *grow(size_t len, size_t *dirty)
 {
 	struct block *last = top();
@@ -233,14 +234,14 @@ static struct block *grow(size_t len, size_t *dirty)
 	at = 0;
 	if (!map(&at, len))
 		return NULL;
-	/* Something is in the way. The next will be tried far from it. */
+	/* Something is in the way. Let the heap go on far from it. */
 	blocks.heap_end = at > 2 * GAP ? at - GAP : 0;
 	*dirty = 0;
 	note(at, at + len);
 	return block_insert(at, at + len, false);
 }
 
-/* A mapping of its own, at a multiple of `align`, a power of two. */
+/* Maps a block at a multiple of `align`, a power of two. */
 static struct block *map_alone(size_t len, size_t align, bool alone)
 {
 	size_t spare = align > PAGE_SIZE ? align - PAGE_SIZE : 0;
@@ -287,7 +288,7 @@ struct block *block_at(const void *p)
 
 /* ---- changing ---------------------------------------------------------------------------------------------- */
 
-/* Frees what is behind the first `len` bytes. False: it has to be unmapped. */
+/* Frees all but the first `len` bytes. False: they have to be unmapped. */
 static bool shrink(struct block *b, size_t len)
 {
 	uintptr_t cut = b->start + len, end = b->end;
@@ -299,7 +300,7 @@ static bool shrink(struct block *b, size_t len)
 	return true;
 }
 
-/* Takes what is free right behind the block, and at the end of the heap what the kernel has. False: there is too
+/* Extends a block into the free block right behind it, and at the end of the heap with new memory. False: there is too
  * little. */
 static bool extend(struct block *b, size_t len)
 {
@@ -342,7 +343,7 @@ uintptr_t block_resize(struct block *b, size_t len)
 		return 0;
 	if (b->end == blocks.heap_end && !b->alone)
 		blocks.heap_end = start;
-	b->alone |= len > mmap_threshold; /* as if it were allocated now */
+	b->alone |= len > mmap_threshold; /* as if it had been allocated now */
 	block_place(b, (uintptr_t)moved, (uintptr_t)moved + len);
 	return (uintptr_t)moved;
 }

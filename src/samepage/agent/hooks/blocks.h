@@ -1,47 +1,47 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What blocks.c and block_set.c share. All needs the mmap_lock. */
+/* What blocks.c and block_set.c share. Callers hold the mmap_lock. */
 #ifndef SAMEPAGE_HOOKS_BLOCKS_H
 #define SAMEPAGE_HOOKS_BLOCKS_H
 
 #include "hooks/hooks.h"
 
-enum order { BY_ADDRESS, BY_LENGTH, NR_ORDERS }; /* of the same length, the one at the lower address first */
+enum order { BY_ADDRESS, BY_LENGTH, NR_ORDERS }; /* blocks of the same length are ordered by address */
 
 struct block {
 	uintptr_t start, end;
 	struct block *left[NR_ORDERS], *right[NR_ORDERS];
-	struct block *older, *newer; /* the free ones */
+	struct block *older, *newer; /* neighbours in the list of free blocks */
 	unsigned priority;
-	unsigned since; /* it is free: a number of a call */
+	unsigned since; /* blocks.calls when it became free */
 	bool free, alone;
 };
 
 extern struct block_set {
 	struct block *roots[NR_ORDERS];
-	struct block *oldest, *newest; /* of the free ones, in the order in which decay() looks at them */
-	struct block *pool;	       /* nodes of nothing, by `older` */
+	struct block *oldest, *newest; /* free blocks, in the order in which decay() looks at them */
+	struct block *pool;	       /* unused nodes, linked by `older` */
 	size_t pooled;
 	uintptr_t heap_end; /* 0: there is no heap yet */
 	unsigned calls;	    /* allocations and frees */
 } blocks;
 
-/* Makes sure that n nodes can be had. */
+/* Makes sure that n nodes are in the pool. False: there is no memory. */
 bool blocks_reserve(size_t n);
 /* The first block that ends after `addr`, or NULL. */
 struct block *block_behind(uintptr_t addr);
-/* The shortest free block of that length at least, or NULL. */
+/* The shortest free block of at least that length, or NULL. */
 struct block *block_fitting(size_t len);
-/* A new one, not free. Needs a node. */
+/* Adds a block that is in use. Needs a node. */
 struct block *block_insert(uintptr_t start, uintptr_t end, bool alone);
 void block_remove(struct block *b);
-/* Sets the bounds of a block that is not free. */
+/* Sets the bounds of a block that is in use. */
 void block_place(struct block *b, uintptr_t start, uintptr_t end);
-/* Makes a block a free one, joined with its free neighbours. It is as old as the oldest of them: else what nobody needs would
- * stay for ever where a part of it is used. */
+/* Makes a block free and joins it with its free neighbours. The result is as old as the oldest of them: otherwise
+ * memory that nobody needs would stay for ever if a part of it is used again and again. */
 void block_retire(struct block *b, unsigned age);
-/* Takes a block out of the free ones. */
+/* Marks a free block as in use. */
 void block_claim(struct block *b);
-/* Puts a free one last in the order in which they are looked at. */
+/* Makes a free block the last that decay() looks at. */
 void block_later(struct block *b);
 
 #endif

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the kernel reads and writes of a thread that ends: its number, which pthread_join() waits for, on its stack
- * (CLONE_CHILD_CLEARTID), the list of its robust mutexes, which begins there, and the mutexes. A thread that ends
- * cannot wait for a page (handle_userfault() refuses under PF_EXITING), and the kernel says nothing when it finds none: who
- * joins the thread, or wants such a mutex, would wait for ever. So these are left where they are.
+ * What the kernel reads and writes when a thread ends: the thread's number on its stack, which pthread_join() waits for
+ * (CLONE_CHILD_CLEARTID); the list of its robust mutexes, which begins there too; and the mutexes. A thread that ends
+ * cannot wait for a page (handle_userfault() refuses under PF_EXITING), and the kernel reports no error if a page is
+ * missing: a thread that joins it, or wants such a mutex, would wait for ever. So these pages are never moved.
  */
 #include "hooks/hooks.h"
 
@@ -21,7 +21,7 @@ void left_in_place(const void *p, size_t len)
 	if (ours)
 		area_change(start, end, AREA_EXCLUDED, 0, -1);
 	mmap_unlock(&saved);
-	/* For want of memory they stay merged, and in place. */
+	/* If there is no memory for copies, they stay merged, and in place. */
 	if (merged)
 		unmerge(start, end);
 }

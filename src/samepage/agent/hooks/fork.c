@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * How processes begin and end, and what the agent's thread has to do with it: it is not there in a child, it
- * must not be there when the kernel wants a process of one thread, and it must not keep alive a process whose
- * own threads have all ended.
+ * How processes begin and end, as far as it concerns the agent's thread: it does not exist in a child, it must not
+ * exist when the kernel demands a process of one thread, and it must not keep a process alive whose own threads have
+ * all ended.
  */
 #include "base/real.h"
 #include "base/system.h"
@@ -15,8 +15,8 @@
 
 /* ---- forks --------------------------------------------------------------------------------------------- */
 
-/* Held across a fork, so that no step of the agent's is half done in the child, and no signal handler of the
- * child's runs before the lock is good again. */
+/* The lock is held across a fork, so that no step of the agent's is half done in the child. The child's signals stay
+ * blocked until its lock is valid again. */
 static sigset_t fork_mask;
 
 /* Takes the lock for a fork, and notes it. */
@@ -31,7 +31,7 @@ static void before_fork(void)
 	sigset_t mask;
 
 	lock_for_fork(&mask);
-	fork_mask = mask; /* not before the lock is ours: another thread may be forking */
+	fork_mask = mask; /* only now that we have the lock: another thread may have been forking */
 }
 
 static void after_fork_parent(void)
@@ -57,9 +57,9 @@ static void after_fork_child_handler(void)
 extern void *__dso_handle __attribute__((visibility("hidden")));
 
 /*
- * Handlers that were registered first are called last before a fork and first after it. So ours must be the
- * first of all: others may allocate, or wait for threads that do (OpenBLAS joins its threads), and would do
- * so under our lock. Constructors of other libraries run before ours, hence the wrapper.
+ * Handlers that were registered first run last before a fork and first after it. So ours must be the first of all:
+ * others may allocate, or wait for threads that do (OpenBLAS joins its threads), and would do so under our lock.
+ * Constructors of other libraries run before ours, hence this wrapper.
  */
 void fork_init(void)
 {
@@ -73,7 +73,7 @@ SP_EXPORT int __register_atfork(void (*prepare)(void), void (*parent)(void), voi
 	return next.register_atfork ? next.register_atfork(prepare, parent, child, dso) : ENOSYS;
 }
 
-/* A fork that runs no handlers; the child returns from here, too. */
+/* A fork that runs no handlers. The child returns from here, too. */
 long plain_fork(long number, const long *arg)
 {
 	sigset_t saved;
@@ -103,7 +103,7 @@ struct clone_start {
 	sigset_t saved;
 };
 
-/* In the child, on its own stack, which does not hold `p`; but its copy of our memory does. */
+/* In the child, on its own stack. `p` is on the parent's stack, of which the child has a copy. */
 static int clone_child(void *p)
 {
 	struct clone_start start = *(struct clone_start *)p;
@@ -111,7 +111,7 @@ static int clone_child(void *p)
 
 	after_fork_child(&start.saved, true);
 	ret = start.fn(start.arg);
-	agent_stop(); /* libc's clone ends this thread now, not the process */
+	agent_stop(); /* libc's clone() now ends this thread only, not the process */
 	return ret;
 }
 
@@ -125,7 +125,7 @@ SP_EXPORT int clone(int (*fn)(void *), void *stack, int flags, void *arg, ...)
 	need_next();
 	if (flags & CLONE_VM && flags & CLONE_CHILD_CLEARTID)
 		left_in_place(ids[2], sizeof(pid_t));
-	if (flags & CLONE_VM || !fn || !stack) /* shares our memory; or is refused */
+	if (flags & CLONE_VM || !fn || !stack) /* shares our memory, or will be refused */
 		return next.clone(fn, stack, flags, arg, ids[0], ids[1], ids[2]);
 	lock_for_fork(&start.saved);
 	pid = next.clone(clone_child, stack, flags, &start, ids[0], ids[1], ids[2]);
@@ -133,13 +133,13 @@ SP_EXPORT int clone(int (*fn)(void *), void *stack, int flags, void *arg, ...)
 	return pid;
 }
 
-/* The head of struct clone_args (Linux 5.3). */
+/* The start of struct clone_args (Linux 5.3). */
 struct clone3_args {
 	uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack;
 };
 
-/* A child with a memory of its own that goes on where the parent is. One with another stack returns to where
- * that says, and not here. */
+/* Whether the call makes a child that has its own memory and returns here. With a stack of its own, the child goes on
+ * there instead. */
 bool is_plain_fork(long number, const long *arg)
 {
 	const struct clone3_args *a = (const struct clone3_args *)arg[0];
@@ -153,12 +153,12 @@ bool is_plain_fork(long number, const long *arg)
 	return number == SYS_clone3 && a && arg[1] >= (long)sizeof(*a) && !(a->flags & CLONE_VM) && !a->stack;
 }
 
-/* ---- what demands a process of one thread -------------------------------------------------------------- */
+/* ---- calls that demand a process of one thread ----------------------------------------------------------- */
 
 /*
- * Makes a call that the kernel refuses with EINVAL in a process of several threads, without the agent's. A thread
- * that was joined is still counted for a moment, until the kernel has released its task (Linux 6.18: 9 of 20 calls
- * came too early); hence the tries, at most 20 ms.
+ * Makes a call that the kernel refuses with EINVAL in a process of several threads, with the agent's thread ended
+ * meanwhile. A thread that has ended is still counted for a moment, until the kernel has released its task (Linux 6.18:
+ * 9 of 20 calls came too early); hence the tries, for at most 20 ms.
  */
 static int call_alone(long number, long a, long b)
 {
@@ -205,9 +205,9 @@ SP_EXPORT int setns(int fd, int type)
 /* ---- the last thread ------------------------------------------------------------------------------------- */
 
 /*
- * A process ends when its last thread does. libc counts the threads that it made, and ends the process with the last of them.
- * But where the main thread ends by the bare system call, and the others do too, the agent's would be left over; so it goes
- * before, for good. (An inline system call is noticed by the thread itself; see wait_for().)
+ * A process ends when its last thread does. libc counts the threads that it made and ends the process with the last of
+ * them. But if the main thread ends by the bare system call, and the others do too, the agent's thread would be left
+ * over. So it ends before that, for good. (If the system call is inline, the thread notices by itself: wait_for().)
  */
 void leader_exits(void)
 {

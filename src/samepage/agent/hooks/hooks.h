@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What stands between the application and libc. Every call that the agent has to see is answered by an sp_
- * function below; the exported wrapper of libc's name and syscall(2) both lead there. Return values and errno
- * are those of the call answered. A file a concern: alloc.c and blocks.c, mmap.c, mremap.c, madvise.c, fork.c, and
- * wrappers.c for the rest.
+ * What is between the application and libc. An sp_ function below answers each call that the agent has to see; both the
+ * exported wrapper of libc's name and syscall(2) lead to it. Return values and errno are those of the call answered.
+ * There is a file for each concern: alloc.c and blocks.c, mmap.c, mremap.c, madvise.c, fork.c and so on; wrappers.c has
+ * the rest.
  */
 #ifndef SAMEPAGE_HOOKS_HOOKS_H
 #define SAMEPAGE_HOOKS_HOOKS_H
@@ -38,7 +38,7 @@
 #define PR_GET_MEMORY_MERGE 68
 #endif
 
-/* Nothing is an area: no call can concern the agent. */
+/* There is no area, so no call can concern the agent. */
 static inline bool no_areas(void)
 {
 	need_next();
@@ -47,34 +47,34 @@ static inline bool no_areas(void)
 
 /* ---- alloc.c ---- */
 
-/* From now on malloc serves `bytes` and more from mappings of its own. */
+/* From now on malloc serves blocks of `bytes` and more from mappings of its own. */
 void alloc_enable(size_t bytes);
-/* The range was given to madvise(MADV_MERGEABLE) and may hold blocks of the real allocator's. */
+/* Notes that the range was given to madvise(MADV_MERGEABLE), so it may hold blocks of the real allocator. */
 void alloc_note_advised(uintptr_t start, uintptr_t end);
 
 /* ---- blocks.c: large blocks, free or given out; all need the lock ---- */
 
 struct block;
 
-/* The address of a new block of whole pages at a multiple of `align`, a power of two; 0 leaves it to the real allocator.
- * *dirty: so many bytes from its start may not be zero. */
+/* Allocates a block of whole pages at a multiple of `align`, a power of two. Returns its address; 0: leave it to the
+ * real allocator. *dirty: that many bytes from its start may not be zero. */
 uintptr_t block_new(size_t len, size_t align, size_t *dirty);
-/* The block given out that starts at `p`, or NULL. Valid until the next call here. */
+/* The block in use that starts at `p`, or NULL. Valid until the next call here. */
 struct block *block_at(const void *p);
 size_t block_length(const struct block *b);
 void block_free(struct block *b);
-/* Where it is now; 0 when it could not be resized, and is as it was. */
+/* Returns the block's new address; 0: it could not be resized, and is as it was. */
 uintptr_t block_resize(struct block *b, size_t len);
-/* The application unmapped or moved the range itself: blocks that overlap it are no longer ours. */
+/* Call this when the application itself unmapped or moved the range: blocks that overlap it are no longer ours. */
 void blocks_forget(uintptr_t start, uintptr_t end);
-/* Gives the memory of all that is free back. Whether there was any. */
+/* Gives back the memory of all free blocks. Returns whether there were any. */
 bool blocks_trim(void);
-/* Its addresses, too, which count against limits. */
+/* The same, and their addresses, too, which count against limits. */
 bool blocks_release(void);
-/* The application is about to be refused so many bytes, or a mapping: gives back what the agent keeps for itself and that may help
- * (relief.c). Whether it is worth another try; errno stays. Not under the lock. */
+/* Call this when the application is about to be refused `bytes`, or a mapping. Gives back what the agent keeps for
+ * itself, if that may help (relief.c). Returns whether another try is worth it; errno stays. Not under the lock. */
 bool relieve(size_t bytes);
-/* The same for a call that takes no memory, but may have to cut a mapping. */
+/* The same, for a call that takes no memory but may have to cut a mapping. */
 bool relieve_mappings(void);
 /* mallopt(3) */
 void blocks_set(int param, size_t value);
@@ -85,10 +85,10 @@ void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 int sp_munmap(void *addr, size_t len);
 int sp_mprotect(void *addr, size_t len, int prot, int pkey); /* pkey -1: mprotect */
 long sp_set_policy(long number, const long *arg);	     /* mbind, set_mempolicy_home_node */
-/* Notes how much memory the machine has, once: what is larger is no memory that the program will use. */
+/* Notes once how much memory the machine has. Mappings larger than that are reservations, not memory. */
 void mmap_note_memory(void);
-/* Some calls want private copies of all pages. For merged ones that takes memory, and a break knows beforehand
- * whether it is there. -1 with errno ENOMEM when it is not. */
+/* Some calls need private copies of all pages. For merged pages that takes memory; this breaks them first, after
+ * looking whether the memory is there. Returns 0, or -1 with errno ENOMEM. */
 int unmerge_first(uintptr_t start, uintptr_t end);
 
 /* ---- mlock.c ---- */
@@ -104,56 +104,58 @@ int sp_prlimit(pid_t pid, int resource, const void *to, void *old);
 long sp_process_madvise(int fd, const void *vec, size_t n, int advice, unsigned flags);
 int sp_mseal(void *addr, size_t len, unsigned long flags);
 void *sp_shmat(int id, const void *addr, int flags);
-/* The kernel's brk(2), which answers where the break is. */
+/* The kernel's brk(2), which returns the new break. */
 uintptr_t sp_brk(uintptr_t addr);
 
 /* ---- mremap.c ---- */
 
 void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new_addr);
-/* The same under the lock and without a thought for alloc.c's blocks. */
+/* The same with the lock held, and without regard for alloc.c's blocks. */
 void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_t target);
 
 /* ---- madvise.c ---- */
 
 int sp_madvise(void *addr, size_t len, int advice);
 int sp_set_memory_merge(bool on); /* 0, or -errno */
-/* Breaks all merged pages of the range; takes the lock itself. 0, or -errno and the rest stays merged. */
+/* Breaks all merged pages of the range; takes the lock itself. Returns 0, or -errno with the rest still merged. */
 int unmerge(uintptr_t start, uintptr_t end);
 
 /* ---- fork.c ---- */
 
 void fork_init(void);
-/* A system call by which the process forks and the child goes on where its parent is. */
+/* Whether the system call forks, with the child going on where its parent is. */
 bool is_plain_fork(long number, const long *arg);
 long plain_fork(long number, const long *arg); /* number -1: _Fork() */
 int sp_unshare(int flags);
 int sp_setns(int fd, int type);
-void leader_exits(void); /* if the calling thread is the one that leads: by the bare system call */
+void leader_exits(void); /* the calling thread ends by the bare system call; it may be the main thread */
 
 /* ---- exits.c ---- */
 
-/* The kernel writes there when a thread ends: it is left where it is. */
+/* Says that the kernel writes to this memory when a thread ends, so it must never be moved. */
 void left_in_place(const void *p, size_t len);
 
 /* ---- identity.c ---- */
 
-bool changes_identity(long number, const long *arg); /* the system call would change who the process is */
-long syscall_away(long number, const long *arg);     /* makes it, with the agent away meanwhile */
+bool changes_identity(long number, const long *arg); /* whether the system call would change who the process is */
+long syscall_away(long number, const long *arg);     /* makes the call while the agent is away */
 
 /* ---- api.c: for the program itself, bound by samepage/agent/__init__.py ---- */
 
 int samepage_register(void *addr, size_t len);
-/* At most max_pages; -EAGAIN: that many are done, call again, or call with max_pages 0 to leave it at that; 0: nothing in the
- * range is merged or mergeable any more; else -errno and the range stays registered. It serves MADV_UNMERGEABLE too. */
+/* Unmerges at most max_pages, and serves MADV_UNMERGEABLE too. Returns -EAGAIN: that many are done; call again, or with
+ * max_pages 0 to leave it at that. 0: nothing in the range is merged or mergeable any more. Else -errno, and the range
+ * stays registered. */
 int samepage_unmerge(void *addr, size_t len, size_t max_pages, struct sp_broken *out);
 
 /* ---- sanitizer.c ---- */
 
-const char *sanitizer(void); /* that the program was built with, or NULL */
+const char *sanitizer(void); /* the one that the program was built with, or NULL */
 void say_left_alone(const char *why, const char *whose);
 
-/* Whether the filters that the process was started under are as many as were `tried` (seccomp.c); if not, it says so. Or, where the
- * program itself asks for an agent: whether none of the agent's calls is fatal. */
+/* seccomp_allows(): whether the process is under exactly as many filters as were `tried` (seccomp.c); if not, it says
+ * so on stderr. seccomp_allows_asked(), for a program that asks for an agent itself: whether none of the agent's calls
+ * is fatal. */
 bool seccomp_allows(const char *tried);
 bool seccomp_allows_asked(void);
 

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Who the process is: its user, groups, capabilities and root directory. A process shares pages within the domain that it joined as who it
- * was; so before any of that changes the agent's thread goes, and its connection with it, and one that is begun afterwards
- * joins as what the process is then. libc tells all threads that it knows of such a change, and does not know of this
- * one, which must not keep what the process gives up.
+ * Who the process is: its user, groups, capabilities and root directory. A process shares pages within the merge domain
+ * that it joined as who it was. So before any of these changes, the agent's thread ends, and its connection with it; a
+ * thread that is started afterwards joins as what the process is then. libc applies such a change to all threads that
+ * it knows, but it does not know this one, which must not keep what the process gives up.
  *
- * A bare system call changes the calling thread alone; it counts if that is the one that leads the process. Servers have
- * threads that act for others in that way. A change that passes no wrapper is noticed before pages are given away or taken
- * (is_same()).
+ * A bare system call changes only the calling thread; servers have threads that act for other users in that way. So it
+ * counts only if that is the main thread. A change that passes no wrapper is noticed before pages are given away or
+ * taken (is_same()).
  */
 #include "base/real.h"
 #include "base/system.h"
@@ -68,7 +68,7 @@ long syscall_away(long number, const long *arg)
 
 /* ---- libc's names -------------------------------------------------------------------------------------- */
 
-/* Defines libc's function `name`, which `next` has, too. */
+/* Defines a wrapper of libc's function `name`, which `next` has, too. */
 #define WRAP1(name, type)                                                                                              \
 	SP_EXPORT int name(type a)                                                                                     \
 	{                                                                                                              \
@@ -88,7 +88,7 @@ long syscall_away(long number, const long *arg)
 		return AWAY(next.name(a, b, c));                                                                       \
 	}
 
-WRAP1(chroot, const char *) /* /proc/self/task/TID/root would lead out */
+WRAP1(chroot, const char *) /* /proc/self/task/TID/root of the agent's thread would lead out */
 WRAP1(setuid, uid_t)
 WRAP1(seteuid, uid_t)
 WRAP2(setreuid, uid_t, uid_t)
@@ -100,7 +100,7 @@ WRAP3(setresgid, gid_t)
 WRAP2(setgroups, size_t, const gid_t *)
 WRAP2(initgroups, const char *, gid_t)
 
-/* These change the calling thread alone, with or without libc. */
+/* The following calls change only the calling thread, with or without libc. */
 static bool leads(void)
 {
 	return real.syscall(SYS_gettid) == getpid();

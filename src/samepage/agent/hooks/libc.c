@@ -14,7 +14,7 @@ static const struct {
 	void *slot;
 	const char *name;
 } symbols[] = {
-	/* dlsym() may call these two. */
+	/* First, since dlsym() may call calloc and malloc. */
 	{&next.calloc, "calloc"},
 	{&next.malloc, "malloc"},
 	{&next.free, "free"},
@@ -73,7 +73,7 @@ void next_init(void)
 		return;
 	self = (pid_t)real.syscall(SYS_gettid);
 	if (!atomic_compare_exchange_strong(&owner, &nobody, self)) {
-		/* From inside dlsym(), go on with what there is; another thread waits. */
+		/* Inside this thread's own dlsym(), go on with what is there; another thread waits. */
 		while (!next_ready && owner != self)
 			sched_yield();
 		return;

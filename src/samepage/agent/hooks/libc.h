@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The functions that the wrappers stand in front of, as the next object in the search order has them: for calls of the
- * application's, which whoever else stands in front of libc is to see, too. The agent's own go to the kernel (base/real.h).
+ * The functions behind the wrappers, as the next object in the search order has them. The application's calls go there,
+ * so that other libraries in front of libc see them, too. The agent's own calls go to the kernel (base/real.h).
  *
- * Filled once, by the first thread that needs it, and read only from then on.
+ * The first thread that needs the table fills it; after that it is only read.
  */
 #ifndef SAMEPAGE_HOOKS_LIBC_H
 #define SAMEPAGE_HOOKS_LIBC_H
@@ -39,7 +39,7 @@ extern struct next {
 	long (*syscall)(long, ...);
 	int (*brk)(void *);
 	void *(*sbrk)(intptr_t);
-	/* What pthread_atfork() calls. The application's calls pass through us, so that ours is the first. */
+	/* What pthread_atfork() calls. We wrap it so that our handlers are registered first. */
 	int (*register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
 	int (*chroot)(const char *);
 	int (*setuid)(uid_t);

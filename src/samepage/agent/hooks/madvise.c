@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * madvise(2) and prctl(PR_SET_MEMORY_MERGE). MADV_MERGEABLE and MADV_UNMERGEABLE are answered here, by the
- * rules of the kernel's madvise_walk_vmas() and ksm_madvise(). Advice that discards memory must find
- * anonymous memory where merged pages are, for what is discarded reads as zeros afterwards. Everything else
- * is the kernel's, and remembered where mappings to come have to be given it too.
+ * madvise(2) and prctl(PR_SET_MEMORY_MERGE). MADV_MERGEABLE and MADV_UNMERGEABLE are answered here, by the rules of the
+ * kernel's madvise_walk_vmas() and ksm_madvise(). Advice that discards memory must find anonymous memory instead of
+ * merged pages, since discarded memory reads as zeros afterwards. All other advice goes to the kernel, and is
+ * remembered if later mappings have to be given it too.
  */
 #include "base/maps.h"
 #include "base/planes.h"
@@ -15,36 +15,37 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 
-#define UNMERGE_BATCH SECTION_MAX /* pages; a signal's handler runs, and the lock is free, after each */
+#define UNMERGE_BATCH SECTION_MAX /* pages; after each batch the lock is free and pending signal handlers run */
 
 /* ---- discarding ------------------------------------------------------------------------------------- */
 
-/* Merged pages of one area. Which memory is locked the areas may only think (a fork unlocks the child's, a move with
- * MREMAP_DONTUNMAP all of a mapping); but what they think locked is not merged, so here they are asked. 0 or -errno. */
+/* Discards merged pages of one area. An area may only seem locked (a fork unlocks the child's memory, a move with
+ * MREMAP_DONTUNMAP a whole mapping); but memory that is thought to be locked is not merged, so AREA_LOCKED decides
+ * here. Returns 0 or -errno. */
 static int discard_merged(uintptr_t start, uintptr_t end, int advice)
 {
 	const struct area *a = area_next(start);
 
 	if (a && a->flags & AREA_LOCKED && advice != MADV_DONTNEED_LOCKED)
 		return -EINVAL;
-	if (advice == MADV_FREE) { /* which may do nothing */
+	if (advice == MADV_FREE) { /* which may do nothing, so a failure does not matter */
 		discard_segments(start, end);
 		return 0;
 	}
 	if (zero_segments(start, end))
 		return a && a->flags & AREA_SEALED ? -EPERM : -EAGAIN;
-	/* A guard belongs on the new mapping; for all other advice that is as good as discarded. */
+	/* A guard has to go on the new mapping; for all other advice, a new mapping is as good as a discard. */
 	return advice == MADV_GUARD_INSTALL && real.madvise((void *)start, end - start, advice) ? -errno : 0;
 }
 
-/* Piece by piece, as the kernel does it: a hole is passed over, and at what it refuses (locked memory) it stops, so that
- * whatever lies behind keeps what it holds. */
+/* Works piece by piece, as the kernel does: it skips holes, and stops at what it refuses (locked memory), so that
+ * everything behind that keeps its contents. */
 static int discard(uintptr_t start, uintptr_t end, int advice)
 {
 	int err = 0, hole = 0;
 
 	area_disown(start, end, -1);
-	if (advice == MADV_GUARD_INSTALL) /* a guard's SIGSEGV would be the agent's, too */
+	if (advice == MADV_GUARD_INSTALL) /* a guard would give the agent a SIGSEGV, too */
 		area_change(start, end, AREA_EXCLUDED, 0, -1);
 	for (uintptr_t at = start, stop; at < end && !err; at = stop) {
 		uint64_t vpn = at >> PAGE_SHIFT, last = end >> PAGE_SHIFT;
@@ -69,7 +70,7 @@ static int discard(uintptr_t start, uintptr_t end, int advice)
 
 /* ---- merging ---------------------------------------------------------------------------------------- */
 
-/* Nothing that the kernel would merge, or nothing that we may: the stack we run on grows under our feet. */
+/* Whether both the kernel and we may merge the mapping. Not the stack that we run on: it grows under our feet. */
 static bool is_mergeable(const struct vma *v)
 {
 	uintptr_t here = (uintptr_t)&v;
@@ -77,7 +78,8 @@ static bool is_mergeable(const struct vma *v)
 	return !v->shared && !v->ino && !(v->start <= here && here < v->end);
 }
 
-/* 0, or -ENOMEM: a part is not mapped (the rest is an area now), or no memory to note it. */
+/* Makes a range mergeable. Returns 0 or -ENOMEM: a part is not mapped (the rest is an area now), or there is no memory
+ * to note it. */
 static int advise_range(uintptr_t start, uintptr_t end)
 {
 	int maps = maps_open(), err = maps < 0 ? maps : 0, hole = 0;
@@ -121,7 +123,7 @@ int unmerge(uintptr_t start, uintptr_t end)
 	return -out.error;
 }
 
-/* The same for good: MADV_UNMERGEABLE. */
+/* The same for good, for MADV_UNMERGEABLE. */
 static int withdraw_advice(uintptr_t start, uintptr_t end)
 {
 	struct sp_broken out;
@@ -145,7 +147,7 @@ static int merge_advice(uintptr_t start, uintptr_t end, int advice)
 		agent_start();
 	} else {
 		err = withdraw_advice(start, end);
-		/* Does nothing but say whether all of the range is mapped. */
+		/* Only says whether all of the range is mapped. */
 		if (!err && real.syscall(SYS_msync, start, end - start, MS_ASYNC))
 			err = -errno;
 	}
@@ -171,7 +173,8 @@ int sp_set_memory_merge(bool on)
 		start = on;
 	}
 	mmap_unlock(&saved);
-	/* The kernel keeps it for us over an exec (see initialise() in wrappers.c). Where its own ksmd runs, that merges, too. */
+	/* The kernel keeps the setting for us across an exec (initialise() in wrappers.c). If its own ksmd runs, that
+	 * merges, too. */
 	if (!kernel_serves_others)
 		real.prctl(PR_SET_MEMORY_MERGE, (unsigned long)on, 0, 0, 0);
 	if (start)
@@ -181,7 +184,7 @@ int sp_set_memory_merge(bool on)
 
 /* ---- everything else --------------------------------------------------------------------------------- */
 
-/* What mappings to come in the range have to be told, after the kernel took the advice. */
+/* Remembers advice that later mappings in the range have to be given, after the kernel took it. */
 static void remember(uintptr_t start, uintptr_t end, int advice)
 {
 	static const struct {
@@ -206,7 +209,8 @@ static void remember(uintptr_t start, uintptr_t end, int advice)
 			area_change(start, end, flags[i].set, flags[i].clear, -1);
 }
 
-/* The kernel wipes no private mapping of a file, which a merged page is, and an island stays one. Those the agent wipes. */
+/* The kernel wipes no private mapping of a file on fork; a merged page is in such a mapping, and an island stays in it.
+ * The agent wipes those itself. */
 static int wipe_on_fork(uintptr_t start, uintptr_t end)
 {
 	uint64_t last = end >> PAGE_SHIFT, stop;
@@ -242,7 +246,8 @@ static int advise(uintptr_t start, uintptr_t end, int advice)
 		return wipe_on_fork(start, end);
 	case MADV_REMOVE:
 		ret = real.madvise((void *)start, end - start, advice);
-		/* Anonymous memory has no file to punch; a private mapping of one may not. */
+		/* For anonymous memory the kernel says EINVAL, since there is no file to punch; for a private mapping
+		 * of a file it says EACCES. */
 		if (ret && errno == EACCES && has_segments(start, end))
 			errno = EINVAL;
 		return ret;
@@ -255,8 +260,8 @@ static int advise(uintptr_t start, uintptr_t end, int advice)
 	}
 }
 
-/* Before MADV_WIPEONFORK: nothing is merged in the range from now on, not even between this and the advice, nor where that
- * stops half-way. */
+/* Before MADV_WIPEONFORK: from now on nothing in the range is merged, not even between this and the advice, nor if the
+ * advice stops half-way. */
 static int leave_alone(uintptr_t start, uintptr_t end)
 {
 	sigset_t saved;
@@ -281,7 +286,7 @@ int sp_madvise(void *addr, size_t len, int advice)
 		errno = EINVAL;
 		return -1;
 	}
-	/* A range of no length tells whether the kernel knows the advice at all, before anything is done. */
+	/* With length 0, the call does nothing but tell whether the kernel knows the advice. */
 	if ((no_areas() && !merging) || nonsense || (!merging && real.madvise(addr, 0, advice)))
 		return real.madvise(addr, len, advice);
 	if (start == end)
@@ -299,7 +304,7 @@ int sp_madvise(void *addr, size_t len, int advice)
 		else
 			ret = real.madvise(addr, len, advice);
 		mmap_unlock(&saved);
-		/* What the kernel says when it has no mapping for a cut. */
+		/* EAGAIN: the kernel had no mapping left for a cut. */
 		if (!ret || errno != EAGAIN || tries || !relieve_mappings())
 			return ret;
 	}

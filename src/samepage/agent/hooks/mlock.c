@@ -7,8 +7,8 @@
 #include <sys/resource.h>
 #include <sys/syscall.h>
 
-/* Marks what the kernel locked. Memory that is no area yet becomes one, so that it is known to be locked
- * should it be advised later; with prot 0 the agent will not look at it. */
+/* Marks memory that the kernel locked. If it is no area yet it becomes one, so that it is known to be locked should it
+ * be advised later; with prot 0 the agent will not look at it. */
 static void mark_locked(uintptr_t start, uintptr_t end)
 {
 	if (area_overlaps(start, end) || agent_configured())
@@ -93,7 +93,8 @@ int sp_munlockall(void)
 
 /* ---- limits ------------------------------------------------------------------------------------------- */
 
-/* Under the lock, so that no limit comes between the agent's look at it and what depends on it (mappings_limited()). */
+/* Sets the limit under the lock, so that no limit appears between the agent's look at it and the step that depends on
+ * it (mappings_limited()). */
 int sp_prlimit(pid_t pid, int resource, const void *to, void *old)
 {
 	sigset_t saved;
@@ -114,7 +115,8 @@ SP_EXPORT int mlock(const void *addr, size_t len)
 	return sp_mlock(addr, len, 0, false);
 }
 
-/* glibc's answers flags of 0 by mlock, for kernels before 4.4; so do we not need to ask which it is. */
+/* glibc's mlock2() with flags 0 calls mlock(), for kernels before 4.4. We do the same, so we need not ask which kernel
+ * it is. */
 SP_EXPORT int mlock2(const void *addr, size_t len, unsigned flags)
 {
 	return sp_mlock(addr, len, flags, flags != 0);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The calls that map, unmap and protect memory, where they meet an area. */
+/* The calls that map, unmap and protect memory, as far as they concern areas. */
 #include "base/planes.h"
 #include "base/real.h"
 #include "hooks/hooks.h"
@@ -19,13 +19,13 @@
 /* ---- mapping --------------------------------------------------------------------------------------- */
 
 /*
- * Virtual machines reserve terabytes that they may never use, and make them writable piece by piece; some make all of it
- * writable at once. The service keeps books of every page that is mergeable: so what cannot be written, or is more than
- * the machine has memory, is not, until a smaller piece is made writable.
+ * Virtual machines reserve terabytes that they may never use, and make them writable piece by piece; some make all of
+ * it writable at once. The service keeps books of every mergeable page. So memory that cannot be written, or mappings
+ * larger than the machine's memory, are not mergeable until a smaller piece is made writable.
  */
 static size_t machine_memory;
 
-/* While the process may still ask: a seccomp filter may allow that no more when it maps. */
+/* Call it early: later, when the process maps memory, a seccomp filter may forbid sysinfo(2). */
 void mmap_note_memory(void)
 {
 	struct sysinfo info;
@@ -39,7 +39,8 @@ static bool is_reservation(size_t len, int prot)
 	return !(prot & PROT_WRITE) || len > machine_memory;
 }
 
-/* Pieces of reservations in the range become memory. Needs the lock. Returns what else area_change() is to set. */
+/* Called before pieces of reservations in the range become memory. Returns further flags for area_change() to set.
+ * Needs the lock. */
 static unsigned open_reservations(uintptr_t start, uintptr_t end)
 {
 	for (const struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
@@ -52,9 +53,9 @@ static unsigned open_reservations(uintptr_t start, uintptr_t end)
 }
 
 /*
- * What is known of memory from how the program maps it. AREA_MAPPED: it is mergeable if merges_mapped(), now or later.
- * A mapping that grows would not any more once its end is a segment's, and what the kernel may drop the segment would keep;
- * the kernel gives stacks no huge pages (6.7).
+ * The area flags that follow from how the program maps memory. AREA_MAPPED: mergeable if merges_mapped(), now or later.
+ * Excluded are mappings that grow, which they would not any more with a segment at the end, and memory that the kernel
+ * may drop, which the segment would keep. The kernel gives stacks no huge pages (6.7).
  */
 static unsigned mapped_flags(int flags)
 {
@@ -83,13 +84,14 @@ static void *map(void *addr, size_t len, int prot, int flags, int fd, off_t offs
 	mmap_lock(&saved);
 	p = real.mmap(addr, len, prot, flags, fd, offset);
 	if (p == MAP_FAILED) {
-		if (fixed) /* the kernel may have unmapped what was there before it failed */
+		if (fixed) /* the kernel may have unmapped what was there before the call failed */
 			area_reconcile(PAGE_ALIGN_DOWN(addr), PAGE_ALIGN_UP((uintptr_t)addr + len));
 		own = 0;
 	} else {
 		start = (uintptr_t)p;
 		end = PAGE_ALIGN_UP(start + len);
-		/* Without MAP_FIXED, too: an area that stands here was unmapped where no wrapper saw it. */
+		/* Do this without MAP_FIXED, too: if there is an area here, it was unmapped without passing a
+		 * wrapper. */
 		area_remove(start, end);
 		blocks_forget(start, end);
 		if (own & AREA_MAPPED && is_reservation(len, prot))
@@ -167,12 +169,12 @@ static int protect(void *addr, size_t len, int prot, int pkey)
 
 	if (no_areas())
 		return real_mprotect(addr, len, prot, pkey);
-	/* A mapping to come would lack the key, and the agent's thread may not have the right to it. */
+	/* A later mapping would lack the key, and the agent's thread may have no access with it. */
 	if (pkey > 0 && unmerge_first(start, end))
 		return -1;
 	mmap_lock(&saved);
 	ret = real_mprotect(addr, len, prot, pkey);
-	if (ret) { /* but a part of the range may have changed */
+	if (ret) { /* a part of the range may have changed all the same */
 		area_reconcile(start, end);
 	} else {
 		unsigned set = pkey > 0 ? AREA_EXCLUDED : 0, clear = is_reservation(len, prot) ? 0 : AREA_RESERVED;
@@ -196,7 +198,8 @@ int sp_mprotect(void *addr, size_t len, int prot, int pkey)
 
 /* ---- policies ---------------------------------------------------------------------------- */
 
-/* A mapping to come would lack the policy, and that of a segment's mapping is the segment's, which is others', too. */
+/* Memory with a policy is left alone: a later mapping would lack the policy; and the policy of a segment's mapping is
+ * the segment's, which others use, too. */
 long sp_set_policy(long number, const long *arg)
 {
 	uintptr_t start = PAGE_ALIGN_DOWN(arg[0]), end = PAGE_ALIGN_UP((uintptr_t)arg[0] + (uintptr_t)arg[1]);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * mremap(2) of areas. To the application an area is one anonymous mapping. Once pages in it were merged it is
- * many, and the kernel resizes one mapping at a time; so a range with merged pages is resized in place by
- * mapping or unmapping its tail, and moved piece by piece.
+ * mremap(2) of areas. The application sees an area as one anonymous mapping. Once pages in it were merged it is many
+ * mappings, and the kernel resizes only one at a time. So a range with merged pages is resized in place by mapping or
+ * unmapping its tail, and moved piece by piece.
  */
 #include "base/maps.h"
 #include "base/planes.h"
@@ -28,7 +28,7 @@
 struct resize {
 	uintptr_t start, end, to, to_end;
 	bool leave; /* MREMAP_DONTUNMAP: the old range stays, empty */
-	bool known; /* the old range ended in an area: */
+	bool known; /* the old range ended in an area, which is `last` */
 	struct area last;
 };
 
@@ -39,7 +39,7 @@ static struct area *area_of(uintptr_t addr)
 	return a && a->start <= addr ? a : NULL;
 }
 
-/* Puts the books right after the kernel's part is done. What grew belongs to the area that it grew from. */
+/* Updates the books after the kernel's part is done. New memory belongs to the area that grew into it. */
 static void settle(const struct resize *r)
 {
 	uintptr_t keep = min_addr(r->end - r->start, r->to_end - r->to);
@@ -73,7 +73,7 @@ static void *remap_whole(struct resize *r, size_t old_len, size_t new_len, int f
 	void *p = real.mremap((void *)r->start, old_len, new_len, flags, (void *)target);
 
 	if (p == MAP_FAILED) {
-		/* A tail may be gone, and what was at the target. */
+		/* The tail may be gone, and so may what was at the target. */
 		area_reconcile(PAGE_ALIGN_DOWN(r->start), r->end);
 		if (flags & MREMAP_FIXED)
 			area_reconcile(PAGE_ALIGN_DOWN(target), PAGE_ALIGN_UP(target + new_len));
@@ -85,7 +85,8 @@ static void *remap_whole(struct resize *r, size_t old_len, size_t new_len, int f
 	return p;
 }
 
-/* Makes [start, end), a new mapping of anonymous memory, like the rest of an area: protected, advised and locked. */
+/* Makes [start, end), a new mapping of anonymous memory, like the rest of an area: with its protection, advice and
+ * lock. */
 static void adopt(const struct area *a, uintptr_t start, uintptr_t end)
 {
 	if (a->prot != READ_WRITE)
@@ -97,8 +98,8 @@ static void adopt(const struct area *a, uintptr_t start, uintptr_t end)
 
 /* ---- with merged pages ----------------------------------------------------------------------------------- */
 
-/* Moves [from, to), one mapping or part of one, onto anonymous memory at `dst`. Where the kernel will not,
- * for want of mappings, its bytes are copied and it is merged no more. */
+/* Moves [from, to), one mapping or a part of one, onto anonymous memory at `dst`. If the kernel refuses because there
+ * are too many mappings, the bytes are copied, and are no longer merged. */
 static void move_piece(const struct vma *v, uintptr_t from, uintptr_t to, uintptr_t dst, bool leave)
 {
 	bool segment = page_test(PAGE_SEGMENT, from >> PAGE_SHIFT);
@@ -107,7 +108,8 @@ static void move_piece(const struct vma *v, uintptr_t from, uintptr_t to, uintpt
 	int prot = a ? a->prot : vma_prot(v);
 	size_t len = to - from;
 
-	/* The kernel could leave a segment's mapping behind, but one that shows the segment; it should be empty. */
+	/* The kernel would leave a mapping of a segment behind that still shows the segment, but the old range has to
+	 * be empty. */
 	if (!(leave && segment) && real.mremap((void *)from, len, len, flags, (void *)dst) != MAP_FAILED)
 		return;
 	if (!v->read)
@@ -128,7 +130,8 @@ static void move_piece(const struct vma *v, uintptr_t from, uintptr_t to, uintpt
 	}
 }
 
-/* What is left behind must not show the segment, so merged pages are copied (move_piece()). Whether there is memory for it. */
+/* Merged pages are copied (move_piece()), since the range that stays behind must not show the segment. Returns whether
+ * there is memory for that. */
 static bool can_leave(const struct resize *r)
 {
 	uint64_t last = r->end >> PAGE_SHIFT, pages = 0, stop;
@@ -183,7 +186,7 @@ static void *move_pieces(struct resize *r, size_t new_len, uintptr_t target, boo
 	return p;
 }
 
-/* Maps what is to come right behind the range, if that place is free. */
+/* Maps the new memory right behind the range, if that place is free. */
 static bool grow_in_place(struct resize *r, size_t new_len)
 {
 	size_t more = new_len - (r->end - r->start);
@@ -202,8 +205,8 @@ static bool grow_in_place(struct resize *r, size_t new_len)
 	return true;
 }
 
-/* Whether the kernel sees the range as one mapping, as the application does. Breaking merged pages leaves
- * mappings too; and a move of several may stop half-way (6.17 and later), with no word of how far it came. */
+/* Whether the kernel, like the application, sees the range as one mapping. Breaking merged pages leaves several
+ * mappings too; and a move of several may stop half-way without saying how far it came (6.17 and later). */
 static bool is_one_mapping(uintptr_t start, uintptr_t end)
 {
 	int maps = maps_open();
@@ -247,8 +250,8 @@ static void *remap_pieces(struct resize *r, size_t new_len, int flags, uintptr_t
 	bool fixed = flags & MREMAP_FIXED;
 	bool grows = new_len > r->end - r->start, moves = fixed || r->leave || grows;
 
-	/* Where only a part is an area, the application sees several mappings too: those may move, not grow. Where it only
-	 * gives up its tail, the kernel asks no more than whether something is mapped at its start. */
+	/* If only a part is an area, the application sees several mappings too: those may move, but not grow. If the
+	 * range only shrinks, the kernel checks only that something is mapped at its start. */
 	if (!is_mapped(r->start, moves ? r->end : r->start + PAGE_SIZE) || (grows && !is_covered(r->start, r->end)))
 		return fail(EFAULT);
 	if (new_len < r->end - r->start) {
@@ -266,7 +269,7 @@ static void *remap_pieces(struct resize *r, size_t new_len, int flags, uintptr_t
 	return move_pieces(r, new_len, target, fixed);
 }
 
-/* What the kernel refuses outright (EINVAL), before it looks at any mapping. */
+/* Whether the kernel refuses the call outright (EINVAL), before it looks at any mapping. */
 static bool is_refused(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_t target)
 {
 	if (flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP) || start % PAGE_SIZE || !new_len)
@@ -297,7 +300,7 @@ void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_
 	struct resize r = {.start = start, .end = PAGE_ALIGN_UP(start + old_len), .leave = flags & MREMAP_DONTUNMAP};
 	const struct area *last;
 
-	/* For settle(): to move them all, and to cut what is at the target and behind. */
+	/* Room for settle(): to move all areas, and to cut those at the target and behind it. */
 	if (area_reserve(area_count(r.start, r.end) + 4))
 		return fail(ENOMEM);
 	area_disown(r.start, r.end, -1);
@@ -309,7 +312,8 @@ void *remap(uintptr_t start, size_t old_len, size_t new_len, int flags, uintptr_
 	if (!is_refused(start, old_len, new_len, flags, target) &&
 	    (is_sealed(r.start, r.end) || (flags & MREMAP_FIXED && is_sealed(target, PAGE_ALIGN_UP(target + new_len)))))
 		return fail(EPERM);
-	/* One mapping may be a segment's: the kernel would grow it beyond the end of the file, into SIGBUS. */
+	/* A single mapping may be of a segment: the kernel would grow it beyond the end of the file, where access gives
+	 * SIGBUS. */
 	if (is_refused(start, old_len, new_len, flags, target) || !area_overlaps(r.start, r.end) ||
 	    (!has_segments(r.start, r.end) && is_one_mapping(r.start, r.end)))
 		return remap_whole(&r, old_len, new_len, flags, target);
@@ -326,7 +330,8 @@ static void *remap_locked(void *addr, size_t old_len, size_t new_len, int flags,
 	p = remap(start, old_len, new_len, flags, (uintptr_t)new_addr);
 	if (p != MAP_FAILED) {
 		to = (uintptr_t)p;
-		if (flags & MREMAP_DONTUNMAP) /* unlocks all of a mapping of which a part is moved (6.18) */
+		if (flags & MREMAP_DONTUNMAP) /* if a part of a mapping is moved, this unlocks all of the mapping
+					       * (6.18) */
 			learn_locks(start, PAGE_ALIGN_UP(start + old_len));
 		blocks_forget(start, PAGE_ALIGN_UP(start + old_len));
 		blocks_forget(to, PAGE_ALIGN_UP(to + new_len));
@@ -342,7 +347,7 @@ void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new
 	if (no_areas())
 		return real.mremap(addr, old_len, new_len, flags, new_addr);
 	p = remap_locked(addr, old_len, new_len, flags, new_addr);
-	/* What shrinks may have done so before the rest failed. */
+	/* Don't repeat a call that shrinks: it may have shrunk before the rest failed. */
 	if (p == MAP_FAILED && errno == ENOMEM && flags & MREMAP_MAYMOVE &&
 	    (new_len > old_len ? relieve(new_len - old_len) : new_len == old_len && relieve_mappings()))
 		p = remap_locked(addr, old_len, new_len, flags, new_addr);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What goes before the application is refused memory, for it counts for the application's limits and is not its own. */
+/* What the agent gives up before the application is refused memory, because it counts against the application's
+ * limits. */
 #include "base/maps.h"
 #include "hooks/hooks.h"
 #include "kernel/window.h"
@@ -26,7 +27,7 @@ bool relieve(size_t bytes)
 	mmap_lock(&saved);
 	any = blocks_release();
 	mmap_unlock(&saved);
-	/* The windows count, too. What is merged stays merged. */
+	/* The windows count, too. Merged memory stays merged. */
 	if (thread_is_here() && windows_matter(bytes)) {
 		agent_retire();
 		any = true;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Programs built with a sanitizer are left alone: its runtime is their allocator, keeps books of all memory, and takes us
- * for a part of the program. What they need of us is to start.
+ * Programs built with a sanitizer are left alone: the sanitizer's runtime is their allocator, keeps books of all
+ * memory, and takes us for a part of the program. All that they need of us is that they can start.
  */
 #include "hooks/hooks.h"
 
@@ -11,8 +11,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* What only the runtimes have, shared ones and those that are linked into the program. Where they are not there the loader
- * leaves them NULL. */
+/* Symbols that only the runtimes have, whether shared or linked into the program. Without a runtime the loader leaves
+ * them NULL. */
 extern char __asan_init[] __attribute__((weak));
 extern char __tsan_init[] __attribute__((weak));
 extern char __msan_init[] __attribute__((weak));
@@ -58,14 +58,14 @@ static int visit_others(struct dl_phdr_info *info, size_t size, void *data)
 }
 
 /*
- * AddressSanitizer refuses to start when its runtime is not the first library after the program, since what is before it may
- * be an allocator. It asks before any constructor has run, by this call. Nothing of ours is an allocator in such a
- * process; so it does not see us. Others do: it may be what they unwind stacks by.
+ * AddressSanitizer refuses to start if its runtime is not the first library after the program, since a library before
+ * it may be an allocator. It asks by this call, before any constructor has run. Nothing of ours is an allocator in such
+ * a process, so we hide from it. Other programs do see us: they may need this call to unwind stacks.
  */
 SP_EXPORT int dl_iterate_phdr(int (*visitor)(struct dl_phdr_info *, size_t, void *), void *data)
 {
 	static int (*real_iterate)(int (*)(struct dl_phdr_info *, size_t, void *),
-				   void *); /* whoever sets it sets the same */
+				   void *); /* every thread that sets it sets the same value */
 	struct visit visit = {visitor, data};
 
 	if (!real_iterate)

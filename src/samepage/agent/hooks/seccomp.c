@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Seccomp filters that the process was started under. (Before one is installed the agent ends: wrappers.c.)
+ * Seccomp filters that the process was started under. (Before the process installs one itself, the agent ends:
+ * wrappers.c.)
  *
- * systemd's SystemCallFilter= kills who makes a call that is not on its list, container runtimes answer EPERM. Nobody tells what a
- * filter does; it can only be tried, and who tries may be killed. So `samepage run`, where it is under filters, has a child
- * of its own make every call that the agent makes (samepage_trial()), and if that child lives, says in the environment how many
- * filters there were. Filters are added and never taken away: who descends from it and is under as many is under the same.
- * Who is under more is left alone: to try it would take a child, and the call that makes one may be the one that kills.
+ * systemd's SystemCallFilter= kills a process that makes a call that is not on its list; container runtimes return
+ * EPERM. No call tells what a filter does. One can only try, and the process that tries may be killed. So `samepage
+ * run`, if it is under filters, makes a child that makes every call the agent makes (samepage_trial()). If that child
+ * lives, `run` says in the environment how many filters there were. Filters are added and never taken away: a
+ * descendant under the same number of filters is under the same filters. A process under more filters is left alone:
+ * trying them would take a child, and the call that makes the child may be the one that kills.
  *
- * What looks makes no call but those by which the loader has just loaded this library, so they are allowed.
+ * The check itself makes only calls that the loader has just made to load this library, so they are allowed.
  */
 #include "base/real.h"
 #include "base/system.h"
@@ -32,7 +34,7 @@
 #include <sys/wait.h>
 
 #define UNKNOWN ULONG_MAX
-#define TRIAL_MS 2000 /* one that asks somebody (SECCOMP_RET_USER_NOTIF) may never be answered */
+#define TRIAL_MS 2000 /* a filter that asks a supervisor (SECCOMP_RET_USER_NOTIF) may never be answered */
 
 /* How many filters the process is under, or UNKNOWN. */
 static unsigned long count_filters(void)
@@ -51,7 +53,7 @@ static unsigned long count_filters(void)
 	raw_syscall(SYS_close, fd, 0, 0, 0, 0, 0);
 	text[got] = '\0';
 	found = strstr(text, key);
-	/* A kernel without filters has no such line; and it came with Linux 5.9. */
+	/* A kernel without filters has no such line. The line came with Linux 5.9. */
 	return found ? strtoul(found + sizeof(key) - 1, NULL, 10) : 0;
 }
 
@@ -64,8 +66,8 @@ struct trial {
 	long number, a[6];
 };
 
-/* All that the agent calls, as it does where a filter may look at arguments (ioctl, prctl, madvise, socket, fcntl), but so that
- * nothing comes of it. */
+/* All calls that the agent makes, in such a way that they do nothing. Where a filter may look at arguments (ioctl,
+ * prctl, madvise, socket, fcntl), these are the agent's. */
 static const struct trial trials[] = {
 	{SYS_openat, {NOTHING, (long)"", O_RDONLY}},
 	{SYS_read, {NOTHING}},
@@ -88,7 +90,7 @@ static const struct trial trials[] = {
 	{SYS_setsockopt, {NOTHING, SOL_SOCKET, SO_SNDBUF}},
 	{SYS_sendmsg, {NOTHING}},
 	{SYS_recvmsg, {NOTHING}},
-	{SYS_ppoll, {0, NOTHING}}, /* of so many, it does not wait */
+	{SYS_ppoll, {0, NOTHING}}, /* it does not wait: this many descriptors are refused */
 	{SYS_signalfd4, {NOTHING}},
 	{SYS_close_range, {INT32_MAX, INT32_MAX, CLOSE_RANGE_UNSHARE}},
 	{SYS_pipe2, {0, O_CLOEXEC}},
@@ -144,13 +146,13 @@ static const struct trial trials[] = {
 	{SYS_tgkill, {NOTHING, NOTHING, 0}},
 	{SYS_futex, {0, FUTEX_WAKE_OP_PRIVATE}},
 	{SYS_wait4, {0, 0, WNOHANG | __WCLONE}},
-	/* One thread without the memory of the other there is not, so there will be none. */
+	/* A thread must share the memory of its process (CLONE_VM), so this makes none. */
 	{SYS_clone, {CLONE_THREAD | CLONE_SIGHAND | CLONE_FILES | CLONE_SYSVSEM}},
 };
 
 #define NR_TRIALS (sizeof(trials) / sizeof(trials[0]))
 
-/* In the child. *at: which is being made. */
+/* Runs in the child. *at: the call that is being made. */
 static _Noreturn void try_all(_Atomic long *at)
 {
 	const unsigned long no_core[2] = {0, 0};
@@ -174,7 +176,7 @@ static _Noreturn void try_all(_Atomic long *at)
 	__builtin_trap();
 }
 
-/* Waits for the child, not for ever. Whether it came to its end. */
+/* Waits for the child, but not for ever. Returns whether it came to its end. */
 static bool ends_well(long pid)
 {
 	const struct timespec step = {.tv_nsec = 1000000};
@@ -190,7 +192,8 @@ static bool ends_well(long pid)
 	return false;
 }
 
-/* 0: none of the agent's calls is fatal under the filters of this process. Else the number of one that is, or -errno. */
+/* Returns 0 if none of the agent's calls is fatal under the filters of this process; else the number of one that is, or
+ * -errno. */
 SP_EXPORT long samepage_trial(void)
 {
 	_Atomic long *at = real.mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -199,7 +202,7 @@ SP_EXPORT long samepage_trial(void)
 	if (at == MAP_FAILED)
 		return -errno;
 	*at = SYS_rt_sigaction;
-	pid = raw_syscall(SYS_clone, 0, 0, 0, 0, 0, 0); /* a process that tells nobody of its end */
+	pid = raw_syscall(SYS_clone, 0, 0, 0, 0, 0, 0); /* a child that sends no signal when it ends */
 	if (!pid)
 		try_all(at);
 	ret = pid < 0 ? pid : ends_well(pid) ? 0 : *at;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * When the agent is told of the program (the constructor), and the calls that are about neither memory nor processes
- * alone: prctl, ioctl, and syscall(2), through which all others may come.
+ * The constructor, which sets up the agent, and the calls that are not about memory or processes alone: prctl, ioctl,
+ * and syscall(2), through which any other call may come.
  */
 #include "base/real.h"
 #include "base/system.h"
@@ -56,7 +56,8 @@ static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long 
 			note_huge_pages();
 		break;
 	case PR_SET_SECCOMP:
-		/* A filter may kill for the calls that the agent needs. NULL is a question what the kernel can do. */
+		/* A filter may kill for calls that the agent needs. With NULL, the program only asks what the kernel
+		 * can do. */
 		if (a == SECCOMP_MODE_STRICT || b)
 			agent_retire();
 		break;
@@ -86,8 +87,8 @@ static void untrack_range(void *arg)
 	untrack(range->start, range->start + range->len);
 }
 
-/* The application's own userfaultfd: the range is its affair from now on. 0; or -ENOMEM, when pages there
- * have to stay merged for want of memory. */
+/* The application registers the range with a userfaultfd of its own, so the agent leaves it alone from now on. Returns
+ * 0; or -ENOMEM if pages there have to stay merged because there is no memory. */
 static int leave_to_userfaultfd(struct uffdio_range *range)
 {
 	uintptr_t start = range->start, end = range->start + range->len;
@@ -207,7 +208,8 @@ SP_EXPORT long syscall(long number, ...)
 
 /* ---- the constructor --------------------------------------------------------------------------------------- */
 
-/* Runs in every process of a tree, also in those that live for a millisecond: no thread, no file, no socket. */
+/* Runs in every process of a tree, also in those that live for a millisecond: it starts no thread and opens no file or
+ * socket. */
 __attribute__((constructor)) static void initialise(void)
 {
 	const char *service = secure_getenv("SAMEPAGE_SOCKET"), *least = secure_getenv("SAMEPAGE_MIN_ALLOC");
@@ -228,10 +230,11 @@ __attribute__((constructor)) static void initialise(void)
 	agent_configure(service, secure_getenv("SAMEPAGE_DOMAIN"));
 	mmap_note_memory();
 	kernel_serves_others = engine && !strcmp(engine, "auto");
-	/* From before an exec, or from whoever started us (systemd's MemoryKSM=). */
+	/* Set before an exec, or by whoever started us (systemd's MemoryKSM=). */
 	if (real.prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1) {
 		area_merge_any(true);
-		if (kernel_serves_others) /* at once: after an exec nothing is merged that the kernel would copy */
+		if (kernel_serves_others) /* do this at once: right after an exec nothing is merged yet that the kernel
+					   * would have to copy */
 			real.prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0);
 	}
 	if (least && *least)

@@ -24,9 +24,7 @@
 #define BREAK_STEP (64 * SECTION_MAX) /* pages; the application's calls are taken after each step */
 #define RESTORE_STEP (2 * SECTION_MAX)
 
-#define VPN_LIMIT                                                                                                      \
-	(ADDRESS_END >> PAGE_SHIFT) /* beyond user memory; an address made of a smaller number does not
-					       * wrap */
+#define VPN_LIMIT (ADDRESS_END >> PAGE_SHIFT) /* above user memory; addresses below it don't wrap */
 
 static bool in_user_memory(uint64_t vpn, uint64_t npages)
 {
