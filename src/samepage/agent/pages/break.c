@@ -2,23 +2,23 @@
 /*
  * Breaking: giving merged pages private copies again.
  *
- * A fault that finds the memory cgroup full ends in the OOM killer, also under MADV_POPULATE_WRITE; so
- * before each batch it is asked whether the memory is there (headroom.c), and if not the answer is ENOMEM,
- * with nothing faulted for it. What was done stays done, the rest stays merged, and calling again goes on.
+ * A fault that finds the memory cgroup full ends in the OOM killer, even under MADV_POPULATE_WRITE. So before each
+ * batch we look whether the memory is there (headroom.c); if not, the answer is ENOMEM, and nothing is faulted in for
+ * it. What was done stays done, the rest stays merged, and another call goes on.
  *
- * But others allocate between that look and the last fault of the batch. Far from the limit they cannot take
- * that much in so short a time. Near it the batch is charged in one piece: an empty window of 2 MiB is made one
- * huge page by MADV_COLLAPSE (6.1), and where the cgroup has no room for it, that fails. For an allocation of so
- * high an order (above PAGE_ALLOC_COSTLY_ORDER) the kernel wakes no killer: neither mem_cgroup_oom() nor
- * __alloc_pages_may_oom(). Then, with the memory in hand, it is looked whether the reserve is still there; if
- * not, the memory is given back. So no fault depends on a look that may be old. Where there is no huge page to be
- * had, or less than one is wanted, it is looked before every 64 pages. docs/oom.md says what that leaves open.
+ * But others allocate between that look and the last fault of the batch. Far from the limit they cannot take that much
+ * in so short a time. Near it the batch is charged in one piece: MADV_COLLAPSE (6.1) makes an empty window of 2 MiB one
+ * huge page, and fails if the cgroup has no room for it. For an allocation of so high an order (above
+ * PAGE_ALLOC_COSTLY_ORDER) the kernel wakes no killer: neither mem_cgroup_oom() nor __alloc_pages_may_oom(). Then, with
+ * the memory in hand, we look whether the reserve is still there; if not, we give the memory back. So no fault depends
+ * on a look that may be out of date. If there is no huge page, or less than one is wanted, we look before every 64
+ * pages. docs/oom.md says what that leaves open.
  *
- * Two ways to break a page. *Restore*: write-protect the range, copy the segment's pages into fresh anonymous
- * memory, and mremap that over them: the range is anonymous memory again and can be merged again. Pages that
- * already have a private copy (islands) are left for restore.c, which comes last. *In place*: populate_write(); the copies
- * are islands then. Used where there is no userfaultfd with synchronous write-protection of a segment's mappings (5.19), or
- * no agent thread.
+ * There are two ways to break a page. *Restore*: write-protect the range, copy the segment's pages into fresh anonymous
+ * memory, and mremap that over them: the range is anonymous memory again and can be merged again. Pages that already
+ * have a private copy (islands) are left for restore.c, which comes last. *In place*: populate_write() makes the
+ * copies, which are then islands. This is used without a userfaultfd that can write-protect mappings of segments
+ * synchronously (5.19), or without an agent thread.
  */
 #include "base/descriptors.h"
 #include "base/lock.h"
@@ -38,13 +38,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define BATCH_PAGES 256UL      /* 1 MiB: faulted in after one look, far from the limit */
-#define STEP_PAGES 64UL	       /* the same near it, where it cannot be charged in one piece */
-#define NEAR_EACH (32UL << 20) /* near: less than this, and the reserve, for each CPU that could take it meanwhile */
-#define MOVING (256UL << 10)   /* more than the kernel needs for mappings and page tables while a window is moved */
+#define BATCH_PAGES 256UL      /* 1 MiB: faulted in after one look, if far from the limit */
+#define STEP_PAGES 64UL	       /* the same near the limit, if the batch cannot be charged in one piece */
+#define NEAR_EACH (32UL << 20) /* near the limit: less than this for each CPU, beside the reserve */
+#define MOVING (256UL << 10)   /* more than the kernel takes for mappings and page tables while a window is moved */
 
-/* The same for pages that may not be written, of which the kernel populates none: a byte of each is written over itself by
- * way of /proc, which asks for no permission. Nobody else can write them meanwhile. 0 or -errno. */
+/* Faults in copies of pages that may not be written, which populate_write() cannot: writes a byte of each page over
+ * itself through /proc, which asks for no permission. Nobody else can write them meanwhile. Returns 0 or -errno. */
 static int write_over(uintptr_t start, uintptr_t len)
 {
 	int mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC), err = mem < 0 ? -EFAULT : 0;
@@ -58,15 +58,16 @@ static int write_over(uintptr_t start, uintptr_t len)
 	return err;
 }
 
-/* Marks private copies in [start, end) as islands, but for those that are swapped out: under write-protection the kernel
- * reports a page that has no page table entry (a merged one, in a forked child) as swapped, too. A copy may be copied like
- * a merged page, as long as no device writes to it; one that is swapped out is not pinned. False: the kernel does not say. */
+/* Marks private copies in [start, end) as islands, except for those that are swapped out: under write-protection the
+ * kernel also reports a page without a page table entry (a merged one, in a forked child) as swapped. A copy may be
+ * copied like a merged page, as long as no device writes to it, and a page that is swapped out is not pinned. False:
+ * the kernel does not say. */
 static bool find_islands(uintptr_t start, uintptr_t end)
 {
 	const struct pm_walk w = {.must = PAGE_IS_PRESENT, .must_not = PAGE_IS_FILE};
 	struct page_region v[16];
 
-	/* The pagemap is the agent thread's. Without it an island is written once more, which changes nothing. */
+	/* Only the agent thread has the pagemap. Without it, an island is written once more, which changes nothing. */
 	while (on_agent_thread() && start < end) {
 		uintptr_t from = start;
 		int n = pagemap_walk(start, end, &w, v, 16, &start);
@@ -79,7 +80,7 @@ static bool find_islands(uintptr_t start, uintptr_t end)
 	return true;
 }
 
-/* The first run of pages in [vpn, end) that still are a segment's; false when there is none. */
+/* Finds the first run of pages in [vpn, end) that still are a segment's. False: there is none. */
 static bool next_merged(uint64_t *vpn, uint64_t *end)
 {
 	while (*vpn < *end) {
@@ -107,7 +108,7 @@ static uint64_t count_merged(uint64_t vpn, uint64_t end, uint64_t enough)
 	return n < enough ? n : enough;
 }
 
-/* Fills `to` with the bytes of [start, start + len), which may be protected against reading. 0 or -errno. */
+/* Copies [start, start + len), which may be protected against reading, to `to`. Returns 0 or -errno. */
 static int copy_out(void *to, uintptr_t start, uintptr_t len, int prot)
 {
 	if (prot & PROT_READ)
@@ -119,9 +120,10 @@ static int copy_out(void *to, uintptr_t start, uintptr_t len, int prot)
 
 /* ---- the memory for it --------------------------------------------------------------------------------- */
 
-/* Pages of the copy window [at, end) that are faulted in, and not given to anybody yet. Of the agent thread, which
- * goes on where it stopped: what is moved from neighbouring pages of the window to neighbouring pages of an area, the
- * kernel makes one mapping. Not inherited by a fork, since then a write to them would need memory once more. */
+/* Pages of the copy window [at, end) that are faulted in and not given away yet. Only the agent thread uses it, and
+ * each time goes on where it stopped: if neighbouring pages of the window move to neighbouring pages of an area, the
+ * kernel makes them one mapping. A fork does not inherit the pages, since then a write to them would take memory once
+ * more. */
 static struct {
 	uintptr_t at, end;
 } stock;
@@ -138,7 +140,8 @@ static void stock_drop(void)
 	stock.at = stock.end = 0;
 }
 
-/* Fresh memory for n pages, nothing faulted in, at a multiple of `align`. False: no mapping to be had. */
+/* Maps fresh memory for n pages at a multiple of `align`, with nothing faulted in. False: there is no mapping to be
+ * had. */
 static bool stock_map(uint64_t n, uintptr_t align)
 {
 	uintptr_t len = n * PAGE_SIZE, at = (stock.end + align - 1) & ~(align - 1);
@@ -158,21 +161,21 @@ static bool stock_map(uint64_t n, uintptr_t align)
 	return true;
 }
 
-/* What could not be done this way, but may be in another. */
+/* It could not be done this way, but maybe another way. */
 #define OTHERWISE (-EOPNOTSUPP)
 
-/* Puts n pages in stock, by single faults. 0 or -errno, or OTHERWISE. */
+/* Puts n pages in stock, by single faults. Returns 0, -errno, or OTHERWISE. */
 static int stock_pages(uint64_t n)
 {
 	return stock_map(n, PAGE_SIZE) ? populate_write(stock.at, n * PAGE_SIZE) : OTHERWISE;
 }
 
-/* Puts SECTION_MAX pages in stock, in one piece. 0; -ENOMEM: the cgroup has no room; or OTHERWISE. */
+/* Puts SECTION_MAX pages in stock, in one piece. Returns 0; -ENOMEM: the cgroup has no room; or OTHERWISE. */
 static int stock_whole(void)
 {
 	if (!stock_map(SECTION_MAX, WINDOW))
 		return OTHERWISE;
-	*(volatile char *)stock.at = 0; /* what is empty altogether is not collapsed */
+	*(volatile char *)stock.at = 0; /* the kernel does not collapse a range that is quite empty */
 	for (int tries = 0; real.madvise((void *)stock.at, WINDOW, MADV_COLLAPSE); tries++) {
 		if (errno == EBUSY)
 			return -ENOMEM;
@@ -182,7 +185,7 @@ static int stock_whole(void)
 	return 0;
 }
 
-/* Whether n pages can be had, and leave the reserve. Needs the lock. 0 or -ENOMEM. */
+/* Whether n pages can be had with the reserve left. Needs the lock. Returns 0 or -ENOMEM. */
 static int afford(uint64_t n, struct sp_broken *out)
 {
 	uint64_t there = headroom(settings.use_swap), left = MOVING + settings.reserve;
@@ -203,7 +206,7 @@ static int look(uint64_t n, struct sp_broken *out)
 	return err;
 }
 
-/* Puts pages in stock, `want` at most. 0 or -errno, or OTHERWISE. *whole: huge pages are worth a try. */
+/* Puts at most `want` pages in stock. Returns 0, -errno, or OTHERWISE. *whole: huge pages are worth a try. */
 static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
 {
 	uint64_t n = want < BATCH_PAGES ? want : BATCH_PAGES;
@@ -217,7 +220,7 @@ static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
 		err = look(SECTION_MAX, out);
 		if (!err)
 			err = stock_whole();
-		/* This is the look that counts: nobody can take from us what we have, and the reserve is there. */
+		/* This look counts: nobody can take from us what we have, and the reserve is there. */
 		if (!err)
 			err = look(0, out);
 		if (err != OTHERWISE)
@@ -229,12 +232,13 @@ static int stock_up(uint64_t want, bool *whole, struct sp_broken *out)
 
 /* ---- restoring ----------------------------------------------------------------------------------------- */
 
-/* Puts the first pages in stock over [at, at + len) of an area. 0, or OTHERWISE: it cannot be, and what was there still is. */
+/* Moves the first pages in stock over [at, at + len) of an area. Returns 0, or OTHERWISE with the old pages still
+ * there. */
 static int give(const struct area *a, uintptr_t at, uintptr_t len)
 {
 	uintptr_t from = stock.at;
 
-	/* ENOMEM: the mapping would have to be cut for it. A child would not have the memory. */
+	/* ENOMEM: the mapping would have to be cut. Without DOFORK, a child would lack the memory. */
 	if (real.madvise((void *)from, len, MADV_DOFORK))
 		return OTHERWISE;
 	area_readvise(a, from, from + len);
@@ -251,8 +255,8 @@ static int give(const struct area *a, uintptr_t at, uintptr_t len)
 	return 0;
 }
 
-/* 0 or -errno, or OTHERWISE. Works on pages of one area that are a segment's but for new islands, and are
- * no more than there are in stock. */
+/* Restores pages of one area. All are a segment's, except for new islands, and there are enough pages in stock. Returns
+ * 0, -errno, or OTHERWISE. */
 static int restore(const struct area *a, uintptr_t start, uintptr_t end, uint64_t *done)
 {
 	uint64_t last = end >> PAGE_SHIFT, vpn, stop;
@@ -291,7 +295,7 @@ out:
 
 /* ---- in place ------------------------------------------------------------------------------------------ */
 
-/* Breaks the merged pages of [vpn, end) of one area. 0 or -errno. */
+/* Breaks the merged pages of [vpn, end) of one area. Returns 0 or -errno. */
 static int break_in_place(uint64_t vpn, uint64_t end, struct sp_broken *out)
 {
 	int err = 0;
@@ -314,8 +318,8 @@ static int break_in_place(uint64_t vpn, uint64_t end, struct sp_broken *out)
 
 /* ---- the walk ------------------------------------------------------------------------------------------ */
 
-/* One step under the lock, from the first merged page of [*vpn, end) on: `max` pages at most, which `restores` says are
- * in stock. 0 or -errno. */
+/* One step under the lock: breaks at most `max` pages from the first merged page of [*vpn, end) on. `restores`: they
+ * are in stock. Returns 0 or -errno. */
 static int break_step(uint64_t *vpn, uint64_t end, uint64_t max, bool restores, struct sp_broken *out)
 {
 	uint64_t stop = end;
@@ -328,7 +332,7 @@ static int break_step(uint64_t *vpn, uint64_t end, uint64_t max, bool restores, 
 		return 0;
 	}
 	a = area_next(*vpn << PAGE_SHIFT);
-	if (!a || a->start > *vpn << PAGE_SHIFT) { /* left the list of areas in the meantime */
+	if (!a || a->start > *vpn << PAGE_SHIFT) { /* no longer in an area */
 		*vpn = stop;
 		return 0;
 	}
@@ -351,8 +355,8 @@ static int break_step(uint64_t *vpn, uint64_t end, uint64_t max, bool restores, 
 	return err;
 }
 
-/* Once nothing of a range is merged: what was written before is made memory like any other, too, as far as that is safe. -EAGAIN:
- * so many pages were, and there may be more. */
+/* Called once nothing in a range is merged. Makes pages that were written after merging ordinary memory, too, where
+ * that is safe. Returns -EAGAIN if max_pages were restored, and there may be more. */
 static int restore_rest(uintptr_t start, uintptr_t end, uint64_t max_pages)
 {
 	struct sp_restored done = {0};
@@ -382,7 +386,7 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 
 	memset(out, 0, sizeof(*out));
 	if (restores)
-		stock.at = stock.end = 0; /* a forked child finds its parent's */
+		stock.at = stock.end = 0; /* a forked child would find its parent's */
 	while (!err && vpn < last) {
 		uint64_t max = max_pages - out->pages_unmerged, want;
 
@@ -416,7 +420,7 @@ void break_ksm(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_bro
 		err = restore_rest(start, end, max_pages - out->pages_unmerged);
 	if (err)
 		out->pages_remaining = count_rest(begin, last);
-	/* All that remains, not this batch alone: what somebody who wants to make room has to know. */
+	/* Report what all that remains needs, not just this batch: a user who wants to make room has to know. */
 	out->bytes_needed = out->pages_remaining * PAGE_SIZE;
 	out->error = -err;
 	out->cpu_ns = thread_cpu_ns() - cpu;

@@ -12,7 +12,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Appends pages [i, j) at `addr` to the segment, and says so. */
+/* Appends pages [i, j) at `addr` to the segment, and sets their status. */
 static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 {
 	int tries = 0;
@@ -27,7 +27,7 @@ static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 			memset(status + i, put < 0 && errno == EFAULT ? GONE : NOMEM, j - i);
 			return;
 		}
-		/* A short write may have ended inside a page: that page is not there. */
+		/* A short write may have ended inside a page; that page does not count. */
 		memset(status + i, DONE, (size_t)put / PAGE_SIZE);
 		i += (size_t)put / PAGE_SIZE;
 		if (put % (ssize_t)PAGE_SIZE) {
@@ -40,7 +40,7 @@ static void append(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 	}
 }
 
-/* The same, with each copy on the NUMA node of its page, as a page that the kernel's KSM shares stays where it is. */
+/* The same, with each copy on the NUMA node of its page: a page that the kernel's KSM shares stays on its node, too. */
 static void append_near(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *status)
 {
 	int node[SECTION_MAX];
@@ -58,8 +58,8 @@ static void append_near(int fd, uintptr_t addr, size_t i, size_t j, uint8_t *sta
 	prefer_node(-1);
 }
 
-/* Pages written to a segment after one look at the headroom: 512 KiB, which takes a tenth of a millisecond. A write to
- * a memfd that finds its cgroup full wakes the OOM killer like any fault. */
+/* How many pages to write to a segment after one look at the headroom: 512 KiB, which takes a tenth of a millisecond.
+ * Like a fault, a write to a memfd wakes the OOM killer if its cgroup is full. */
 #define DONATE_STEP 128UL
 
 static size_t donate_some(int fd, uintptr_t addr, size_t n, uint8_t *status)
@@ -99,7 +99,8 @@ static int seal(int fd)
 {
 	int err, tries = 0;
 
-	do { /* EBUSY: something holds a page for a moment (compaction, another CPU's LRU batch); it was waited for */
+	do { /* EBUSY: something holds a page for a moment (compaction, another CPU's LRU batch); the kernel has waited
+	      * for it */
 		err = fcntl(fd, F_ADD_SEALS, SEALS) ? -errno : 0;
 	} while (err == -EBUSY && tries++ < 4);
 	return err;

@@ -2,9 +2,9 @@
 /*
  * How pages come home from the scratch.
  *
- * The mapping that they came from is still there, with a hole in it, so all that is needed is that the kernel moves them
- * back: no mapping, no limit, no memory. What the kernel gave as reasons not to, or the application can bring about meanwhile
- * (by system calls that pass no wrapper, or from another process):
+ * The mapping that they came from is still there, with a hole in it. So the kernel only has to move them back, which
+ * takes no mapping and no memory and meets no limit. It may refuse for these reasons, some of which the application can
+ * bring about meanwhile (by system calls that pass no wrapper, or from another process):
  *
  *   EAGAIN, EBUSY   a migration, a pin or a lock of the page, for a moment; a page in the swap cache; ksmd has it
  *   EINVAL          the home or the scratch is locked in memory and the other is not, or the home was protected or cut
@@ -14,10 +14,10 @@
  *   EFAULT          the page is damaged (hwpoison)
  *   EINTR           the process is being killed
  *
- * Hence a ladder. Each step is tried a few times, page by page from the second on: a move; a move after whatever can keep the
- * page from it was undone; a copy, which asks neither for locks nor protection, and which nobody can tell from the page,
- * for all others wait; the page with a mapping of its own. If all that fails for FINAL_TRIES, the process is ended, since going on
- * would show it zeros where its data was.
+ * Hence a ladder. Each step is tried a few times, from the second step on page by page: move the page; move it after
+ * undoing whatever of ours can stop it; copy it, which works despite locks and protection, and which nobody can tell
+ * from a move, since all others wait; map the page at home with a mapping of its own. If all that fails FINAL_TRIES
+ * times, the process is ended, since it would otherwise read zeros where its data was.
  */
 #include "base/real.h"
 #include "kernel/window.h"
@@ -31,7 +31,6 @@
 
 enum { MOVE_TRIES = 4, UNDO_TRIES = 8, COPY_TRIES = 16, GIVE_AWAY_TRIES = 32, FINAL_TRIES = 256 };
 
-/* Which pages of scratch [0, n) hold something: the truth about every move. False: the kernel does not say, so all may. */
 bool scratch_holds(uintptr_t scratch, size_t n, bool *here)
 {
 	const struct pm_walk w = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED};
@@ -61,8 +60,9 @@ static bool holds(uintptr_t page)
 	return page_holds(page, 1, &here) || here;
 }
 
-/* Something stands at home: with the range registered for missing pages only we can have put it there, the page itself or
- * its copy; or mlockall(2) filled the scratch with zeros. Whichever it is, what stands in the scratch is of no use. */
+/* Something is at home already. The range is registered for missing pages, so only we can have put it there: the page
+ * itself or its copy. Or mlockall(2) filled the scratch with zeros. In both cases the page in the scratch is of no
+ * use. */
 static bool came_home(uintptr_t home, uintptr_t page)
 {
 	bool there;
@@ -73,7 +73,7 @@ static bool came_home(uintptr_t home, uintptr_t page)
 	return true;
 }
 
-/* Whatever of ours can keep a page from moving. */
+/* Undoes whatever of ours can keep a page from moving. */
 static void undo(uintptr_t page)
 {
 	windows_unlock();
@@ -93,8 +93,8 @@ static bool copy_home(uintptr_t home, uintptr_t page)
 	return !err || (err == -EEXIST && came_home(home, page));
 }
 
-/* Gives the page a mapping at home. One that is there and not ours any more was made by the application after it unmapped
- * what the page was of. */
+/* Gives the page a mapping at home. If there is a mapping that is not ours any more, the application made it after it
+ * unmapped the page's old place. */
 static bool map_home(const struct chunk *c, uintptr_t home, uintptr_t page)
 {
 	bool there = true;

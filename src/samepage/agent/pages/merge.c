@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Merging: what a request names, extent by extent, is cut into chunks that are swapped under one hold of the lock
- * (swap.c).
+ * Merging: cuts the extents of a request into chunks, each of which is swapped under one hold of the lock (swap.c).
  */
 #include "base/lock.h"
 #include "base/maps.h"
@@ -24,25 +23,25 @@
 
 #define VPN_MAX (UINTPTR_MAX >> PAGE_SHIFT)
 
-/* The view counts for the limits. What the application takes meanwhile must not be refused for it. */
+/* The view counts against the limits. The application must not be refused memory because of it. */
 #define ROOM_TO_LIMIT (64UL << 20)
 
-#define FAULT_AROUND 16 /* pages: fault_around_bytes of the kernel, unless somebody changed it */
+#define FAULT_AROUND 16 /* pages: the kernel's default for fault_around_bytes */
 
 #define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
 
-#define SLICE_NS 2000000 /* of one hold of the lock, about */
+#define SLICE_NS 2000000 /* roughly how long the lock is held at a time */
 
-/* What one slice takes of the kernel's memory before it gives pages back: 530 bytes a page where each is merged alone (two
- * mappings), for less than twice SECTION_MAX, and page tables, and what the kernel charges ahead on a CPU. */
+/* How much of the kernel's memory one slice takes before it gives pages back: 530 bytes a page if each is merged alone
+ * (two mappings), for less than twice SECTION_MAX pages; page tables; and what the kernel charges ahead on a CPU. */
 #define SLICE_TAKES (1UL << 20)
 
 /*
- * A core dump leaves a private file mapping out unless it was written to, that is, has an anon_vma (vma_dump_size() in the
- * kernel's fs/coredump.c); and where merged memory would be, debuggers find zeros. So the view is written to once, before
- * pieces of it become the application's: these inherit its anon_vma, and hand it on to what they are cut into, moved to and
- * forked to. The written copy is dropped. A view that is moved away as a whole would have to leave its anon_vma
- * behind; hence the page at its end, which lies behind the file's.
+ * A core dump leaves out a private file mapping unless it was written to, that is, has an anon_vma (vma_dump_size() in
+ * the kernel's fs/coredump.c); debuggers would find zeros where merged memory is. So we write to the view once, before
+ * pieces of it become the application's: these inherit its anon_vma, and hand it on when they are cut, moved or forked.
+ * The written copy is dropped. If the view were moved away as a whole, the mapping that stays would lose its anon_vma;
+ * hence the extra page at its end, which is never moved.
  */
 static bool map_view(struct segment *s, uint64_t start, uint64_t end)
 {
@@ -59,9 +58,9 @@ static bool map_view(struct segment *s, uint64_t start, uint64_t end)
 }
 
 /*
- * Whether the view has n pages that can be read without taking memory that is not there. A page that is not in memory may
- * have been swapped out; or it is a hole, and would be filled at our expense (segment_pages() lets few through: the kernel
- * counts a huge page whole that reaches beyond the end).
+ * Whether n pages of the view can be read without taking memory that is not there. A page that is not in memory may
+ * have been swapped out; or it is a hole, which would be filled at our expense (segment_pages() lets few through: a
+ * huge page that reaches beyond the end of the file counts as a whole).
  */
 static bool may_read(const uint8_t *view, size_t n)
 {
@@ -75,8 +74,8 @@ static bool may_read(const uint8_t *view, size_t n)
 	return !absent || room_to_merge(absent * PAGE_SIZE + SLICE_TAKES);
 }
 
-/* A private view of at most n pages of a segment: how many, 0 when there is none, see s->refusal. Not kept from a fork, since
- * what is moved from it must not be; a forked child unmaps it (agent_fork_child). */
+/* Makes a private view of at most n pages of a segment. Returns how many; 0: there is none, see s->refusal. Forked
+ * children inherit the view, since they must inherit what is moved from it; they unmap it (windows_forked()). */
 static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_t **view)
 {
 	if (s->lost || offset < s->start || offset >= s->end) {
@@ -95,8 +94,8 @@ static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_
 	s->refusal = NOMEM;
 	if (!may_read(*view, n))
 		return 0;
-	/* Before the hole is open, so that the comparison does not fault in it. A fault maps what is around it, too, which is
-	 * cheaper than MADV_POPULATE_READ's walk over every page. */
+	/* Fault the pages in before the hole is open, so that the comparison takes no faults. A fault also maps the
+	 * pages around it, which is cheaper than MADV_POPULATE_READ's walk over every page. */
 	for (size_t k = 0; k < n; k += FAULT_AROUND)
 		*(const volatile uint8_t *)(*view + k * PAGE_SIZE);
 	*(const volatile uint8_t *)(*view + (n - 1) * PAGE_SIZE);
@@ -116,7 +115,7 @@ int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to)
 		    MAP_FAILED)
 			return 0;
 		err = -errno;
-		if (range_mapped(to, len)) /* else a limit was set just now */
+		if (range_mapped(to, len)) /* if not, a limit was set just now */
 			return err;
 	}
 	err = window_give(from, len, to);
@@ -128,7 +127,7 @@ int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to)
 	return err;
 }
 
-/* What a request has come to: page `at` of an extent, before `last`. */
+/* How far a request has come: page `at` of an extent, before `last`. */
 struct cursor {
 	const struct sp_extent *extent, *last;
 	uint64_t at;
@@ -141,7 +140,7 @@ static void cursor_advance(struct cursor *at, uint64_t pages)
 		at->at -= at->extent++->npages;
 }
 
-/* Whether the extent after e can be swapped with what was gathered: small ones are, some at a time. */
+/* Whether the extent after e can be swapped together with the pages gathered; several small extents can. */
 static bool goes_with(const struct chunk *c, const struct segment *s, const struct sp_extent *e)
 {
 	const struct sp_extent *next = e + 1;
@@ -151,8 +150,8 @@ static bool goes_with(const struct chunk *c, const struct segment *s, const stru
 			   : next->offset == SP_ZERO_PAGE);
 }
 
-/* Makes a chunk of what comes next: of one extent up to the end of a huge page's range, or of small ones no more than one
- * critical section. False: there is no view, see s->refusal. */
+/* Makes a chunk of what comes next: pages of one extent up to the end of a huge page's range, or several small extents,
+ * no more than one critical section. False: there is no view, see s->refusal. */
 static bool gather(struct chunk *c, struct segment *s, const struct cursor *from)
 {
 	const struct sp_extent *e = from->extent;
@@ -176,14 +175,14 @@ static bool gather(struct chunk *c, struct segment *s, const struct cursor *from
 	}
 }
 
-/* Leaves out what lies at `end` or behind. */
+/* Leaves out pages at `end` or above. */
 static void clip(struct chunk *c, uintptr_t end)
 {
 	while (c->n && c->addr[c->n - 1] >= end)
 		c->n--;
 }
 
-/* Whether a mapping is what the books say of the page, which is readable and writable: anonymous, or a segment's. */
+/* Whether a mapping of a readable and writable page is what the books say: anonymous, or a segment's. */
 static bool is_as_known(const struct vma *v, uintptr_t addr)
 {
 	if (v->shared || !v->read || !v->write)
@@ -191,9 +190,10 @@ static bool is_as_known(const struct vma *v, uintptr_t addr)
 	return page_test(PAGE_SEGMENT, addr >> PAGE_SHIFT) ? vma_is_segment(v) : !v->ino;
 }
 
-/* Leaves out what begins with a page whose mapping is not what the books say, or with one that its row shares with another
- * mapping: a move must stay within one. What was changed by a system call that passed no wrapper (an inline one) would be
- * again, and not be noticed the next time: it is left alone for good. */
+/* Cuts the chunk short before a page whose mapping is not what the books say, or that lies in another mapping than the
+ * page before it in its row: a move must stay within one mapping. If the mapping of the very first page is not what the
+ * books say, it is left alone for good: the program changed it by a system call that passed no wrapper (an inline one),
+ * and may do so again without our noticing. */
 static void clip_to_mappings(struct chunk *c)
 {
 	struct vma vma = {0};
@@ -216,10 +216,10 @@ static void clip_to_mappings(struct chunk *c)
 	}
 }
 
-/* Merges what comes next. How many pages it answered for. */
+/* Merges what comes next. Returns for how many pages it set a status. */
 static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status, bool unpinned)
 {
-	static struct chunk c; /* swap_recover() must find it */
+	static struct chunk c; /* static, because swap_recover() must find it */
 	size_t n;
 
 	c = (struct chunk){.status = status, .unpinned = unpinned};
@@ -249,7 +249,7 @@ static size_t merge_some(struct segment *segment, const struct cursor *at, uint8
 	return c.n;
 }
 
-/* What is left of a request. */
+/* The part of a request that is left. */
 struct rest {
 	struct segment *segment;
 	struct cursor at;
@@ -263,7 +263,7 @@ static void answered(struct rest *rest, size_t pages)
 	cursor_advance(&rest->at, pages);
 }
 
-/* As many chunks as make one hold of the lock: to begin one costs as much as to swap ten pages. */
+/* Merges chunks for one hold of the lock: beginning one costs as much as swapping ten pages. */
 static void merge_slice(void *arg)
 {
 	struct rest *rest = arg;
@@ -279,7 +279,7 @@ static void merge_slice(void *arg)
 		 thread_cpu_ns() - began < SLICE_NS);
 }
 
-/* False: who did it was killed. */
+/* False: the child that did it was killed. */
 static bool merge_unstopped(struct rest *rest)
 {
 	bool ended;
@@ -293,8 +293,8 @@ static bool merge_unstopped(struct rest *rest)
 	return ended;
 }
 
-/* The number of pages of a segment, or -errno when it is none: sealed content is what makes a comparison
- * worth anything, a sealed size is what makes a mapping safe from SIGBUS, and whoever reads a hole pays for it. (Pages that
+/* The number of pages of a segment, or -errno if it is none. Only sealed content makes a comparison worth anything, a
+ * sealed size makes a mapping safe from SIGBUS, and holes are refused because their reader pays for them. (Pages that
  * are swapped out count as blocks.) */
 static int64_t segment_pages(int fd)
 {
@@ -312,7 +312,7 @@ static int64_t segment_pages(int fd)
 	return st.st_size >> PAGE_SHIFT;
 }
 
-/* Why nothing may be merged now; DONE: it may. */
+/* Why nothing may be merged now; DONE if it may. */
 static enum page_status refusal(void)
 {
 	bool room;
@@ -353,11 +353,11 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status, bo
 			memset(rest.status, why_not, left);
 			answered(&rest, left);
 		} else if (rest.at.extent < rest.at.last && pause()) {
-			segment.end = 0; /* a call may have used the view */
+			segment.end = 0; /* a call may have used the view window */
 		}
 	}
 	scratch_drop();
-	if (pages && kernel.view) /* the segment is not ours to keep alive */
+	if (pages && kernel.view) /* don't keep the segment alive */
 		window_reset(kernel.view, VIEW_SPACE, PROT_NONE, -1, 0);
 	return 0;
 }

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Swapping by move (swap.c tells both ways).
+ * Swapping by move (swap.c explains both ways).
  *
- * While a hole is open its pages are nowhere else. Hence the one rule of this file: what a call returned is
- * a hint; where pages stand is read from the pagemap, and no section ends before every page is at home or equal to
- * the segment page that is mapped there, and only the latter's originals, which nobody needs, are left in the scratch.
+ * While a hole is open, its pages are nowhere else. Hence the one rule of this file: the return value of a call is a
+ * hint; where pages are is read from the pagemap. No section ends before every page is at home, or equal to the segment
+ * page that is mapped there. Only the originals of the latter, which nobody needs, are left in the scratch.
  */
 #include "base/maps.h"
 #include "base/planes.h"
@@ -23,7 +23,7 @@
 
 #define MODE_MISSING_WP (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP)
 
-/* Moves pages [i, j) of the chunk to scratch [k, k + j - i), row by row, until one will not go. */
+/* Moves pages [i, j) of the chunk to scratch [k, k + j - i), row by row, until one does not move. */
 static int pull_rows(const struct chunk *c, size_t i, size_t j, size_t k)
 {
 	int err = 0;
@@ -35,8 +35,8 @@ static int pull_rows(const struct chunk *c, size_t i, size_t j, size_t k)
 	return err;
 }
 
-/* Says of pages [i, j) of the chunk, a row whose first page was too busy to move, what they are, as far as they are of one kind.
- * The first that is not answered for. */
+/* Sets the status of pages [i, j) of the chunk, a row whose first page was too busy to move, as far as they are of the
+ * same kind as that one. Returns the first page without a status. */
 static size_t why_busy(struct chunk *c, size_t i, size_t j)
 {
 	uint8_t kind[SECTION_MAX];
@@ -49,7 +49,7 @@ static size_t why_busy(struct chunk *c, size_t i, size_t j)
 			c->status[end] = status_of(kind[end - i]);
 		return end;
 	}
-	/* It is pinned; or a fork shared it once, see unshare(). That may be so of its neighbours, too. */
+	/* The page is pinned; or a fork shared it once (unshare()). That may be true of its neighbours, too. */
 	for (end = i + 1; !c->unshared && end < j && kind[end - i] == PAGE_OWN; end++)
 		;
 	memset(c->status + i, BUSY, end - i);
@@ -57,7 +57,7 @@ static size_t why_busy(struct chunk *c, size_t i, size_t j)
 	return end;
 }
 
-/* Moves pages [i, j) of the chunk to scratch [0, j - i), as many as will go. here[k]: page i + k came. */
+/* Moves pages [i, j) of the chunk to scratch [0, j - i), as many as possible. here[k]: page i + k arrived. */
 static void pull(struct chunk *c, size_t i, size_t j, bool *here)
 {
 	size_t n = j - i;
@@ -86,7 +86,8 @@ static void pull(struct chunk *c, size_t i, size_t j, bool *here)
 	}
 }
 
-/* Whether page m of the chunk really left its home: mlockall(2) fills what it locks, the scratch too, with zeros. */
+/* Whether page m of the chunk really left its home. mlockall(2) fills what it locks with zeros, the scratch too, so a
+ * zero page there proves nothing. */
 static bool left_home(const struct chunk *c, size_t m)
 {
 	bool there = true;
@@ -95,7 +96,7 @@ static bool left_home(const struct chunk *c, size_t m)
 	       (!page_holds(c->addr[m], 1, &there) && !there);
 }
 
-/* Compares pages [i, j) of the chunk, which are in scratch from k on where `here` says so, and puts the segment's over
+/* Compares pages [i, j) of the chunk, which are in the scratch from k on if `here` says so, and maps the segment's over
  * those that are equal. */
 static void settle(struct chunk *c, size_t i, size_t j, size_t k, const bool *here)
 {
@@ -118,8 +119,8 @@ static bool all_done(const struct chunk *c, size_t i, size_t j)
 	return i == j;
 }
 
-/* Empties the scratch of what is left of page i of the chunk on: what is done goes, the rest goes home. False: something of
- * what is done is still there. */
+/* Empties the scratch of page i of the chunk and the following: originals of pages that are done are dropped, the
+ * others go home. False: some that are done are still there. */
 static bool clear_scratch(struct chunk *c, size_t i, size_t n)
 {
 	for (size_t k = 0, end; k < n; k = end) {
@@ -142,7 +143,7 @@ static struct {
 
 static void set_out(struct chunk *c, size_t i, size_t j)
 {
-	if (i < j) { /* what is not answered for yet must not be taken for done */
+	if (i < j) { /* set a status, so that pages that have none yet are not taken for done */
 		memset(c->status + i, BUSY, j - i);
 		now.since = now_ns();
 	}
@@ -151,9 +152,9 @@ static void set_out(struct chunk *c, size_t i, size_t j)
 	now.j = j;
 }
 
-static size_t spent; /* pages at the start of the scratch that are done with */
+static size_t spent; /* pages at the start of the scratch whose contents nobody needs */
 
-/* Gives them back, many at a time, for it takes a system call. */
+/* Gives them back many at a time, since it takes a system call. */
 bool scratch_drop(void)
 {
 	bool dropped = !spent || window_drop(kernel.scratch, spent * PAGE_SIZE);
@@ -168,7 +169,7 @@ bool scratch_ready(size_t n)
 	return window_drop(kernel.scratch + spent * PAGE_SIZE, min_addr(n, SECTION_MAX - spent) * PAGE_SIZE);
 }
 
-/* Whoever waits for one of pages [i, j), or a page in between, goes on. */
+/* Wakes the threads that wait for one of pages [i, j), or for a page between them. */
 static void wake(const struct chunk *c, size_t i, size_t j)
 {
 	uffd_count_sleepers(kernel.move, c->addr[j - 1] + PAGE_SIZE, now.since);
@@ -176,19 +177,19 @@ static void wake(const struct chunk *c, size_t i, size_t j)
 }
 
 /*
- * Waits for who writes to the process under its mmap_lock, held for reading: /proc/PID/mem and ptrace(2) look a page up, and write
- * to it a moment later, with a plain reference that no move notices. Taking the lock for writing waits for them, though
- * nothing is changed; who comes later finds no page.
+ * Waits for others that are writing to this process under its mmap_lock, held for reading: /proc/PID/mem and ptrace(2)
+ * look a page up and write to it a moment later, with a plain reference that no move notices. madvise() takes the lock
+ * for writing and so waits for them, although it changes nothing. Those who come later find no page.
  */
 static void await_outsiders(void)
 {
 	real.madvise((void *)kernel.scratch, PAGE_SIZE, MADV_DONTFORK);
 }
 
-#define HELD_TOGETHER 8 /* pages: where one of so many is held, all of them are left */
+#define HELD_TOGETHER 8 /* pages: if one of so many is held, all of them are left */
 
-/* Takes those of n pages in the scratch that somebody reads into by a plain reference, and some around them, for not here. Nobody
- * can take one any more. Where there is no memory for migration, or it is forbidden, all of them. */
+/* Clears here[k] for those of n pages in the scratch that a reader holds by a plain reference, and for some around
+ * them. Nobody can take a reference any more. If there is no memory for migration, or it is forbidden, clears all. */
 static void find_held(const struct chunk *c, size_t n, bool *here)
 {
 	bool room = room_for(n * PAGE_SIZE + WINDOW, settings.reserve);
@@ -209,7 +210,7 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 {
 	bool here[SECTION_MAX];
 
-	/* What is left of others' would be taken for what comes. */
+	/* What is left there of earlier pages would be taken for the new ones. */
 	if (spent + (j - i) > SECTION_MAX && !scratch_drop()) {
 		memset(c->status + i, REFUSED, j - i);
 		return;
@@ -226,7 +227,7 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 	wake(c, i, j);
 }
 
-/* Where a critical section ends that begins at page i, before j. */
+/* Where a critical section that begins at page i ends; at most j. */
 static size_t section_end(const struct chunk *c, size_t i, size_t j)
 {
 	size_t end, pieces = 1;
@@ -237,7 +238,7 @@ static size_t section_end(const struct chunk *c, size_t i, size_t j)
 	return end;
 }
 
-/* How much of [start, end), in bytes, is in huge pages that page tables have as such, up to the first gap. */
+/* How many bytes of [start, end), up to the first gap, are in huge pages that page tables map as such. */
 static uintptr_t in_huge_page(uintptr_t start, uintptr_t end)
 {
 	const struct pm_walk w = {.must = PAGE_IS_PRESENT | PAGE_IS_HUGE, .must_not = PAGE_IS_PFNZERO};
@@ -254,9 +255,10 @@ static bool is_huge_page(const struct chunk *c, size_t i, size_t j)
 }
 
 /*
- * Whether a huge page that a row of pages [i, j) is a part of is one no more, as moving the part would have the kernel see to. It
- * cannot be split as long as somebody has pinned it, and of such a part UFFDIO_MOVE did not return before he let go (6.12.117 and
- * 6.18.15; 6.18.44 and 7.3 say EBUSY), with the mmap_lock held. MADV_COLD of a part of a huge page splits it, too, and gives up.
+ * Splits the huge pages that pages [i, j), a row, are parts of, as moving the parts would make the kernel do. A huge
+ * page cannot be split while somebody has pinned it, and UFFDIO_MOVE of a part of one did not return, with the
+ * mmap_lock held, before the pin was gone (6.12.117 and 6.18.15; 6.18.44 and 7.3 return EBUSY). MADV_COLD of a part of
+ * a huge page splits it, too, but gives up. False: one is not split.
  */
 static bool splits(const struct chunk *c, size_t i, size_t j)
 {
@@ -272,9 +274,9 @@ static bool splits(const struct chunk *c, size_t i, size_t j)
 }
 
 /*
- * A huge page moves whole: splitting it, which moving a part of it makes the kernel do, costs as much as all the rest. Its
- * sections are compared and mapped one after the other, and who waits for one of them goes on then, so nobody waits
- * for more than the whole. False: it would not move, and every page is at home.
+ * Moves a huge page as a whole: moving a part of it makes the kernel split it, which costs as much as all the rest. Its
+ * sections are compared and mapped one after the other, and a thread that waits for one goes on as soon as that one is
+ * done; so none waits for more than the whole. False: it would not move, and every page is at home.
  */
 static bool swap_huge_page(struct chunk *c)
 {
@@ -301,7 +303,7 @@ static bool swap_huge_page(struct chunk *c)
 			wake(c, at, end);
 		}
 		clear_scratch(c, 0, SECTION_MAX);
-		if (!all_done(c, 0, SECTION_MAX)) /* a part of it went home: there are page tables now */
+		if (!all_done(c, 0, SECTION_MAX)) /* a part of it went home, so there are page tables now */
 			huge_reset();
 	} else {
 		memset(c->status, BUSY, SECTION_MAX);
@@ -313,7 +315,7 @@ static bool swap_huge_page(struct chunk *c)
 	return all;
 }
 
-/* Ends what move_and_map() registered. */
+/* Unregisters what move_and_map() registered. */
 static void watch_no_more(const struct chunk *c, size_t i, size_t j)
 {
 	for (size_t end; i < j; i = end) {
@@ -323,10 +325,10 @@ static void watch_no_more(const struct chunk *c, size_t i, size_t j)
 }
 
 /*
- * A page that a fork shared once is not ours alone again (PageAnonExclusive) until it is written, and does not move before.
- * This writes without changing a byte: to pages that pagemap bit 56 says are ours alone, and while nothing is registered
- * for missing pages, since one that MADV_FREE gave up for lost may be gone, and who touches it then waits for us. A pinned
- * page is exclusive already.
+ * Writes to pages without changing a byte. A page that a fork shared once does not become ours alone again
+ * (PageAnonExclusive) until it is written, and does not move before that. Only pages are written that are ours alone by
+ * pagemap bit 56; and only while nothing is registered for missing pages, since a page given up by MADV_FREE may be
+ * gone, and we would wait for ourselves. A pinned page is exclusive already.
  */
 static void unshare(const struct chunk *c, size_t i, size_t j)
 {
@@ -337,13 +339,14 @@ static void unshare(const struct chunk *c, size_t i, size_t j)
 	for (size_t k = i, end; k < j; k = end) {
 		for (end = k + 1; end < j && kind[end - i] == kind[k - i]; end++)
 			;
-		/* Something may hold a reference to them still; then they are copied. */
+		/* If something still holds a reference to them, the kernel copies them, which takes memory. */
 		if (kind[k - i] == PAGE_OWN && room_to_merge((end - k) * PAGE_SIZE))
 			real.madvise((void *)c->addr[k], (end - k) * PAGE_SIZE, MADV_POPULATE_WRITE);
 	}
 }
 
-/* Swaps pages [i, j) of the chunk, by sections or as the one huge page that they are. False: that would not move. */
+/* Swaps pages [i, j) of the chunk, by sections, or as the one huge page that they are. False: the huge page would not
+ * move. */
 static bool move_and_map(struct chunk *c, size_t i, size_t j, bool huge)
 {
 	bool moved = true;
@@ -371,7 +374,7 @@ static bool move_and_map(struct chunk *c, size_t i, size_t j, bool huge)
 	return moved;
 }
 
-/* The same, but for parts of huge pages that cannot be split. */
+/* The same without parts of huge pages that cannot be split. */
 static void move_parts(struct chunk *c, size_t i, size_t j)
 {
 	for (size_t at = i, end; at < j; at = end) {
@@ -410,7 +413,7 @@ void swap_by_move(struct chunk *c, size_t i, size_t j)
 	}
 }
 
-/* Whether page m of the chunk, of which none was mapped from a segment before, is now. */
+/* Whether page m of the chunk is mapped from a segment now; none of the chunk was before. */
 static bool was_mapped(const struct chunk *c, size_t m)
 {
 	struct vma vma;
@@ -431,7 +434,7 @@ void swap_recover(void)
 		if (c->segment && was_mapped(c, m)) {
 			c->status[m] = DONE;
 			page_set(PAGE_SEGMENT, vpn, vpn + 1, true);
-			page_set(PAGE_KNOWN, vpn, vpn + 1, false); /* nobody is told of it now */
+			page_set(PAGE_KNOWN, vpn, vpn + 1, false); /* nobody will be told of it now */
 		}
 	}
 	if (now.i < now.j)

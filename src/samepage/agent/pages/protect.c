@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Swapping by write-protection (swap.c tells both ways). */
+/* Swapping by write-protection (swap.c explains both ways). */
 #include "base/settings.h"
 #include "kernel/headroom.h"
 #include "kernel/holders.h"
@@ -9,10 +9,10 @@
 #include <linux/userfaultfd.h>
 #include <string.h>
 
-#define HELD_TOGETHER 64 /* pages: where one of so many is held, all of them are left */
+#define HELD_TOGETHER 64 /* pages: if one of so many is held, all of them are left */
 
-/* Says BUSY of those of pages [i, j) of the chunk, a row of anonymous memory of ours alone, that somebody holds, and some around
- * them. Who held a page before it was write-protected, a device maybe, goes on writing to it. */
+/* Sets BUSY for those of pages [i, j) of the chunk, a row of anonymous memory that is ours alone, that somebody holds,
+ * and for some around them. A device, say, that held a page before it was write-protected goes on writing to it. */
 static void find_held(struct chunk *c, size_t i, size_t j)
 {
 	uintptr_t start = c->addr[i], len = (j - i) * PAGE_SIZE;
@@ -31,7 +31,7 @@ static void find_held(struct chunk *c, size_t i, size_t j)
 	}
 }
 
-/* The same for what of pages [i, j) is of one kind, PAGE_OWN; of others it says what they are. */
+/* The same for those of pages [i, j) that are PAGE_OWN; the others get the status of their kind. */
 static void find_unfit(struct chunk *c, size_t i, size_t j, const uint8_t *kind)
 {
 	for (size_t end; i < j; i = end) {
@@ -57,7 +57,7 @@ void swap_by_protect(struct chunk *c, size_t i, size_t j)
 	    page_kinds(start, j - i, kind + i)) {
 		memset(c->status + i, REFUSED, j - i);
 	} else {
-		/* From here on nobody writes, but who held a page before. */
+		/* From here on nobody writes, except those who held a page before. */
 		memset(c->status + i, DONE, j - i);
 		find_unfit(c, i, j, kind);
 		for (size_t k = i; k < j; k++) {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Proving: before a process is given a segment, it shows that it has a page of it. Whoever claims a page names a checksum,
- * which others may know, too; the service asks for a hash of the page under a key that it has just made up. That is
- * keyed BLAKE2b (RFC 7693), which Python has as well, because XXH3 promises nothing of the kind.
+ * Proving: before a process gets a segment, it proves that it has a page of it. A process that claims a page names its
+ * checksum, which others may know, too. So the service asks for a hash of the page under a key that it has just made
+ * up. That hash is keyed BLAKE2b (RFC 7693), which Python has as well; XXH3 is no cryptographic hash.
  */
 #include "base/area.h"
 #include "base/lock.h"
@@ -82,7 +82,7 @@ static void keyed_hash(const uint8_t key[SP_KEY_SIZE], const uint8_t *page, uint
 	memcpy(out, h, SP_PROOF_SIZE);
 }
 
-/* A copy of what stands at a page. Whatever became of the mapping, nobody is hit by SIGSEGV or SIGBUS for it. */
+/* Copies a page. Whatever became of its mapping, this causes no SIGSEGV or SIGBUS. */
 static enum page_status read_page(uintptr_t addr, uint8_t *page)
 {
 	const struct area *a = area_next(addr);
@@ -97,7 +97,7 @@ static enum page_status read_page(uintptr_t addr, uint8_t *page)
 
 void prove(const struct sp_prove *req, const uint64_t *vpns, size_t n, uint8_t *status, uint8_t *proof)
 {
-	static uint8_t page[PAGE_SIZE_MAX]; /* the agent thread's, whose stack is small */
+	static uint8_t page[PAGE_SIZE_MAX]; /* static, since the agent thread's stack is small */
 
 	for (size_t i = 0; i < n; i++, proof += SP_PROOF_SIZE) {
 		agent_mmap_lock();

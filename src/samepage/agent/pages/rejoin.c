@@ -2,17 +2,18 @@
 /*
  * Rejoining: merged pages become a part of the mapping before them again.
  *
- * A page that is merged alone cuts a mapping in three, and a break leaves it so: the kernel joins anonymous mappings only if
- * the one counts on from the other (vm_pgoff), and memory that was faulted in in a window counts from there, wherever it is
- * moved. So the page before the merged ones is taken to the window, mapping and all. There that mapping grows, which has it
- * count on, and what it grew by is filled with the segment's bytes. Then all of it goes home, in one piece. No page but the
- * segment's is copied: whoever holds one of the application's finds it in its place afterwards.
+ * A page that is merged alone cuts a mapping in three, and a break leaves the cuts: the kernel joins anonymous mappings
+ * only if their page offsets (vm_pgoff) continue, and memory that was faulted in in a window keeps the window's offsets
+ * wherever it is moved. So the page before the merged ones is moved to the window with its mapping. There the mapping
+ * is grown, so its offsets continue, and the new part is filled with the segment's bytes. Then all of it moves home in
+ * one piece. Only the segment's pages are copied: if somebody holds a page of the application's, that very page is in
+ * its place afterwards.
  *
- * It is one critical section. Both mappings leave empty ones behind, registered for missing and for minor faults, so that
- * who touches them sleeps.
+ * This is one critical section. Both mappings leave empty ones behind, registered for missing and for minor faults, so
+ * that threads that touch them sleep.
  *
- * It is done when the application was refused a mapping. Then there is none for this, either: so the agent keeps some, which
- * are given up meanwhile (window_ballast()).
+ * It runs when the application was refused a mapping. Then there is none for this, either; so the agent keeps some in
+ * reserve, which it gives up meanwhile (window_ballast()).
  */
 #include "base/lock.h"
 #include "base/maps.h"
@@ -33,35 +34,35 @@
 #include <unistd.h>
 
 #define PIECE_MAX 16UL	    /* pages: a longer piece is worth its mappings */
-#define PIECES_EACH 4096UL  /* for one call that was refused, */
-#define EACH_NS 500000000L  /* if it does not take longer */
-#define SLICE_NS 20000000UL /* of one hold of the lock, about */
-#define NEARLY 64UL	    /* mappings to the limit */
+#define PIECES_EACH 4096UL  /* joined at most for one refused call, */
+#define EACH_NS 500000000L  /* and for no longer than this */
+#define SLICE_NS 20000000UL /* roughly how long the lock is held at a time */
+#define NEARLY 64UL	    /* so few mappings below the limit */
 #define HOME_TRIES 1000
-#define NEAR_EACH (32UL << 20) /* what others may take meanwhile, for each CPU */
+#define NEAR_EACH (32UL << 20) /* how much others may take meanwhile, for each CPU */
 #define MODE_MISSING_WP (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP)
 
-/* What is out of its place: a page, and the merged ones behind it. */
+/* What is out of its place: a page and the merged ones behind it. */
 static struct {
 	uintptr_t start, len; /* len 0: nothing */
-	bool hole;	      /* behind the page in the window nothing is ours */
+	bool hole;	      /* in the window, nothing behind the page is mapped by us */
 } now;
 
-/* Moves a mapping to a window, and leaves it empty where it is. */
+/* Moves a mapping to a window, and leaves an empty one at home. */
 static bool leave_home(uintptr_t start, uintptr_t len, uintptr_t to)
 {
 	return real.mremap((void *)start, len, len, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)to) !=
 	       MAP_FAILED;
 }
 
-/* Takes the place in a window again that nothing is mapped at. */
+/* Fills a place in a window again where nothing is mapped. */
 static void refill(uintptr_t start, uintptr_t len)
 {
 	if (len && !window_fill(start, len, PROT_NONE, -1, 0))
 		window_lost();
 }
 
-/* Other threads may have taken the mappings that it takes. */
+/* Moves it home. This may take tries: other threads may have taken the mappings that it needs. */
 static void go_home(uintptr_t from, uintptr_t len, uintptr_t to)
 {
 	const struct timespec nap = {.tv_nsec = 1000000};
@@ -74,7 +75,7 @@ static void go_home(uintptr_t from, uintptr_t len, uintptr_t to)
 	refill(from, len);
 }
 
-/* Whether the n pages in the window are the segment's. One that was written meanwhile is the application's. */
+/* Whether the n pages in the window are the segment's. A page that was written meanwhile is the application's. */
 static bool all_merged(uintptr_t start, size_t n)
 {
 	uint8_t kind[PIECE_MAX];
@@ -82,7 +83,8 @@ static bool all_merged(uintptr_t start, size_t n)
 	if (page_kinds(start, n, kind))
 		return false;
 	for (size_t i = 0; i < n; i++)
-		if (kind[i] != PAGE_FILE && kind[i] != PAGE_ABSENT) /* swapped out is as good: nobody holds it */
+		if (kind[i] != PAGE_FILE && kind[i] != PAGE_ABSENT) /* a page that is swapped out is as good: nobody
+								     * holds it */
 			return false;
 	return true;
 }
@@ -100,7 +102,7 @@ static bool grow(uintptr_t page, uintptr_t len)
 	return true;
 }
 
-/* Whether the page is in the window: as long as it is not at home, and nothing else ever is there. */
+/* Whether the page is in the window: nothing else ever is there. */
 static bool is_away(uintptr_t page)
 {
 	bool holds;
@@ -111,7 +113,8 @@ static bool is_away(uintptr_t page)
 	return holds;
 }
 
-/* Ends the critical section, however far it came; also for one that was killed in the middle. Whether they are joined. */
+/* Ends the critical section, however far it came; also one that was killed in the middle. Returns whether the pages are
+ * joined. */
 static bool end_section(void)
 {
 	const uintptr_t page = kernel.copy, merged = kernel.view, behind = now.start + PAGE_SIZE;
@@ -142,7 +145,7 @@ static bool end_section(void)
 	return joined;
 }
 
-/* [start, start + len) is a page, at the end of its mapping, and merged ones, all of another. */
+/* Joins [start, start + len): a page at the end of its mapping, and merged pages in one other mapping. */
 static bool join(uintptr_t start, uintptr_t len)
 {
 	const uintptr_t behind = start + PAGE_SIZE, rest = len - PAGE_SIZE;
@@ -172,7 +175,7 @@ static bool may_join(const struct area *a)
 	       a->prot == (PROT_READ | PROT_WRITE);
 }
 
-/* Whether merged pages [vpn, end) can be joined with the page before. */
+/* Whether merged pages [vpn, end) can be joined with the page before them. */
 static bool is_piece(uint64_t vpn, uint64_t end)
 {
 	uintptr_t start = (vpn - 1) << PAGE_SHIFT, behind = vpn << PAGE_SHIFT, stop = end << PAGE_SHIFT;
@@ -197,7 +200,7 @@ struct walk {
 	bool refused; /* there is no memory */
 };
 
-/* One piece, under the lock. */
+/* Joins the next piece, under the lock. */
 static void join_next(struct walk *w)
 {
 	uint64_t first = page_next(PAGE_SEGMENT, w->vpn, w->end, true);
@@ -222,7 +225,7 @@ static void join_slice(void *arg)
 		 thread_cpu_ns() - began < SLICE_NS);
 }
 
-/* Goes round all memory, from where it stopped the last time. How many pieces were joined. */
+/* Goes round all memory, starting where it stopped the last time. Returns how many pieces it joined. */
 static uint64_t join_pieces(void)
 {
 	static uint64_t from;
@@ -259,11 +262,11 @@ static unsigned long mappings_left(void)
 
 void rejoin(void *arg)
 {
-	static int64_t in_vain; /* when it was, last */
+	static int64_t in_vain; /* when it last joined nothing; 0: it did */
 	bool *joined = arg;
 
 	*joined = false;
-	/* To count them takes a millisecond for each thousand. */
+	/* Counting mappings takes a millisecond for each thousand, so don't do it again at once if it was in vain. */
 	if ((in_vain && now_ms() - in_vain < 1000) || kernel.swap != SP_SWAP_MOVE || !kernel.views_stay || traced())
 		return;
 	if (mappings_left() < NEARLY) {

@@ -3,13 +3,13 @@
  * Restoring islands: pages that were merged and then written become ordinary anonymous memory again.
  *
  * An island is private memory inside a mapping of a segment. UFFDIO_MOVE does not take it from there, so it has to be
- * copied, and a page that something else holds must not be: a device that it is pinned for (O_DIRECT, a registered
- * buffer of io_uring) would go on with the page that nobody sees any more. holders.c tells.
+ * copied. A page that something else holds must not be copied: a device that it is pinned for (O_DIRECT, a registered
+ * buffer of io_uring) would go on with the old page, which nobody sees any more. holders.c finds that out.
  *
- * One critical section: the pages leave for the window, page tables and all, and their mapping stays behind empty,
- * registered for minor faults, so that who touches it sleeps (for missing faults it would be given the segment's page).
- * In the window nobody can take hold of them any more. If mbind says that nobody did before, they are copied to fresh
- * memory, and that is put over the empty mapping; else they go back.
+ * One critical section: the pages move to the window, page tables and all. Their mapping stays behind empty, registered
+ * for minor faults, so that a thread that touches it sleeps (registered for missing faults, it would get the segment's
+ * page). In the window nobody can take hold of the pages any more. If mbind(2) says that nobody did before, they are
+ * copied to fresh memory, which replaces the empty mapping; else they move back.
  */
 #include "base/lock.h"
 #include "base/maps.h"
@@ -30,16 +30,16 @@
 #include <unistd.h>
 
 #define RESTORE_MAX 128UL /* pages in one critical section: half a millisecond */
-#define RESTORE_MIN 8UL	  /* where one of so few is held, all of them are left */
+#define RESTORE_MIN 8UL	  /* if one of so few is held, all of them are left */
 #define HOME_TRIES 1000
 #define COPY_TRIES 4
-#define SLICE_NS 1000000UL	/* of one hold of the lock, about */
-#define STEP_TAKES (64UL << 10) /* a child process (run_unstopped) */
-#define NEAR_EACH (32UL << 20)	/* what others may take meanwhile, for each CPU */
+#define SLICE_NS 1000000UL	/* roughly how long the lock is held at a time */
+#define STEP_TAKES (64UL << 10) /* for a child process (run_unstopped()) */
+#define NEAR_EACH (32UL << 20)	/* how much others may take meanwhile, for each CPU */
 
 /* ---- there and back -------------------------------------------------------------------------------------- */
 
-/* The end of the mapping of a segment that `at` lies in, or `at` when there is none that may be written. */
+/* The end of the segment mapping that `at` lies in; `at` if there is none that may be written. */
 static uintptr_t mapping_end(uintptr_t at)
 {
 	struct vma vma;
@@ -50,14 +50,15 @@ static uintptr_t mapping_end(uintptr_t at)
 	return vma.end;
 }
 
-/* Takes the place in the window again that a mapping was moved away from. */
+/* Fills the place in the window again from which a mapping was moved away. */
 static void refill(uintptr_t start, uintptr_t len)
 {
 	if (!window_fill(start, len, PROT_NONE, -1, 0))
 		window_lost();
 }
 
-/* Moves the pages of [start, start + len) to the window, mapping by mapping; the mappings stay, empty. How far it came. */
+/* Moves the pages of [start, start + len) to the window, mapping by mapping; the mappings stay, empty. Returns how far
+ * it came. */
 static uintptr_t leave_home(uintptr_t start, uintptr_t len)
 {
 	uintptr_t done = 0, stop;
@@ -76,7 +77,8 @@ static uintptr_t leave_home(uintptr_t start, uintptr_t len)
 	return done;
 }
 
-/* Fills the empty mapping at [start + done, start + len) with copies of what is in the window, page by page. How far it came. */
+/* Fills the empty mapping at [start + done, start + len) with copies of the pages in the window, one by one. Returns
+ * how far it came. */
 static uintptr_t copy_home(uintptr_t start, uintptr_t done, uintptr_t len)
 {
 	while (done < len && !uffd_copy(start + done, kernel.view + done, PAGE_SIZE))
@@ -84,8 +86,9 @@ static uintptr_t copy_home(uintptr_t start, uintptr_t done, uintptr_t len)
 	return done;
 }
 
-/* Puts the pages in the window back over [start, start + len), mappings and all, of which it takes no more than there
- * were; but other threads may have taken them meanwhile. If need be, and `unheld`, copies are as good. */
+/* Moves the pages in the window back over [start, start + len), with their mappings. That takes no more mappings than
+ * there were, but other threads may have taken them meanwhile. After some tries copies will do, if the pages are
+ * `unheld`. */
 static void go_home(uintptr_t start, uintptr_t len, bool unheld)
 {
 	const struct timespec nap = {.tv_nsec = 1000000};
@@ -113,18 +116,18 @@ static void go_home(uintptr_t start, uintptr_t len, bool unheld)
 
 /* ---- fresh memory ---------------------------------------------------------------------------------------- */
 
-/* What of the copy window is mapped for fresh pages, and not given to anybody. Neighbours in the window become neighbours in an
- * area, so that the kernel makes one mapping of them. */
+/* The part of the copy window that is mapped for fresh pages and not given away yet. Neighbours in the window become
+ * neighbours in an area, so that the kernel makes one mapping of them. */
 static struct {
 	uintptr_t at, end;
 } fresh;
 
-/* `len` bytes of new memory, faulted in on the NUMA node of the page `near`. 0: there is none to be had. */
+/* Faults in `len` bytes of new memory on the NUMA node of the page `near`. 0: there is none to be had. */
 static uintptr_t fresh_pages(uintptr_t len, uintptr_t near)
 {
 	int node, err;
 
-	/* What is migrated is there twice for a moment, and the kernel may make the new memory a huge page. */
+	/* A page under migration is there twice for a moment, and the kernel may make the new memory a huge page. */
 	if (!kernel.copy || !room_for(len + WINDOW, settings.reserve + NEAR_EACH * online_cpus()))
 		return 0;
 	if (fresh.end - fresh.at < len) {
@@ -160,8 +163,8 @@ static bool all_own(uintptr_t start, uintptr_t len)
 	return true;
 }
 
-/* Replaces [start, start + len), whose pages are in the window, by a copy of them. 0 or -errno: they still are; *unheld: and
- * nobody else holds one of them. */
+/* Replaces [start, start + len), whose pages are in the window, by a copy of them. Returns 0, or -errno with the pages
+ * still in the window. *unheld: nobody else holds one of them. */
 static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr_t copy, bool *unheld)
 {
 	int err;
@@ -173,7 +176,7 @@ static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr
 		return err;
 	*unheld = true;
 	memcpy((void *)copy, (void *)kernel.view, len);
-	/* ENOMEM: the mapping would have to be cut for it. A child would not have the memory. */
+	/* ENOMEM: the mapping would have to be cut. Without DOFORK, a child would lack the memory. */
 	if (real.madvise((void *)copy, len, MADV_DOFORK))
 		return -ENOMEM;
 	area_readvise(a, copy, copy + len);
@@ -189,7 +192,7 @@ static struct {
 	uintptr_t start, len; /* len 0: nothing */
 } now;
 
-/* What became of [start, start + len), 0 or -errno, is noted, and nobody is kept away any more. */
+/* Notes what became of [start, start + len) (0 or -errno), and keeps threads away no more. */
 static void end_section(uintptr_t start, uintptr_t len, int err)
 {
 	if (!err)
@@ -203,7 +206,8 @@ static void end_section(uintptr_t start, uintptr_t len, int err)
 		track(start, start + len);
 }
 
-/* Restores [start, start + len) of an area, which are islands. 0 or -errno; -EIO: somebody holds one of them. */
+/* Restores [start, start + len) of an area, which are islands. Returns 0 or -errno; -EIO: somebody holds one of
+ * them. */
 static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 {
 	uintptr_t copy, came;
@@ -230,8 +234,8 @@ static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 	return err;
 }
 
-/* Finishes what was begun by a step that was killed in the middle. A copy is put in place as a whole; before that what is in the
- * window, mapping by mapping from its start on, is the only one there is. */
+/* Finishes a step that was killed in the middle. If the copy was put in place, it was put as a whole. If it was not,
+ * the pages in the window, mapping by mapping from its start on, are the only ones. */
 static void restore_recover(void)
 {
 	uintptr_t came = 0, stop;
@@ -253,19 +257,19 @@ static void restore_recover(void)
 
 static bool may_restore(const struct area *a)
 {
-	/* Under mlockall(MCL_FUTURE) whatever is mapped is filled at once. */
+	/* Under mlockall(MCL_FUTURE) the kernel fills every new mapping at once. */
 	if ((a->flags | area_new_flags()) & (AREA_LOCKED | AREA_EXCLUDED) || a->prot != (PROT_READ | PROT_WRITE))
 		return false;
 	return kernel.swap == SP_SWAP_MOVE || (kernel.swap == SP_SWAP_QUIET && (a->flags & AREA_QUIET));
 }
 
-/* A walk over [vpn, end): `most` pages at most each time, which are less after a failure and more after a success. */
+/* A walk over [vpn, end), at most `most` pages a step: fewer after a failure, more after a success. */
 struct walk {
 	uint64_t vpn, end, most;
 	struct sp_restored *out;
 };
 
-/* One step under the lock, from the first island on. */
+/* One step under the lock: restores the next islands. */
 static void restore_step(struct walk *w)
 {
 	uint64_t first = page_next(PAGE_ISLAND, w->vpn, w->end, true), stop;
@@ -294,7 +298,7 @@ static void restore_step(struct walk *w)
 	w->vpn = err == -ENOMEM ? w->end : stop;
 }
 
-/* As many steps as make one hold of the lock. */
+/* Makes steps for one hold of the lock. */
 static void restore_slice(void *arg)
 {
 	struct walk *w = arg;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Looking at pages. Anonymous memory: what was written since the last look is hashed, straight from where it
- * is. Memory mapped from segments: which pages lost their copy (islands), and which are merged without the
- * service knowing (after a fork, an mremap, or a new service).
+ * Looking at pages. In anonymous memory, pages written since the last look are hashed where they are. In memory mapped
+ * from segments, the look finds pages that were written and got a private copy (islands), and pages that are merged
+ * without the service knowing (after a fork, an mremap, or with a new service).
  */
 #include "base/area.h"
 #include "base/check.h"
@@ -16,8 +16,8 @@
 #include <linux/userfaultfd.h>
 #include <sys/resource.h>
 
-#define STEP_PAGES 512UL       /* hashed under one hold of the lock, or less than twice as many: 2 MiB, some 200 us */
-#define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms when nothing changed */
+#define STEP_PAGES 512UL       /* hashed under one hold of the lock, or up to twice as many: 2 MiB, some 200 us */
+#define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms if nothing changed */
 #define NR_REGIONS 64
 
 struct out {
@@ -47,7 +47,7 @@ static void emit(struct out *o, uint64_t vpn, uint64_t end, uint32_t kind, uint6
 
 enum { RUN_HASHED, RUN_BROKEN, RUN_GONE, RUN_FOUND }; /* RunKind in samepage/memory */
 
-/* Makes nodes part of the checksums of n pages. False: nobody says on which they are. */
+/* Makes nodes part of the checksums of n pages. False: the kernel does not say on which nodes they are. */
 static bool mix_nodes(uint64_t *sums, uint64_t vpn, size_t n)
 {
 	const uint64_t zero = page_checksum(zero_page);
@@ -61,7 +61,7 @@ static bool mix_nodes(uint64_t *sums, uint64_t vpn, size_t n)
 	return true;
 }
 
-/* Hashes one region of at most STEP_PAGES, as far as there is room for checksums. Where it stopped. */
+/* Hashes one region of at most STEP_PAGES, as far as there is room for checksums. Returns where it stopped. */
 static uint64_t hash_region(struct out *o, const struct page_region *r)
 {
 	uint64_t vpn = r->start >> PAGE_SHIFT, end = r->end >> PAGE_SHIFT;
@@ -75,16 +75,16 @@ static uint64_t hash_region(struct out *o, const struct page_region *r)
 	for (uint64_t p = vpn; p < end; p++)
 		sums[p - vpn] = page_checksum((const void *)(p << PAGE_SHIFT));
 	if (o->flags & SP_SCAN_NODES && !mix_nodes(sums, vpn, end - vpn))
-		return end; /* not to be merged across nodes, so not at all */
+		return end; /* without nodes, these pages might be merged across nodes, so don't report them at all */
 	o->nsums += (uint32_t)(end - vpn);
 	emit(o, vpn, end, RUN_HASHED, 0, 0);
 	return end;
 }
 
 /*
- * Where to end a look at the regions found in [start, walked), so that no huge page is looked at in part: protecting a
- * part of it would split it. When that leaves nothing to look at, there is no more room in this answer; `start` then.
- * Unless the answer is empty: who asks for so few pages gets them.
+ * Where to end a look at the regions found in [start, walked) so that it ends inside no huge page: write-protecting a
+ * part of one would split it. Returns `start` if that leaves nothing to look at, for the answer is full then. But if
+ * the answer is still empty, returns the partial huge page anyway.
  */
 static uintptr_t whole_pages(const struct out *o, const struct page_region *v, int n, uintptr_t start, uintptr_t walked)
 {
@@ -99,8 +99,8 @@ static uintptr_t whole_pages(const struct out *o, const struct page_region *v, i
 	return last->start > start || o->nsums ? last->start : walked;
 }
 
-/* Hashes what is to be hashed of anonymous memory [start, end), STEP_PAGES at most, and has writes to it followed. How far
- * it came. */
+/* Hashes pages of anonymous memory [start, end), at most STEP_PAGES, and follows writes to them from now on. Returns
+ * how far it came. */
 static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 {
 	struct pm_walk w = {
@@ -113,7 +113,7 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 	struct page_region v[NR_REGIONS];
 	uintptr_t walked;
 
-	if (!kernel.tracking || end - start > w.max_pages * PAGE_SIZE) { /* else no huge page is cut */
+	if (!kernel.tracking || end - start > w.max_pages * PAGE_SIZE) { /* if it is shorter, no huge page is cut */
 		n = pagemap_walk(start, end, &w, v, room, &walked);
 		if (n > 0 && kernel.tracking) {
 			end = whole_pages(o, v, n, start, walked);
@@ -124,7 +124,7 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 		}
 	}
 	if (n > 0 && kernel.tracking) {
-		w.must_not |= PAGE_IS_FILE; /* dear, and not needed to see how far to go */
+		w.must_not |= PAGE_IS_FILE; /* expensive, and not needed to see how far to go */
 		w.protect = true;
 		n = pagemap_walk(start, end, &w, v, room, &walked);
 	}
@@ -144,8 +144,8 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	struct vma vma;
 	int n = 1;
 
-	/* What was merged and is anonymous now was discarded, unmerged or mapped anew by the application. That is said
-	 * first, and then what is there instead, in this look. */
+	/* A page that was merged and is anonymous now was discarded, unmerged or mapped anew by the application. Report
+	 * that first, and then, in the same look, what is there instead. */
 	if (page_test(PAGE_KNOWN, vpn)) {
 		end = page_next(PAGE_KNOWN, vpn, end, false);
 		page_set(PAGE_KNOWN, vpn, end, false);
@@ -162,16 +162,16 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	if (vma.start > start)
 		return vma.start >> PAGE_SHIFT;
 	stop = min_addr(stop, vma.end);
-	if (!vma.read || vma.shared || vma.ino) { /* it did, and will again */
+	if (!vma.read || vma.shared || vma.ino) { /* it did that, and may do so again */
 		area_change(start, stop, AREA_EXCLUDED, 0, -1);
 		return stop >> PAGE_SHIFT;
 	}
 	track(start, stop);
-	/* First the quick look at what was written, which is nothing at all as a rule. */
+	/* First take the quick look at what was written, which usually is nothing at all. */
 	v[0] = (struct page_region){start, walked = stop, 0};
 	if (kernel.tracking && !(o->flags & SP_SCAN_ALL))
 		n = pagemap_walk(start, stop, &written, v, NR_REGIONS, &walked);
-	/* It may have stopped in the middle of a huge page. */
+	/* The walk may have stopped in the middle of a huge page. */
 	if (n > 0 && v[n - 1].end == walked)
 		v[n - 1].end = walked = min_addr((walked + WINDOW - 1) & ~(WINDOW - 1), stop);
 	for (int i = 0; i < n; i++)
@@ -185,7 +185,7 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	return (n < 0 ? stop : walked) >> PAGE_SHIFT;
 }
 
-/* Marks private copies in [vpn, end) of a segment mapping as islands. How far it came. */
+/* Marks private copies in [vpn, end) of a segment mapping as islands. Returns how far it came. */
 static uint64_t mark_islands(uint64_t vpn, uint64_t end)
 {
 	const struct pm_walk w = {.any = PAGE_IS_PRESENT | PAGE_IS_SWAPPED, .must_not = PAGE_IS_FILE};
@@ -198,8 +198,8 @@ static uint64_t mark_islands(uint64_t vpn, uint64_t end)
 	return n < 0 ? end : walked >> PAGE_SHIFT;
 }
 
-/* Merged pages of [vpn, end) that the service does not know of. A forked child has them without a page table entry, until
- * it touches them. */
+/* Reports merged pages of [vpn, end) that the service does not know of. A forked child has them without a page table
+ * entry until it touches them. */
 static void report_found(struct out *o, uint64_t vpn, uint64_t end)
 {
 	while (vpn < end && o->nruns < o->max_runs) {
@@ -218,7 +218,7 @@ static void report_found(struct out *o, uint64_t vpn, uint64_t end)
 
 static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
 {
-	/* Only write-protection can swap an island again; there it is memory like any other. */
+	/* Only write-protection can swap an island again; then it is looked at like any other memory. */
 	bool hash_islands = kernel.protects && (a->prot & PROT_READ);
 
 	if (!(o->flags & SP_SCAN_STILL))
@@ -246,7 +246,7 @@ static uint64_t scan_segment(struct out *o, const struct area *a, uint64_t vpn, 
 	return vpn;
 }
 
-/* Has all of an area counted as written: some of it may be known here to have been looked at, and to nobody else. */
+/* Makes all of an area count as written: we may have looked at some of it before, and nobody else knows what we saw. */
 static const struct area *look_afresh(const struct area *a, uint64_t vpn)
 {
 	uintptr_t start = a->start, end = a->end;
@@ -257,7 +257,7 @@ static const struct area *look_afresh(const struct area *a, uint64_t vpn)
 	return area_next(vpn << PAGE_SHIFT);
 }
 
-/* One hold of the lock, before page `last`. Where to go on, or 0 when there is no area behind. */
+/* Looks at pages before `last`, for one hold of the lock. Returns where to go on; 0: there is no area after this. */
 static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
 {
 	const struct area *a = area_next(vpn << PAGE_SHIFT);
@@ -269,7 +269,7 @@ static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
 	if (a->flags & AREA_AFRESH && area_mergeable(a))
 		a = look_afresh(a, vpn);
 	end = a->end >> PAGE_SHIFT;
-	if (!area_mergeable(a)) /* not in the service's list of areas; it has forgotten what was there */
+	if (!area_mergeable(a)) /* not in the service's list of areas; the service has forgotten what was there */
 		return end;
 	if (vpn < a->start >> PAGE_SHIFT)
 		vpn = a->start >> PAGE_SHIFT;
@@ -285,19 +285,19 @@ static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
 }
 
 /*
- * What was looked at is write-protected, so who writes it faults, and the kernel counts the faults of a process
- * (getrusage(2)). As long as there are no more of them than when the last look at everything began, there is nothing to be
- * seen, and no need to walk page tables for it. What others write into the process (ptrace(2), process_vm_writev(2))
- * faults there, and is seen when the service asks for a look without SP_SCAN_STILL.
+ * Pages that were looked at are write-protected, so a write to them faults, and the kernel counts the faults of a
+ * process (getrusage(2)). As long as the count is the same as when the last look at everything began, there is nothing
+ * new, and no need to walk page tables. What others write into the process (ptrace(2), process_vm_writev(2)) faults
+ * there, and is found when the service asks for a look without SP_SCAN_STILL.
  */
 static struct {
-	bool whole;    /* it is at everything, from the first page on: no part was left out so far */
-	uint64_t next; /* where it goes on; 0: it came to the end */
+	bool whole;    /* the look covers everything from the first page on; nothing was left out so far */
+	uint64_t next; /* where it goes on; 0: it has come to the end */
 	uint64_t areas_seq;
-	long faults; /* when it began */
+	long faults; /* the count when the look began */
 } last_look;
 
-/* -1: nobody tells. */
+/* Returns -1 if the kernel does not tell. */
 static long count_faults(void)
 {
 	struct rusage used;
@@ -305,7 +305,7 @@ static long count_faults(void)
 	return getrusage(RUSAGE_SELF, &used) ? -1 : used.ru_minflt + used.ru_majflt;
 }
 
-/* Notes what a request looks at. True: it looks at everything, and would find nothing. Needs the lock. */
+/* Notes what a request looks at. True: it looks at everything, and would find nothing new. Needs the lock. */
 static bool nothing_new(const struct sp_scan *req)
 {
 	long faults;
@@ -346,9 +346,10 @@ void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run
 		agent_mmap_lock();
 		vma_resume();
 		vpn = step(&o, vpn, req->end);
-		if (vpn && vpn <= from && from < req->end && !full(&o)) /* the kernel did not look at it, nor say why */
+		if (vpn && vpn <= from && from < req->end && !full(&o)) /* the kernel did not look at the page, and did
+									 * not say why */
 			vpn = from + 1;
-		/* What was found first may lie in no area any more: the service is not to take that for a lie. */
+		/* The first finds may lie in no area any more; the service must not take that for a lie. */
 		if (areas_seq != head->areas_seq)
 			head->areas_seq = SP_AREAS_CHANGED;
 		agent_mmap_unlock();

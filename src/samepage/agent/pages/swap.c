@@ -2,14 +2,13 @@
 /*
  * Swapping pages for a segment's.
  *
- * The swap must be atomic for the application's other threads. By *move*: the range is registered for
- * missing faults, its pages are moved to the scratch range, where nobody else can reach them, compared
- * there, and either the segment is mapped over the hole or the pages go home. A thread that touches the hole
- * sleeps in the kernel until it is woken. By *write-protection*: the range is write-protected, compared where
- * it is, and mapped over; a thread that writes sleeps. A device that was given a page before does not, so a page that somebody
- * holds is found out (holders.c).
+ * The swap must be atomic for the application's other threads. By *move*: the range is registered for missing faults,
+ * its pages are moved to the scratch range, where nobody else can reach them, compared there, and either the segment is
+ * mapped over the hole or the pages go home. A thread that touches the hole sleeps in the kernel until it is woken. By
+ * *write-protection*: the range is write-protected, compared where it is, and mapped over; a thread that writes sleeps.
+ * A device that got a page before does not sleep, so pages that somebody holds have to be found (holders.c).
  *
- * move.c and protect.c do it; here is what they share.
+ * The two ways are in move.c and protect.c; this file has what they share.
  */
 #include "pages/swap.h"
 #include "base/maps.h"
@@ -30,7 +29,7 @@ bool page_equal(const struct chunk *c, size_t i, const void *page)
 	return !memcmp(page, c->target[i], PAGE_SIZE);
 }
 
-/* Puts the segment's pages over pages [i, j) of the chunk, which are of one piece. The caller has made sure that they are
+/* Maps the segment's pages over pages [i, j) of the chunk, which form one piece. The caller has made sure that they are
  * equal. */
 static int map_segment(const struct chunk *c, size_t i, size_t j)
 {
@@ -38,7 +37,7 @@ static int map_segment(const struct chunk *c, size_t i, size_t j)
 	int err = view_give(c->segment, c->target[i], end - start, start);
 
 	if (err) {
-		/* By write-protection its pages are nowhere else. */
+		/* Under write-protection these pages were nowhere else. */
 		if (kernel.protects && !range_mapped(start, end - start))
 			strand();
 		return err;
@@ -50,8 +49,8 @@ static int map_segment(const struct chunk *c, size_t i, size_t j)
 	return 0;
 }
 
-/* Makes pages [i, j) of the chunk, which are a row of zeros, read as the kernel's zero page. The hole that moved ones leave
- * does already. */
+/* Makes pages [i, j) of the chunk, a row of zeros, read as the kernel's zero page. If they were moved, the hole that
+ * they left does so already. */
 static int drop_zeros(const struct chunk *c, size_t i, size_t j)
 {
 	size_t len = (j - i) * PAGE_SIZE;
@@ -92,8 +91,8 @@ void track_again(uintptr_t start, uintptr_t end, bool watched)
 	}
 }
 
-/* It is not asked before what stands there: nearly all can be swapped, and the attempt tells. By
- * write-protection a page of a segment can be, too, if it was written. */
+/* We don't check the pages first: nearly all can be swapped, and a failed attempt says why. Under write-protection, a
+ * page in a segment's mapping can be swapped, too, if it was written. */
 void swap_chunk(struct chunk *c)
 {
 	bool go[SECTION_MAX];

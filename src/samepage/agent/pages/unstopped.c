@@ -1,24 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Where nobody stops a step half way.
+ * Running a step so that nobody can stop it half-way.
  *
- * While pages are swapped some are out of their place. A thread that touches one waits; but a reader from outside cannot
- * (/proc/PID/mem, a core dump), or waits for this thread, and if it is a debugger that stopped this thread, for ever. A stop
- * (SIGSTOP, ptrace(2)) takes effect whenever a thread is about to return from a system call, so a thread cannot keep itself
- * from being stopped between two. But it can have another process make them and wait for that one inside the kernel,
- * where no stop reaches it: as vfork(2) does.
+ * While pages are swapped, some are out of their place. A thread that touches one waits. A reader from outside
+ * (/proc/PID/mem, a core dump) cannot wait, or waits for this thread; and if it is a debugger that has stopped this
+ * thread, it waits for ever. A stop (SIGSTOP, ptrace(2)) takes effect whenever a thread is about to return from a
+ * system call, so a thread cannot keep itself from being stopped between two calls. But it can let another process make
+ * them, and wait for that process inside the kernel, where no stop takes effect: as vfork(2) does.
  *
- * So this thread is asleep in clone(2) until the step is over, and only then, with all pages in their places, stops. The
- * child shares our memory and our descriptors. No tracer of ours is given it (CLONE_UNTRACED), it is in no list of our
- * threads, a wait(2) of the application's does not see it (no exit signal), and it lives for a few milliseconds.
+ * So this thread sleeps in clone(2) until the step is over, and stops only then, with all pages in their places. The
+ * child shares our memory and our descriptors. Our tracer does not get it (CLONE_UNTRACED), it is not in the list of
+ * our threads, the application's wait(2) does not see it (no exit signal), and it lives for a few milliseconds.
  *
- * A process that dumps core kills its threads first, so this one wakes, but not the child: that looks now and then
- * whether it did, and hurries up.
+ * A process that dumps core kills its threads first. That wakes this thread, but does not reach the child; the child
+ * looks now and then whether this thread woke, and then hurries.
  *
- * What does reach it: the freezer of its cgroup, and a signal sent to its own number. The latter may kill it in the
- * middle; then whoever called finishes what it began (swap_recover(), restore_recover()). So does a timer of its own, where
- * the kernel does not come back from a call: a part of a huge page without page tables of its own that somebody has pinned is such
- * a case (splits() in move.c).
+ * Two things do reach the child: the freezer of its cgroup, and a signal sent to its own pid. The latter may kill it in
+ * the middle; then the caller finishes what it began (swap_recover(), restore_recover()). A timer of the child's own
+ * kills it, too, if the kernel does not return from a call: with a pinned part of a huge page, say (splits() in
+ * move.c).
  */
 #include "pages/unstopped.h"
 #include "base/real.h"
@@ -38,16 +38,16 @@
 static struct {
 	void (*fn)(void *arg);
 	bool inside;   /* this is the child */
-	bool ended;    /* it came to its end */
+	bool ended;    /* the child came to its end */
 	bool stranded; /* see strand() */
-	bool killed;   /* one was */
+	bool killed;   /* a child was killed */
 	unsigned looks;
-	char stat[64]; /* schedstat of the thread asleep */
+	char stat[64]; /* schedstat of the sleeping agent thread */
 	uint64_t cpu_ns;
 } step;
 
-/* Kills this process if it still is there in so many seconds. A timer of CPU time, or RLIMIT_CPU, would wait until the kernel
- * comes back (CONFIG_POSIX_CPU_TIMERS_TASK_WORK, 5.9). */
+/* Kills this process if it is still there after so many seconds. A timer of CPU time, or RLIMIT_CPU, would take effect
+ * only when the kernel returns from the call (CONFIG_POSIX_CPU_TIMERS_TASK_WORK, 5.9). */
 static void die_in(long seconds)
 {
 	struct sigevent kill = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGKILL};
@@ -76,7 +76,8 @@ bool run_unstopped(void (*fn)(void *), void *arg)
 	step.ended = step.stranded = false;
 	step.fn = fn;
 	pid = arch_clone(CHILD_FLAGS, NULL, NULL, NULL, child, arg);
-	if (pid < 0) { /* no more processes for this user, or seccomp: better stopped now and then than never merged */
+	if (pid < 0) { /* no more processes for this user, or seccomp: better to be stopped now and then than never to
+		        * merge */
 		fn(arg);
 		return true;
 	}
@@ -93,7 +94,8 @@ bool unstopped_killed(void)
 	return step.killed;
 }
 
-/* While the thread sleeps it uses no CPU. Only what kills it wakes it. At the first look it may be on the way to sleep. */
+/* While the thread sleeps it uses no CPU time, and only being killed wakes it. At the first look it may still be going
+ * to sleep. */
 bool thread_woke(void)
 {
 	char now[sizeof(step.stat)] = "";
@@ -120,11 +122,11 @@ void strand(void)
 
 	int fd;
 
-	if (step.inside) { /* a trap would end the child alone */
+	if (step.inside) { /* a trap would end only the child */
 		step.stranded = true;
 		raw_syscall(SYS_exit, 0, 0, 0, 0, 0, 0);
 	}
-	/* The application's; this thread has a file table of its own. */
+	/* The application's descriptor 2; this thread has a file table of its own. */
 	fd = open("/proc/self/fd/2", O_WRONLY | O_APPEND | O_CLOEXEC | O_NOCTTY);
 
 	if (fd >= 0)
@@ -133,9 +135,9 @@ void strand(void)
 }
 
 /*
- * What others write to a process, or read (ptrace(2), /proc/PID/mem), fails with EIO at a page that is away, for the kernel
- * cannot let them wait there (get_user_pages_remote() without FOLL_UNLOCKABLE). A process that is being traced is left as it is
- * until it is not. Looking takes 20 us, so it is done a hundred times a second at most.
+ * Others that read or write the process (ptrace(2), /proc/PID/mem) get EIO at a page that is away, for the kernel
+ * cannot let them wait there (get_user_pages_remote() without FOLL_UNLOCKABLE). So a process is left alone while it is
+ * traced. A look takes 20 us, so there are at most a hundred a second.
  */
 bool traced(void)
 {

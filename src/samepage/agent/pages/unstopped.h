@@ -1,23 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Steps that nobody stops half way; the agent thread only, or the child that makes one for it. */
+/* Steps that nobody can stop half-way. For the agent thread, or the child that makes a step for it. */
 #ifndef SAMEPAGE_PAGES_UNSTOPPED_H
 #define SAMEPAGE_PAGES_UNSTOPPED_H
 
 #include "base/page.h"
 
-/* Runs fn(arg) on behalf of the agent thread, which cannot be stopped meanwhile. False: it was killed in the middle. */
+/* Runs fn(arg) in a child that cannot be stopped, on behalf of the agent thread. False: the child was killed in the
+ * middle. */
 bool run_unstopped(void (*fn)(void *), void *arg);
-/* Whether the agent thread woke since, for the process is ending, perhaps with a core dump: to be asked in between, and then to
- * end soon. */
+/* Whether the agent thread woke meanwhile: then the process is ending, perhaps with a core dump. Ask now and then, and
+ * if so, finish soon. */
 bool thread_woke(void);
-/* CPU time that run_unstopped() took since the last call. */
+/* The CPU time that run_unstopped() took since the last call of this. */
 uint64_t unstopped_cpu_ns(void);
-/* Ends the process: a page of it is nowhere that it could be read. */
+/* Ends the process: one of its pages is where the process can never read it. */
 void __attribute__((noreturn)) strand(void);
-/* Whether one was killed. Somebody kills what he does not know: he is left alone, by whoever runs the thread. */
+/* Whether a child was killed. Somebody kills processes that he does not know; whoever runs the thread then leaves this
+ * process alone. */
 bool unstopped_killed(void);
 
-/* Whether somebody traces the process, who must not meet a page that is away. */
+/* Whether somebody traces the process. A tracer must not meet a page that is away. */
 bool traced(void);
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Merged pages become zeros, as discarded memory does. */
+/* Making merged pages zeros, as discarded memory is. */
 #include "base/area.h"
 #include "base/planes.h"
 #include "base/settings.h"
@@ -15,7 +15,7 @@ int zero_segments(uintptr_t start, uintptr_t end)
 
 	if (!discard_segments(start, end))
 		return 0;
-	/* No mapping to be had (vm.max_map_count). Writing zeros comes to the same, but takes memory. */
+	/* There is no mapping to be had (vm.max_map_count). Write zeros instead; that takes memory. */
 	for (uint64_t vpn = start >> PAGE_SHIFT; (vpn = page_next(PAGE_SEGMENT, vpn, last, true)) < last; vpn = stop) {
 		const struct area *a = area_next(vpn << PAGE_SHIFT);
 		size_t bytes;
