@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The agent's books (area.c, area_set.c, planes.c) against a model that keeps every page for itself: random ranges are
- * added, changed, removed and moved. With `short`, the set can get no more memory than for 255 areas; then areas may be
- * left that reach too far, but those are excluded, and no page that is mapped from a segment is forgotten.
+ * Tests the agent's books (area.c, area_set.c, planes.c) against a model that keeps every page separately: random
+ * ranges are added, changed, removed and moved. With `short`, the set gets memory for no more than 255 areas. Then
+ * areas may reach too far, but those are excluded, and no page that is mapped from a segment is forgotten.
  *
  * Usage: areas_model OPERATIONS SEED [short]. Exit status 0, or 1 after saying what was wrong.
  */

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What changes memory by other calls than mmap(2) and its kin, and what happens to it behind libc's back. Prints the same
- * without samepage, under it, and under it with every page merged.
+ * Changes memory by calls other than mmap(2) and its relatives, and behind libc's back. Prints the same without
+ * samepage, under it, and under it with every page merged.
  *
- *     attach WHAT [merged] [raw]    raw: by syscall(2)
+ * attach WHAT [merged] [raw] raw: make the calls through syscall(2)
  */
 #define _GNU_SOURCE
 #include <errno.h>

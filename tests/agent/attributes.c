@@ -1,6 +1,7 @@
 /*
- * Memory with attributes of its own, merged and unmerged. Prints a line for each attribute: its name, whether any of it was
- * merged, and the flags that /proc/self/smaps has at the end. With an argument it waits for things to be merged.
+ * Has memory with attributes, merged and unmerged. Prints a line for each attribute: its name, whether any of the
+ * memory was merged, and the flags that /proc/self/smaps has at the end. With an argument it waits until pages are
+ * merged.
  */
 #define _GNU_SOURCE
 #include <errno.h>

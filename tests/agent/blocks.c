@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Allocates, resizes and frees blocks of sizes around SAMEPAGE_MIN_ALLOC with every function of the malloc
- * family, from several threads, while another forks; and checks every byte of them.
+ * Allocates, resizes and frees blocks of sizes around SAMEPAGE_MIN_ALLOC with every function of the malloc family, in
+ * several threads, while another thread forks. Checks every byte of the blocks.
  *
  * Usage: blocks MIN_ALLOC ROUNDS SEED. Exit status 0, or 1 after saying what was wrong.
  */

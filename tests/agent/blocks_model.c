@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The set of large blocks (block_set.c) against a model that keeps every page for itself: random blocks are inserted, placed
- * anew, retired, claimed and removed.
+ * Tests the set of large blocks (block_set.c) against a model that keeps every page separately: random blocks are
+ * inserted, moved, retired, claimed and removed.
  *
  * Usage: blocks_model OPERATIONS SEED. Exit status 0, or 1 after saying what was wrong.
  */

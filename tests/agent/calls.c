@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Says what the memory calls return and what memory holds afterwards, in a form that does not depend on where
- * things are. It prints the same without samepage, under it, and under it with every page merged.
+ * Prints what the memory calls return and what memory holds afterwards, in a form that does not depend on addresses.
+ * The output is the same without samepage, under it, and under it with every page merged.
  *
  * Usage: calls [merged] [raw]
- *   merged  wait until a service merged the pages before each call
+ *   merged  wait until a service has merged the pages before each call
  *   raw     make the calls through syscall(2)
  */
 #define _GNU_SOURCE

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Has 8 MiB merged, does one of the things below with them, says where they are, and aborts. Word i of them is WORD(i).
+ * Waits until 8 MiB are merged, does with them what HOW says, prints where they are, and aborts. Word i of them is
+ * WORD(i).
  *
- *     core HOW      of merged written forked moved unmerged hidden shown
+ * core HOW      of merged written forked moved unmerged hidden shown
  */
 #define _GNU_SOURCE
 #include <stdint.h>

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Tens of thousands of small mappings and blocks, with a guard page beside each mapping, that threads write, protect,
- * discard, move, resize, free and take again, and inherit over forks, while they are merged. Each belongs to one thread,
- * which knows what every page must hold.
+ * Has tens of thousands of small mappings and blocks, with a guard page beside each mapping. While they are merged,
+ * threads write, protect, discard, move, resize, free and allocate them again, and inherit them over forks. Each
+ * belongs to one thread, which knows what every page must hold.
  *
  * Usage: crowd SECONDS SLOTS [SEED]. Exit status 0, or 1 after saying what was wrong.
  */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Threads that end while they hold robust mutexes, one a page of a block that is being merged: of each that was held it is told
- * that its owner died. And threads on stacks from such a block: each is joined.
+ * Threads end while they hold robust mutexes, one on each page of a block that is being merged: the next owner of each
+ * must learn that the last one died. Other threads have their stacks in such a block: each must be joined.
  */
 #define _GNU_SOURCE
 #include <errno.h>

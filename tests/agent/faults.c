@@ -1,6 +1,6 @@
 /*
- * Linked into an agent for tests: the calls that its thread makes fail as a test says. The test shares `struct plan` with
- * the process, by the file that SAMEPAGE_FAULTS names. pread(2) comes here by -Wl,--wrap=pread.
+ * Linked into an agent for tests: makes calls of the agent's thread fail as a test says. The test shares `struct plan`
+ * with the process through the file that SAMEPAGE_FAULTS names. -Wl,--wrap=pread brings pread(2) here.
  */
 #include "base/descriptors.h"
 #include "base/real.h"

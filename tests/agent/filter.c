@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Executes a program under a seccomp filter: filter ACTION NUMBER[!BIT],... COMMAND [ARG]...; with BIT the call is let through
- * that has this bit in its second argument. */
+/* Executes a program under a seccomp filter: filter ACTION NUMBER[!BIT],... COMMAND [ARG]... With BIT, the filter lets
+ * a call through whose second argument has that bit. */
 #include <errno.h>
 #include <linux/audit.h>
 #include <linux/filter.h>

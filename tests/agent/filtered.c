@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A program with 32 MiB of pages that are equal in pairs, for a while. What it calls itself is open, read, write and mmap. */
+/* Keeps 32 MiB of pages that are equal in pairs for a while. The only calls that it makes itself are open, read, write
+ * and mmap. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

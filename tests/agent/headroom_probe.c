@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A process that does as it is told on stdin, one command a line, and answers each with one number.
- * With a directory as its argument, it has headroom() read the files under it in place of the kernel's.
+ * Does what it reads on stdin, one command a line, and answers each with one number. With a directory as its argument,
+ * headroom() reads the files in it instead of the kernel's.
  *
  *	look, swap          headroom(false), headroom(true)
  *	fill BATCH RESERVE  memory taken in batches for as long as headroom() leaves RESERVE after one

@@ -1,7 +1,7 @@
 /*
- * Memory that a test has merged and broken, one request at a time, and that is touched without end meanwhile.
+ * Has memory that a test merges and breaks, one request at a time, while threads touch it all the time.
  *
- * A huge page and SMALL pages behind it; every page holds words of its own. Commands, a line each:
+ * It is a huge page with SMALL pages behind it; every page holds words of its own. Commands, a line each:
  *
  *   renew      maps it all afresh, whole, as it was at the beginning; says where it is
  *   change     gives every ninth page, and others, another content

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Becomes somebody else in the way that the argument names, with memory to merge and an agent. Says whether any of its
- * threads is still who it was before.
+ * Changes its identity in the way that the argument names, with memory to merge and an agent. Prints whether any of its
+ * threads kept the old identity.
  */
 #define _GNU_SOURCE
 #include <dirent.h>

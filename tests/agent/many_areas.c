@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Many areas, and what makes and unmakes neighbours of them: every other block freed and allocated again, holes cut into
- * one area, gaps filled between many. Every byte that must still be there is checked.
+ * Makes many areas, and joins and parts them: frees every other block and allocates it again, cuts holes into one area,
+ * fills gaps between many. Checks every byte that must still be there.
  *
- * Usage: many_areas blocks|neighbours|holes|stacks|limit COUNT. `stacks` prints how many microseconds of CPU time each took. Exit status 0, or 1 after saying what was wrong.
+ * Usage: many_areas blocks|neighbours|holes|stacks|limit COUNT. `stacks` prints how many microseconds of CPU time each
+ * took. Exit status 0, or 1 after saying what was wrong.
  */
 #define _GNU_SOURCE
 #include "../check.h"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Finding mappings in /proc/self/maps as on a kernel before 6.11: what is found, and how many reads of the file it takes.
+ * Finds mappings in /proc/self/maps as on a kernel before 6.11. Checks what it finds, and how often it reads the file.
  *
  * Usage: maps_reader COUNT. Exit status 0, or 1 after saying what was wrong.
  */

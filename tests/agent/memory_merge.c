@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * prctl(PR_SET_MEMORY_MERGE): what it answers, who inherits it, and (with the argument "merged") what it merges.
- * Without that argument, the same words are wanted of the kernel and of the agent. With the argument "told": what is merged
- * of a program that says nothing.
+ * Tests prctl(PR_SET_MEMORY_MERGE): what it returns, who inherits it, and (with the argument "merged") what it merges.
+ * Without that argument the output under the kernel and under the agent must be the same. With the argument "told" it
+ * says nothing itself, and prints what is merged of such a program.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* How a program that compares the agent's books with a model of its own says what was wrong. */
+/* How a program that compares the agent's books with a model of its own reports a difference. */
 #ifndef SAMEPAGE_TESTS_MODEL_H
 #define SAMEPAGE_TESTS_MODEL_H
 

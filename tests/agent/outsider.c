@@ -1,9 +1,9 @@
 /*
  * Reads and writes the memory of another process, as a debugger does: ./outsider PID ADDRESS PAGES SECONDS HOW
  *
- * HOW: mem (/proc/PID/mem), vm (process_vm_readv, process_vm_writev) or ptrace (PTRACE_PEEKDATA, PTRACE_POKEDATA). Of each page it
- * writes one word that nobody else writes, and reads it again. Prints how many
- * words it read or wrote, how often that failed at first, how many were wrong, and for how many microseconds it failed at most.
+ * HOW: mem (/proc/PID/mem), vm (process_vm_readv, process_vm_writev) or ptrace (PTRACE_PEEKDATA, PTRACE_POKEDATA). In
+ * each page it writes one word that nobody else writes, and reads it again. Prints how many words it read or wrote, how
+ * often that failed at first, how many words were wrong, and for how many microseconds it failed at most.
  */
 #define _GNU_SOURCE
 #include <errno.h>

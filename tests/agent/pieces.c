@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Has PAGES pages, of which every other one is merged; then maps as many pieces as it is told, while threads look at the pages,
- * and write to some. Prints what is asserted.
+ * Has PAGES pages, every other of which is merged. Then maps as many pieces as it is told, while threads look at the
+ * pages and write to some. Prints what the test asserts.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -2,9 +2,9 @@
 /*
  * A program whose memory devices write to.
  *
- *   pinned FILE SLOW_FILE
+ * pinned FILE SLOW_FILE
  *
- * Says where its area of PAGES pages is. Then does what it reads, a line each, and answers with a line:
+ * Prints where its area of PAGES pages is. Then does what it reads, one command a line, and answers each with a line:
  *
  *   write    writes every page, as it must be from then on
  *   pin      registers the pages from PINNED on as a buffer of an io_uring

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Makes processes in every way there is, with memory that may be merged, and says what they saw. It prints the
+ * Makes processes in every way there is, with memory that may be merged, and prints what they saw. The output is the
  * same with and without samepage.
  */
 #define _GNU_SOURCE

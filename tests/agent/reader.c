@@ -1,8 +1,8 @@
 /*
  * Reads all memory of another process again and again, the agent's windows too: ./reader PID ROUNDS
  *
- * By /proc/PID/mem and by process_vm_readv in turns. What it reads is checked by nobody: it is there for what reading does, for a
- * read of a page that is not there plants the zero page.
+ * It uses /proc/PID/mem and process_vm_readv in turn, and does not check what it reads. It is there for the effect of
+ * reading: reading a page that is absent maps the zero page.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

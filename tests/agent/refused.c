@@ -1,8 +1,8 @@
 /*
- * A program that makes the kernel refuse things, while its memory is merged: ./refused HOW. No byte may be wrong, no thread may
- * sleep for ever, and it may not take long.
+ * Makes the kernel refuse calls of the agent's while its memory is merged: ./refused HOW. No byte may be wrong, no
+ * thread may sleep for ever, and it must not take long.
  *
- * Calls by inline system call pass no wrapper of the agent's.
+ * Its inline system calls pass no wrapper of the agent's.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -2,11 +2,11 @@
 /*
  * A program with a large buffer of zeros that a device fills later.
  *
- *   registered FILE
+ * registered FILE
  *
- * Says where its memory is: BYTES that are a registered buffer of an io_uring, and as many that are not. At the next line on
- * stdin it has the io_uring read FILE, which it has filled, into the buffer, and says how many words of it are not what the
- * file has, or of the rest not zero.
+ * Prints where its memory is: BYTES that are a registered buffer of an io_uring, and as many that are not. At the next
+ * line on stdin the io_uring reads FILE, which the program has filled, into the buffer. Then the program prints how
+ * many words of the buffer differ from the file, and how many of the rest are not zero.
  */
 #define _GNU_SOURCE
 #include <errno.h>

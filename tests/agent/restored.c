@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A program with pipes on its lowest descriptors, which writes numbers to each and reads them again, and has memory to merge.
- * `restored run FILE`: FILE has how many numbers came, how many did not, and how often the memory was not what it is to be.
- * `restored rob PID TID`: gives the thread TID of PID the descriptors of PID instead of its own, as a process is restored from
- * a checkpoint: all threads have those of the first one.
+ * Has pipes on its lowest descriptors, writes numbers to each and reads them again, and has memory to merge. `restored
+ * run FILE`: FILE gets how many numbers came, how many did not, and how often the memory was wrong. `restored rob PID
+ * TID`: gives the thread TID of PID the descriptors of PID instead of its own. A process that is restored from a
+ * checkpoint is like that: all threads have the descriptors of the first.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Programs that free large blocks and allocate them again: what each costs in page faults, and what stays resident.
+ * Frees large blocks and allocates them again, and measures how many page faults that costs and how much stays
+ * resident.
  *
- *     reuse WHAT    prints "faults N" and "resident N" (KiB); exit status 1 after saying what was wrong
+ * reuse WHAT    prints "faults N" and "resident N" (KiB); exit status 1 after saying what was wrong
  */
 #define _GNU_SOURCE
 #include "../check.h"

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * A file system with one file that is read slowly, without the page cache: as long as a read goes on, the pages it
- * reads into are pinned.
+ * A file system with one file, whose reads are slow and bypass the page cache: while a read is under way, the pages
+ * that it reads into are pinned.
  *
- *   slow_file MOUNTPOINT GO
+ * slow_file MOUNTPOINT GO
  *
  * /slow holds what was written to it. A read says "reading" and ends when the file GO is there.
  */

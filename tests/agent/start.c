@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Begins and ends the agent's thread where that is hard, one way for each argument; prints what is asserted. */
+/* Starts and ends the agent's thread in difficult situations, one for each argument. Prints what the test asserts. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>

@@ -1,9 +1,10 @@
 /*
- * Stops another process again and again, and looks at its memory meanwhile: ./stopper PID ADDRESS PAGES ROUNDS HOW [DIRECTORY]
+ * Stops another process again and again, and looks at its memory meanwhile: ./stopper PID ADDRESS PAGES ROUNDS HOW
+ * [DIRECTORY]
  *
- * HOW: signal (SIGSTOP), trace (ptrace(2) of every thread, as debuggers do) or freeze (by the freezer at DIRECTORY, of version 1 or
- * 2 of cgroups). Nobody else may write to the pages. Prints how many pages were read, how many of them could not be, how many were not
- * what they were before the first stop, and how many rounds had such ones.
+ * HOW: signal (SIGSTOP), trace (ptrace(2) of every thread, as debuggers do) or freeze (by the freezer at DIRECTORY, of
+ * version 1 or 2 of cgroups). Nobody else may write to the pages. Prints how many pages it read, how many it could not
+ * read, how many differed from what they were before the first stop, and in how many rounds that was so.
  */
 #define _GNU_SOURCE
 #include <dirent.h>

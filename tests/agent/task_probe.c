@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * arch/ by itself: a task made by arch_clone() on a stack and with thread-local storage of its own, one on this stack; and what
- * the hash says of a page. Prints that.
+ * Tests arch/ by itself: a task that arch_clone() makes on a stack of its own with its own thread-local storage, one on
+ * this stack, and the hash of a page. Prints the results.
  */
 #include "arch/arch.h"
 

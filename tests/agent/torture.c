@@ -2,14 +2,14 @@
 /*
  * A program that knows nothing of samepage and checks every byte of its memory while it is merged.
  *
- *   torture SECONDS DIRECTORY [SEED [huge]]
+ * torture SECONDS DIRECTORY [SEED [huge]]
  *
- * Eight threads share a few regions. Page i of a region belongs to thread i % 8, so that neighbours in one
- * extent are written by different threads. The shadow copy says what each page must hold: one of a few
- * patterns (so that pages are equal, in runs and scattered) or zeros, with at most one word changed. Threads
- * fill, poke, read(2) into, O_DIRECT read(2) into, discard and verify their own pages; whole regions are remapped,
- * grown, shrunk, split by a partial unmap, protected, freed and allocated anew, made huge pages, and forked, in the child
- * of which they are verified and written again.
+ * Eight threads share a few regions. Page i of a region belongs to thread i % 8, so that neighbours in one extent are
+ * written by different threads. The shadow copy says what each page must hold: one of a few patterns (so that pages are
+ * equal, in runs and scattered) or zeros, with at most one word changed. Threads fill, poke, read(2) into, O_DIRECT
+ * read(2) into, discard and verify their own pages. Whole regions are remapped, grown, shrunk, split by a partial
+ * unmap, protected, freed and allocated anew, and made huge pages; and the program forks children, which verify and
+ * write them.
  *
  * With `huge`, regions are made huge pages again most of the time.
  *
