@@ -33,7 +33,7 @@ def test_a_cgroup_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", NAMES, ids=ids)
 def test_any_name_of_a_cgroup_can_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
     path = listed(tmp_path, name)
-    monkeypatch.setattr(agent, "cgroups", lambda _: halt.cgroups(path))
+    monkeypatch.setattr(agent, "cgroups_of", lambda _: list(halt.cgroups(path)))
     told = agent.memory_cgroup(os.getpid())
     assert told.startswith("/")
     told.encode()  # JSON takes no lone surrogates

@@ -9,10 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samepage.service.cgroups import Group
 from samepage.service.patterns import is_within, matches
-
-ID = "0123456789abcdef" * 4
 
 
 @pytest.mark.parametrize("pattern", ["/**/a*-*-*-*.scope", "/**a**a**a**a**a**b", "/" + "*a" * 40, "**"])
@@ -33,21 +30,3 @@ def test_a_pattern_stands_for_what_its_regular_expression_does(pattern: str, tex
     assert is_within("/x" + pattern + "y", text) == (re.fullmatch("/x" + expression + "y(/.*)?", text) is not None)
     if not pattern.endswith(("/", "*")):
         assert is_within(pattern, text) == (re.fullmatch(expression + "(/.*)?", text) is not None)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        f"/system.slice/web.service/docker-{ID}.scope",
-        f"/system.slice/web.service/docker/{ID}",
-        f"/system.slice/web.service/x.slice/libpod-{ID}.scope",
-        f"/system.slice/kubepods.slice/docker/{ID}",
-        "/system.slice/web.service/lxc.payload.db",
-        "/system.slice/web.service/machine-db.scope",
-        f"/web/docker-{ID}.scope",
-        f"/../user.slice/user-7.slice/user@7.service/docker-{ID}.scope",
-    ],
-)
-def test_a_container_is_none_where_others_name_cgroups(path: str) -> None:
-    """A service that was given its cgroup (Delegate=) may name what is in it after somebody's container."""
-    assert not Group(path).container

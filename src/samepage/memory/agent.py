@@ -39,7 +39,7 @@ from samepage.memory import (
 )
 from samepage.memory.conversation import ENDED, TIMEOUT, Conversation
 from samepage.memory.extents import packets
-from samepage.memory.halt import cgroups
+from samepage.memory.halt import cgroups_of
 from samepage.memory.handshake import Terms
 from samepage.memory.identity import Identity, memory_of
 from samepage.memory.merge_domain import MergeDomain
@@ -249,7 +249,7 @@ def memory_cgroup(pid: int) -> str:
     of the one hierarchy of v2. "" when the process is gone."""
     found = ""
     with contextlib.suppress(OSError):
-        for _, controllers, path in cgroups(f"/proc/{pid}/cgroup"):
+        for _, controllers, path in cgroups_of(pid):
             if "memory" in controllers.split(","):
                 return _printable(path)
             if not controllers:

@@ -81,6 +81,25 @@ def cgroups(path: str) -> Iterator[tuple[str, str, str]]:
         yield hierarchy, controllers, group
 
 
+def cgroups_of(pid: int) -> list[tuple[str, str, str]]:
+    """The cgroups of a process, as `cgroups` has them. OSError.
+
+    Those of its first thread; where that has ended and others run on, of one of these. What has ended the kernel shows
+    at the root of version 1's hierarchies, and in version 2's where it was, wherever the process is by now."""
+    found = list(cgroups(f"/proc/{pid}/cgroup"))
+    if _has_ended(f"/proc/{pid}"):
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                those = list(cgroups(f"/proc/{pid}/task/{tid}/cgroup"))
+                if not _has_ended(f"/proc/{pid}/task/{tid}"):
+                    return those
+    return found
+
+
+def _has_ended(thread: str) -> bool:
+    return Path(f"{thread}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+
+
 def lines_of(path: str) -> list[str]:
     """The lines of a file of the kernel's, in which names may be anything: `os.fsencode` gives their bytes. OSError."""
     return os.fsdecode(Path(path).read_bytes()).rstrip("\n").split("\n")

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from samepage.memory.halt import cgroups
+from samepage.memory.halt import cgroups_of
 
 CONTAINER = re.compile(
     r"(?:/[^/]+\.slice)*/(?:docker-|libpod-|crio-|cri-containerd-)([0-9a-f]{64})\.scope(?:/|$)"
@@ -96,7 +96,7 @@ def group_of(pid: int) -> Group:
     """The cgroup of a process: in version 2's hierarchy, or else in the first of version 1's that says something.
     OSError."""
     paths: dict[str, str] = {}
-    for _, controllers, path in cgroups(f"/proc/{pid}/cgroup"):
+    for _, controllers, path in cgroups_of(pid):
         paths |= dict.fromkeys(controllers.split(","), path)
     for controller in ("", "name=systemd", "memory"):
         if paths.get(controller, "/") != "/":
