@@ -128,3 +128,10 @@ def test_the_question_says_what_an_unmerge_needs_and_whether_it_is_there() -> No
     assert "not known" in question(one, None)
     assert "frozen" in question(one | {"state": "frozen"}, None)
     assert "Nothing" in question(row(9), None)
+
+
+def test_on_80_columns_it_says_less_of_what_ksmd_does_rather_than_half_a_number() -> None:
+    view = seen([row(1, merged=256)])
+    view.doing = "merging 11,616 pages/s, looking at 14,123 pages/s, pass 1,234"
+    assert view.head(80)[0].endswith("ksmd: merging 11,616 pages/s")
+    assert view.head(200)[0].endswith("looking at 14,123 pages/s, pass 1,234")

@@ -158,7 +158,10 @@ class View:
         owner = "bytes_saved" in self.counters
         what = "saved, net" if owner else "shared by your processes"
         now = self.saved[-1] if self.saved else 0.0
-        first = f"{mib(now)} MiB {what}   {len(self.rows)} processes   ksmd: {run}"
+        sums = f"{mib(now)} MiB {what}   {len(self.rows)} processes   ksmd: "
+        while len(sums + run) > width and ", " in run:  # rather say less than half of a number
+            run = run.rpartition(", ")[0]
+        first = sums + run
         cpu = list(self.cpu)
         label = f"{mib(now)} MiB"
         room = max(8, width - 8 - max(16, len(label)))
