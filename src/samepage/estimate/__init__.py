@@ -1,10 +1,10 @@
-"""`samepage scan`: what merging would save, found out from outside, with nothing stopped and nothing changed.
+"""`samepage scan`: finds out from outside what merging would save, without stopping or changing anything.
 
 A *source* (`process`, `image`; which of them: `selection`) says which pages there are, and what the kernel says of
 each. `look` reads and hashes the pages of all sources, a few batches at a time on all cores (`pages`, and pages.c), and
 keeps a checksum and a byte of flags of each. `groups` finds the equal ones. `predict` works out what the kernel's KSM
-and what samepage would make of them; `watch` compares two looks. All of that is arrays. `report` makes one value of it,
-which is the JSON; `text` shows it on a terminal, and `html` on a page with a map of the memory.
+and what samepage would make of them; `watch` compares two looks. All of that is arrays. `report` makes one value of
+them, which becomes the JSON; `text` shows it on a terminal, and `html` on a page with a map of the memory.
 
 What counts as new savings
     A page of physical memory is a *frame*, and one that several pages are mapped from (by fork, or because they were

@@ -20,7 +20,7 @@ PARTS = 16
 """Power of two."""
 
 BLOCK = 1 << 16
-"""Rows that are looked at in one go where all have to be."""
+"""How many rows are looked at at once, where all have to be."""
 
 
 class PageClass(IntEnum):
@@ -57,7 +57,7 @@ class Groups:
 
 
 def representative(flags: U8) -> Bools:
-    """Pages that are alone with their frame, or stand for all pages of it: whose frame merging could free."""
+    """Pages whose frame merging could free: they are alone on it, or stand for all pages of it."""
     mask = PageFlag.FRAME | PageFlag.OUTSIDE | PageFlag.KSM | PageFlag.ELSEWHERE | PageFlag.UNREADABLE
     out: Bools = (flags & mask) == PageFlag.FRAME
     return out
@@ -101,7 +101,7 @@ def _groups(sums: U64, rows: Ints) -> Groups:
 
 
 def distinct_frames(groups: Groups, flags: U8, frames_known: bool) -> Ints:
-    """How many different frames there are at least in each group."""
+    """How many different frames each group has at least."""
     frame = flags[groups.rows] & PageFlag.FRAME != 0
     count = groups.sum(frame)
     if not frames_known:  # pages that share a frame with nobody knows whom: there must be one, and it is no other's
@@ -110,7 +110,7 @@ def distinct_frames(groups: Groups, flags: U8, frames_known: bool) -> Ints:
 
 
 def base_classes(checksum: U64, flags: U8, zero_checksum: int) -> U8:
-    """`PageClass` of each page as long as nothing is known of duplicates."""
+    """The `PageClass` of each page while nothing is known of duplicates."""
     classes = np.empty(len(flags), np.uint8)
     for at in range(0, len(flags), BLOCK):
         part, sums = flags[at : at + BLOCK], checksum[at : at + BLOCK]

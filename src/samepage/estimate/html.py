@@ -1,7 +1,7 @@
 """The report as a page to look at: one file, which opens offline and asks nobody for anything.
 
-The page is page.html; what is put into it is the report, and the map: the pages of every source in the order of their
-addresses, a *cell* for so many of them. All cells stand for the same number of pages, so that area is memory.
+The page is page.html. The report and the map are put into it. The map shows the pages of every source in the order of
+their addresses; a *cell* stands for a fixed number of pages, so that area is memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from samepage.estimate.text import headline
 from samepage.memory import PAGE_SIZE, U8
 
 CELLS = 10_000
-"""The map has at most about so many cells, however much memory there is."""
+"""The map has about this many cells at most, however much memory there is."""
 
 MAPPINGS = 12_000
 """How many mappings are named at most: the largest."""

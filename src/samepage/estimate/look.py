@@ -2,7 +2,7 @@
 
 A row is a checksum (u64), a `PageFlag` (u8) and, later, a class (u8). Rows are in the order of sources, and in each in
 the order of addresses; so a source, or a mapping, is a range of rows, and neighbours in memory are neighbours here.
-Reading and hashing is done by threads, a batch each; putting down what came of it is done here, in order.
+Threads read and hash, a batch each; the results are recorded here, in order.
 
 A frame that is mapped more than once is read once. What every page of it needs is a *slot*: the checksum of the frame,
 how often it was met, and how often it is mapped in all.
@@ -64,7 +64,7 @@ class MappingRows:
 
 @dataclass(slots=True)
 class SourceRows:
-    """What was seen of a source: its rows, from `first` to `end`, and its mappings'."""
+    """What was seen of a source: its rows, from `first` to `end`, and those of its mappings."""
 
     source: Source
     first: int
@@ -112,7 +112,7 @@ class Frames:
         return slot[inverse], is_first
 
     def outside(self, slots: Ints) -> Bools:
-        """Which of these frames are mapped by somebody who was not met."""
+        """Which of these frames are mapped by processes that were not looked at."""
         return self.met[slots] < self.mapcount[slots]
 
 
@@ -135,10 +135,9 @@ def _highest_frame() -> int:
 
 @dataclass(slots=True)
 class Look:
-    """All that one look saw. One row a page, unless it is a sample.
-
-    `starts` are the rows at which a run of pages starts that follow each other in memory, and `start_vpns`, when asked
-    for, their page numbers. `scale` is how many pages a row stands for: 1 unless `sample` says otherwise.
+    """Everything that one look saw. There is one row a page, unless it is a sample. `starts` are the rows at which a
+    run of pages starts that follow each other in memory, and `start_vpns`, when asked for, their page numbers. `scale`
+    is how many pages a row stands for: 1 unless `sample` says otherwise.
     """
 
     sources: list[SourceRows]

@@ -1,6 +1,6 @@
 """libsamepage_scan.so as Python sees it: reading and hashing pages, and asking what kind of page a frame is.
 
-Every call lets go of the GIL.
+Every call releases the GIL.
 """
 
 from __future__ import annotations

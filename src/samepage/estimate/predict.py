@@ -1,7 +1,7 @@
 """What merging would come to: by page, as the kernel's KSM does it, and by extent, as samepage does.
 
-For every group of equal pages it is worked out what becomes of it, and summed up. Of a sample, `Tally` makes estimates
-of the sums, and says how far off they may be.
+It works out what becomes of each group of equal pages, and adds that up. For a sample, `Tally` estimates the sums, and
+says how far off they may be.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _group_counts(groups: Groups, own: Bools, source: Ints, distinct: Ints, ksm_
 
 
 def _large_group(size: Ints, host: Host) -> Counts:
-    """Of a large group that is not in the sample no more is known than its size."""
+    """A large group that is not in the sample, of which only the size is known."""
     nodes, left = ksm_nodes(size, host.max_page_sharing)
     nothing = np.zeros(len(size), np.int64)
     return {
@@ -342,8 +342,7 @@ def _copies(size: Ints, limit: int) -> Counts:
 
 
 def _share_out(groups: Groups, target: U32, limit: int) -> None:
-    """Give every page its copy: the first of its group, or, where one copy is not enough, one of the first few in
-    turn."""
+    """Give every page its copy: the first of its group or, if one copy is not enough, one of the first few in turn."""
     copies = groups.spread(-(-groups.size // limit))
     first = groups.spread(groups.first)
     rank = np.arange(len(groups.rows)) - first

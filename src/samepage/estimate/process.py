@@ -1,8 +1,8 @@
 """A running process, looked at from outside: /proc/PID/smaps, pagemap and mem, /proc/kpageflags and kpagecount.
 
 What is looked at is what KSM would look at (vma_ksm_compatible and folio_test_anon in mm/ksm.c): anonymous pages that
-are present, in mappings that are neither shared nor special. Only those are read: reading a page that is not there
-would bring it, or a page of zeros, into being."""
+are present, in mappings that are neither shared nor special. Only those are read: reading an absent page would create
+it, or map a page of zeros."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Process:
         return opened
 
     def _merge_any(self) -> bool:
-        """Whether all of its memory was made mergeable, by itself or who started it: PR_SET_MEMORY_MERGE, Linux 6.4."""
+        """Whether all of its memory was made mergeable, by itself or by its parent: PR_SET_MEMORY_MERGE, Linux 6.4."""
         try:
             return "ksm_merge_any: yes" in Path(f"/proc/{self.pid}/ksm_stat").read_text()
         except OSError:

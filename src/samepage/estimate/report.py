@@ -20,7 +20,7 @@ from samepage.ksmd.knobs import Knobs
 from samepage.memory import PAGE_SIZE, U8
 
 SCHEMA = 1
-"""Goes up when a field changes its meaning or goes."""
+"""Goes up when a field changes its meaning or is removed."""
 
 KSM_RMAP_ITEM_BYTES = 64
 """struct ksm_rmap_item on a 64-bit machine: one for each page KSM scans (mm/ksm.c)."""
@@ -43,15 +43,15 @@ SAMEPAGE_EXTENT_SECONDS, SAMEPAGE_PAGE_SECONDS = 11.0e-6, 1.2e-6
 for each swap and each page in it (Linux 6.18, by move)."""
 
 FORKED = "still shared by fork"
-"""Why pages are left alone that cost nothing as they are."""
+"""The reasons why pages are left alone that cost nothing as they are."""
 
 PAIRS_MAX = 1000
-"""Pairs that are listed."""
+"""The most pairs that are listed."""
 
 
 class Pages(msgspec.Struct):
-    """Pages by what they are. `total` is the sum of `unique`, `zero`, both duplicates, `already_shared` and
-    `unreadable`."""
+    """How many pages there are of each kind. `total` is the sum of `unique`, `zero`, both duplicates, `already_shared`
+    and `unreadable`."""
 
     total: int
     unique: int
@@ -160,7 +160,7 @@ class Pair(msgspec.Struct):
 
 
 class HostReport(msgspec.Struct):
-    """The machine, and the settings that were reckoned with."""
+    """The machine, and the settings that the prediction assumes."""
 
     kernel: str
     page_size: int
@@ -172,7 +172,7 @@ class HostReport(msgspec.Struct):
 
 
 class LookReport(msgspec.Struct):
-    """What looking took."""
+    """What the look cost."""
 
     seconds: float
     cpu_seconds: float

@@ -1,6 +1,6 @@
 """Looking at all pages but keeping a share of them, and what can be said of the whole then.
 
-What it spares is memory. Reading it does not spare: which pages are equal to which shows only when all are read.
+That saves memory, but no reading: which pages are equal shows only when all are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two looks compared: which pages are as they were."""
+"""Comparing two looks: which pages are as they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where to put the workloads of a fleet, beside what others would do."""
+"""Where to put the workloads of a fleet, compared with other placements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEEDS = range(5)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a placement saves (sampled pages, between workloads), and how many workloads it has move."""
+    """What a placement saves (sampled pages, between workloads), and how many workloads move for it."""
 
     name: str
     saved: int
@@ -27,7 +27,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A workload that is to go to another host."""
+    """A workload that moves to another host."""
 
     host: str
     service: str
@@ -36,7 +36,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """The plans, the best last, and what that has move. `bound`: none saves more."""
+    """The plans, the best last, and the moves for that one. No placement saves more than `bound`."""
 
     plans: list[Plan]
     bound: int
@@ -60,14 +60,14 @@ def problem_of(fleet: Fleet, answers: Answers, host_memory: int | None) -> Probl
 
 
 def advise(fleet: Fleet, answers: Answers, host_memory: int | None) -> Advice:
-    """Compare placements. FleetError: there is not room for all workloads."""
+    """Compare placements. Raises FleetError if there is not room for all workloads."""
     problem = problem_of(fleet, answers, host_memory)
     plans = [Plan("as it is", problem.saved(problem.now), 0)]
 
     def add(name: str, make: Callable[[], list[int]]) -> None:
         try:
             host_of = make()
-        except FleetError:  # it may find no room where others do
+        except FleetError:  # it may not find room although others do
             return
         plans.append(Plan(name, problem.saved(host_of), problem.moves(host_of)))
 

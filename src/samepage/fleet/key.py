@@ -1,9 +1,9 @@
 """The key of a fleet, and the hashes that are made with it.
 
-Whoever has a plain hash of a page can find out whether a machine holds a page that they know. So what is written down
-is SipHash-2-4 of it, under a key that is the same on all hosts of a fleet, or their recordings have nothing in common.
-Hence no key comes into being by itself: one host makes it, people copy it to the others, and every recording says by a
-fingerprint which key it was made with.
+A plain hash of a page would show whether a machine holds a known page. So recordings have SipHash-2-4 of the checksum,
+under a key. All hosts of a fleet must have the same key, or their recordings have nothing in common. Hence samepage
+never makes a key unasked: one host makes it, people copy it to the others, and every recording has a fingerprint of its
+key.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ DEFAULT = Path("/etc/samepage/fleet.key")
 BYTES = 16
 
 ZERO = 0
-"""The hash of a page of zeros, whatever the key: everybody has those."""
+"""The hash of a page of zeros under any key, since all hosts have those."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """128 bits. Nobody is told anything of them but `name`."""
+    """A key of 128 bits. Only its `name` is ever shown."""
 
     secret: bytes
 
     @property
     def name(self) -> str:
-        """What recordings call it. Says nothing of the key itself."""
+        """Its fingerprint in recordings, which reveals nothing of the key."""
         return hashlib.sha256(b"samepage fleet key" + self.secret).hexdigest()[:16]
 
     def hashes(self, checksums: U64, zero: int) -> U64:
@@ -47,7 +47,7 @@ class Key:
 
 
 def load(path: Path) -> Key:
-    """The key in a file. FleetError: there is none, it is none, or others can read it."""
+    """Read a key from a file. Raises FleetError if there is no file, if it has no key, or if others can read it."""
     try:
         with path.open() as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -70,7 +70,7 @@ def load(path: Path) -> Key:
 
 
 def make(path: Path) -> Key:
-    """A new key, in a file that must not be there yet. FleetError."""
+    """Make a new key, in a file that must not exist yet. Raises FleetError."""
     key = Key(secrets.token_bytes(BYTES))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,11 @@
 """Which workloads to put on a host together.
 
-A workload is so many pages; of some of its contents other workloads have copies, and of those that share a host
-merging leaves one. What a placement saves is hence a sum over sets: contents that the same workloads have, `weight` of
-them, save `weight` for each of these workloads on a host but the first. A host must have room for all its workloads
-unmerged, for unmerging has to end well.
+Of some of a workload's contents other workloads have copies, and merging leaves one copy on each host. So what a
+placement saves is a sum over sets: `weight` contents that the same workloads have save `weight` for each of these
+workloads on a host but the first. A host must have room for all its workloads unmerged, so that unmerging can succeed.
 
-`exact` is a mixed integer program, for HiGHS. `greedy` puts the largest first where they save most, and then moves and
-swaps workloads while that saves more; `bound` says what no placement can exceed.
+`exact` is a mixed integer program, for HiGHS. `greedy` puts the largest workloads first, where they save most, and then
+moves and swaps workloads as long as that saves more. No placement saves more than `bound`.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from samepage.arrays import Bools, Ints
 from samepage.fleet import FleetError
 
 EXACT_VARIABLES = 300
-"""A program of more is left to `greedy`."""
+"""With more variables than this, `greedy` decides."""
 
 EXACT_SECONDS = 20.0
 
 SMALL, RESTARTS = 400, 8
-"""Of so many workloads at most pairs are swapped, too, and all is begun anew in so many orders."""
+"""With at most SMALL workloads, pairs are swapped, too, and RESTARTS more orders are tried."""
 
 SWEEPS = 8
-"""Times that all workloads are looked at for a better host, at most."""
+"""How often all workloads are tried on other hosts, at most."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -39,7 +38,7 @@ Floats = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class Problem:
     """`sizes` of the workloads, in pages; `sets` of workloads, each with the number of contents that they have in
-    common; `hosts` with room for so many pages each; where each workload is `now` (-1: nowhere)."""
+    common; `hosts`, the pages that each has room for; where each workload is `now` (-1: nowhere)."""
 
     sizes: list[int]
     sets: list[tuple[tuple[int, ...], int]]
@@ -48,7 +47,7 @@ class Problem:
 
     @cached_property
     def weights(self) -> Floats:
-        """Of the sets."""
+        """The weights of the sets."""
         return np.array([weight for _, weight in self.sets], np.float64)
 
     @cached_property
@@ -61,7 +60,7 @@ class Problem:
         return [np.array(numbers, np.int64) for numbers in out]
 
     def saved(self, host_of: Iterable[int]) -> int:
-        """Pages that merging within each host saves."""
+        """How many pages merging within each host saves."""
         where = np.array(list(host_of))
         total = 0
         for members, weight in self.sets:
@@ -71,24 +70,24 @@ class Problem:
         return total
 
     def moves(self, host_of: list[int]) -> int:
-        """Workloads that are elsewhere now."""
+        """How many workloads would move."""
         return sum(before >= 0 and before != after for before, after in zip(self.now, host_of, strict=True))
 
     @property
     def bound(self) -> int:
-        """No placement saves more: of each set as many copies stay as it takes hosts to have room for its members."""
+        """No placement saves more: each set keeps as many copies as its members need hosts."""
         largest = max(self.hosts)
         fewest = [-(-sum(self.sizes[m] for m in members) // largest) for members, _ in self.sets]
         return sum(weight * (len(members) - n) for (members, weight), n in zip(self.sets, fewest, strict=True))
 
 
 def first_fit(problem: Problem) -> list[int]:
-    """Each workload, in its order, on the first host with room. FleetError: there is not room for all."""
+    """Put each workload, in its order, on the first host with room. Raises FleetError if there is not room for all."""
     return _fill(problem, range(len(problem.sizes)), lambda _, fits: int(np.flatnonzero(fits)[0]))
 
 
 def random(problem: Problem, seed: int) -> list[int]:
-    """Each on any host with room."""
+    """Put each workload on a random host with room."""
     rng = np.random.default_rng(seed)
     order = np.argsort(problem.sizes)[::-1]  # or there may not be room for the last ones
     return _fill(problem, order.tolist(), lambda _, fits: int(rng.choice(np.flatnonzero(fits))))
@@ -107,7 +106,7 @@ def _fill(problem: Problem, order: Iterable[int], choose: Callable[[int, Bools],
 
 
 def greedy(problem: Problem) -> list[int]:
-    """The best of some: what is there now, and what is begun anew in one order and another, each improved."""
+    """The best of several placements: the current one, and new ones in several orders, each improved."""
     order = sorted(range(len(problem.sizes)), key=lambda w: -problem.sizes[w])
     rng = np.random.default_rng(0)
     orders = [order, *(rng.permutation(len(order)).tolist() for _ in range(RESTARTS if len(order) <= SMALL else 0))]
@@ -126,7 +125,7 @@ def greedy(problem: Problem) -> list[int]:
 
 
 def _as_is(problem: Problem) -> list[int]:
-    """As it is now, if that fits."""
+    """The current placement, if it fits."""
     used = np.zeros(len(problem.hosts), np.int64)
     for workload, host in enumerate(problem.now):
         if host >= 0:
@@ -137,7 +136,8 @@ def _as_is(problem: Problem) -> list[int]:
 
 
 def _anew(problem: Problem, order: list[int]) -> list[int]:
-    """In that order, each where it saves most; of equal hosts the fullest, or where it saves nothing the emptiest."""
+    """Put the workloads, in that order, where each saves most; of equal hosts on the fullest, or if it saves nothing on
+    the emptiest."""
     counts = np.zeros((len(problem.hosts), len(problem.sets)), np.int32)
     room = np.array(problem.hosts, np.int64)
 
@@ -170,13 +170,13 @@ class _State:
         self._room[host] -= by * self._problem.sizes[workload]
 
     def _gains(self, workload: int) -> Floats:
-        """What it would save on each host, if it was nowhere."""
+        """What a workload would save on each host, if it was on none now."""
         mine = self._problem.sets_of[workload]
         gains: Floats = (self._counts[:, mine] > 0) @ self._problem.weights[mine]
         return gains
 
     def improve(self) -> None:
-        """Move, or swap two, while that saves more."""
+        """Move workloads, or swap two, as long as that saves more."""
         for _ in range(SWEEPS):
             better = False
             for workload in range(len(self.host_of)):
@@ -228,7 +228,7 @@ class _State:
 
 
 def _relabelled(problem: Problem, host_of: list[int]) -> list[int]:
-    """The same groups, on hosts of the same size so that less has to be moved."""
+    """The same groups, with hosts of the same size exchanged so that fewer workloads move."""
     out = list(host_of)
     for size in set(problem.hosts):
         alike = [host for host, room in enumerate(problem.hosts) if room == size]
@@ -251,7 +251,7 @@ def _relabelled(problem: Problem, host_of: list[int]) -> list[int]:
 
 
 def exact(problem: Problem) -> list[int] | None:
-    """A placement that none exceeds; None: that is too much to find out."""
+    """The best placement. None: that would take too long to find."""
     workloads, hosts, sets = len(problem.sizes), len(problem.hosts), len(problem.sets)
     if (workloads + sets) * hosts > EXACT_VARIABLES:
         return None

@@ -1,4 +1,4 @@
-"""A simulation to look at."""
+"""A figure of a simulation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from samepage.fleet.replay import Outcome
 
 
 def plot(outcomes: list[Outcome], file: Path) -> None:
-    """Write a figure of what was saved over the time. FleetError: a kind of file that there is not."""
+    """Write a figure of the saving over time. Raises FleetError for an unknown kind of file."""
     matplotlib.use("agg")
     from matplotlib import pyplot
 

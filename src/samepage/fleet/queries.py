@@ -1,7 +1,7 @@
-"""What is equal within and between hosts, and whose: asked once, as Ibis expressions, of whichever engine there is.
+"""What is equal within and between hosts, and whose it is: queries written once, as Ibis expressions, for any engine.
 
-A *workload* is a service on a host, what a scheduler could put elsewhere. All counts are of sampled pages: divided by
-the fraction of the sample they are of all pages. Zeros are left out, and so are frames that are shared already.
+A *workload* is a service on a host, which a scheduler could put elsewhere. All counts are of sampled pages; divide them
+by the sample's fraction to get those of all pages. Zeros are left out, and so are frames that are shared already.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ibis import _
 from samepage.fleet.schema import Recorded
 
 TOP = 20
-"""Pairs and groups that are told of."""
+"""How many pairs and groups are listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """Pages of something, and how many different contents there are among them."""
+    """How many pages something has, and how many different contents."""
 
     name: str
     pages: int
@@ -30,13 +30,14 @@ class Amount:
 
     @property
     def duplicate(self) -> int:
-        """Pages that merging all of it would free."""
+        """How many pages merging all of it would free."""
         return self.pages - self.contents
 
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Services, and how many contents are in all of them (a pair), or in all of them and nowhere else (a group)."""
+    """Services, and how many contents are in all of them (a pair), or in all of them and in no other service (a
+    group)."""
 
     services: tuple[str, ...]
     contents: int
@@ -53,7 +54,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """All that is asked. The same of every engine."""
+    """The answers to all queries, the same from every engine."""
 
     fraction: float
     hosts: list[Amount]
@@ -68,12 +69,12 @@ class Answers:
 
     @property
     def within(self) -> int:
-        """Pages that merging within each host would free."""
+        """How many pages merging within each host would free."""
         return sum(host.duplicate for host in self.hosts)
 
     @property
     def between(self) -> int:
-        """Pages that would be freed besides, were all on one host."""
+        """How many more pages would be freed if all were on one host."""
         return self.pages - self.contents - self.within
 
 
@@ -84,7 +85,8 @@ def latest(looks: Iterable[Recorded]) -> list[Recorded]:
 
 
 def duckdb(looks: list[Recorded], memory: int, directory: Path) -> Any:
-    """These looks in DuckDB in this process, which takes `memory` bytes, and of `directory` what it needs more."""
+    """Load these looks into DuckDB in this process. It takes `memory` bytes, and uses `directory` for what needs
+    more."""
     connection = ibis.duckdb.connect(
         memory_limit=f"{memory >> 20}MiB", temp_directory=str(directory), preserve_insertion_order=False
     )
@@ -94,14 +96,14 @@ def duckdb(looks: list[Recorded], memory: int, directory: Path) -> Any:
 
 
 def spark(looks: list[Recorded], session: Any) -> Any:
-    """These looks in a session of Spark's, of which every executor must see the files."""
+    """Load these looks into a Spark session, all of whose executors must see the files."""
     for name in ("pages", "mappings"):
         session.read.parquet(*(str(getattr(look, name)) for look in looks)).createOrReplaceTempView(name)
     return ibis.pyspark.connect(session)
 
 
 class Fleet:
-    """The last looks of many hosts, in an engine of Ibis's (`connection`), which has them as tables `pages` and
+    """The last looks of many hosts, in an engine of Ibis's (`connection`) that has them as tables `pages` and
     `mappings`."""
 
     def __init__(self, connection: Any, fraction: float) -> None:
@@ -124,7 +126,7 @@ class Fleet:
         self._held = self._pages.group_by("hash", "workload").agg(n=_.npages.sum().cast("int32")).cache()
 
     def ask(self) -> Answers:
-        """Everything."""
+        """Run all queries."""
         held = self._held.join(self._about, "workload")
         by_host = held.group_by("hash", "host_number").agg(n=_.n.sum())
         by_service = held.group_by("hash", "service_number").agg(n=_.n.sum()).cache()
@@ -155,7 +157,7 @@ class Fleet:
         )
 
     def _together(self, by_service: Any) -> tuple[list[Together], list[Together]]:
-        """Pairs and groups of services that have most in common."""
+        """The pairs and groups of services that have most in common."""
         common = (
             by_service.group_by("hash")
             .agg(low=_.service_number.min(), high=_.service_number.max())
@@ -196,7 +198,7 @@ class Fleet:
 
     def shared_sets(self, every: int) -> list[tuple[tuple[int, ...], int]]:
         """Which contents more than one workload has: sets of their numbers in `Answers.workloads`, and how many
-        contents each has, reckoned from one in `every` (a power of two)."""
+        contents each has, extrapolated from one in `every` (a power of two)."""
         held = self._held.filter((_.hash & (every - 1)) == 0)
         sets = held.group_by("hash").agg(members=_.workload.collect(), n=_.count()).filter(_.n > 1)
         sets = sets.mutate(members=_.members.sort()).group_by("members").agg(n=_.count())

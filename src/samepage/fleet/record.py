@@ -1,7 +1,7 @@
-"""Looking again and again, and writing down what was seen.
+"""Looking again and again, and recording what was seen.
 
-A look costs what reading all memory costs, whatever is kept of it. So looks are as far apart as they were asked to be,
-or farther, so that neither CPU time nor bytes written come to more than their share (`Budget`)."""
+A look costs as much as reading all memory, however little is kept of it. So looks are as far apart as the user asked,
+or farther, so that neither CPU time nor bytes written exceed their budget (`Budget`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from samepage.memory import PAGE_SIZE
 DAY = 86400.0
 
 FRACTION = 0.01
-"""Of the contents, unless asked for otherwise."""
+"""The share of contents to keep by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,17 @@ class Budget:
     daily: int = 64 << 20
 
     def pause(self, cpu: float, size: int) -> float:
-        """Seconds from the beginning of a look that cost so much to that of the next, at least."""
+        """How many seconds after the beginning of a look that cost this much the next may begin."""
         return max(cpu / self.core, size * DAY / self.daily)
 
 
 @dataclass(slots=True)
 class Spent:
-    """What it came to."""
+    """What recording has cost so far."""
 
     looks: int = 0
     pages: int = 0
-    """Read, in all looks."""
+    """Read in all looks."""
     seconds: float = 0.0
     """From the beginning of the first look until the next may begin."""
     cpu_seconds: float = 0.0
@@ -59,17 +59,17 @@ class Spent:
 
     @property
     def core(self) -> float:
-        """Share of a core."""
+        """The share of a core."""
         return self.cpu_seconds / self.seconds if self.seconds else 0.0
 
     @property
     def daily(self) -> int:
-        """Bytes a day."""
+        """The bytes written, per day."""
         return round(self.bytes_written * DAY / self.seconds) if self.seconds else 0
 
 
 class _WithSegments:
-    """A process of which what samepage merged is read, too, page by page, as if nothing had been merged."""
+    """A process whose pages that samepage merged are read, too, one by one, as if nothing had been merged."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -104,8 +104,8 @@ def record(
     budget: Budget | None = None,
     told: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Spent]:
-    """Look at what `select` finds each time, and write it to `directory`. Yields after each look, and then waits for
-    the next. OSError when it cannot be written."""
+    """Look at what `select` finds each time, and write the looks to `directory`. Yields after each look, and then waits
+    for the next. Raises OSError if it cannot write."""
     budget = budget or Budget()
     spent = Spent()
     schema.forget_unfinished(directory, host)
@@ -137,7 +137,7 @@ def _readable(sources: list[Source]) -> list[Source]:
 
 
 def tables(seen: Look, head: schema.Head, key: Key) -> tuple[Any, Any]:
-    """What a look saw, as tables of mappings and of pages."""
+    """A look as tables of mappings and of pages."""
     mappings = [(rows, part) for rows in seen.sources for part in rows.mappings]
     return _mappings_table(mappings, head), _pages_table(seen, [part for _, part in mappings], head, key)
 
@@ -231,7 +231,8 @@ def _who(source: Source) -> tuple[str, str]:
 
 
 def service_of(cgroups: str) -> str:
-    """The unit of systemd in /proc/PID/cgroup, without the instance: of all hosts the same. "" when there is none."""
+    """The systemd unit in /proc/PID/cgroup without its instance, so that it is the same on all hosts; "" if there is
+    none."""
     units: list[str] = re.findall(r"/([^/\n]+\.service)", cgroups)
     # A user's manager is a service, and so is what it starts.
     return re.sub(r"@[^@]*(\.service)$", r"@\1", units[-1]) if units else ""

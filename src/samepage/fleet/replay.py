@@ -1,9 +1,12 @@
-"""The time of a recording, passing again for ksmd: what an engine, set one way, would have saved and cost.
+"""Letting the time of a recording pass again for ksmd: what an engine with some settings would have saved and cost.
 
-The engine is ksmd itself, over recorded address spaces, and the clock goes on by what it waits and by what it is
-reckoned to spend. The kernel's ksmd has the same algorithm (of the same memory both make the same counters), so it is
-this one with the kernel's defaults, costs, and all that the kernel can merge: also what `samepage run` leaves alone,
-what a fork shares, and pages where they are. Its smart_scan is not modelled: it looks at every page in every pass.
+The engine is ksmd itself, over recorded address spaces. The clock advances by the time that ksmd waits and by the CPU
+time that it is computed to spend.
+
+The kernel's ksmd uses the same algorithm (on the same memory both make the same counters). So it is modelled by this
+ksmd with the kernel's defaults and costs, and with all memory that the kernel can merge: also what `samepage run`
+leaves alone, what a fork shares, and pages where they are. Its smart_scan is not modelled: it looks at every page in
+every pass.
 """
 
 from __future__ import annotations
@@ -54,10 +57,10 @@ COSTS = {
 KERNEL_DEFAULTS: dict[str, str] = {"advisor_mode": "none", "use_zero_pages": "0", "smart_scan": "0"}
 
 COALESCED_PAGES = 4096
-"""Batches of fewer pages are made one, of the same rate: a simulation has not to be as fine."""
+"""Smaller batches are joined at the same rate: a simulation need not be so fine."""
 
 QUIET_PASSES = 70
-"""Passes without anything new after which there will be none until the next look: nothing waits for longer
+"""After so many passes without anything new, nothing more happens until the next look: nothing waits for longer
 (`samepage.ksmd.islands`, `deferred`)."""
 
 LEAST_SECONDS = 1e-4
@@ -65,7 +68,7 @@ LEAST_SECONDS = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An engine, and the knobs that are not as it has them by default."""
+    """An engine, and the knobs that differ from its defaults."""
 
     engine: Engine
     knobs: dict[str, str] = field(default_factory=dict)
@@ -76,7 +79,7 @@ class Setting:
 
 @dataclass(slots=True)
 class Moment:
-    """How things stood just before the next look. Bytes and pages of the whole memory, reckoned from the sample."""
+    """The state just before the next look. Bytes and pages are of the whole memory, extrapolated from the sample."""
 
     seconds: float
     """Since the first look began."""
@@ -93,19 +96,19 @@ SCALED = (
 
 @dataclass(slots=True)
 class Outcome:
-    """What a setting came to."""
+    """What a setting saved and cost."""
 
     setting: Setting
     moments: list[Moment]
     passes: int
     cpu_seconds: float
     pages_broken: int
-    """Merged pages that the application wrote: each a copy that it waited for."""
+    """Merged pages that the application wrote, each of which cost it a wait for a copy."""
     metadata_bytes: int
 
     @property
     def mean_saved(self) -> int:
-        """Bytes, on average over the time."""
+        """The bytes saved, on average over the time."""
         ends = [moment.seconds for moment in self.moments]
         lengths = np.diff([0.0, *ends])
         saved = [moment.bytes_saved for moment in self.moments]
@@ -113,7 +116,7 @@ class Outcome:
 
 
 def settings(engines: Iterable[Engine], assignments: Iterable[str]) -> list[Setting]:
-    """Each engine as it is by default, and with every combination of the values given to knobs. FleetError."""
+    """Each engine with its defaults, and with every combination of the knobs' values. Raises FleetError."""
     values: dict[str, list[str]] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -134,7 +137,7 @@ Process = tuple[int, str]
 
 
 def contents(look: Recorded, engine: Engine) -> Iterator[tuple[Process, int, Content]]:
-    """The processes of a look with what the engine could merge of them, and their users."""
+    """The processes of a look, with the memory that the engine could merge, and their users."""
     mappings = pq.read_table(look.mappings).to_pandas(strings_to_categorical=False)
     pages = pq.read_table(look.pages, columns=["mapping", "vpn", "npages", "hash", "forked"])
     mapping = pages["mapping"].to_numpy()
@@ -169,8 +172,8 @@ Seen = dict[Process, tuple[int, Content]]
 
 
 def mended(before: Content, now: Content, after: Content) -> Content:
-    """The same with the pages that are missing in this look alone: in the looks before and after, they are the same. It
-    was samepage that had them in its hands: when it swaps pages, they are out of their place for a moment."""
+    """The look with pages filled in that are missing in it alone, and equal in the looks before and after. samepage was
+    swapping these pages, which are out of their place for a moment."""
     old, new = (np.searchsorted(content.vpn, before.vpn) for content in (now, after))
     missing = _at(now.vpn, old) != before.vpn
     missing &= _at(after.vpn, new) == before.vpn
@@ -186,12 +189,12 @@ def mended(before: Content, now: Content, after: Content) -> Content:
 
 
 def _at(values: Any, at: Ints) -> Any:
-    """The value there; of the end, one that is no page's."""
+    """The value at an index; beyond the end, a value that no page has."""
     return np.append(values, values.dtype.type(0))[at] if len(values) else np.zeros(len(at), values.dtype)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges of pages, as first and count; those that touch are one."""
+    """Ranges of pages, as first and count; adjacent ones are joined."""
     out: list[tuple[int, int]] = []
     for start, end in sorted((int(start), int(end)) for start, end in ranges):
         if out and start <= out[-1][0] + out[-1][1]:
@@ -203,10 +206,10 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class Replay:
-    """One setting, one host's recording."""
+    """The replay of one host's recording with one setting."""
 
     def __init__(self, setting: Setting, fraction: float, pids: Collection[int] = ()) -> None:
-        """`pids`: of these processes; all, if there are none."""
+        """`pids`: only these processes; if empty, all."""
         self._setting, self._fraction, self._pids = setting, fraction, pids
         self._meter = Meter(COSTS[setting.engine], 1 / fraction)
         self.now = 0.0
@@ -219,7 +222,7 @@ class Replay:
         self._broken = 0
 
     def run(self, looks: list[Recorded], last: float | None = None) -> Outcome:
-        """All looks, and after the last as long as between the two before, or `last` seconds."""
+        """Replay all looks. After the last, go on for as long as between the two before, or for `last` seconds."""
         begins = [look.head.look / 1e6 for look in looks]
         after = last if last is not None else (begins[-1] - begins[-2] if len(begins) > 1 else 60.0)
         first = begins[0]
@@ -239,7 +242,7 @@ class Replay:
         )
 
     def _seen(self, looks: list[Recorded]) -> Iterator[Seen]:
-        """What each look saw, without what it can have seen only because samepage was swapping it (`mended`)."""
+        """The looks, corrected for pages that samepage was just swapping (`mended`)."""
         before: Seen = {}
         now = self._content(looks[0])
         for later in [*looks[1:], None]:
@@ -290,7 +293,7 @@ class Replay:
         self.now = until
 
     def _batch(self, wait: float, until: float) -> None:
-        """One batch of ksmd's, or as many as it takes to be worth it."""
+        """Run one batch of ksmd's, or as many as are worth a step."""
         spent, budget, times = self._meter.seconds, None, 1
         if self._ksmd.get("advisor_mode") != "cpu":
             each = max(int(self._ksmd.get("pages_to_scan")), 1) * self._fraction
@@ -329,7 +332,7 @@ def _saved(counters: Counters, engine: Engine) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Quiet:
-    """Since when nothing has changed, and what was spent until then."""
+    """Since when nothing has changed, and what had been spent by then."""
 
     state: tuple[object, ...]
     since: float

@@ -1,7 +1,7 @@
 """What a recording is made of: for each look `pages/HOST.LOOK.parquet` and `mappings/HOST.LOOK.parquet`.
 
-A look is there when its file of mappings is, which comes last; each comes into being whole, by rename(2). Pages name
-their mapping, and everything else is said of mappings; what is the same in a whole file, Parquet writes once.
+Each file appears whole, by rename(2). The file of mappings is written last, and completes the look. Pages name their
+mapping, and everything else is a column of the mapping; Parquet stores a value that is the same in a whole file once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from samepage.fleet import FleetError
 
 VERSION = 1
-"""Of the schema. Goes up when a reader of the old one would get something wrong."""
+"""The version of the schema. It goes up when a reader of the old version would get something wrong."""
 
 NAME = pa.dictionary(pa.int32(), pa.string())
 
@@ -31,10 +31,10 @@ PAGES = pa.schema(
         ("look", pa.int64()),  # when it began, in microseconds since 1970
         ("mapping", pa.int32()),  # `mapping` of the same look in `mappings`
         ("vpn", pa.int64()),  # page number of the first; of a file, in the file
-        ("npages", pa.int32()),  # so many neighbours with the same content
+        ("npages", pa.int32()),  # how many neighbours have the same content
         ("hash", pa.int64()),  # keyed; 0: zeros
-        ("frame", pa.bool_()),  # the first page met of its frame, and nobody else maps it
-        ("forked", pa.bool_()),  # its frame is mapped more often than once
+        ("frame", pa.bool_()),  # the first page found of its frame, which nobody else maps
+        ("forked", pa.bool_()),  # its frame is mapped more than once
     ]
 )
 
@@ -65,12 +65,12 @@ _DICTIONARY = ["host", "mapping", "npages", "comm", "service", "image", "kind", 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What every file says of itself."""
+    """What the metadata of every file says."""
 
     host: str
     look: int
     key: str
-    """Name of the key."""
+    """The key's fingerprint."""
     fraction: float
     version: int = VERSION
 
@@ -85,7 +85,7 @@ class Recorded:
 
 
 def write(directory: Path, head: Head, mappings: Any, pages: Any) -> int:
-    """Write a look (two tables of pyarrow's); returns the bytes of it. OSError: disk full, say."""
+    """Write a look (two tables of pyarrow's). Returns the bytes written. Raises OSError (disk full, say)."""
     size = 0
     for name, table in (("pages", pages), ("mappings", mappings)):
         sink = io.BytesIO()
@@ -104,7 +104,7 @@ def write(directory: Path, head: Head, mappings: Any, pages: Any) -> int:
 
 
 def _put(directory: Path, name: str, content: memoryview) -> None:
-    """A file that is there whole or not at all, whatever ends this process or the machine."""
+    """Write a file so that it is there whole or not at all, whatever ends this process or the machine."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{name}.new"
     try:
@@ -120,14 +120,14 @@ def _put(directory: Path, name: str, content: memoryview) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """OSError when nothing can be written there: before looks of minutes, not after the first."""
+    """Raise OSError if nothing can be written there. Call it before looks that take minutes, not after the first."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f".{os.getpid()}").touch()
     (directory / f".{os.getpid()}").unlink()
 
 
 def forget_unfinished(directory: Path, host: str) -> None:
-    """Remove what a recorder of this host left that was killed as it wrote. No other may be at it."""
+    """Remove unfinished files of a recorder of this host that was killed. No other may be running."""
     for name in ("pages", "mappings"):
         for path in (directory / name).glob(f".{host}.*.new"):
             with contextlib.suppress(OSError):
@@ -135,7 +135,8 @@ def forget_unfinished(directory: Path, host: str) -> None:
 
 
 def looks(directories: Iterable[Path]) -> list[Recorded]:
-    """All looks of these recordings, ascending by time. FleetError: none, or such as do not go together."""
+    """All looks of these recordings, ascending by time. Raises FleetError: there are none, or some don't go
+    together."""
     found = []
     for directory in directories:
         if not directory.is_dir():
@@ -162,7 +163,8 @@ def _head(path: Path) -> Head:
 
 
 def _check_together(found: list[Recorded]) -> None:
-    """Hashes of two keys are never equal, and of two samples only the smaller could be compared."""
+    """Refuse recordings that cannot be compared: with two keys no hashes are equal, and of two samples only the smaller
+    could be compared."""
     for what in ("key", "fraction"):
         by_value = {getattr(look.head, what): look.mappings for look in found}
         if len(by_value) > 1:

@@ -1,7 +1,7 @@
 """A recorded process as an address space: what `samepage.memory.simulated` is to a test, for millions of pages.
 
-Content is the recorded hash. Between two looks nothing changes; at a look, a page whose content is another was written,
-one that is not there any more discarded. What came and went in between, nobody knows of.
+The content is the recorded hash. Nothing changes between two looks. At a look, a page with another content counts as
+written, and a page that is gone as discarded. What came and went in between is unknown.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from samepage.memory import (
 from samepage.memory.merge_domain import MergeDomain
 
 PRIVATE, ZERO = -1, -2
-"""Of a page that is in no segment: as the process has it, or merged with the zero page."""
+"""The offset of a page that is in no segment: it is the process's own, or merged with the zero page."""
 
 STEP_PAGES = 1 << 17
-"""Pages hashed in one answer, at most: whoever asks takes long answers for a process that hangs."""
+"""The most pages hashed in one answer: to the caller, a longer answer would look like a process that hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Meter:
         self.costs, self.scale, self.seconds = costs, scale, 0.0
 
     def spend(self, each: float, times: int) -> None:
-        """So much, so often."""
+        """Add CPU seconds for something that was done several times."""
         self.seconds += each * times * self.scale
 
 
@@ -91,8 +91,8 @@ class RecordedSegment:
 
 
 class RecordedAddressSpace:
-    """One process. `in_place`: a page that was merged and then written can be merged again where it is, as the kernel
-    can, and what a fork shares can be merged."""
+    """A recorded process. `in_place`: as with the kernel's KSM, a page that was merged and then written can be merged
+    again where it is, and pages that a fork shares can be merged."""
 
     zero_checksum = 0
 
@@ -118,7 +118,7 @@ class RecordedAddressSpace:
     # -- the application --------------------------------------------------------------------------------
 
     def becomes(self, now: Content) -> int:
-        """What the next look saw. Returns how many merged pages the application wrote."""
+        """Become what the next look saw. Returns how many merged pages the application wrote."""
         old: tuple[npt.NDArray[Any], ...] = (
             self._vpn,
             self._content,
@@ -244,7 +244,7 @@ class RecordedAddressSpace:
         return ScanResult(np.concatenate([np.empty(0, RUN), *runs]), sums, next_vpn, self._areas_seq, 0)
 
     def _find(self, vpns: Ints) -> tuple[Ints, Bools]:
-        """Where these pages are, and which of them are there and could be swapped."""
+        """The positions of these pages, and which of them exist and could be swapped."""
         at = np.searchsorted(self._vpn, vpns)
         there = at < len(self._vpn)
         at[~there] = 0
@@ -297,7 +297,7 @@ class RecordedAddressSpace:
         return MergeResult(status)
 
     def break_ksm(self, vpn: int, npages: int) -> BreakResult:
-        """See `AddressSpace.break_ksm`. There is always memory for it."""
+        """See `AddressSpace.break_ksm`. There is always enough memory."""
         self._called()
         first, past = np.searchsorted(self._vpn, [vpn, vpn + npages]).tolist()
         here = np.flatnonzero(self._inside[first:past] & (self._segment[first:past] != PRIVATE)) + first
@@ -329,7 +329,7 @@ class RecordedAddressSpace:
         return out
 
     def map_count(self) -> tuple[int, int]:
-        """See `AddressSpace.map_count`: an extent takes two mappings more."""
+        """See `AddressSpace.map_count`. An extent takes two more mappings."""
         self._called()
         merged = np.flatnonzero(self._segment >= 0)
         joined = run_starts(self._vpn[merged], self._offset[merged])
@@ -337,7 +337,7 @@ class RecordedAddressSpace:
         return self._map_count + 2 * len(np.union1d(joined, changes)), self._map_limit
 
     def headroom(self) -> tuple[str, int]:
-        """See `AddressSpace.headroom`: there is no end of it."""
+        """See `AddressSpace.headroom`. It is unlimited."""
         self._called()
         return "/", 1 << 50
 

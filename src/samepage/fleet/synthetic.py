@@ -1,8 +1,8 @@
-"""Fleets that there are not: hosts with perturbed copies of what was recorded.
+"""Fleets that do not exist: hosts with perturbed copies of what was recorded.
 
-Of each service there are variants, such as releases and customers make them. A host has some of them, repeated until
-its memory is full. Of the pages of a copy a share is as in all copies of its variant, a share as in all copies of the
-service, and the rest is nobody else's.
+Each service has variants, as releases and customers make them. A host has some of these, repeated until its memory is
+full. A share of a copy's pages is as in all copies of its variant, another share as in all copies of the service, and
+no other copy has the rest.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from samepage.fleet.schema import Head, Recorded
 from samepage.memory import PAGE_SIZE, U64
 
 COMMON, OF_VARIANT = 0.25, 0.35
-"""Of the pages of a copy: those that all copies of the service have, and those that all of its variant have."""
+"""The shares of a copy's pages that all copies of the service have, and that all copies of its variant have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Hosts, and what is on each."""
+    """How many hosts, and what is on each."""
 
     hosts: int
     host_bytes: int
@@ -36,7 +36,7 @@ class Shape:
 
 
 def make(templates: Iterable[Recorded], shape: Shape, directory: Path, seed: int = 0) -> int:
-    """Write a look of each host to `directory`; returns how many rows of pages there are. FleetError."""
+    """Write a look of each host to `directory`. Returns how many rows of pages there are. Raises FleetError."""
     services = _services(templates)
     if not services:
         raise FleetError("there are no pages in these recordings")
@@ -58,7 +58,7 @@ class _Service:
 
 
 def _services(templates: Iterable[Recorded]) -> dict[str, _Service]:
-    """The pages of each recorded service, with content."""
+    """The pages of each recorded service that have content."""
     out: dict[str, _Service] = {}
     for look in templates:
         mappings = pq.read_table(look.mappings).to_pandas()
@@ -120,7 +120,7 @@ def _host(
 
 
 def _perturbed(hashes: U64, at: Ints, variant: int, rng: np.random.Generator) -> U64:
-    """Contents of the pages `at`, of a service with these, repeated as often as it takes."""
+    """The contents of the pages `at` of a copy. The service has these contents, repeated as often as needed."""
     n = len(hashes)
     repeated = hashes[at % n] ^ (at // n).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     own = rng.integers(1, 1 << 63, len(at), np.uint64)

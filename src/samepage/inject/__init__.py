@@ -1,6 +1,5 @@
-"""System calls made in the name of a running process: libsamepage_inject.so (`inject.h` tells how).
-
-Every call lets go of the GIL, and holds the process for as long as its calls take, some 0.2 ms.
+"""System calls made in the name of a running process, by libsamepage_inject.so (`inject.h` explains how). Every call
+releases the GIL, and holds the process while its calls run, some 0.2 ms.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ REASONS = {
 
 
 class InjectError(Exception):
-    """Nothing was done, and why: `args[0]` is the reason in words, `error` as the library has it."""
+    """Why nothing was done: `args[0]` is the reason in words, `error` the library's code."""
 
     def __init__(self, error: Error) -> None:
         super().__init__(REASONS[error])
@@ -66,8 +65,8 @@ def load() -> ctypes.CDLL:
 
 
 def make_calls(pid: int, calls: Sequence[Call]) -> list[int]:
-    """Make system calls in the name of a process, one after the other, until one fails; what the kernel answered to
-    each that was made, errors as -errno. `InjectError`: none was made, or the process ended."""
+    """Make system calls in the name of a process, one after the other, until one fails. Returns the kernel's answer to
+    each call made, errors as -errno. `InjectError`: none was made, or the process ended."""
     made = (_Call * len(calls))()
     for n, (nr, *arguments) in enumerate(calls):
         made[n].nr = nr
@@ -89,7 +88,7 @@ def make_calls(pid: int, calls: Sequence[Call]) -> list[int]:
 
 
 def open_process(pid: int) -> int:
-    """A pidfd. `InjectError` when there is no such process."""
+    """A pidfd. Raises `InjectError` if there is no such process."""
     try:
         return os.pidfd_open(pid)
     except OSError as e:
@@ -122,8 +121,9 @@ class Unmerging(ctypes.Structure):
 
 
 def unmerge(pid: int, ranges: Sequence[tuple[int, int, int]], reserve: int, hold: float, keep: bool) -> Unmerging:
-    """MADV_UNMERGEABLE in the name of a process, range by range (start, end, bytes merged), each after a look for
-    memory that leaves `reserve` bytes; for `hold` seconds at most. `keep`: the ranges stay mergeable. `InjectError`."""
+    """Make MADV_UNMERGEABLE calls in the name of a process, range by range (start, end, bytes merged), for at most
+    `hold` seconds. Before each range it looks for memory, and leaves `reserve` bytes. `keep`: the ranges stay
+    mergeable. Raises `InjectError`."""
     array = (Range * len(ranges))(*(Range(*each) for each in ranges))
     pidfd = open_process(pid)
     try:
@@ -137,6 +137,7 @@ def unmerge(pid: int, ranges: Sequence[tuple[int, int, int]], reserve: int, hold
 
 
 def headroom(pid: int) -> tuple[int, bool]:
-    """Bytes that a process could be given without the OOM killer, and whether a limit could not be read (then 0)."""
+    """How many bytes a process could be given without waking the OOM killer, and whether a limit could not be read
+    (then 0)."""
     unseen = ctypes.c_int()
     return int(load().samepage_inject_headroom(pid, ctypes.byref(unseen))), bool(unseen.value)

@@ -1,9 +1,9 @@
-"""Attaching to those processes of a command that the agent is not in (`samepage run --engine auto`).
+"""Attaching to those processes of a command that have no agent (`samepage run --engine auto`).
 
-Which these will be cannot be said beforehand: what is inherited over fork and exec (PR_SET_MEMORY_MERGE, LD_PRELOAD) a
-shell gives to static and dynamic programs alike. So it is looked which have come, and who has no agent when it is seen
-for the second time in the same program, and some memory, is attached to. What an attached process executes inherits the
-flag: an agent that finds it takes over, and switches it off (initialise() in agent/hooks/wrappers.c).
+Which these will be cannot be known beforehand: what is inherited over fork and exec (PR_SET_MEMORY_MERGE, LD_PRELOAD) a
+shell hands to static and dynamic programs alike. So samepage looks for new processes. It attaches to a process that has
+some memory but no agent when it is seen for the second time in the same program. What an attached process executes
+inherits the flag: an agent that finds it takes over, and switches it off (initialise() in agent/hooks/wrappers.c).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ LOOK_EVERY = 0.25
 """Seconds between two looks."""
 
 LEAST = 256
-"""Pages of anonymous memory that a process has, or is left alone: an agent joins for an allocation of 1 MiB."""
+"""A process with fewer pages of anonymous memory is left alone. (An agent joins when 1 MiB is allocated.)"""
 
 FINISH_TIMEOUT = 10.0
-"""Seconds that the last look may take: it may have to wait for a process that does not come out of the kernel."""
+"""Seconds that the last look may take: it may have to wait for a process that does not return from the kernel."""
 
 Program = tuple[int, int]
-"""When a process started, and where its stack begins, which every exec chooses anew."""
+"""When a process started, and where its stack begins: every exec chooses a new place."""
 
 
 class Adopter:
-    """Looks at processes that `variable` marks as the command's, from a process of its own: what a tracer waits for,
-    its parent would be told of, too, if that were the parent of the traced one, and the other way round; and to hold a
-    process may take seconds."""
+    """Looks at processes that `variable` marks as the command's. It does so in a separate process: a process that is
+    both tracer and parent would get as one the wait results that it waits for as the other; and holding a process may
+    take seconds."""
 
     def __init__(self, settings: Settings, variable: tuple[str, str]) -> None:
         self._settings, self._variable = settings, variable
@@ -55,7 +55,7 @@ class Adopter:
         """Why processes were left alone."""
 
     def start(self) -> None:
-        """It ends with `finish`, or when this process is killed."""
+        """Start the process. It ends with `finish`, or when this process is killed."""
         self._line, line = socket.socketpair()
         self._pid = os.fork()
         if self._pid == 0:
@@ -64,7 +64,7 @@ class Adopter:
         line.close()
 
     def finish(self) -> None:
-        """Takes over what it found."""
+        """Take over what it found."""
         with contextlib.suppress(OSError, ValueError):
             self._line.settimeout(FINISH_TIMEOUT)
             self._line.shutdown(socket.SHUT_WR)
@@ -78,7 +78,7 @@ class Adopter:
             os.waitpid(self._pid, 0)
 
     def _run(self, line: socket.socket) -> NoReturn:
-        """The forked process."""
+        """What the forked process does."""
         try:
             leave_the_terminal()
             while not select.select([line], [], [], LOOK_EVERY)[0]:
@@ -93,7 +93,7 @@ class Adopter:
             os._exit(0)
 
     def look(self) -> None:
-        """Attach to those that have been here for long enough."""
+        """Attach to the processes that have been here long enough."""
         pids = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
         self._known = {pid: self._known[pid] if pid in self._known else self._is_ours(pid) for pid in pids}
         for pid in (pid for pid, ours in self._known.items() if ours and anonymous_pages(pid) >= LEAST):

@@ -1,4 +1,4 @@
-"""Making the memory of a running process mergeable by the kernel's KSM, in its name."""
+"""Making the memory of a running process mergeable by the kernel's KSM, by calls in its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from samepage.estimate.process import NOT_COMPATIBLE
 from samepage.kernel.target import TargetError, check
 
 SYS_MADVISE, SYS_PRCTL = {"x86_64": (28, 157), "aarch64": (233, 167)}.get(os.uname().machine, (-1, -1))
-"""-1 where inject/ has no code for the machine: the kernel has no such call."""
+"""-1, which the kernel refuses, if inject/ has no code for this machine."""
 PR_SET_MEMORY_MERGE = 67
 MADV_MERGEABLE = 12
 
@@ -29,7 +29,7 @@ class Mapping:
 
 
 def mappings(pid: int) -> list[Mapping]:
-    """Those that KSM would look at. Empty when the process has ended."""
+    """The mappings that KSM would look at. Empty if the process has ended."""
     found: list[Mapping] = []
     try:
         smaps = Path(f"/proc/{pid}/smaps").read_text(errors="replace")
@@ -56,7 +56,7 @@ def merge_all_of_this() -> None:
 
 
 def calls(pid: int, made: list[inject.Call]) -> list[int]:
-    """`inject.make_calls` of a process that was checked. `TargetError`."""
+    """`inject.make_calls` on a process that was checked. Raises `TargetError`."""
     check(pid)
     try:
         return inject.make_calls(pid, made)
@@ -65,8 +65,8 @@ def calls(pid: int, made: list[inject.Call]) -> list[int]:
 
 
 def attach(pid: int, prctl: bool = True) -> None:
-    """Make all of its memory mergeable, also what it maps later; where the kernel lacks PR_SET_MEMORY_MERGE (before
-    6.4; or not `prctl`), what it has now. `TargetError`: nothing was changed."""
+    """Make all of its memory mergeable, including what it maps later. If the kernel lacks PR_SET_MEMORY_MERGE (before
+    6.4), or with `prctl` false, only the memory that it has now. `TargetError`: nothing was changed."""
     answers = calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 1, 0, 0, 0)]) if prctl else [-errno.EINVAL]
     if answers[-1] == -errno.EINVAL:
         advise(pid)
@@ -85,14 +85,15 @@ def advise(pid: int) -> None:
 
 
 def release_unmerged(pid: int) -> None:
-    """PR_SET_MEMORY_MERGE off again, right after `attach` saw a program that has ended: the agent is in the one that
-    took its place."""
+    """Switch PR_SET_MEMORY_MERGE off again, right after `attach` saw a program that has ended: the program that took
+    its place has the agent."""
     with contextlib.suppress(inject.InjectError):
         inject.make_calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 0, 0, 0, 0)])
 
 
 def release(pid: int) -> None:
-    """What it maps from now on is not mergeable. For when nothing of it is merged: the kernel would copy it at once."""
+    """Make memory that it maps from now on not mergeable. Call it only when nothing of the process is merged: the
+    kernel would copy it all at once."""
     answer = calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 0, 0, 0, 0)])[-1]
     if answer < 0 and answer != -errno.EINVAL:
         raise TargetError(pid, f"prctl(PR_SET_MEMORY_MERGE): {os.strerror(-answer)}")

@@ -25,16 +25,14 @@ LOOK_EVERY = 1.0
 """Seconds between two looks at how much memory there is to scan."""
 
 ROWS_EVERY = 1.0
-"""How long rows are shown again, in seconds: to find them, samepage looks at all processes of the machine."""
+"""How long rows are reused, in seconds: to make them, samepage looks at all processes of the machine."""
 
 SUMMED = ("merged", *kernel_rows.FIELDS)
 
 
 class KernelEngine:
-    """Of all processes of which the kernel has merged something, or that samepage attached to; of those `whose` says
-    yes.
-
-    `reserve`: bytes that unmerging leaves to others. `terms` are for `start`.
+    """Serves all processes of which the kernel has merged something, or that samepage attached to, if `whose` accepts
+    them. `reserve`: bytes that unmerging leaves to others. `terms` are for `start`.
     """
 
     name = "kernel"
@@ -57,13 +55,13 @@ class KernelEngine:
         self._looked = -ROWS_EVERY
 
     def start(self) -> None:
-        """Have ksmd run as soon as some memory is mergeable, and set its pace, until `stop`. `SettingsError`."""
+        """Run ksmd as soon as some memory is mergeable, and set its pace, until `stop`. Raises `SettingsError`."""
         self._settings.hold([os.getpid()], {})
         self._pacer = threading.Thread(target=self._keep_pace, name="pace", daemon=True)
         self._pacer.start()
 
     def stop(self) -> None:
-        """What was found is put back, unless somebody else needs it."""
+        """Restore the settings that were found, unless somebody else needs ksmd."""
         self._ended.set()
         if self._pacer is not None:
             self._pacer.join()
@@ -82,7 +80,7 @@ class KernelEngine:
                 pace.look(pages)
 
     def counters(self, owner: str | None = None) -> dict[str, Any]:
-        """Those of the machine; of one owner, sums over its processes."""
+        """The machine's counters; for one owner, sums over the owner's processes."""
         rows = self.rows()
         if owner is not None:
             rows = [row for row in rows if row["owner"] == owner]
@@ -124,8 +122,8 @@ class KernelEngine:
             raise OSError(errno.EINVAL, f"the kernel has no knob {knob}; it has {names}") from None
 
     def set(self, knob: str, value: str, cancelled: Cancelled = lambda: False) -> None:
-        """What somebody sets stays when samepage puts back what it found. 2 is never written to `run`: the kernel looks
-        at no limit before it copies. ksmd is stopped instead, and processes are unmerged one by one."""
+        """Set a knob. The value stays when samepage restores what it found. 2 is never written to `run`, because the
+        kernel looks at no limit before it copies. Instead ksmd is stopped, and processes are unmerged one by one."""
         self.get(knob)
         unmerging = knob == "run" and value == "2"
         try:

@@ -1,7 +1,8 @@
 """When ksmd runs, and how fast: quickly while there is new memory, and otherwise as it was found, or more slowly.
 
-As the kernel comes, ksmd looks at 100 pages and sleeps for 20 ms: 1 GiB takes it a minute, and a page is merged when it
-was seen unchanged twice. That is a fair price for memory that was looked at already, and much too late for what is new.
+By the kernel's defaults, ksmd looks at 100 pages and sleeps for 20 ms: 1 GiB takes it a minute, and a page is merged
+when it was seen unchanged twice. That is a fair price for memory that was looked at already, but far too late for new
+memory.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ PASSES = 3
 """Passes over new memory: one to see it, one to see that it stayed the same, and the one that was under way before."""
 
 GREW = 4096
-"""New pages that are worth it, and at least a twentieth of what there was."""
+"""This many new pages, and at least a twentieth of what there was, are worth quick passes."""
 
 MEASURE = 10.0
-"""Seconds over which ksmd's CPU time is measured, which the kernel tells in hundredths of a second."""
+"""ksmd's CPU time is measured over so many seconds: the kernel reports it in hundredths of a second."""
 
 SLEEP_MAX = 60_000
 
 PRESSURE = 10.0
-"""Percent of the last ten seconds in which some process waited for memory (PSI), which is to be short of it."""
+"""Memory is short if some process waited for it in more than this percentage of the last ten seconds (PSI)."""
 
 ENOUGH_MORE = 5.0
-"""Percent of memory that is available beyond the mark, for `ENOUGH_FOR` seconds, before there is enough again."""
+"""There is enough memory again when this percentage more than the mark has been available for `ENOUGH_FOR` seconds."""
 ENOUGH_FOR = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How ksmd is to be driven. `cpu`: percent of a CPU that it may take when there is nothing new. `when_short`: it
-    runs only while less than so many percent of memory are available, or processes wait for memory; None: always.
-    `stop_at_loss`: it rests when merging costs more than it saves, until there is new memory; else one line says so."""
+    """How to drive ksmd. `cpu`: the percentage of a CPU that it may take when there is nothing new. `when_short`: run
+    it only while less than this percentage of memory is available, or while processes wait for memory; None: always.
+    `stop_at_loss`: let it rest while merging costs more than it saves, until there is new memory; otherwise only say so
+    in one line."""
 
     cpu: float = 5.0
     when_short: float | None = None
@@ -55,13 +57,13 @@ class Terms:
 
 
 class Machine:
-    """What is to be known of it."""
+    """What the pace depends on."""
 
     def __init__(self) -> None:
         self._ksmd = _ksmd()
 
     def cpu_seconds(self) -> float | None:
-        """CPU time of ksmd so far. None: it is not to be seen."""
+        """ksmd's CPU time so far. None: it cannot be seen."""
         with contextlib.suppress(OSError):
             if self._ksmd is not None:
                 stat = Path(f"/proc/{self._ksmd}/stat").read_text().rpartition(")")[2].split()
@@ -69,13 +71,13 @@ class Machine:
         return None
 
     def available(self) -> float:
-        """Percent of the memory."""
+        """The percentage of memory that is available."""
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         found = {fields[0]: int(fields[1]) for fields in lines}
         return 100 * found["MemAvailable:"] / found["MemTotal:"]
 
     def pressure(self) -> float:
-        """Percent of the last ten seconds. 0 where the kernel does not count it."""
+        """In what percentage of the last ten seconds a process waited for memory. 0 if the kernel does not count it."""
         with contextlib.suppress(OSError):
             return float(Path("/proc/pressure/memory").read_text().split()[1].partition("=")[2])
         return 0.0
@@ -116,7 +118,7 @@ class Pace:
         self._loses = False
 
     def look(self, pages: int) -> None:
-        """To be called now and then, with how many anonymous pages there are."""
+        """Call this now and then, with the number of anonymous pages."""
         try:
             if not self._settings.lead():
                 return
@@ -129,7 +131,7 @@ class Pace:
             if not self._leave:
                 self._how_fast(scans < self._until)
         except SettingsError:
-            self._leave = self._short = True  # somebody else keeps it from us
+            self._leave = self._short = True  # somebody else has changed the settings
             self._terms = Terms()
 
     def _how_fast(self, quick: bool) -> None:
@@ -140,7 +142,7 @@ class Pace:
             self._stay_within_budget()
 
     def _stay_within_budget(self) -> None:
-        """By a longer sleep, or one not quite so long, but never shorter than it was found."""
+        """Stay within the budget by a longer sleep, or a somewhat shorter one, but never shorter than it was found."""
         now, cpu = self._machine.now(), self._machine.cpu_seconds()
         if cpu is None:
             return
@@ -160,7 +162,7 @@ class Pace:
             self._settings.change(self._idle)
 
     def _whether(self, scans: int) -> None:
-        """Whether it runs at all."""
+        """Decide whether ksmd runs at all."""
         self._look_at_memory()
         self._look_at_profit(scans)
         wanted = self._short and not (self._loses and self._terms.stop_at_loss)

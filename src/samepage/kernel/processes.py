@@ -34,8 +34,8 @@ class KernelProcesses(SharedByCommand):
             self._pace.look(sum(anonymous_pages(pid) for pid in self._rows))
 
     def _is_new(self, pid: int) -> bool:
-        """Whether it started after this one, and could be the command's. Others are not asked: to answer, the kernel
-        may have to wait for whatever they do with their memory."""
+        """Whether a process started after this one, and so could be the command's. Others are not asked: to answer, the
+        kernel may have to wait as long as they change their memory."""
         started = start_time(pid)
         with contextlib.suppress(OSError):
             return started is not None and started >= self._since and pid != os.getpid() and is_near(pid)

@@ -1,8 +1,8 @@
 """What the kernel says of the processes that it merges.
 
-`/proc/PID/ksm_merging_pages` it tells of its own counter. For `ksm_stat` it waits until nobody changes the mappings of
-the process, and who changes them may take for as long as they like (a mapping of a file that a process serves, say); so
-that is asked only of one's own processes.
+`/proc/PID/ksm_merging_pages` is a plain counter. To answer `ksm_stat`, the kernel waits until nobody changes the
+mappings of the process; a process can make that take as long as it likes (with a mapping of a file that a process
+serves, say). So samepage reads that only of its user's own processes.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ FIELDS = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_
 
 
 def merging_pages(pid: int) -> int:
-    """Pages that the kernel merged, those with its page of zeros left out. 0: none, or that is not told."""
+    """How many pages the kernel merged, not counting those merged with its page of zeros. 0: none, or unknown."""
     with contextlib.suppress(OSError, ValueError):
         return int(Path(f"/proc/{pid}/ksm_merging_pages").read_text())
     return 0
 
 
 def processes() -> list[int]:
-    """Those of which the kernel has merged something, and that may be told."""
+    """The processes of which the kernel has merged something, as far as this user may know."""
     return sorted(pid for entry in os.listdir("/proc") if entry.isdecimal() and merging_pages(pid := int(entry)))
 
 
 def is_mergeable(pid: int) -> bool:
-    """Whether all memory of a process is (PR_SET_MEMORY_MERGE). Only of one's own processes."""
+    """Whether all memory of a process is mergeable (PR_SET_MEMORY_MERGE). Only for one's own processes."""
     with contextlib.suppress(OSError):
         return "ksm_merge_any: yes" in Path(f"/proc/{pid}/ksm_stat").read_text()
     return False
 
 
 def row_of(pid: int, near: bool = False) -> dict[str, Any] | None:
-    """None: it has ended. `near`: it is one's own, whoever it became."""
+    """The row of a process; None if it has ended. `near`: it is one's own, whichever user it became."""
     try:
         who = identify(pid)
         near = near or set(who.uids) == {os.geteuid()}
@@ -67,7 +67,7 @@ def row_of(pid: int, near: bool = False) -> dict[str, Any] | None:
 
 
 def anonymous_pages(pid: int) -> int:
-    """Its pages of anonymous memory, merged or not."""
+    """How many pages of anonymous memory it has, merged or not."""
     with contextlib.suppress(OSError):
         resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
         return int(resident) - int(shared)

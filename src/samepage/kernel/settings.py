@@ -1,7 +1,8 @@
-"""/sys/kernel/mm/ksm: switched on while somebody needs it, and put back as it was found.
+"""/sys/kernel/mm/ksm: switched on while somebody needs it, and restored afterwards.
 
-What was found is written down before anything is changed, together with the processes that need it (holders), so that
-whoever comes next can put it back when all of them have ended, however they did. That file is root's, as the knobs are.
+Before anything is changed, the settings found are written down, together with the processes that need ksmd (holders).
+So when all of these have ended, in whatever way, the next samepage can restore the settings. The file belongs to root,
+as the knobs do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ STATE = Path("/run/samepage-kernel.json")
 
 
 class SettingsError(Exception):
-    """ksmd cannot be had, in one line."""
+    """Why ksmd is not available, in one line."""
 
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
@@ -27,7 +28,7 @@ class SettingsError(Exception):
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in ticks: tells it from a later one of the same number. None: it has ended."""
+    """When a process started, in ticks, which tells it from a later one of the same number. None: it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -56,7 +57,7 @@ class Settings:
         self._knobs, self._state = knobs, state
 
     def available(self) -> None:
-        """`SettingsError` if this user cannot set them."""
+        """Raise `SettingsError` if this user cannot set the knobs."""
         if not (self._knobs / "run").exists():
             raise SettingsError("this kernel has no KSM (CONFIG_KSM)")
         if not os.access(self._knobs / "run", os.W_OK):
@@ -71,7 +72,7 @@ class Settings:
         return True
 
     def files(self) -> dict[str, str]:
-        """What is in the kernel's files."""
+        """The contents of the kernel's files."""
         found = {}
         for file in sorted(self._knobs.iterdir()):
             with contextlib.suppress(OSError):
@@ -79,11 +80,11 @@ class Settings:
         return found
 
     def counters(self) -> dict[str, int]:
-        """All that it counts, by name."""
+        """All counters, by name."""
         return {name: int(text) for name, text in self.files().items() if not self._is_knob(name)}
 
     def knobs(self) -> dict[str, str]:
-        """All that can be set, by name."""
+        """All knobs, by name."""
         return {name: _chosen(text) for name, text in self.files().items() if self._is_knob(name)}
 
     def write(self, name: str, value: str) -> None:
@@ -126,7 +127,8 @@ class Settings:
                 self._write(name, value)
 
     def change(self, values: Mapping[str, str]) -> None:
-        """Set knobs anew while they are held. `SettingsError`: somebody else has set one since, and none is changed."""
+        """Change knobs while they are held. Raises `SettingsError`, and changes none, if somebody else has changed one
+        since."""
         with self._locked():
             state = self._recovered()
             if state is None:
@@ -142,7 +144,7 @@ class Settings:
                 self._write(name, value)
 
     def lead(self) -> bool:
-        """Whether this process is the one that sets the pace: of those that want to, the first that lives."""
+        """Whether this process sets the pace: the first living one of those that want to."""
         with self._locked():
             state = self._recovered()
             if state is None:
@@ -154,30 +156,31 @@ class Settings:
             return bool(leader[0] == os.getpid())
 
     def found(self, name: str, otherwise: str) -> str:
-        """A file of the kernel's as it was before anybody held it."""
+        """A file's contents before anybody held it."""
         with self._locked():
             state = self._recovered()
             return str((state or {"found": {}})["found"].get(name, self.read(name, otherwise)))
 
     def read(self, name: str, otherwise: str) -> str:
-        """A file of the kernel's; `otherwise` where it has none."""
+        """A file's contents; `otherwise` if the kernel has no such file."""
         try:
             return self._read(name)
         except SettingsError:
             return otherwise
 
     def release(self, pids: list[int]) -> None:
-        """These processes need it no more; the last one has what was found put back."""
+        """Release the knobs for these processes; the last release restores what was found."""
         self.recover(pids)
 
     def recover(self, but: list[int] | None = None) -> None:
-        """Put back what a samepage that ended without doing so had found. Does nothing unless this user is root."""
+        """Restore settings that a samepage found and did not restore before it ended. Does nothing unless this user is
+        root."""
         if os.access(self._knobs / "run", os.W_OK) and self._state.exists():
             with self._locked():
                 self._recovered(but or [])
 
     def _recovered(self, but: list[int] | None = None) -> dict[str, Any] | None:
-        """The state, with those holders that live; None, and everything put back, when there are none."""
+        """The state, with the holders that still live. None if there are none; then everything has been restored."""
         try:
             with open(os.open(self._state, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
                 state: dict[str, Any] = json.load(file)

@@ -1,4 +1,4 @@
-"""A process that is to be attached to: what the kernel says of it, and why it is left alone."""
+"""A process to attach to: what the kernel says of it, and why it is left alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def has_agent(pid: int) -> bool:
 
 
 def check(pid: int) -> None:
-    """`TargetError` if no call may be made in its name. Nothing is touched."""
+    """Raise `TargetError` if no call may be made in the process's name. Touches nothing."""
     try:
         status = dict(re.findall(r"^(\w+):\t(.*)$", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.M))
     except OSError:

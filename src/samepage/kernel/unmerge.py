@@ -20,24 +20,24 @@ from samepage.memory import PAGE_SIZE, U64
 from samepage.memory.pagemap import FILE, PRESENT
 
 BATCH = 1 << 20
-"""Bytes of addresses that one call is for."""
+"""How many bytes of addresses one call covers."""
 
 HOLD, REST = 0.01, 0.002
-"""How long a process is held at a time, and how long it is let go in between, in seconds."""
+"""How long a process is held at a time, and how long it may run in between, in seconds."""
 
 OVERHEAD = 256 << 10
-"""Bytes that the kernel needs besides (inject/unmerge.c)."""
+"""Bytes that the kernel needs in addition (inject/unmerge.c)."""
 
 PASSES = 8
-"""How often unmerge goes over a process. What changed meanwhile is left for the next time."""
+"""How often unmerge goes over a process. What changed meanwhile is left for the next call."""
 
 Ranges = list[tuple[int, int, int]]
-"""Addresses of parts of mappings, and the bytes of each that are merged."""
+"""Addresses of parts of mappings, and how many bytes of each are merged."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How far an unmerge came. The names are those of the JSON of `samepage unmerge`."""
+    """How far an unmerge came. The names are those in the JSON of `samepage unmerge`."""
 
     pid: int
     errno: str | None = None
@@ -49,7 +49,7 @@ class Outcome:
 
 
 class Merged:
-    """Finds the pages of processes that the kernel merged. Without root (not `exact`) every page there is may be."""
+    """Finds pages that the kernel merged. Without root (`exact` is false), every present page may be one."""
 
     def __init__(self) -> None:
         self._page_flags = PageFlags()
@@ -59,7 +59,8 @@ class Merged:
         self._page_flags.close()
 
     def ranges(self, pid: int) -> Ranges:
-        """Parts of its mergeable mappings with merged pages, of `BATCH` bytes at most. Empty when it has ended."""
+        """Parts of its mergeable mappings that have merged pages, of at most `BATCH` bytes. Empty if the process has
+        ended."""
         found: Ranges = []
         try:
             pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -85,7 +86,7 @@ class Merged:
                 yield first, past, count * PAGE_SIZE
 
     def _merged(self, entries: U64, wanted: np.uint64) -> np.typing.NDArray[np.bool_]:
-        # Not by EXCLUSIVE: the pagemap calls a merged page so, too, once nobody else has it mapped.
+        # Don't use EXCLUSIVE: the pagemap has that for a merged page, too, once nobody else maps it.
         merged: np.typing.NDArray[np.bool_] = (entries & PRESENT != 0) & (entries & FILE == 0)
         if self.exact:
             kpf = self._page_flags.flags(entries[merged] & PM_PFN)
@@ -94,8 +95,8 @@ class Merged:
 
 
 def _has_zero_pages(pid: int) -> bool:
-    """Whether ksmd replaced pages with the kernel's page of zeros (`use_zero_pages`, counted since Linux 6.6). Else it
-    was the process that read there before it wrote, and there is nothing to undo."""
+    """Whether ksmd replaced pages with the kernel's page of zeros (`use_zero_pages`, counted since Linux 6.6). If not,
+    the process itself read there before it wrote, and there is nothing to undo."""
     try:
         return (
             re.search(r"^ksm_zero_pages:? [1-9]", Path(f"/proc/{pid}/ksm_stat").read_text(), re.MULTILINE) is not None
@@ -111,8 +112,8 @@ def unmerge(
     keep: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Break what of a process is merged, and leave `reserve` bytes to others. `keep`: its memory stays mergeable, and
-    ksmd may merge it again meanwhile; else none of it is afterwards. `TargetError`."""
+    """Break all merged pages of a process, but leave `reserve` bytes to others. `keep`: its memory stays mergeable, and
+    ksmd may merge it again meanwhile; otherwise none of it is mergeable afterwards. Raises `TargetError`."""
     outcome, first, before = Outcome(pid), -1, 1 << 63
     for _ in range(PASSES if merged.exact or not keep else 1):
         ranges = merged.ranges(pid)
@@ -130,14 +131,14 @@ def unmerge(
         error = 0 if keep else errno.EAGAIN
     outcome.errno = errno.errorcode.get(error)
     outcome.pages_remaining = sum(size for _, _, size in merged.ranges(pid)) // PAGE_SIZE
-    # Of the range that it ended in a part may be done.
+    # A part of the range in which it ended may be done.
     outcome.pages_unmerged = max(outcome.pages_unmerged, first - outcome.pages_remaining)
     outcome.bytes_needed = outcome.pages_remaining * PAGE_SIZE
     return outcome
 
 
 def _pass(pid: int, ranges: Ranges, reserve: int, keep: bool, cancelled: Callable[[], bool], outcome: Outcome) -> int:
-    """Once over `ranges`; 0 or an errno."""
+    """Go over `ranges` once. Returns 0 or an errno."""
     while ranges:
         if cancelled():
             return errno.EINTR

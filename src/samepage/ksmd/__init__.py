@@ -2,10 +2,10 @@
 
 How it works, in the order the modules should be read:
 
-Every process that takes part is an *mm_slot* (`mm_slot`) in a list that a cursor goes round (`mm_list`). When all of
-them were looked at, that is a *pass* (`passes`), and `full_scans` (seqnr) goes up by one. A *look* (`look`) costs
-little: a process hashes only the pages that were written since it was last looked at, so a pass over memory in which
-nothing happened is one message a process, and no work at all a page.
+Every process that takes part is an *mm_slot* (`mm_slot`) in a list that a cursor goes round (`mm_list`). A *pass*
+(`passes`) is over when the cursor has looked at all of them; then `full_scans` (seqnr) goes up by one. A *look*
+(`look`) costs little: a process hashes only the pages that were written since it was last looked at, so a pass over
+memory in which nothing happened is one message a process, and no work at all a page.
 
 What is remembered of a page is nine bytes (`rmap`): a checksum and a state. A page whose checksum is new is
 *volatile*; if it stays the same for one whole pass, it is a *candidate*. Candidates are matched when the pass is over
@@ -24,18 +24,18 @@ copy. All others go to the unstable index. Nothing of this rests on the checksum
 process says of its pages: before a page is replaced, its own process compares all its bytes with the segment's, which
 nobody can change. Where they differ, the page is left alone until it has another checksum.
 
-Neighbouring pages that have neighbouring equals are merged as one *extent*, which takes one mapping. Mappings are
-what a process has least of (`vm.max_map_count`), so if they do not suffice, the longest extents come first. What
-could not be merged for this or another passing reason is tried again after one pass, then two, then four (`deferred`).
+Neighbouring pages that have neighbouring equals are merged as one *extent*, which takes one mapping. Mappings are a
+process's scarcest resource (`vm.max_map_count`), so if there are too few, the longest extents come first. Pages that
+could not be merged for this or another temporary reason are tried again after one pass, then two, then four
+(`deferred`).
 
-Merged pages become private again when the process writes them (the kernel sees to that, and the next scan tells us),
-or when somebody asks for it (`unmerge`, `unmerge_all`): a process for its own memory, or whoever sets `run` to 2 for
-all. That takes memory, and there may be none. Then it stops, and says ENOMEM; what was not done stays merged and stays
-known.
+Merged pages become private again when the process writes them (the kernel sees to that, and the next scan tells us), or
+when somebody asks for it (`unmerge`, `unmerge_all`): a process for its own memory, or a user who sets `run` to 2 for
+all. That takes memory. If there is none, the unmerge stops with ENOMEM; what was not done stays merged and known.
 
-Merge domains (`domain`) have nothing in common but the cursor, and who turns out to belong in another takes nothing
-along (`places`). `knobs`, `counters` and `advisor` are those of /sys/kernel/mm/ksm. `memory.check` stands between
-ksmd and everything a process answers. `ksmd` puts it together.
+Merge domains (`domain`) have nothing in common but the cursor. A process that turns out to belong in another domain
+takes nothing along (`places`). `knobs`, `counters` and `advisor` are those of /sys/kernel/mm/ksm. `memory.check` stands
+between ksmd and everything a process answers. `ksmd` puts it together.
 
 Memory: 9 bytes for each page that was told of, and as much for up to seven neighbours of one that lies alone, with 24
 to 40 for where it is (`pieces`); 4 more while it stands in the unstable index (or waits to be looked at again), 13 for

@@ -6,10 +6,10 @@ merges what matches without a pause. It spaces further looks at the same memory 
 `advisor_max_cpu` percent of a core. While nothing happens, passes come ever more rarely, up to a second apart.
 
 The cost includes what the application pays: a page that was looked at is write-protected, and its next write faults. It
-includes what was spent on merging pages that were then written: a guest that boots, or a heap that is used again,
-is full of pages that are equal for a moment. An application that writes to all its memory all the time is looked at
-ever more rarely, but what comes to rest is not left unseen for longer than it was in motion, or for ten passes where it
-was skipped in some (`age`).
+includes what was spent on merging pages that were then written: a guest that boots, or a heap that is used again, is
+full of pages that are equal for a moment. Memory of an application that writes all the time is looked at ever more
+rarely. But when it comes to rest, ksmd sees that after no longer than it was in motion, or after ten passes if it was
+skipped in some (`age`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ LONGEST_SECONDS = 30.0
 """Longest pause between two passes, however much they cost."""
 
 FAULT_SECONDS = 1.8e-6
-"""What the first write to a page after a look costs the application (measured on Linux 6.18, in a virtual machine)."""
+"""What the first write to a page after a look costs the application, in seconds (measured on Linux 6.18, in a virtual
+machine)."""
 
 BREAK_SECONDS = 7.5e-6
-"""What it cost to merge a page that is then written: 4 µs to merge it, and 3.5 µs for the write that copies it again
+"""The cost of merging a page that is then written: 4 µs to merge it, and 3.5 µs for the write that copies it again
 (measured there, too)."""
 
 
@@ -65,7 +66,7 @@ class Advisor:
         self.spent_in_vain(now, again + min(broken * BREAK_SECONDS, most))
 
     def spent_in_vain(self, now: float, cpu: float) -> None:
-        """`cpu` seconds were spent by now on what brought nothing new."""
+        """Called when `cpu` seconds were spent on something that brought nothing new."""
         if self._joined or self._paid <= now:
             self._caught_up = now
         self._joined = False
@@ -74,12 +75,12 @@ class Advisor:
         self._paid = min(self._paid, now + LONGEST_SECONDS)
 
     def joined(self) -> None:
-        """A process came, or merging was switched on: no more idling."""
+        """Called when a process joined or merging was switched on: ends idling."""
         self._rest = self._rest_until = 0.0
         self._joined = True
 
     def pass_over(self, now: float, quiet: bool) -> None:
-        """A pass ended; `quiet`: nothing had changed, nothing was merged."""
+        """Called at the end of a pass; `quiet`: nothing had changed, nothing was merged."""
         sleep = self._knobs.sleep_millisecs / 1000
         self._rest = min(max(2 * self._rest, sleep), max(IDLE_SECONDS, sleep)) if quiet else sleep
         self._rest_until = now + self._rest
@@ -101,5 +102,5 @@ class Advisor:
         if self._knobs.advisor_mode == "cpu":
             paid = min(self._paid, self._last + max(self._last - self._caught_up, IDLE_SECONDS))
             return 0.0 if urgent else max(0.0, paid - now, self._rest_until - now)
-        # No pages at a time is nothing to be in a hurry for.
+        # With no pages at a time there is no hurry.
         return max(self._knobs.sleep_millisecs / 1000, 0.0 if self._knobs.pages_to_scan else IDLE_SECONDS)

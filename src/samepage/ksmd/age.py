@@ -1,4 +1,4 @@
-"""Which memory a pass leaves out: what changes whenever it is looked at (`smart_scan`).
+"""Which memory a pass leaves out: memory that changes between all looks (`smart_scan`).
 
 mm/ksm.c counts for every rmap_item how often a look at it was useless, and skips it for more and more passes
 (should_skip_rmap_item, skip_age). Here a whole block is skipped, the range of a huge page. The look itself is cheap.
@@ -13,18 +13,19 @@ from samepage.arrays import Ints
 from samepage.memory import U8, VPN_END
 
 BLOCK_PAGES = 512
-"""Pages of a block, of which the first is a multiple."""
+"""Pages of a block. Its first page is a multiple of this."""
 
 RESTLESS_PAGES = BLOCK_PAGES // 4
 """A block is restless when at least so many of its pages changed since the last look."""
 
 SKIPS: U8 = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 4], np.uint8)
-"""By age, the passes that a block is skipped after a look (skip_age); when it is older, as many as the last, which is 8
-in the kernel. What came to rest must be looked at twice before it is known to be."""
+"""For each age, how many passes a block is skipped after a look (skip_age). An older block is skipped as many as the
+last, which is 8 in the kernel. Memory that comes to rest must be looked at twice before that is known."""
 
 
 class Ages:
-    """The blocks of one process that change all the time, with their age: looks in a row that found them changed."""
+    """The blocks of one process that change all the time. Their age is the number of looks in a row that found them
+    changed."""
 
     def __init__(self) -> None:
         self._block: Ints = np.empty(0, np.int64)  # ascending
@@ -39,7 +40,7 @@ class Ages:
         return self._block.nbytes + 2 * self._age.nbytes + 2 * self._start.nbytes
 
     def begin_pass(self, smart_scan: bool) -> None:
-        """Settle what the pass that begins skips; without `smart_scan`, nothing."""
+        """Decide what the new pass skips; without `smart_scan`, nothing."""
         if not smart_scan:
             self._remaining[:] = 0
         if self.skipping or len(self._block):
@@ -53,7 +54,7 @@ class Ages:
 
     @property
     def skipping(self) -> bool:
-        """Whether the pass going on leaves something out."""
+        """Whether the current pass leaves something out."""
         return bool(len(self._start))
 
     @property
@@ -62,7 +63,7 @@ class Ages:
         return len(self._block) > 0 and bool(self._remaining.any())
 
     def ahead(self, vpn: int) -> tuple[int, int]:
-        """From `vpn` on, the first page to look at, and the page before which that ends."""
+        """The first page to look at from `vpn` on, and the page before which that stretch ends."""
         if not len(self._start):
             return vpn, VPN_END
         i = int(np.searchsorted(self._end, vpn, "right"))
@@ -72,8 +73,8 @@ class Ages:
         return vpn, int(self._start[i]) if i < len(self._start) else VPN_END
 
     def changed(self, vpns: Ints) -> int:
-        """These pages, ascending, were looked at before, and are found changed. Returns for how many of them that is no
-        news: their blocks are skipped at times."""
+        """Note that these pages (ascending) were looked at before, and have changed. Returns for how many of them that
+        is no news: their blocks are skipped at times."""
         blocks = vpns // BLOCK_PAGES
         first = np.flatnonzero(np.diff(blocks, prepend=-1))
         blocks, counts = blocks[first], np.diff(first, append=len(blocks))
@@ -85,7 +86,7 @@ class Ages:
         return int(counts[old[at] == blocks].sum())
 
     def end_pass(self) -> None:
-        """All was looked at but what was to be skipped."""
+        """End a pass that looked at everything except what it was to skip."""
         if not self._found and not len(self._block):
             return
         blocks = np.concatenate([self._block, *(found for found, _ in self._found)])
@@ -108,14 +109,14 @@ class Ages:
         self._block, self._age, self._remaining = blocks[keep], age[keep], remaining[keep]
 
     def remaining_skips(self, vpns: Ints) -> U8:
-        """For each page the passes from now on for which it will not be looked at."""
+        """For each page, for how many passes from now on it will not be looked at."""
         if not self.remaining:
             return np.zeros(len(vpns), np.uint8)
         at = np.minimum(np.searchsorted(self._block, vpns // BLOCK_PAGES), len(self._block) - 1)
         return np.where(self._block[at] == vpns // BLOCK_PAGES, self._remaining[at], 0).astype(np.uint8)
 
     def forget(self, first: Ints, end: Ints) -> None:
-        """Pages [first, end) that were not there before (ascending): what was in their blocks is of no interest."""
+        """Note that pages [first, end) (ascending) are new: forget the age of their blocks."""
         if not len(self._block) or not len(first):
             return
         run = np.minimum(np.searchsorted(end, self._block * BLOCK_PAGES, "right"), len(first) - 1)

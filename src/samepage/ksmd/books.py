@@ -1,9 +1,9 @@
 """The books of a merge domain: whether they agree with one another, and how to make them agree again.
 
 What ksmd knows of a page stands in two columns (`rmap`), and everything else follows from these: how many pages of a
-process are in which state, which refs stand in the unstable index, who uses a stable node. Every change is made to
-both at once. Should a mistake of ksmd's own end one in the middle, `mend` makes all that follows anew, and the
-next slice finds a domain in order.
+process are in which state, which refs stand in the unstable index, who uses a stable node. Every change is made to both
+at once. If a defect of ksmd ends a change in the middle, `mend` computes the rest anew, and the next slice finds the
+domain in order.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from samepage.memory import VPN_END
 
 
 def problems(domain: Domain) -> list[str]:
-    """What does not agree, in words; empty when everything does. It looks at every page."""
+    """Describe what does not agree; empty if everything does. Looks at every page."""
     return [*_of_pieces(domain), *_of_slots(domain), *_of_unstable(domain), *_of_stable(domain)]
 
 
 def _known(domain: Domain) -> Ints:
-    """All refs whose state says anything, ascending."""
+    """All refs with a known state, ascending."""
     whole = np.array([0]), np.array([domain.rmap.top])
     return np.concatenate([NONE, *domain.known_refs(*whole)])
 
@@ -113,8 +113,8 @@ def _of_stable(domain: Domain) -> Iterator[str]:
 
 
 def mend(domain: Domain) -> None:
-    """Make the books agree, if they do not. Where that cannot be done, forget it all: the processes are told to go, and
-    an honest one joins again, merged as it is."""
+    """Make the books agree, if they do not. If that is impossible, forget the domain: its processes are cut off, and an
+    honest one joins again, merged as it is."""
     try:
         if problems(domain):
             _rebuild(domain)
@@ -129,8 +129,9 @@ def mend(domain: Domain) -> None:
 
 
 def _rebuild(domain: Domain) -> None:
-    """Make everything anew that follows from the state of the pages. Those that could be merged are candidates again; a
-    page merged with a node of no segment is not known to be merged any more, and is left alone until it is written."""
+    """Compute everything anew that follows from the state of the pages. Pages that could be merged become candidates
+    again. A page merged with a node that is in no segment counts as not merged any more, and is left alone until it is
+    written."""
     first, last = _ranges(domain)
     domain.rmap.keep_only(first, last - first)
     domain.recount()

@@ -1,5 +1,5 @@
-"""Which of the matched pages a process can afford to have merged: mappings are what it has least of, and
-`max_overcommit` may limit what its memory cgroup takes on."""
+"""Which of the matched pages a process can afford to merge. Mappings are its scarcest resource, and `max_overcommit`
+may limit what its memory cgroup takes on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from samepage.memory import U32, U64
 
 
 def within_budget(domain: Domain, refs: U32, target: U64, work: MergeWork) -> tuple[Bools, U32]:
-    """Which of the matched pages are merged (`refs` ascend, each with its target), and of which copies are made: these
-    may be pages that are not merged themselves. The others are tried again."""
+    """Which of the matched pages to merge (`refs` ascend, each with its target), and which to copy; these may be pages
+    that are not merged themselves. The others are tried again later."""
     mapped = _with_mappings(domain, refs, target, work)
     may = np.ones(len(refs), np.bool_)
     may[mapped] = may_merge(domain, refs[mapped], target[mapped], work)
@@ -32,7 +32,7 @@ def within_budget(domain: Domain, refs: U32, target: U64, work: MergeWork) -> tu
 
 
 def _with_mappings(domain: Domain, refs: U32, target: U64, work: MergeWork) -> Bools:
-    """Where a process has not enough mappings for all its pages, those of its longest extents."""
+    """If a process has too few mappings for all its pages, choose those of its longest extents."""
     keep = np.ones(len(refs), np.bool_)
     by_memory = domain.by_memory(refs)
     for slot, count in work.each(by_memory, _map_count).items():
@@ -57,7 +57,7 @@ def _map_count(slot: MmSlot) -> int:
 
 
 def _keep_no_lone_copies(target: U64, donors: U32, keep: Bools) -> Bools:
-    """Do not keep a page if nobody else would have its copy: alone it would save nothing. Returns which donors are
+    """Leave out a page if no other page would share its copy: alone it would save nothing. Returns which donors are
     left."""
     to_copy = target >= COPY
     rank = np.searchsorted(donors, (target[to_copy] - COPY).astype(np.uint32))
@@ -67,9 +67,9 @@ def _keep_no_lone_copies(target: U64, donors: U32, keep: Bools) -> Bools:
 
 
 def may_merge(domain: Domain, refs: U32, target: U64, work: MergeWork) -> Bools:
-    """Which of ascending refs can be merged without more being promised to their memory cgroups than `max_overcommit`
-    allows. Those are taken off the allowance, which is made anew for each slice, whatever becomes of them. Pages of one
-    target go in together, for one alone would have nobody to share with."""
+    """Which of the ascending refs can be merged without promising their memory cgroups more than `max_overcommit`
+    allows. These are taken off the allowance, whatever becomes of them; each slice has a new allowance. Pages of one
+    target are accepted together, since one alone would have nobody to share with."""
     may = np.ones(len(refs), np.bool_)
     if work.allowance is None:
         return may

@@ -33,7 +33,7 @@ class ProcessRow:
     state: str
     """Whether it answers: "running", or why not ("stopped", "traced", "frozen")."""
     unmerge_pending: bool
-    """It did not answer when it was to be unmerged, and will be as soon as it does."""
+    """It did not answer when it was to be unmerged, and will be unmerged as soon as it answers."""
     domain: MergeDomain
     owner: MergeDomain
     """Whose process it is: the merge domain it would be in without a policy."""
@@ -44,24 +44,24 @@ class ProcessRow:
     ksm_zero_pages: int
     """Pages merged with the zero page."""
     merged: int
-    """Both of these."""
+    """The sum of both."""
     bytes_needed: int
-    """What private copies of all of them would take."""
+    """The bytes that private copies of all merged pages would take."""
     pages_inherited: int
     pages_broken: int
-    """Were merged, and have a private copy again that was not looked at since."""
+    """Pages that were merged, and have a private copy again that was not looked at since."""
     pages_deferred: int
-    """Matched, and will be tried again."""
+    """Matched pages that could not be merged and will be tried again."""
     pages_unmerged_vma: int
-    """Matched, and left for want of mappings (`vm.max_map_count`)."""
+    """Matched pages left unmerged because the process has too few mappings (`vm.max_map_count`)."""
     ksm_merge_any: bool
     """PR_SET_MEMORY_MERGE is in force."""
     ksm_mergeable: bool
     """It has mergeable areas."""
     ksm_process_profit: int
-    """Bytes: merged pages, less what ksmd spends on knowing this process's pages (nine bytes each)."""
+    """Bytes of merged pages, less what ksmd spends on knowing this process's pages (nine bytes each)."""
     cpu_seconds: float
-    """CPU time spent for ksmd in the process itself."""
+    """CPU time that the process itself spent for ksmd."""
     stalls: Stalls = NO_STALLS
     """How its threads were held up."""
 
@@ -74,9 +74,9 @@ class Counters:
     pages_shared: int = 0
     """Stable nodes in use."""
     pages_sharing: int = 0
-    """How many more pages map them: the pages saved, so to speak; but see `bytes_saved`."""
+    """How many more pages map the stable nodes: roughly the pages saved, but see `bytes_saved`."""
     pages_unshared: int = 0
-    """Stand in the unstable index: looked at again and again for nothing."""
+    """Pages in the unstable index: looked at again and again for nothing."""
     pages_volatile: int = 0
     """Known, and in neither tree, as KSM counts them: changing too fast, waiting to have been the same for a whole
     pass, or one of those that the next few count by the reason."""
@@ -88,13 +88,13 @@ class Counters:
     pages_deferred: int = 0
     pages_unmerged_vma: int = 0
     pages_collided: int = 0
-    """Were compared different from a page of equal checksum; left alone until they change."""
+    """Pages that differed from a page of equal checksum; left alone until they change."""
     ksm_zero_pages: int = 0
     full_scans: int = 0
     pages_scanned: int = 0
     """Pages hashed so far."""
     pages_skipped: int = 0
-    """Pages passed over so far because the kernel said they had not been written."""
+    """Pages skipped so far because the kernel said they had not been written."""
     stable_node_chains: int = 0
     stable_node_dups: int = 0
     segments: int = 0
@@ -123,7 +123,7 @@ class DomainRow:
 
 @dataclass(slots=True, frozen=True)
 class Snapshot:
-    """All that is shown, of one moment."""
+    """Everything that is shown, of one moment."""
 
     counters: Counters = field(default_factory=Counters)
     domains: tuple[DomainRow, ...] = ()

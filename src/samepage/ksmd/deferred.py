@@ -1,4 +1,4 @@
-"""Pages that matched and could not be merged, each to be tried again after twice as many passes as the last time."""
+"""Pages that matched but could not be merged. Each is tried again after twice as many passes as the last time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLLIDED_LONGEST = 10
 
 
 class Deferred:
-    """A queue of refs by the pass they are due in. An entry may be stale: the page's state tells."""
+    """A queue of refs by the pass in which they are due. An entry may be stale: the page's state decides."""
 
     def __init__(self) -> None:
         self._queue: list[tuple[int, int, U32]] = []  # (due, attempts so far, refs)
@@ -28,7 +28,8 @@ class Deferred:
         return sum(refs.nbytes for _, _, refs in self._queue) + self._released.nbytes + self._attempts.nbytes
 
     def defer(self, refs: U32, passes: int, longest: int = LONGEST) -> None:
-        """Put refs aside; `passes` is the number of the pass now, two to the power `longest` the most to wait for."""
+        """Put refs aside. `passes` is the number of the current pass; two to the power `longest` is the longest
+        wait."""
         if not len(refs):
             return
         attempts = np.zeros(len(refs), np.uint8)
@@ -41,7 +42,7 @@ class Deferred:
             self._queue.append((passes + again_in, int(attempt) + 1, refs[attempts == attempt]))
 
     def due(self, passes: int) -> list[U32]:
-        """Let go of what is due by now."""
+        """Return the refs that are due by now."""
         now = [entry for entry in self._queue if entry[0] <= passes]
         if not now:
             self._released, self._attempts = self._released[:0], self._attempts[:0]

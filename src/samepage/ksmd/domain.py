@@ -34,12 +34,12 @@ from samepage.memory import U32, U64
 from samepage.memory.merge_domain import MergeDomain
 
 CANDIDATE = HAS_CHECKSUM.copy()
-"""States a page that was put aside as a candidate may still be in when its turn comes."""
+"""The states in which a page that was put aside as a candidate may still be when its turn comes."""
 CANDIDATE[[PageState.UNSHARED, PageState.ALONE]] = False
 
 
 class Domain(Refs):
-    """State of one merge domain: what its pages are, and who waits to be merged."""
+    """The state of one merge domain: what its pages are, and which wait to be merged."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Domain(Refs):
         self.key = key
         self.patience = patience or Patience(most=30.0, regain=0.05)
         self.is_foreign = is_foreign
-        """Of a user that the service has for guest."""
+        """Whether the domain is of a user other than the service's owner."""
         self._begin()
 
     def _begin(self) -> None:
@@ -75,7 +75,7 @@ class Domain(Refs):
         return self.rmap.resident() + self._pieces_bytes + indexes + slots + sum(part.nbytes for part in lists)
 
     def release(self) -> None:
-        """The last of its processes has gone."""
+        """Give everything back, after the last of its processes has gone."""
         self.stable.release()
         super().release()
 
@@ -93,7 +93,7 @@ class Domain(Refs):
     # -- what a page is ---------------------------------------------------------------------------------
 
     def set_state(self, slot: MmSlot, refs: U32 | Ints, state: PageState) -> None:
-        """Make pages of one slot something else, and count them as that."""
+        """Give pages of one slot another state, and count them so."""
         if not len(refs):
             return
         slot.counts -= np.bincount(self.state[refs], minlength=len(slot.counts))
@@ -106,7 +106,7 @@ class Domain(Refs):
             self.set_state(slot, refs[at], state)
 
     def forget(self, slot: MmSlot, refs: Ints) -> None:
-        """Pages that are gone: nothing is known of them any more."""
+        """Forget pages that are gone."""
         self.withdraw(slot, refs)
         self.set_state(slot, refs, PageState.UNTOUCHED)
 
@@ -124,8 +124,8 @@ class Domain(Refs):
         return int(np.count_nonzero(has_node)) + int(np.count_nonzero(state == PageState.ZERO))
 
     def _bequeath(self, slot: MmSlot, refs: Ints) -> None:
-        """Where a page that leaves its node has heirs by fork and nobody else stands in for them, one of them takes its
-        place as the page that was merged. So, of pages that would be one without us, exactly one counts as saved."""
+        """If a page that leaves its node has heirs by fork, and no other page stands in for them, one of the heirs
+        takes its place as the merged page. So of pages that would be one without us, exactly one counts as saved."""
         others = [s for s in self.slots if s is not slot]
         if not len(refs) or not any(s.counts[PageState.INHERITED] for s in others):
             return
@@ -153,7 +153,8 @@ class Domain(Refs):
         return np.flatnonzero(known)
 
     def changed(self, slot: MmSlot, refs: Ints, checksums: U64) -> None:
-        """Pages (in neither tree) whose content is new: candidates if they stay so for a whole pass."""
+        """Note that the content of pages (in neither tree) is new: they become candidates if it stays so for a whole
+        pass."""
         self.checksum[refs] = checksums
         self.set_state(slot, refs, VOLATILE[self.parity])
         self.changed_now.append(refs.astype(np.uint32))
@@ -161,7 +162,8 @@ class Domain(Refs):
     # -- candidates -------------------------------------------------------------------------------------
 
     def end_pass(self, passes: int) -> None:
-        """What was new one pass ago and did not change since becomes a candidate; so does what was deferred."""
+        """End a pass: pages that were new one pass ago and have not changed since become candidates, and so do deferred
+        ones that are due."""
         self.candidates.extend(self.changed_before)
         self.candidates.extend(self.deferred.due(passes))
         self._set_skipped_aside(passes)
@@ -171,8 +173,8 @@ class Domain(Refs):
             self.sweep(slot)
 
     def _set_skipped_aside(self, passes: int) -> None:
-        """What changed in this pass and is not looked at in the next waits for the look that tells whether it is still
-        the same, and is taken to have changed in the pass before that."""
+        """Pages that changed in this pass and are not looked at in the next one wait for the look that shows whether
+        they stayed the same; they then count as changed in the pass before that look."""
         if any(slot.ages.remaining for slot in self.slots):
             parts, self.changed_now = self.changed_now, []
             for part in parts:
@@ -211,7 +213,7 @@ class Domain(Refs):
         return sorted_refs(parts)
 
     def start_afresh(self) -> None:
-        """After everything was unmerged: nothing is known but checksums, and every page is a candidate anew."""
+        """Start again after everything was unmerged: only checksums are known, and every page is a candidate."""
         self.unstable.clear()
         self.deferred = Deferred()
         self.candidates.clear()

@@ -1,8 +1,8 @@
 """What processes are asked to do for a slice of matched pages: donate copies, and merge with them or with nodes.
 
-One thing waits for another. A copy must be made before anybody can merge with it. Its donor merges last, and only if
-another process has merged with it by then: a copy that nobody else turned out to equal saves nothing. Nobody waits for
-more than that. While one process merges with what another has just given, the other gives more.
+The steps depend on each other. A copy must be made before any process can merge with it. Its donor merges last, and
+only if another process has merged with it by then: a copy that no other page equals saves nothing. No process waits for
+more than that: while one merges with what another has just donated, the other donates more.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment
 from samepage.memory import AREA, DONE, EXTENT, U8, U32, U64, PageStatus, Segment
 
 HUGE_PAGE = 512
-"""Pages of a huge page, which a process swaps whole if all of it is asked for at once."""
+"""Pages of a huge page. A process swaps it as a whole if it is asked for all of it at once."""
 
 IN_HAND = 2
-"""How many requests a process has at the same time, at most. It does one after the other, but it has the next one at
-hand, and need not wait until its last answer is taken in here."""
+"""How many requests a process has at the same time, at most. It works on one after the other, but finds the next at
+once, instead of waiting until its last answer has been taken in."""
 
 AHEAD = 2
-"""Copies that a process makes (8 MiB each) before others have tried the ones before."""
+"""How many copies (8 MiB each) a process makes ahead of the others trying them."""
 
 MUCH_WORK = 1.0
 """Seconds that a process may take for a whole copy, or for merging with one, before it counts as waiting."""
 
 UNASKED = 255
-"""Status of a page that was not to be merged: there is no copy of it."""
+"""The status of a page that was not asked for, because there is no copy to merge it with."""
 
 COPY = np.uint64(1 << 32)
-"""Target `COPY + ref`: a copy still to be made of that page. Less than this: a stable node."""
+"""Target `COPY + ref`: a copy of that page, still to be made. A smaller target is a stable node."""
 
 Each = Callable[[Iterable[MmSlot], Callable[[MmSlot], Any]], dict[MmSlot, Any]]
-"""Does something to several processes at the same time (`MergeWork.each`)."""
+"""Does something with several processes at the same time (`MergeWork.each`)."""
 
 
 @dataclass(slots=True)
 class _Task:
-    """One thing to ask a process; `drop` instead when it has gone, or is silent, or time is up."""
+    """One request to a process; `drop` is called instead if the process is gone or silent, or time is up."""
 
     do: Callable[[], None]
     drop: Callable[[], None]
@@ -55,14 +55,14 @@ class _Task:
 
 @dataclass(slots=True)
 class _Queue:
-    """What is still to be asked of one process."""
+    """The requests still to be sent to one process."""
 
     merges: deque[_Task] = field(default_factory=deque)
     donations: deque[_Task] = field(default_factory=deque)
     asked: int = 0
-    """How much it is asked at this moment."""
+    """How many requests it has at this moment."""
     ahead: int = 0
-    """Copies it was told to make that are not yet tried by all who are to merge with them."""
+    """Copies that it was told to make, and that not all processes that are to merge with them have tried."""
 
     def next(self) -> _Task | None:
         """Copies first, since others wait for them; but not many ahead, since they take memory."""
@@ -73,7 +73,7 @@ class _Queue:
 
 
 class _Queues:
-    """What is still to be asked of each process. No thread rests while there is somebody to ask."""
+    """The requests still to be sent to each process. No thread rests while there is a process to ask."""
 
     def __init__(self, each: Each, is_over: Callable[[], bool]) -> None:
         self._each = each
@@ -82,11 +82,11 @@ class _Queues:
         self._queues: dict[MmSlot, _Queue] = {}
 
     def donate(self, slot: MmSlot, task: _Task) -> None:
-        """To be called before `run`."""
+        """Queue a donation. Call it before `run`."""
         self._queues.setdefault(slot, _Queue()).donations.append(task)
 
     def merge(self, slot: MmSlot, task: _Task, first: bool = False) -> None:
-        """Add a merge, from any thread. `first`: before all others, since its pages are in the CPU's cache."""
+        """Queue a merge, from any thread. `first`: ahead of all others, since its pages are in the CPU's cache."""
         with self._changed:
             merges = self._queues.setdefault(slot, _Queue()).merges
             if first:
@@ -96,13 +96,13 @@ class _Queues:
             self._changed.notify_all()
 
     def tried(self, slot: MmSlot) -> None:
-        """All have tried a copy that this process made."""
+        """Note that all processes have tried a copy that this process made."""
         with self._changed:
             self._queues[slot].ahead -= 1
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Until nothing is left to do."""
+        """Work until nothing is left to do."""
         while ready := [slot for slot, queue in self._queues.items() if queue.merges or queue.donations]:
             for slot in ready:
                 while slot.is_away and (task := self._queues[slot].next()):
@@ -169,10 +169,9 @@ class _Share:
 
 
 class Exchange:
-    """Has copies made of `donors`, and merges `refs` (both ascending) with their `target`s.
-
-    `status` is then what became of each ref, a `PageStatus` or `UNASKED`. Of refs that were to be merged with a copy
-    `donation_of` and `node_of` tell what became of that. `segments` are the new ones.
+    """Lets processes make copies of `donors`, and merge `refs` with their `target`s; both ascend. Afterwards `status`
+    has for each ref a `PageStatus` or `UNASKED`. For refs that were to be merged with a copy, `donation_of` and
+    `node_of` say what became of the copy. `segments` are the new ones.
     """
 
     def __init__(self, domain: Domain, refs: U32, target: U64, donors: U32, passes: int) -> None:
@@ -258,7 +257,7 @@ class Exchange:
     # -- the work, in any thread ------------------------------------------------------------------------
 
     def run(self, each: Each, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Do it all, or as much as is begun before `is_over`; the rest is as if its processes were silent."""
+        """Do all of it, or as much as begins before `is_over`; the rest is treated as if its processes were silent."""
         queues = _Queues(each, is_over)
         for segment, share in self._with_nodes:
             queues.merge(share.slot, self._joining(segment, share))
@@ -352,8 +351,8 @@ class Exchange:
 
 
 def merge(slot: MmSlot, segment: Segment | None, extents: Structured, pages: Ints, status: U8) -> int:
-    """Have a process merge; what became of each page goes to its position in `status`. Returns the CPU time it took, in
-    ns. AddressSpaceGone."""
+    """Let a process merge, and put the status of each page at its position in `status`. Returns the CPU time it took,
+    in ns. Raises AddressSpaceGone."""
     with slot.waited_for(_may_take(len(pages))):
         result = slot.space.merge(segment, extents)
     status[pages] = result.status
@@ -361,7 +360,7 @@ def merge(slot: MmSlot, segment: Segment | None, extents: Structured, pages: Int
 
 
 def _may_take(npages: int) -> float:
-    """Seconds for so many pages. There may be very many copies of a few pages each."""
+    """How many seconds so many pages may take. There may be very many copies of a few pages each."""
     return min(MUCH_WORK, A_MOMENT + MUCH_WORK * npages / SEGMENT_PAGES)
 
 

@@ -1,9 +1,9 @@
 """Restoring pages that were merged and then written: only as ordinary memory can they be merged again.
 
-The kernel needs nothing like it: there a page that leaves a stable node is an ordinary page at once. Here it takes the
-process some microseconds a page, which pays once the writing has come to an end: for weights that were loaded over
-initialised memory, say. So ksmd restores pages that were found broken two passes ago or earlier, and only long runs of
-them, since each run takes a mapping.
+The kernel needs nothing like this: its page is ordinary as soon as it leaves a stable node. Here it costs the process
+some microseconds a page, which pays once the writing has ended: for weights that were loaded over initialised memory,
+say. So ksmd restores pages that were found broken two passes ago or earlier, and only long runs of them, since each run
+takes a mapping.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from samepage.ksmd.rmap import PageState
 from samepage.memory import AREA
 
 QUIET_PASSES = 2
-"""Passes that a page must have been known to be broken for."""
+"""For how many passes a page must have been known as broken."""
 
 RUN_PAGES = 16
 """Pages of the shortest run that is restored (64 KiB)."""
 
 BATCH_PAGES, BATCH_RUNS = 1 << 14, 256
-"""Pages and runs at most of one process in one pass: 64 MiB, which take it some 60 ms."""
+"""The most pages and runs of one process in one pass: 64 MiB, which take it some 60 ms."""
 
 RESTORE_RATE = 1 << 14
 """Pages a second, at worst, that a process restores (64 MiB)."""
@@ -38,7 +38,7 @@ PATIENCE_MAX = 64
 
 
 def restore(domain: Domain, slots: Iterable[MmSlot], work: MergeWork) -> bool:
-    """Have processes restore what has been broken for long enough. Whether any page was restored."""
+    """Let processes restore pages that have been broken for long enough. Returns whether any page was restored."""
     runs = {slot: _due(domain, slot, work.passes) for slot in slots if slot.may_have_islands(work.passes)}
     for slot, found in runs.items():
         if not len(found):
@@ -100,7 +100,7 @@ def _broken_runs(domain: Domain, vpns: Ints, refs: Ints, before: int | None, lea
 
 
 def _asked(domain: Domain, slot: MmSlot, runs: Structured, passes: int) -> None:
-    """The next scan tells which of them were restored. Those that were not have their turn after all others."""
+    """Note what was asked. The next scan shows which pages were restored; those that were not come after all others."""
     start = runs["vpn"].astype(np.int64)
     _, _, ref, length = slot.pieces.locate(start, start + runs["npages"].astype(np.int64))
     refs = expand(ref, length)

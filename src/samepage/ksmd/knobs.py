@@ -32,14 +32,14 @@ class Format(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Knob:
-    """All there is to say of a knob: files, commands, their help and errors go by this."""
+    """Everything about a knob: files, commands, their help and errors are derived from this."""
 
     name: str
     default: str | int
     allowed: tuple[int, int] | tuple[str, ...]
-    """The least and the greatest number, or the words."""
+    """The least and the greatest number, or the allowed words."""
     format: Format | None
-    """None: it is samepage's alone, and no file has it."""
+    """The format of its file; None: it is samepage's alone, and has no file."""
     help: str
 
     @property
@@ -50,7 +50,7 @@ class Knob:
         return "|".join(str(word) for word in self.allowed)
 
     def parse(self, value: str | int) -> str | int:
-        """What it would be set to. OSError EINVAL: no such value."""
+        """The value that a text stands for. Raises OSError EINVAL if there is none."""
         if isinstance(self.allowed[0], str):
             if value not in self.allowed:
                 raise error(errno.EINVAL, f"{self.name}: {value!r} is not one of {self.range}")
@@ -159,7 +159,7 @@ def error(code: int, what: str) -> OSError:
 
 
 def check_change(knobs: Knobs, name: str, value: str | int, merged: bool) -> None:
-    """Raise the kernel's error where a value is good but not now."""
+    """Raise the kernel's error if a value is valid, but not now."""
     if name in ("max_page_sharing", "merge_across_nodes") and value != getattr(knobs, name) and merged:
         raise error(errno.EBUSY, f"{name}: pages are merged; set run to 2 first")
     if name == "pages_to_scan" and knobs.advisor_mode == "scan-time":

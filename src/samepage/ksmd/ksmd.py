@@ -1,7 +1,8 @@
-"""The daemon itself: run control, and what others may ask of it. What it is made of does the work:
+"""The daemon itself: run control, and what others may ask of it.
 
-`mm_list` has the processes, `passes` looks at them, `slices` merges what a pass left, `on_request` what a process wants
-merged at once, `unmerge_all` takes it apart again, and `places` sees off who belongs elsewhere.
+Its parts do the work: `mm_list` has the processes, `passes` looks at them, `slices` merges what a pass found,
+`on_request` merges what a process wants merged at once, `unmerge_all` undoes it, and `places` sends processes away that
+belong elsewhere.
 """
 
 from __future__ import annotations
@@ -92,15 +93,16 @@ class Ksmd:
         return self.mm_list.slots(pid)
 
     def look_again(self) -> None:
-        """Who belongs in which merge domain is another matter now: look at it with the next `do_scan`."""
+        """Call this when the rules for merge domains have changed: the next `do_scan` looks where each process
+        belongs."""
         self._places.look_again()
 
     # -- one at a time ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _working(self, cancelled: Cancelled = lambda: False) -> Iterator[None]:
-        """Hold the mutex. Whatever is raised meanwhile, the books of all domains agree afterwards. OSError EINTR when
-        `cancelled()` before it could be had."""
+        """Hold the mutex. Whatever is raised meanwhile, the books of all domains agree afterwards. Raises OSError EINTR
+        if `cancelled()` says so before the mutex is free."""
         with hold(self.mutex, cancelled):
             started = self._cpu_clock()
             try:
@@ -247,7 +249,7 @@ class Ksmd:
         return min(wait, LISTEN_EVERY) if any(slot.owed or slot.leaving for slot in mm_list.slots()) else wait
 
     def snapshot(self) -> Snapshot:
-        """How things stood after the last batch: counters and all rows, of the same moment."""
+        """The state after the last batch: counters and all rows, of the same moment."""
         return self._shown
 
     def counters(self) -> Counters:
@@ -279,7 +281,7 @@ class Ksmd:
 
 
 class UnmergeFailed(OSError):
-    """Setting `run` to 2 did not get to its end. `result` says how far it came."""
+    """Setting `run` to 2 failed before its end. `result` says how far it came."""
 
     def __init__(self, result: UnmergeResult) -> None:
         super().__init__(*knob_rules.error(result.errno, "run").args)
@@ -288,8 +290,8 @@ class UnmergeFailed(OSError):
 
 @contextlib.contextmanager
 def hold(lock: threading.Lock, cancelled: Cancelled) -> Iterator[None]:
-    """Hold a lock that somebody may keep for as long as a process does not answer. OSError EINTR when `cancelled()` is
-    first."""
+    """Hold a lock that somebody may keep for as long as a process does not answer. Raises OSError EINTR if
+    `cancelled()` says so first."""
     while not lock.acquire(timeout=0.05):
         if cancelled():
             raise knob_rules.error(errno.EINTR, "another request is going on")

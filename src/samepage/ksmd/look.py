@@ -29,8 +29,8 @@ from samepage.memory import (
 
 @dataclass(slots=True)
 class Look:
-    """One answer to a scan: what was said, and the areas too if they changed. `wall_ns` bounds what it may
-    claim in CPU time."""
+    """One answer to a scan, and the areas if they changed, too. The process cannot claim more CPU time than
+    `wall_ns`."""
 
     reply: ScanResult
     areas: Areas | None
@@ -56,7 +56,7 @@ IDLE_LOOKS = 256
 
 
 def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_END) -> Look:
-    """Ask a process for one step of its scan, before page `end`. Runs in any thread: nothing of ksmd's is touched."""
+    """Ask a process for one step of its scan, before page `end`. Runs in any thread: it touches nothing of ksmd's."""
     started = time.perf_counter_ns()
     with slot.waited_for():
         reply = slot.space.scan(vpn, budget, flags, end)
@@ -71,7 +71,7 @@ def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_EN
 
 
 def heard(slot: MmSlot, reply: ScanResult, started: int) -> Look:
-    """What it answered, and the areas if they changed."""
+    """Its answer, and the areas if they changed."""
     areas = None
     if reply.areas_seq != slot.areas_seq:
         with slot.waited_for():
@@ -80,7 +80,7 @@ def heard(slot: MmSlot, reply: ScanResult, started: int) -> Look:
 
 
 def ingest(domain: Domain, slot: MmSlot, seen: Look, passes: int) -> Seen:
-    """Take in what a scan said. AddressSpaceGone if it makes no sense."""
+    """Take in the answer to a scan. Raises AddressSpaceGone if it makes no sense."""
     reply = seen.reply
     if seen.areas is not None:
         _take_areas(domain, slot, seen.areas)
@@ -130,7 +130,7 @@ def _lie_in(areas: Stretches, runs: Structured) -> bool:
 
 
 def _as_far_as_found(runs: Structured) -> Structured:
-    """Behind the end of a segment nothing can be merged with it."""
+    """Cut at the end of a segment: beyond it nothing can be merged."""
     most = SEGMENT_PAGES - np.minimum(runs["offset"], SEGMENT_PAGES)
     found = runs["kind"] == RunKind.FOUND
     runs["npages"][found] = np.minimum(runs["npages"], most)[found]
@@ -183,11 +183,13 @@ def refresh_areas(domain: Domain, slot: MmSlot) -> None:
 
 
 RECOUNT_PAGES = 1 << 18
-"""Only of a process with so many mergeable pages at most (1 GiB) are zero pages recounted: some milliseconds."""
+"""Zero pages are recounted only for processes with at most this many mergeable pages (1 GiB), which takes some
+milliseconds."""
 
 
 def recount_zeros(domain: Domain, slot: MmSlot) -> None:
-    """See which pages merged with the zero page are that no more: were written, or are in no area now. Hashes none."""
+    """Find the pages that are merged with the zero page no more: they were written, or are in no area now. Hashes
+    none."""
     refresh_areas(domain, slot)
     if slot.npages > RECOUNT_PAGES:
         return

@@ -1,7 +1,7 @@
-"""Processes that were lost: they have merged pages, run or are stopped, and nothing can be asked of them.
+"""Processes that were lost: they have merged pages and run or are stopped, but cannot be asked anything.
 
-An unmerge that does not reach one of them has not unmerged everything, and must not say so. What is known of them stays
-here until they join again, as an agent does by itself when its process goes on, or are no more.
+An unmerge that does not reach one of them has not unmerged everything, and must not say so. What is known of such a
+process stays here until it joins again, as an agent does by itself when its process goes on, or until it is gone.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ class Lost:
             self._processes[slot.pid] = _Process(slot.space, slot.comm, slot.merged, slot.owed)
 
     def forget(self, pid: int) -> list[Owed]:
-        """It is back. Returns the unmerges that did not reach it."""
+        """Forget a process that is back. Returns the unmerges that did not reach it."""
         process = self._processes.pop(pid, None)
         return process.owed if process is not None else []
 
     def owe(self, pids: Collection[int], owed: Owed) -> None:
-        """An unmerge does not reach those of `pids`, or all."""
+        """Note that an unmerge did not reach those of `pids`, or all."""
         for pid, process in list(self._processes.items()):
             if (not pids or pid in pids) and owed not in process.owed:
                 process.owed.append(owed)
 
     def merge_again(self) -> None:
-        """`run` is 1: what a `run` = 2 left undone need not be done."""
+        """Called when `run` is 1: what a `run` = 2 left undone need not be done any more."""
         for process in list(self._processes.values()):
             process.owed = [owed for owed in process.owed if owed.leave_alone]
 
     def rows(self, pids: Collection[int] = ()) -> list[ProcessBreak]:
-        """One for each that is still there, of `pids` or all: what it has merged was not unmerged."""
+        """A row for each of `pids`, or of all, that still exists: its merged pages were not unmerged."""
         for pid, process in list(self._processes.items()):
             if not process.space.is_there():
                 self.forget(pid)

@@ -18,7 +18,7 @@ from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import U32, U64
 
 ALONE = np.uint64((1 << 64) - 1)
-"""Target of a page that has no partner."""
+"""The target of a page without a partner."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class _Groups:
     """The ref in the unstable index with that checksum; -1: there is none."""
 
     def of(self, g: int) -> Ints:
-        """The members of one."""
+        """The members of one group."""
         return self.members[self.first[g] : self.first[g] + self.size[g]]
 
     def numbers(self) -> Ints:
@@ -116,7 +116,7 @@ def _goals(groups: _Groups, refs: U32) -> U64:
 
 
 def _are_many(domain: Domain, groups: _Groups, limit: int) -> Bools:
-    """Which groups have more pages than fit on one node."""
+    """Which groups have more pages than one node can take."""
     many: Bools = groups.size + (groups.mate >= 0) > limit
     stable = np.flatnonzero(groups.node >= 0)
     room = limit - domain.stable.sharers[groups.node[stable]].astype(np.int64)
@@ -153,7 +153,7 @@ def _share_out(domain: Domain, checksum: int, members: U32, mate: U32, limit: in
 
 
 def _with_mates(refs: U32, target: U64, mates: U32, mate_targets: U64) -> Matched:
-    """Leave out those that are alone, and put mates where they belong among the others."""
+    """Leave out pages that are alone, and insert mates where they belong among the others."""
     single = target == ALONE
     singles, refs, target = refs[single], refs[~single], target[~single]
     if len(mates):

@@ -32,7 +32,7 @@ from samepage.ksmd.rmap import PageState, sorted_refs
 from samepage.memory import EXTENT, U8, U32, U64, ZERO_PAGE, PageStatus
 
 ROUNDS = 3
-"""Times a slice is matched, for the sake of pages whose donor failed them; then they are deferred."""
+"""How often a slice is matched for pages whose donor failed; then they are deferred."""
 
 
 def merge_candidates(domain: Domain, refs: U32, work: MergeWork) -> None:
@@ -54,7 +54,7 @@ def merge_candidates(domain: Domain, refs: U32, work: MergeWork) -> None:
 
 
 def _without_the_silent(domain: Domain, refs: U32) -> U32:
-    """Candidates of processes that do not answer are kept until they do."""
+    """Keep candidates of processes that do not answer until they do."""
     if not any(slot.silent for slot in domain.slots):
         return refs
     keep = np.ones(len(refs), np.bool_)
@@ -128,8 +128,8 @@ def _merge_matched(domain: Domain, matched: Matched, work: MergeWork, without_do
 
 
 class _Outcome:
-    """What came of merging. Pages have one numbering only: their position in `refs`. Their `node` is what they were to
-    be merged with; -1: there is no copy of their donor."""
+    """The outcome of merging. Pages have only one numbering: their position in `refs`. `node` is what a page was to be
+    merged with; -1: there is no copy of its donor."""
 
     def __init__(self, domain: Domain, refs: U32, target: U64, exchange: Exchange, work: MergeWork) -> None:
         self._domain, self._refs, self._exchange, self._work = domain, refs, exchange, work
@@ -171,7 +171,7 @@ class _Outcome:
         return again
 
     def settle_donors(self) -> None:
-        """Donors of which there are copies; after all others."""
+        """Settle donors of which there are copies. Call it after all others."""
         at = np.flatnonzero(self._donating & (self._node >= 0))
         useless = at[self._status[at] == UNASKED]
         disproven = np.isin(self._refs[useless], self._disproven)
@@ -184,7 +184,7 @@ class _Outcome:
         settle.collide(self._domain, self._refs[at[self._status[at] == PageStatus.DIFFERENT]], self._work)
 
     def _settle(self, at: Ints) -> None:
-        """All but those that were DIFFERENT."""
+        """Settle all pages except those that were DIFFERENT."""
         done = at[self._status[at] == PageStatus.DONE]
         if len(done):
             refs, nodes = self._refs[done], self._node[done]

@@ -35,15 +35,15 @@ class MergeWork:
     """Pages that may still be merged, by memory cgroup; None: no limit (max_overcommit)."""
     passes: int = 0
     wary: bool = False
-    """A process is silent. There may be more (of a frozen cgroup, say), and to find that out by asking takes a tenth of
-    a second. So each process is looked at before it is asked anything."""
+    """A process is silent. There may be more (of a frozen cgroup, say), and finding that out by asking takes a tenth of
+    a second. So look at each process before asking it anything."""
     ends: float = math.inf
     """When nothing more of this slice is asked of any process, in `time.monotonic`: the rest is tried again."""
     statuses: Ints = field(default_factory=lambda: np.zeros(len(PageStatus), np.int64))
 
     def each(self, slots: Iterable[MmSlot], work: Callable[[MmSlot], Any]) -> dict[MmSlot, Any]:
-        """Do something to several processes at the same time. Those that turn out to be gone are marked, and missing
-        from the outcome. So are those for which `work` fails by a mistake of ksmd's own: the others are served on."""
+        """Do something with several processes at the same time. Those that turn out to be gone are marked, and missing
+        from the outcome. So are those for which `work` fails by a defect of ksmd's; the others are served on."""
         present = [slot for slot in slots if not slot.is_away]
 
         def attempt(slot: MmSlot) -> Any:

@@ -26,7 +26,7 @@ class MmList:
         self.cursor: dict[MmSlot, int] = {}
         """Slots of this pass that are not yet looked at to the end, and the page to go on at."""
         self.carried: dict[MmSlot, int] = {}
-        """The same for those that had no turn in the last pass."""
+        """The same for slots that had no turn in the last pass."""
         self.in_pass = False
         self.departed_cpu_ns = 0
         """CPU time of processes that left."""
@@ -63,7 +63,7 @@ class MmList:
             return [slot for slot in self._slots.values() if not slot.gone and pid in (None, slot.pid)]
 
     def everybody(self) -> list[MmSlot]:
-        """The same, with those that left and are not forgotten yet."""
+        """The same, including those that left and are not forgotten yet."""
         with self._lock:
             return list(self._slots.values())
 
@@ -120,11 +120,11 @@ class MmList:
         slot.domain.drop(slot)
 
     def to_the_head(self) -> None:
-        """Put the cursor back: the pass that was going on is none."""
+        """Put the cursor back to the head: the current pass does not count."""
         self.cursor, self.carried = {}, {}
         self.in_pass = False
 
     def mend(self) -> None:
-        """Make the books agree after a mistake of ksmd's own, which may have ended a change in the middle."""
+        """Make the books agree after a defect of ksmd's, which may have ended a change in the middle."""
         for domain in self.domains():
             books.mend(domain)

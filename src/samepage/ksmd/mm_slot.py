@@ -30,14 +30,14 @@ NSTATES = len(PageState)
 NO_CHECKSUM = [state for state in PageState if not HAS_CHECKSUM[state]]
 
 PAGES_MORE = 4096
-"""A process may tell of twice as many pages as it ever had, and of so many more: it may not have told yet what it gave
-up since."""
+"""A process may report twice as many pages as it ever had, and this many more: it may not have reported yet what it
+gave up."""
 
 BREAK_FEW = 64
 """How many pages a process is asked to break at first; the slowest is never asked for more (256 KiB)."""
 
 STILL_MAX = 8
-"""Passes at most in which broken pages of a process are not looked for."""
+"""The most passes in which broken pages of a process are not looked for."""
 
 
 WHOLE = (0, 1 << 52)
@@ -55,7 +55,7 @@ class Owed:
 
 @dataclass(slots=True)
 class Wait:
-    """`free`: so many seconds of it do not count. `took`: how long it was, when it is over."""
+    """`free`: how many seconds of the wait do not count. `took`: how long it was, once it is over."""
 
     free: float
     took: float = 0.0
@@ -112,7 +112,7 @@ class MmSlot:
         self.islands_attempts = 0  # in a row that were in vain
 
     def lose(self, why: Exception) -> None:
-        """It went, or cannot be served any more, or not now."""
+        """Mark it as gone, or as one that cannot be served any more, or not now."""
         if isinstance(why, AddressSpaceSilent):
             self.silent = why.state
         elif not self.gone:
@@ -121,18 +121,18 @@ class MmSlot:
 
     @property
     def is_away(self) -> bool:
-        """Whether there is no sense in asking it anything."""
+        """Whether it is useless to ask it anything."""
         return self.gone or bool(self.silent or self.leaving)
 
     @property
     def is_put_off(self) -> bool:
-        """Whether it is silent or leaving, or it or its like kept ksmd waiting for too long."""
+        """Whether it is silent or leaving, or it or its like has kept ksmd waiting for too long."""
         return bool(self.silent or self.leaving) or self.patience.is_spent or self.domain.patience.is_spent
 
     @contextlib.contextmanager
     def waited_for(self, free: float = A_MOMENT) -> Iterator[Wait]:
-        """Meanwhile ksmd waits for an answer of this process, or takes it in: more than `free` seconds of it count,
-        which the block may change. AddressSpaceGone, and nothing is asked: that was so too often."""
+        """While this is in use, ksmd waits for an answer of this process, or takes it in. More than `free` seconds of
+        that count; the block may change `free`. Raises AddressSpaceGone without asking if that was so too often."""
         if self.patience.is_at_an_end:
             raise AddressSpaceGone("it keeps everybody waiting")
         began, wait = time.monotonic(), Wait(free)
@@ -149,7 +149,7 @@ class MmSlot:
             self.domain.patience.spend(seconds)
 
     def expect(self, npages: int) -> None:
-        """It says of so many pages that they are its own. AddressSpaceGone: it cannot have as many."""
+        """Note that it claims so many pages as its own. Raises AddressSpaceGone if it cannot have as many."""
         if npages > self.pages_max:
             self.pages_max = 2 * self.space.pages_max() + PAGES_MORE
             if npages > self.pages_max:
@@ -178,7 +178,7 @@ class MmSlot:
         return passes >= self.islands_due and bool(self.counts[PageState.BROKEN])
 
     def islands_in_vain(self, passes: int, longest: int) -> None:
-        """There were none, or they were held: not so soon again, unless more pages break."""
+        """Note that there were no islands, or that they were held: look later, unless more pages break."""
         self.islands_due = passes + min(1 << min(self.islands_attempts, 16), longest)
         self.islands_attempts += 1
 
@@ -200,7 +200,7 @@ class MmSlot:
 
     @property
     def unmerged(self) -> int:
-        """Pages that are known and not merged: what it says of them takes the service's memory."""
+        """How many pages are known and not merged: what it reports of them takes the service's memory."""
         return self.with_checksum + int(self.counts[PageState.BROKEN])
 
     @property
@@ -229,7 +229,7 @@ class MmSlot:
 
 
 def in_words(why: Exception) -> str:
-    """AddressSpaceGone says why; any other exception is a mistake of ksmd's own."""
+    """An error in words. AddressSpaceGone says why; any other exception is a defect of ksmd's."""
     if isinstance(why, AddressSpaceGone):
         return why.strerror or str(why)
     frames = traceback.extract_tb(why.__traceback__)

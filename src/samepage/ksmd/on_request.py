@@ -91,7 +91,7 @@ class MergeRequests:
 
     @contextlib.contextmanager
     def _charged(self, domain: Domain) -> Iterator[None]:
-        """What foreign processes ask for takes time off their user's account, all of it."""
+        """Charge what processes of other users ask for to their user's account, all of it."""
         began = self._clock()
         try:
             yield

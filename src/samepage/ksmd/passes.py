@@ -35,7 +35,7 @@ STEP_PAGES = 256
 
 JOIN_SECONDS = 0.15
 """How long after a fork the child may take to join (its agent waits a third of that, because most children exec at
-once). A pass that saw the parent fork does not end before."""
+once). A pass in which ksmd saw the parent's fork does not end before that."""
 
 FOREIGN_SECONDS = 0.05
 """How long a pass serves the processes of other users, or as long as the owner's own took if that is longer. Then the
@@ -43,7 +43,7 @@ pass ends, and the rest have their turn in the next one, so that their owner doe
 
 
 class Passes:
-    """The pass that goes on, and how many there were. Everything is touched under `Ksmd.mutex` only."""
+    """The current pass, and the number of passes. Everything is touched under `Ksmd.mutex` only."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Passes:
     # -- a batch ----------------------------------------------------------------------------------------
 
     def scan(self, budget: int) -> int:
-        """One batch: have processes hash `budget` pages at most. Returns how many they hashed."""
+        """One batch: let processes hash at most `budget` pages. Returns how many they hashed."""
         mm_list = self.mm_list
         if not mm_list.in_pass:
             self._begin()
@@ -199,7 +199,7 @@ class Passes:
         return flags if self.knobs.merge_across_nodes else flags | ScanFlag.NODES
 
     def take_in(self, slot: MmSlot, seen: Look, total: Seen) -> None:
-        """Make the books say what a process told. AddressSpaceGone if it makes no sense."""
+        """Take what a process said into the books. Raises AddressSpaceGone if it makes no sense."""
         with slot.waited_for():
             outcome = ingest(slot.domain, slot, seen, self.work.passes)
         if outcome.first_looks or outcome.turned:
@@ -229,7 +229,7 @@ class Passes:
     # -- whose turn it is -------------------------------------------------------------------------------
 
     def spent(self, seconds: float, is_foreign: bool) -> None:
-        """Time of this pass was spent on the owner's processes, or on those of others."""
+        """Note how much time of this pass went to the owner's processes, or to those of others."""
         self._took[is_foreign] += seconds
 
     def is_turn_of_others(self) -> bool:
@@ -246,5 +246,5 @@ class Passes:
         return any(not slot.domain.is_foreign for slot in self.mm_list.slots())
 
     def waits_for_children(self) -> float:
-        """Seconds until no child of a fork is waited for any more; 0: none is."""
+        """How many seconds until the pass waits for no child of a fork any more; 0: it does not wait."""
         return max(0.0, self._joins_until - self.clock())

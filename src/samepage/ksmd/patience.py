@@ -33,7 +33,7 @@ class Patience:
         self._at = clock()
 
     def spend(self, seconds: float) -> None:
-        """Somebody was waited for."""
+        """Note how long ksmd waited."""
         self._left = self._filled() - seconds
         if self._common is not None:
             self._common.spend(seconds)
@@ -46,7 +46,7 @@ class Patience:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is as if nobody had been waited for."""
+        """Whether it is as full as if ksmd had never waited."""
         return self._filled() >= self._most
 
     @property
@@ -62,7 +62,7 @@ class Patience:
 
 
 class Accounts:
-    """The accounts of users. `owner`: whose service it is; None: it has no other users."""
+    """The accounts of users. `owner`: the user who runs the service; None: it has no other users."""
 
     FORGET = 1000
 
@@ -72,11 +72,11 @@ class Accounts:
         self._by_user: dict[int, Patience] = {}
 
     def is_foreign(self, user: int) -> bool:
-        """Whether it is a user that the service has for guest."""
+        """Whether it is a user other than the service's owner."""
         return self._owner not in (None, user)
 
     def of(self, user: int) -> Patience:
-        """It outlives the user's processes."""
+        """The account of a user. It outlives the user's processes."""
         if len(self._by_user) > self.FORGET:
             self._by_user = {user: account for user, account in self._by_user.items() if not account.is_full}
         if user not in self._by_user:

@@ -37,7 +37,7 @@ class Stretches:
 
     @classmethod
     def of(cls, runs: npt.NDArray[np.void]) -> Stretches:
-        """Of runs of dtype `AREA`."""
+        """The stretches of runs of dtype `AREA`."""
         start, npages = (np.ascontiguousarray(runs[name]).astype(np.int64) for name in ("vpn", "npages"))
         return cls(start, start + npages)
 
@@ -62,14 +62,14 @@ class Stretches:
         return vpn - int(self.start[np.searchsorted(self.start, vpn, "right") - 1])
 
     def _below(self, vpn: Ints) -> Ints:
-        """Pages that lie before each of these."""
+        """How many of their pages lie below each of these."""
         which = np.maximum(np.searchsorted(self.start, vpn, "right") - 1, 0)
         inside = np.clip(vpn - self.start[which], 0, self.end[which] - self.start[which])
         below: Ints = self._before[which] + inside
         return below
 
     def cut(self, start: Ints, end: Ints) -> tuple[Ints, Ints]:
-        """What of ascending disjoint runs lies in them."""
+        """The parts of ascending disjoint runs that lie in them."""
         _, _, low, high = _overlaps(start, end, self.start, self.end)
         return low, high
 

@@ -1,8 +1,8 @@
 """Whether processes still are who they were, and in the merge domain where they belong.
 
-A process that belongs elsewhere by now (it was moved to another cgroup, or the policy says something else) takes
-nothing along: what it shares with its neighbours is unmerged before it is let go of, as far as there is memory for
-it. It joins again by itself, where it belongs.
+A process that now belongs elsewhere (it was moved to another cgroup, or the policy changed) takes nothing along: before
+ksmd lets it go, what it shares is unmerged, as far as there is memory for that. It joins again by itself, where it
+belongs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ VERIFY_SECONDS = 1.0
 this: it takes 50 microseconds."""
 
 PLACE_SECONDS = 10.0
-"""Whether it is where it belongs ksmd looks so often, also when there is nothing to match."""
+"""How often ksmd looks whether a process is where it belongs, even when there is nothing to match."""
 
 UNMERGE_SECONDS = 1.0
-"""For so long at a time one process is unmerged: others want something, too."""
+"""How long one process is unmerged at a time: others want something, too."""
 
 
 class Places:
@@ -34,8 +34,8 @@ class Places:
         self._mm_list, self._unmerging, self._clock = passes.mm_list, unmerging, passes.clock
 
     def verify(self, domain: Domain) -> None:
-        """To be called before pages of a domain are matched. Drop the processes that are not who they were (their user
-        is another, say), and those that belong elsewhere."""
+        """Call this before pages of a domain are matched. Drops the processes that are not who they were (they have
+        another user, say), and those that belong elsewhere."""
         now = self._clock()
         for slot in list(domain.slots):
             if now - slot.verified < VERIFY_SECONDS or slot.gone:
@@ -50,7 +50,7 @@ class Places:
         self._mm_list.reap()
 
     def look(self) -> None:
-        """Now and then at all of them, and go on with those that leave."""
+        """Look at all of them now and then, and go on with those that leave."""
         now = self._clock()
         for slot in self._mm_list.slots():
             if slot.leaving or now - slot.placed >= PLACE_SECONDS:
@@ -58,7 +58,7 @@ class Places:
         self._mm_list.reap()
 
     def look_again(self) -> None:
-        """At all of them, the next time: the rules are others. From any thread."""
+        """Look at all of them the next time, because the rules have changed. From any thread."""
         for slot in self._mm_list.slots():
             slot.placed = -math.inf
 

@@ -1,8 +1,7 @@
-"""How much of the service's memory what is known of one user's processes may take.
+"""How much of the service's memory the knowledge about one user's processes may take.
 
-A user has as many merge domains as user namespaces, so what is counted is counted for the user, over all of them. The
-ids of others may be at hand, too (subuid(5)); so all users but the owner of the service have a limit together, twice as
-high.
+A user has as many merge domains as user namespaces, so the limits are for the user, over all domains. A user may also
+control the ids of others (subuid(5)); so all users but the owner of the service have a common limit, twice as high.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ AREAS_MAX = 1 << 20
 """Areas of all processes of one user."""
 
 RESIDENT_MAX = 4 * 9 * os.sysconf("SC_PHYS_PAGES")
-"""Bytes that the known pages of one user, and finding them, may take, or no new ones are known: 9 for each, were every
-page of the machine in four processes. Whoever makes processes up must not fill the service's memory."""
+"""The bytes that one user's known pages, and finding them, may take; beyond that no new pages are known. It is 9 bytes
+for each page, if every page of the machine were in four processes. A user who invents processes must not fill the
+service's memory."""
 
 
 class Quota:
@@ -26,7 +26,7 @@ class Quota:
         self.nbytes = self.areas = 0
 
     def hold(self, nbytes: int, areas: int) -> None:
-        """Somebody holds so much more, or less."""
+        """Hold that much more, or less."""
         self.nbytes += nbytes
         self.areas += areas
         if self._common is not None:
@@ -34,12 +34,12 @@ class Quota:
 
     @property
     def is_full(self) -> bool:
-        """Whether no page is to be known that was not yet."""
+        """Whether no more pages may become known."""
         full = self.nbytes > self._shares * RESIDENT_MAX
         return full or (self._common is not None and self._common.is_full)
 
     def has_room(self, areas: int) -> bool:
-        """Whether there may be so many areas more."""
+        """Whether there may be that many more areas."""
         room = self.areas + areas <= self._shares * AREAS_MAX
         return room and (self._common is None or self._common.has_room(areas))
 
@@ -53,7 +53,7 @@ class Quotas:
         self._by_user: weakref.WeakValueDictionary[int, Quota] = weakref.WeakValueDictionary()
 
     def of(self, user: int) -> Quota:
-        """That of a user."""
+        """The quota of a user."""
         quota = self._by_user.get(user)
         if quota is None:
             quota = Quota(common=None if self._owner in (None, user) else self._of_all_others)

@@ -1,7 +1,7 @@
-"""Refs: which row of what is known is which page of which process.
+"""Refs: which row of the books is which page of which process.
 
-A process has areas; of those of its pages that it told of ksmd remembers something, in rows whose numbers are refs
-(`rmap`). Its `pieces` say where they are. All of it is counted against the user's quota.
+A process has areas. Of those of its pages that it reported, ksmd remembers something, in rows whose numbers are refs
+(`rmap`). The process's `pieces` say where these pages are. All of it counts against the user's quota.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import U8, U32, U64, VPN_END
 
 SWEEP_ROWS = 1 << 12
-"""How many refs a process may have for pages of which nothing is known any more, besides some for each known page."""
+"""How many refs of pages of which nothing is known any more a process may have, beside some for each known page."""
 
 FEW = 256
 """Runs of refs that are gone through one by one."""
@@ -56,7 +56,7 @@ class Refs(ABC):
         return self.rmap.state
 
     def release(self) -> None:
-        """The last of its processes has gone."""
+        """Give everything back, after the last of its processes has gone."""
         self.quota.hold(-self._held[0], -self._held[1])
         self._held = (0, 0)
         self.rmap.release()
@@ -110,13 +110,13 @@ class Refs(ABC):
         self._held = held
 
     def recount(self) -> None:
-        """Whatever became of areas and pieces: this is what is held now."""
+        """Tell the quota what is held now, whatever became of areas and pieces."""
         areas = sum(len(slot.areas) for slot in self.slots)
         pieces_bytes = sum(slot.pieces.nbytes() for slot in self.slots)
         self._hold(areas - self._held[1], pieces_bytes - self._pieces_bytes)
 
     def held_wrong(self) -> Iterator[str]:
-        """What does not agree with what the quota was told of."""
+        """Where the books differ from what the quota was told."""
         areas = sum(len(slot.areas) for slot in self.slots)
         pieces_bytes = sum(slot.pieces.nbytes() for slot in self.slots)
         if (pieces_bytes, areas) != (self._pieces_bytes, self._held[1]):

@@ -19,13 +19,13 @@ from samepage.arrays import Bools, Ints, expand
 from samepage.memory import PAGE_SIZE, U8, U32, U64
 
 REFS_MAX = 1 << 32
-"""Refs are u32: so many pages can be known in one merge domain (16 TiB of 4 KiB pages)."""
+"""Refs are u32, so this many pages can be known in one merge domain (16 TiB of 4 KiB pages)."""
 
 BLOCK = 512
-"""Rows for which resident memory is counted together: the checksums of one page of memory."""
+"""Resident memory is counted for this many rows together: the checksums of one page of memory."""
 
 SLICE_PAGES = 1 << 17
-"""Pages worked on at once (512 MiB of memory), so that temporaries stay small whatever the number of pages."""
+"""How many pages are worked on at once (512 MiB of memory), so that temporaries stay small."""
 
 
 class PageState(IntEnum):
@@ -125,7 +125,7 @@ class Columns:
         return base
 
     def _replace(self, i: int, *ranges: tuple[int, int]) -> None:
-        """Let these ranges take the place of free range `i`, as far as they are not empty."""
+        """Replace free range `i` by those of these ranges that are not empty."""
         new = np.array([r for r in ranges if r[0] < r[1]], np.int64).reshape(-1, 2)
         self._first = np.concatenate([self._first[:i], new[:, 0], self._first[i + 1 :]])
         self._last = np.concatenate([self._last[:i], new[:, 1], self._last[i + 1 :]])
@@ -224,7 +224,8 @@ class Columns:
         self._attach(rows)
 
     def release(self) -> None:
-        """Give all memory back now, not when the garbage collector comes by. Not to be used any more."""
+        """Give all memory back now, without waiting for the garbage collector. The columns must not be used any
+        more."""
         self.columns = []
         for mapping in self._maps:
             mapping.close()

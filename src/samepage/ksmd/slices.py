@@ -1,4 +1,4 @@
-"""Candidates are merged a slice at a time; what is looked at before each slice."""
+"""Merging candidates a slice at a time, and what is checked before each slice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Slices:
         self.segments_max = math.inf
         """How many segments may be held at a time, to be handed out."""
         self.segments_retired = 0
-        """How many were given up for that."""
+        """How many segments were given up for that."""
 
     def merge_next(self) -> int | None:
         """Merge the next slice of the candidates that a pass left. Returns how many there were; None: none are left,
@@ -67,7 +67,7 @@ class Slices:
         return len(refs)
 
     def prepare(self, domain: Domain) -> None:
-        """To be called before candidates of a domain are taken in hand: processes may have to be forgotten."""
+        """Call this before candidates of a domain are taken in hand: processes may have to be forgotten."""
         self._keep_room_for_segments()
         self._verify(domain)
 

@@ -130,7 +130,7 @@ class StableTree:
         return segment
 
     def close(self, segment: StableSegment) -> None:
-        """Let go of a segment that no registered page maps."""
+        """Close a segment that no registered page maps."""
         nodes = np.arange(segment.base, segment.base + segment.rows, dtype=np.uint32)
         self.unpublish(nodes)
         self.dead_nodes -= segment.dead
@@ -158,7 +158,7 @@ class StableTree:
     # -- who uses them ----------------------------------------------------------------------------------
 
     def attach(self, nodes: Ints) -> None:
-        """One more sharer for each of the nodes (a node may be named more than once)."""
+        """Add a sharer to each of the nodes (a node may be named more than once)."""
         if self.sharers.dtype == np.uint8 and len(nodes):
             ascending = bool((nodes[1:] > nodes[:-1]).all())
             most = 1 if ascending else int(np.bincount(nodes - nodes.min()).max())
@@ -168,7 +168,7 @@ class StableTree:
         self._recount(nodes)
 
     def detach(self, nodes: Ints) -> None:
-        """One sharer less for each of the nodes. Segments that are left without any are closed."""
+        """Take a sharer off each of the nodes. Closes segments that are left without any."""
         np.subtract.at(self.sharers, nodes, self.sharers.dtype.type(1))
         self.close_unused(self._recount(nodes))
 
@@ -192,20 +192,20 @@ class StableTree:
         return touched
 
     def has_room(self, nodes: Ints) -> Bools:
-        """Where a sharer more still fits, however often a node is named in `nodes`."""
+        """Which nodes can take one more sharer, however often a node is named in `nodes`."""
         _, which, counts = np.unique(nodes, return_inverse=True, return_counts=True)
         return self.sharers[nodes].astype(np.int64) + counts[which] <= SHARERS_MAX
 
     # -- who can be merged with -------------------------------------------------------------------------
 
     def publish(self, nodes: U32) -> None:
-        """Let the nodes be found by their checksum from now on."""
+        """Make nodes findable by their checksum from now on."""
         nodes = np.sort(nodes)  # new segments lie wherever there is room: not in the order of their pages
         if self.index.insert(nodes):
             self._chain(nodes, +1)
 
     def unpublish(self, nodes: U32) -> None:
-        """Let the nodes be found no more; those that could not be anyway are ignored."""
+        """Make nodes unfindable; those that were not findable are ignored."""
         self._chain(self.index.remove(nodes), -1)
 
     def _chain(self, nodes: U32, sign: int) -> None:

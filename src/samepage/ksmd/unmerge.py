@@ -28,12 +28,13 @@ BREAK_PAGES = 2048
 """Merged pages are broken 8 MiB at a time, so that cancelling never waits long."""
 
 BREAK_QUICK, BREAK_SLOW = 0.1, 0.5
-"""Seconds for one answer. A process that takes less is asked for twice as many pages the next time, one that takes
-more for a quarter: so who gets on at all, on a machine however slow or with memory that has to be reclaimed first,
-answers in time."""
+"""Seconds for one answer. A process that takes less is asked for twice as many pages the next time, one that takes more
+for a quarter. So any process that makes progress answers in time, however slow the machine, or if memory has to be
+reclaimed first."""
 
 BREAK_RATE = 64 << 20
-"""Bytes a second that a process copies at worst, when memory has to be reclaimed for it, without being called slow."""
+"""The slowest rate, in bytes a second, at which a process copies without being called slow: memory may have to be
+reclaimed for it."""
 
 FAULTS_MAX = 1024
 """How often one unmerge halves what is left of a range, to find the page that cannot be mapped. A process that says so
@@ -66,7 +67,7 @@ class UnmergeResult(BreakResult):
     processes: list[ProcessBreak] = field(default_factory=list)
 
     def add(self, row: ProcessBreak, last: BreakResult) -> None:
-        """Take in what became of one process; `last` is the answer that ended it."""
+        """Take in the outcome of one process; `last` is the answer that ended it."""
         self.processes.append(row)
         self.errno = row.errno or self.errno
         self.pages_unmerged += row.pages_unmerged
@@ -74,7 +75,7 @@ class UnmergeResult(BreakResult):
         self.bytes_available, self.unseen = last.bytes_available, last.unseen
 
     def add_lost(self, row: ProcessBreak) -> None:
-        """Take in one that could not be asked, or not to its end."""
+        """Take in a process that could not be asked, or not to its end."""
         self.processes.append(row)
         self.errno = self.errno or row.errno
         self._remain(row.pages_remaining)
@@ -86,7 +87,7 @@ class UnmergeResult(BreakResult):
 
     @property
     def stops(self) -> bool:
-        """Whether there is no sense in going on with others."""
+        """Whether it is useless to go on with others."""
         return self.errno in (errno.ENOMEM, errno.EINTR)
 
 
@@ -314,9 +315,8 @@ def free_sparse_segments(domain: Domain, passes: int) -> None:
 
 
 def _move_out(domain: Domain, nodes: tuple[int, int]) -> bool:
-    """Break the last users of the nodes [first, past the last) of a segment that is mostly dead.
-
-    They become candidates again, and the segment is freed. Returns False at the first error.
+    """Break the last users of the nodes [first, past the last) of a segment that is mostly dead. Their pages become
+    candidates again, and the segment is freed. Returns False at the first error.
     """
     for slot in [s for s in domain.slots if not s.is_away]:
         for vpn, npages in list(_users(domain, slot, nodes)):
@@ -332,7 +332,7 @@ def _move_out(domain: Domain, nodes: tuple[int, int]) -> bool:
 
 
 def _break_run(domain: Domain, slot: MmSlot, vpn: int, end: int) -> bool:
-    """Break merged pages [vpn, end), as the process gets on. False: not all of them."""
+    """Break merged pages [vpn, end), at the process's pace. False: not all of them."""
     while vpn < end:
         n = min(slot.break_pages, end - vpn)
         result = _break_range(domain, slot, vpn, n, leave_alone=False)

@@ -55,7 +55,7 @@ class Unmerging:
         return result
 
     def listen(self) -> None:
-        """Resume with processes that were silent and are no more, and do the unmerges that are owed to them."""
+        """Serve processes again that were silent and now answer, and do the unmerges that are owed to them."""
         slots = [slot for slot in self._mm_list.slots() if (slot.silent or slot.owed) and slot in slot.domain.slots]
         for slot in slots:
             try:
@@ -67,7 +67,7 @@ class Unmerging:
                         self._one(slot, one, lambda: False, UnmergeResult())
             except AddressSpaceGone as e:
                 slot.lose(e)
-            except Exception as e:  # a mistake that is about one process must not keep ksmd from all others
+            except Exception as e:  # a defect that concerns one process must not keep ksmd from all others
                 slot.lose(e)
                 self._mm_list.mend()
         self._mm_list.reap()
@@ -101,8 +101,8 @@ class Unmerging:
 
 
 def _owe(slot: MmSlot, owed: Owed, result: UnmergeResult) -> None:
-    """A process is silent: it is unmerged as soon as it is not. Nothing is owed to one that is known to have nothing
-    merged."""
+    """Owe a silent process its unmerge, which is done as soon as it answers. Nothing is owed to one that is known to
+    have nothing merged."""
     if slot.passes and not slot.merged:
         return
     if owed not in slot.owed:

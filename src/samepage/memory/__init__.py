@@ -79,7 +79,7 @@ class PageStatus(IntEnum):
     GONE = 3
     """Not present any more, or not in a mergeable area."""
     NOMEM = 4
-    """Refused for want of headroom (see `break_ksm`)."""
+    """Refused because there was too little headroom (see `break_ksm`)."""
     NOMAP = 5
     """`vm.max_map_count` is spent."""
     REFUSED = 6
@@ -114,13 +114,13 @@ class Areas:
 
 
 STALLS_US = (30, 100, 300, 1000, 3000, 10_000, 100_000)
-"""Threads that were held up are counted by for how many microseconds at most; those for longer are counted last."""
+"""Held-up threads are counted by for how long at most, in microseconds; the last count is of longer waits."""
 
 
 @dataclass(slots=True, frozen=True)
 class Stalls:
-    """How often threads of a process were held up for ksmd's sake, by `STALLS_US`, and for how long all together. All
-    of that is an upper bound: a thread counts for as long as the page it wanted was out of its place."""
+    """How often threads of a process were held up for ksmd, by `STALLS_US`, and for how long in total. All of this is
+    an upper bound: a thread counts for as long as the page that it wanted was out of its place."""
 
     counts: tuple[int, ...] = (0,) * (len(STALLS_US) + 1)
     ns: int = 0
@@ -188,7 +188,7 @@ class Segment(Protocol):
     def npages(self) -> int: ...
 
     def close(self) -> None:
-        """Let go of it. Those who map it keep it; nobody else can be given it any more."""
+        """Let go of it. Processes that map it keep it; it can be given to nobody else any more."""
         ...
 
 
@@ -205,7 +205,7 @@ class Donation:
     cpu_ns: int = 0
 
     def close(self) -> None:
-        """Nobody wants it."""
+        """Drop a donation that nobody wants."""
         if self.segment is not None:
             self.segment.close()
 
@@ -220,8 +220,8 @@ class MergeResult:
 
 @dataclass(slots=True)
 class RestoreResult:
-    """Outcome of `AddressSpace.restore`: so many pages are ordinary memory again, and so many others could be but are
-    held by somebody, or there was no memory to spare for it."""
+    """Outcome of `AddressSpace.restore`: how many pages are ordinary memory again, and how many are not, because
+    somebody holds them or there was no memory to spare."""
 
     pages_restored: int = 0
     pages_left: int = 0
@@ -229,7 +229,7 @@ class RestoreResult:
 
 
 class AddressSpaceGone(OSError):
-    """The process went (`ended`), hung past the timeout, or talked nonsense. Its mm_slot is to be dropped."""
+    """The process is gone (`ended`), hung past the timeout, or talked nonsense. Its mm_slot has to be dropped."""
 
     def __init__(self, why: str, ended: bool = False) -> None:
         super().__init__(errno.ESRCH, why)
@@ -265,7 +265,7 @@ class AddressSpace(Protocol):
 
     @property
     def zero_checksum(self) -> int:
-        """What this process calls a page of zeros."""
+        """This process's checksum of a page of zeros."""
         ...
 
     def is_there(self) -> bool:
@@ -282,18 +282,18 @@ class AddressSpace(Protocol):
         ...
 
     def interruptible(self, cancelled: Callable[[], bool]) -> AbstractContextManager[None]:
-        """Meanwhile no request waits for long once `cancelled()` says so. The process that leaves one without an answer
-        is gone then."""
+        """While this is in use, no request waits for long after `cancelled()` says so. A process that leaves one
+        without an answer is then gone."""
         ...
 
     def verify(self) -> None:
-        """AddressSpaceGone if this is not the process that joined any more, or not that user's. The process itself is
-        not asked."""
+        """Raise AddressSpaceGone if this is no longer the process that joined, or no longer that user's. The process
+        itself is not asked."""
         ...
 
     def misplaced(self) -> str:
-        """Why it does not belong in its merge domain any more; "" if it does. The process itself is not asked. OSError:
-        it has ended."""
+        """Why it does not belong in its merge domain any more; "" if it does. The process itself is not asked. Raises
+        OSError if it has ended."""
         ...
 
     def pages_max(self) -> int:
@@ -301,7 +301,7 @@ class AddressSpace(Protocol):
         ...
 
     def areas(self) -> Areas:
-        """What of it is mergeable now."""
+        """What is mergeable now."""
         ...
 
     def scan(self, vpn: int, budget: int, flags: ScanFlag = ScanFlag.NONE, end: int = VPN_END) -> ScanResult:

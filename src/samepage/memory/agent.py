@@ -1,7 +1,7 @@
 """The address space of a real process: the far end of a socket, where an agent answers (`agent/base/wire.h`).
 
-How a process joins is in `handshake`, how it is asked in `conversation`; what it answers is read and looked at in
-`answers`. Here is what it is asked.
+`handshake` is how a process joins, and `conversation` how requests and answers travel; `answers` parses and checks the
+answers. The requests are here.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ BREAK_RATE = 64 << 20
 that much more time."""
 
 DONATE_MAX = 2048
-"""Pages in one donation at most: a segment of 8 MiB."""
+"""The most pages in one donation: a segment of 8 MiB."""
 
 RUNS_MAX = wire.BODY_MAX // AREA.itemsize
-"""Runs of pages in one packet at most."""
+"""The most runs of pages in one packet."""
 
 LIST_CHANGED = -1
 """The `seq` of a list of areas that changed while it was read."""
@@ -77,7 +77,7 @@ class AgentAddressSpace(Conversation):
         self.domain = domain
         self.owner = identity.domain if identity is not None else domain
         self.comm = comm
-        """Name of the process, as it says itself."""
+        """The name that the process gives itself."""
         self.swap = Swap(ready["swap"])
         """How it swaps pages under its threads."""
         self.tracking = bool(ready["tracking"])
@@ -258,5 +258,5 @@ def memory_cgroup(pid: int) -> str:
 
 
 def _printable(path: str) -> str:
-    """For JSON, which has no bytes that are not text."""
+    """Make a name printable for JSON, which has no bytes that are not text."""
     return os.fsencode(path).decode(errors="backslashreplace")

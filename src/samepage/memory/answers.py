@@ -1,5 +1,7 @@
-"""What a process answers, taken apart. What is short or too long is a `WireError`; what cannot be true `check` refuses.
-Either ends the connection."""
+"""Parsing the answers of a process.
+
+An answer that is too short or too long is a `WireError`; `check` refuses one that cannot be true. Either ends the
+connection."""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ _STALLS = struct.Struct(f"<Q{len(STALLS_US) + 1}I")
 
 
 def one(answer: Packet, dtype: np.dtype[np.void]) -> dict[str, Any]:
-    """A struct that is all of the answer, by the names of its fields."""
+    """An answer that is one struct, as values by field name."""
     reader = answer.reader()
     found = reader.one(dtype)
     reader.end()
@@ -50,7 +52,7 @@ def areas(answer: Packet, start: int) -> tuple[dict[str, Any], npt.NDArray[np.vo
 
 
 def scanned(answer: Packet, vpn: int, budget: int) -> ScanResult:
-    """What a look from `vpn` on found, for which at most `budget` pages were to be hashed."""
+    """The findings of a look from `vpn` on, which was to hash at most `budget` pages."""
     reader = answer.reader()
     head = reader.one(wire.SCANNED)
     runs = reader.take(RUN, head["nruns"])
@@ -130,5 +132,5 @@ def restored(answer: Packet, npages: int) -> RestoreResult:
 
 
 def credible(cpu_ns: int, started: int) -> int:
-    """Of the CPU time a process says it took, what can be true of its one thread."""
+    """How much of the CPU time that a process claims can be true for its one thread."""
     return min(cpu_ns, time.perf_counter_ns() - started)

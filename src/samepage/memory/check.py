@@ -1,9 +1,9 @@
-"""Nothing a process says is believed before it was looked at here.
+"""Nothing a process says is believed before it was checked here.
 
 An answer that could put ksmd or another process in the wrong (impossible addresses, runs that overlap, lengths that do
-not fit, unknown codes) makes the process gone: `AddressSpaceGone`. So ksmd may take every answer for possible; whether
-it is true of the areas that the process has, ksmd sees itself. What a process says of the *content* of its pages needs
-no check: whoever merges with it compares the bytes.
+not fit, unknown codes) makes the process gone: `AddressSpaceGone`. So ksmd can rely on every answer being possible;
+whether it fits the areas of the process, ksmd checks itself. What a process says of the *content* of its pages needs no
+check: every process that merges with it compares the bytes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from samepage.memory import (
 )
 
 AREAS_MAX = 1 << 18
-"""Areas of one process: four times the mappings that it may have unless vm.max_map_count was raised."""
+"""The most areas of one process: four times the mappings that it may have unless vm.max_map_count was raised."""
 
 AREA_PAGES_MAX = 1 << 31
-"""Pages one process may register (8 TiB)."""
+"""The most pages that one process may register (8 TiB)."""
 
 COMPARED = (np.uint8(PageStatus.DIFFERENT), np.uint8(PageStatus.NOMAP))
 """Statuses that a page which was to be donated cannot have: nothing is compared with it, nor mapped."""
@@ -45,7 +45,7 @@ Structured = npt.NDArray[np.void]
 
 
 class Nonsense(AddressSpaceGone):
-    """What a process answers cannot be true."""
+    """An answer that cannot be true."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"talks nonsense: {what}")

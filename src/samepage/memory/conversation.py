@@ -1,9 +1,9 @@
-"""Asking a process: one request after the other over a SOCK_SEQPACKET socket, and what is made of an answer that does
-not come.
+"""Asking a process: requests over a SOCK_SEQPACKET socket, one after the other, and what happens if an answer does not
+come.
 
 The agent runs inside a process that may be anyone's. So an answer that is late or out of order ends the connection, and
-so does whatever the caller finds wrong with it (`answers`): what ksmd sees is `AddressSpaceGone`. An honest agent that
-was cut off by mistake joins again by itself.
+so does anything that the caller finds wrong with it (`answers`); ksmd sees `AddressSpaceGone`. An honest agent that was
+cut off by mistake joins again by itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIMEOUT = 10.0
 T = TypeVar("T")
 
 LOOK_EVERY = 0.05
-"""Seconds between two questions whether to go on waiting for an answer."""
+"""How often, in seconds, it asks whether to go on waiting for an answer."""
 
 CANCEL_PATIENCE = 1.0
 """How long a process that is not stopped has to answer after a cancellation, in seconds."""
@@ -70,9 +70,10 @@ class Conversation:
     def __init__(self, sock: socket.socket, pid: int, identity: Identity | None) -> None:
         self.pid = pid
         self.doubtful = False
-        """It sent a descriptor of something that no agent sends."""
+        """Whether it sent a descriptor of a kind that no agent sends."""
         self.hurry = math.inf
-        """After so many seconds without an answer it is silent, and nobody waits for it, whether it can run or not."""
+        """After so many seconds without an answer the process counts as silent, whether it can run or not, and nobody
+        waits for it."""
         self.misplaced: Callable[[], str] = lambda: ""
         """Why it does not belong in its merge domain any more; "" if it does. OSError: it has ended."""
         self._sock = sock
@@ -100,7 +101,7 @@ class Conversation:
 
     @property
     def gone(self) -> str | None:
-        """Why nothing can be asked of it any more; `ENDED` if it went by itself."""
+        """Why it cannot be asked anything any more; `ENDED` if it ended by itself."""
         return self._gone
 
     def close(self, closing: Callable[[socket.socket], None] = socket.socket.close) -> None:
@@ -255,9 +256,9 @@ class Conversation:
                 self._asking.notify_all()
 
     def _insist(self, do: Callable[[], T], ends: float, patience: float = 0.0) -> T:
-        """Do something with the socket. TimeoutError at `ends`, or a while after a cancellation: not at once, for
-        without the answer all has to be asked anew. AddressSpaceSilent as soon as it is seen that the process does not
-        run."""
+        """Do something with the socket. Raises TimeoutError at `ends`, or a while after a cancellation: not at once,
+        because without the answer everything would have to be asked anew. Raises AddressSpaceSilent as soon as the
+        process is seen not to run."""
         called_off = False
         hurries = time.monotonic() + self.hurry + patience
         before: Halt | None = None
@@ -282,7 +283,7 @@ class Conversation:
 
 
 def why(e: Exception) -> str:
-    """What a connection ended by, in words."""
+    """Why a connection ended, in words."""
     if isinstance(e, ConnectionError):
         return ENDED
     if isinstance(e, TimeoutError):

@@ -1,4 +1,4 @@
-"""A request to merge may be larger than a packet: it is cut into several."""
+"""Cutting a request to merge that is larger than a packet into several."""
 
 from __future__ import annotations
 

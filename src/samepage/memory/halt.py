@@ -1,6 +1,5 @@
-"""Whether a process can answer at all, as the kernel says: one that is stopped, traced or frozen cannot.
-
-The process itself is not asked, and may say what it likes: what is believed here concerns nobody else.
+"""Whether the kernel says that a process can answer at all: one that is stopped, traced or frozen cannot. The process
+itself is not asked. It may influence what is found here, but that concerns only itself.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from pathlib import Path
 
 STOPPED, TRACED, FROZEN = "stopped", "traced", "frozen"
 SILENT = "silent"
-"""It runs, and has not answered yet."""
+"""It runs, but has not answered yet."""
 
 THREAD_NAME = b"samepage\n"
-"""What an agent calls its thread (`thread_settle()` in agent/thread/thread.c)."""
+"""The name that an agent gives its thread (`thread_settle()` in agent/thread/thread.c)."""
 
 
 @dataclass(frozen=True, slots=True)

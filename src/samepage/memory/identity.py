@@ -42,7 +42,7 @@ class Identity:
         return domain_of(self.uids[0], self)
 
     def differs(self, other: Identity) -> str:
-        """What is not the same, in words; "" if nothing is."""
+        """Describe what differs; "" if nothing does."""
         if self.started != other.started:
             return "its pid is another process's"
         if self.stack and other.stack and self.stack != other.stack:
@@ -69,7 +69,8 @@ def domain_of(uid: int, who: Identity) -> MergeDomain:
 
 
 def identify(pid: int) -> Identity:
-    """OSError: there is no such process (any more). All is read of one, also if its pid is given away meanwhile."""
+    """Who a process is. All fields are of one process, even if its pid is reused meanwhile. Raises OSError if there is
+    no such process (any more)."""
     folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # After the last bracket, for a name may hold anything: state is field 3, starttime 22, startstack 28.
@@ -100,7 +101,7 @@ def identify_peer(sock: socket.socket, pid: int, connected: float) -> Identity:
 
 
 def _has_peer_ended(sock: socket.socket) -> bool:
-    """False also where the kernel cannot tell."""
+    """Whether the peer has ended. Also False if the kernel cannot tell."""
     try:
         pidfd = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError as e:
@@ -147,7 +148,7 @@ def _read(name: str, folder: int) -> bytes:
 
 
 def _namespace(kind: str, folder: int | None = None) -> int:
-    """Its inode. Where it may not be known (the process is protected from its own user), 0."""
+    """The inode of a namespace; 0 if it may not be known (the process is protected from its own user)."""
     try:
         return os.stat(f"ns/{kind}" if folder is not None else f"/proc/self/ns/{kind}", dir_fd=folder).st_ino
     except OSError:

@@ -22,16 +22,16 @@ from samepage.memory import PAGE_SIZE, U8, U64, PageStatus
 from samepage.memory.wire import BODY_MAX, DONE, KEY_SIZE, PROOF_SIZE
 
 AT_FIRST = 4
-"""Pages that are asked for at once, at first."""
+"""How many pages it asks for at first."""
 
 MORE = 8
-"""Times as many as before, if none of those was equal."""
+"""If none was equal, it asks for so many times more."""
 
 AT_MOST = (BODY_MAX - DONE.itemsize) // (1 + PROOF_SIZE)
 """Pages whose proofs fit into one packet."""
 
 Ask = Callable[[bytes, U64], tuple[U8, list[bytes]]]
-"""Has a process hash pages under a key: the status of each, and its proof."""
+"""Asks a process to hash pages under a key: the status of each, and its proof."""
 
 
 def refuted(fd: int, extents: npt.NDArray[np.void], ask: Ask) -> U8 | None:

@@ -1,4 +1,4 @@
-"""Segments as the service holds them: the descriptor of a sealed memfd that came with a donation."""
+"""Segments in the service: the descriptors of the sealed memfds that came with donations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 from samepage.memory import PAGE_SIZE
 
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-"""What makes content and size immutable, so that nobody has to trust who wrote it."""
+"""The seals that make content and size immutable, so that nobody has to trust the writer."""
 
 
 class Open:
@@ -20,12 +20,12 @@ class Open:
     def __init__(self) -> None:
         self.most = math.inf
         self.lost = 0
-        """Donations for which there was no descriptor."""
+        """How many donations found no descriptor."""
         self._lock = threading.Lock()
         self.count = 0
 
     def full(self) -> bool:
-        """Whether there must not be one more; it is noted that one was wanted."""
+        """Whether there must not be one more; notes that one was wanted."""
         full = self.count >= self.most
         self.lost += full
         return full
@@ -39,7 +39,7 @@ OPEN = Open()
 
 
 class SegmentError(ValueError):
-    """What came is not a sealed segment of the size it should have."""
+    """A descriptor that is not a sealed segment of the right size."""
 
 
 class MemfdSegment:
@@ -71,7 +71,7 @@ class MemfdSegment:
             raise SegmentError(f"not sealed (seals {seals:#x})")
         if st.st_size != self._npages * PAGE_SIZE:
             raise SegmentError(f"{st.st_size} bytes instead of {self._npages} pages")
-        if st.st_blocks * 512 < st.st_size:  # whoever compares would pay for what is not there
+        if st.st_blocks * 512 < st.st_size:  # a process that compares would pay for what is not there
             raise SegmentError(f"a memfd with holes: {st.st_blocks * 512} bytes of {st.st_size}")
         return st.st_ino
 

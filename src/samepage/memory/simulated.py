@@ -183,7 +183,7 @@ class SimulatedAddressSpace(SimulatedProcess):
         return Donation(segment, np.array(status, np.uint8))
 
     def _in_its_place(self, what: str, vpn: int) -> Page | int:
-        """A page that has memory to itself; else a `PageStatus`, or what the script says."""
+        """A page with memory of its own; else a `PageStatus`, or what the script says."""
         fate = self._fate(what, vpn)
         page = self._pages.get(vpn)
         if fate is not None:

@@ -1,8 +1,8 @@
 """The service's side of the wire; `agent/base/wire.h` is the other, and explains who speaks when.
 
-One message is one SOCK_SEQPACKET packet of at most `MSG_MAX` bytes: a header (`HDR`), then what its op says.
-A descriptor rides on the packet it belongs to. Whatever a peer sends that is not such a packet is a
-`WireError`, and nothing else comes out of here for it but the `OSError` of a broken or silent socket.
+One message is one SOCK_SEQPACKET packet of at most `MSG_MAX` bytes: a header (`HDR`), then what its op says. A
+descriptor rides on the packet it belongs to. Anything else that a peer sends is a `WireError`. The only other error
+from here is the `OSError` of a broken or silent socket.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class WireError(ValueError):
 
 
 class Doubtful(WireError):
-    """A descriptor of something that is no memfd. To close it may take for ever, and we were the last to hold it."""
+    """A descriptor of something other than a memfd. Closing it may take for ever, and we hold the last reference."""
 
 
 class Disconnected(ConnectionError):
@@ -163,7 +163,7 @@ _CODES = {"<u4": "I", "<i4": "i", "<u8": "Q"}
 
 @functools.cache
 def _struct(dtype: np.dtype[np.void]) -> struct.Struct:
-    """For one at a time, which numpy takes ten times as long for."""
+    """For single structs, which take numpy ten times as long."""
     kinds = [dtype[name] for name in dtype.names or ()]
     return struct.Struct("<" + "".join(_CODES.get(kind.str, f"{kind.itemsize}s") for kind in kinds))
 
@@ -205,7 +205,7 @@ class Reader:
         return at
 
     def end(self) -> None:
-        """Nothing may be left."""
+        """Check that nothing is left."""
         if self.at != len(self.body):
             raise WireError(f"{len(self.body) - self.at} bytes too many")
 
@@ -342,7 +342,7 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> array.array[int]:
 
 
 def _take_out(sock: socket.socket) -> bytes:
-    """The next packet, without what rides on it."""
+    """The next packet without its descriptors."""
     data, _, flags, _ = sock.recvmsg(MSG_MAX)
     if flags & socket.MSG_TRUNC:
         raise WireError(f"a packet of more than {MSG_MAX} bytes")
@@ -352,7 +352,8 @@ def _take_out(sock: socket.socket) -> bytes:
 
 
 def _require_memfd(fd: int) -> None:
-    """By asking what no other file system is asked for: fstat(2) may wait for one in user space for ever."""
+    """Refuse everything but a memfd, by a question that only memfds answer: fstat(2) may wait for a file system in user
+    space for ever."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as e:

@@ -1,8 +1,8 @@
 """What a process's cgroup says of it: systemd's unit and slices, the container, and the container's labels.
 
-Only the outermost part of a path that somebody else manages is believed. Who is given a cgroup (a user's systemd, a
-container's root) can make any names below it: `/user.slice/user-1000.slice/user@1000.service/app.slice/web.service` is
-unit user@1000.service.
+If somebody else manages a part of the path, only its outermost name is believed. Whoever is given a cgroup (a user's
+systemd, a container's root) can make any names below it:
+`/user.slice/user-1000.slice/user@1000.service/app.slice/web.service` is unit user@1000.service.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTAINER = re.compile(
     r"|/(?:lxc\.payload\.|lxc/)([A-Za-z0-9_.\\-]+?)(?:\.scope)?(?:/|$)"
 )
 """Names that Docker, Podman, CRI-O, containerd, LXC and systemd-nspawn give cgroups, with either cgroup driver: at the
-root, or in slices of the system's manager. Anywhere else somebody else may have given them, such as a service with a
+root, or in slices of the system's systemd. Elsewhere others may have given such names, for example a service with a
 cgroup of its own (Delegate=)."""
 
 STATE_FILES = (
@@ -49,7 +49,7 @@ class Group:
 
     @property
     def slices(self) -> list[str]:
-        """systemd's slices, from the outermost on, above the unit."""
+        """The systemd slices above the unit, from the outermost on."""
         names = self.path.strip("/").split("/")
         found: list[str] = []
         for name in names:
@@ -60,21 +60,21 @@ class Group:
 
     @property
     def unit(self) -> str:
-        """systemd's unit, that of the system's manager; "" if it is in none."""
+        """The unit of the system's systemd; "" if there is none."""
         rest = self.path.strip("/").split("/")[len(self.slices) :]
         return rest[0] if rest and rest[0].endswith((".service", ".scope", ".mount", ".socket", ".swap")) else ""
 
     @property
     def container(self) -> str:
-        """Id or name of the container; "" if it is in none that root started. What is below /user.slice was named by
-        users."""
+        """Id or name of the container; "" if the process is in none that root started. Users choose the names below
+        /user.slice."""
         if self.path.startswith("/user.slice/"):
             return ""
         found = CONTAINER.match(self.path)
         return next(filter(None, found.groups()), "") if found else ""
 
     def labels(self) -> dict[str, str]:
-        """What its container is labelled with; nothing where it is in none, or its runtime is not known."""
+        """The labels of its container; none if there is no container, or if its runtime is unknown."""
         if re.fullmatch(r"[0-9a-f]{64}", self.container):
             for file, keys in STATE_FILES:
                 with contextlib.suppress(OSError, ValueError):

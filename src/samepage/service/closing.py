@@ -1,4 +1,4 @@
-"""Closing sockets of peers, without waiting for what a peer left in them."""
+"""Closing sockets of peers without waiting for what a peer left in them."""
 
 from __future__ import annotations
 

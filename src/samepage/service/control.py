@@ -4,7 +4,7 @@ A request is `{"op": ..., ...}`. The answer is one packet or several; the last h
 asked for, or false with `"errno"` (a name) and `"error"` (one sentence). `unmerge` sends `{"progress": ...}`
 before the last; `status` sends long lists in parts.
 
-The client's half stands here too. Nothing in this module needs numpy, for commands should answer at once.
+The client's half is here, too. Nothing in this module needs numpy, since commands should answer at once.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from samepage.service.engine import Answer, Cancelled, Progress
 from samepage.service.sockets import Caller, ControlError, peer
 
 PACKET_MAX = 128 << 10
-"""Bytes of a control packet at most."""
+"""The most bytes in a control packet."""
 
 ROWS_MAX = 100
-"""Processes in one packet of a `status` answer."""
+"""How many processes one packet of a `status` answer has."""
 
 PIDS_MAX = 10000
-"""Processes in the one packet of a `processes` answer."""
+"""The most processes in the one packet of a `processes` answer."""
 
 BLAMED_MAX = 5
-"""Processes that an error names at most."""
+"""The most processes that an error names."""
 
 CANCEL_PATIENCE = 2.0
 """Seconds that a service has for its last packet after a cancellation."""
@@ -78,7 +78,7 @@ class Unmerge(msgspec.Struct, tag_field="op", tag="unmerge", forbid_unknown_fiel
 
 
 class Merge(msgspec.Struct, tag_field="op", tag="merge", forbid_unknown_fields=True):
-    """Merge `npages` pages from `vpn` on now, of process `pid` or (0) of the one that asks."""
+    """Merge `npages` pages from `vpn` on now, of process `pid`, or with 0 of the caller."""
 
     vpn: Page
     npages: Page
@@ -86,7 +86,7 @@ class Merge(msgspec.Struct, tag_field="op", tag="merge", forbid_unknown_fields=T
 
 
 class Files(msgspec.Struct, tag_field="op", tag="files", forbid_unknown_fields=True):
-    """What is in the files of /sys/kernel/mm/ksm, all of one moment; or in those of /proc/`pid`."""
+    """The contents of the files of /sys/kernel/mm/ksm, all of one moment; or of those of /proc/`pid`."""
 
     pid: int | None = None
 
@@ -96,8 +96,8 @@ class Processes(msgspec.Struct, tag_field="op", tag="processes", forbid_unknown_
 
 
 class Introduce(msgspec.Struct, tag_field="op", tag="introduce", forbid_unknown_fields=True):
-    """Tell of every process that joins from now on: `{"introducing": true}`, then a `{"joined": pid}` for each, which
-    takes part when a packet came in answer."""
+    """Report every process that joins from now on: `{"introducing": true}`, then a `{"joined": pid}` for each. The
+    process takes part once the client has sent a packet in answer."""
 
 
 class Write(msgspec.Struct, tag_field="op", tag="write", forbid_unknown_fields=True):
@@ -113,7 +113,7 @@ _encode = msgspec.json.Encoder()
 
 
 Arrivals = queue.SimpleQueue[tuple[int, threading.Event]]
-"""Processes that are about to join, and wait until this is set."""
+"""Processes that are about to join, each of which waits until its event is set."""
 
 
 class Controlled(Protocol):
@@ -135,7 +135,7 @@ class Controlled(Protocol):
 
 
 def handle(sock: socket.socket, data: bytes, caller: Caller, scanner: Controlled, owner: int) -> None:
-    """Answer one request. OSError: the client went, does not read, or sent what is too long."""
+    """Answer one request. Raises OSError if the client is gone, does not read, or sent too much."""
     if len(data) > PACKET_MAX:
         raise OSError(errno.EMSGSIZE, f"a request of more than {PACKET_MAX} bytes")
     for answer in answers(data, caller, scanner, owner, sock):
@@ -159,8 +159,9 @@ def refusal(code: int, why: str) -> Answer:
 
 
 def _may(request: Request, caller: Caller, owner: int) -> None:
-    """Only who owns the service, or root, may look at others' processes or change anything. Everybody may ask
-    for the counters of their own domain and the rows of their own processes, and have their own process merged."""
+    """Whether the caller may do that. Only the service's owner and root may look at others' processes or change
+    anything. Everybody may ask for the counters of their own domain and the rows of their own processes, and have their
+    own process merged."""
     if caller.uid in (0, owner) or isinstance(request, Stats | Status):
         return
     if isinstance(request, Merge) and request.pid in (0, caller.pid):
@@ -218,7 +219,8 @@ def _perform(
 
 
 def _owner(caller: Caller, sock: socket.socket) -> str:
-    """Whose processes the caller may know of: the user who connected, in the namespaces of now (`ProcessRow.owner`)."""
+    """Whose processes the caller may know of: those of the user who connected, in the namespaces that process is in now
+    (`ProcessRow.owner`)."""
     from samepage.memory.identity import domain_of, identify_peer
 
     try:
@@ -247,7 +249,7 @@ def _progress(sock: socket.socket, done: Answer) -> None:
 
 
 def client_gone(sock: socket.socket) -> bool:
-    """Whether the client closed its end, or only its sending half, by which it asks for a cancellation."""
+    """Whether the client closed its end, or only its sending half, which asks for a cancellation."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))
@@ -282,7 +284,7 @@ class Client:
         self._sock.close()
 
     def stream(self, op: str, **arguments: Any) -> Iterator[Answer]:
-        """Every packet of the answer, the last of which has `"ok"`."""
+        """Yield every packet of the answer, the last of which has `"ok"`."""
         try:
             self._sock.send(_encode.encode({"op": op} | arguments), socket.MSG_NOSIGNAL)
             while True:
@@ -301,14 +303,15 @@ class Client:
             raise ControlError(errno.EPROTO, f"the service talks nonsense: {e}") from e
 
     def _receive(self) -> bytes:
-        """One packet. After a cancellation it waits only a while, since the service may be stopped."""
+        """Receive one packet. After a cancellation it waits for a while only, since the service may be stopped."""
         while self._sock.gettimeout() is None and not select.select([self._sock], [], [], 0.1)[0]:
             if self._cancelled and time.monotonic() > self._cancelled + CANCEL_PATIENCE:
                 raise TimeoutError
         return self._sock.recv(PACKET_MAX)
 
     def ask(self, op: str, **arguments: Any) -> Answer:
-        """The last packet of the answer, with the lists of the earlier ones in it. Raises what the service refuses."""
+        """Return the last packet of the answer, with the lists of the earlier ones in it. Raises what the service
+        refuses."""
         lists: dict[str, list[Any]] = {}
         answer: Answer = {}
         for answer in self.stream(op, **arguments):
@@ -320,11 +323,11 @@ class Client:
         return answer | lists
 
     def acknowledge(self) -> None:
-        """Say that what the last packet of a stream told was taken in."""
+        """Confirm that the last packet of a stream was processed."""
         self._sock.send(b"{}", socket.MSG_NOSIGNAL)
 
     def cancel(self) -> None:
-        """Ask for an end of a running `unmerge`; its last packet still comes. No request can follow."""
+        """Ask a running `unmerge` to end. Its last packet still comes; no other request can follow."""
         self._cancelled = time.monotonic()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
@@ -348,7 +351,7 @@ def blamed(failed: list[Answer]) -> str:
 
 
 def not_unmerged(code: int, unmerged: int, left: int, why: str, failed: list[Answer]) -> OSError:
-    """What writing 2 to `run` raises when pages `left` remain merged. `why` may be ""."""
+    """The error of writing 2 to `run` when `left` pages remain merged. `why` may be ""."""
     text = f"{os.strerror(code)}: {unmerged} pages unmerged, {left} remain merged"
     return OSError(code, "; ".join(filter(None, [text, why, blamed(failed), "run is 0"])))
 

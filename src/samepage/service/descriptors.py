@@ -1,5 +1,6 @@
-"""What the descriptors of a service are spent on. There are as many as the hard limit allows, and each kind has a
-share, so that none can use up what the others need."""
+"""How a service divides its descriptors.
+
+There are as many as the hard limit allows. Each kind has a share, so that no kind can use up what the others need."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How many descriptors there may be at most: of processes that joined, of connections that shake hands or ask
-    something, of segments."""
+    """The most descriptors of each kind: for processes that joined, for connections that shake hands or ask something,
+    and for segments."""
 
     limit: int
     processes: int
@@ -19,7 +20,8 @@ class Shares:
 
 
 def shares() -> Shares:
-    """By the limit as it is now. An eighth, or 64, is for everything else, and for what is just being opened."""
+    """The shares under the present limit. An eighth, or 64, is left for everything else, and for what is just being
+    opened."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     rest = limit - min(64, limit // 8)
     processes, connections = rest // 2, rest // 8
@@ -27,6 +29,6 @@ def shares() -> Shares:
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process open as many descriptors as it may: one for each process, one for each segment."""
+    """Let this process open as many descriptors as it may: it needs one for each process and one for each segment."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

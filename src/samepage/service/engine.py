@@ -1,8 +1,8 @@
 """Who merges: the seam between the service and what merges for it.
 
 There are two engines: ksmd with its agents (`samepage.service.scanner`), and the kernel's own KSM
-(`samepage.kernel.engine`). All that a service shows and does goes through this; which ones there are is chosen by
-whoever starts it (`samepage.commands.engines`). A process is served by one of them.
+(`samepage.kernel.engine`). Everything that a service shows and does goes through this. The command that starts the
+service chooses the engines (`samepage.commands.engines`). Only one of them serves a process.
 """
 
 from __future__ import annotations
@@ -21,38 +21,40 @@ Cancelled = Callable[[], bool]
 
 
 class Engine(Protocol):
-    """Rows have at least `pid`, `comm`, `domain`, `owner`, `merged` and `bytes_needed`; counters KSM's names."""
+    """Who merges. Rows have at least `pid`, `comm`, `domain`, `owner`, `merged` and `bytes_needed`; counters have KSM's
+    names."""
 
     name: str
 
     def counters(self, owner: str | None = None) -> dict[str, Any]:
-        """Of everything, or of one owner."""
+        """The counters of everything, or of one owner."""
 
     def rows(self) -> list[Answer]:
-        """One for each process."""
+        """A row for each process."""
 
     def commitments(self) -> list[Answer]:
         """The same, with the memory cgroup (`cgroup`) of each and the bytes available there (`bytes_available`)."""
 
     def row(self, pid: int) -> Answer | None:
-        """That of one process; None when it is not this engine's."""
+        """The row of one process; None if this engine does not serve it."""
 
     def files(self) -> dict[str, str]:
         """What is in the files of /sys/kernel/mm/ksm."""
 
     def knobs(self) -> dict[str, str]:
-        """All of them."""
+        """All knobs."""
 
     def get(self, knob: str) -> str:
-        """OSError EINVAL when there is no such knob."""
+        """The value of a knob. Raises OSError EINVAL if there is no such knob."""
 
     def set(self, knob: str, value: str, cancelled: Cancelled) -> None:
-        """OSError. `run` = 2 comes back when everything is unmerged, or could not be; `run` is 0 then."""
+        """Set a knob. Raises OSError. `run` = 2 returns when everything is unmerged, or could not be; `run` is 0
+        then."""
 
     def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
-        """Break these processes, or all. `ok`, `errno` (a name), `pages_unmerged`, `pages_remaining`, `bytes_needed`,
-        `bytes_available`, `limits_unseen`, and in `failed` a row for each process that is to blame. OSError ESRCH: one
-        of them is not this engine's."""
+        """Unmerge these processes, or all. The answer has `ok`, `errno` (a name), `pages_unmerged`, `pages_remaining`,
+        `bytes_needed`, `bytes_available`, `limits_unseen`, and in `failed` a row for each process that caused an error.
+        Raises OSError ESRCH if this engine does not serve one of them."""
 
 
 class Agents(Engine, Protocol):
@@ -64,8 +66,8 @@ class Agents(Engine, Protocol):
 
 
 class Engines:
-    """Several as one: what control requests act on. Knobs and files are those of the one whose processes join; the
-    kernel has files of its own."""
+    """Several engines as one, on which control requests act. Knobs and files are those of the engine whose processes
+    join; the kernel has its own files."""
 
     def __init__(self, agents: Agents, others: Sequence[Engine] = ()) -> None:
         self._agents = agents
@@ -112,7 +114,7 @@ class Engines:
         return next((row for engine in self._all if (row := engine.row(pid)) is not None), None)
 
     def unmerge(self, pids: list[int], progress: Progress, cancelled: Cancelled) -> Answer:
-        """One engine after the other: each has memory of its own to look at."""
+        """Unmerge with one engine after the other: each looks for memory by itself."""
         total: Answer = {"errno": None, "pages_unmerged": 0, "pages_remaining": 0, "bytes_needed": 0, "failed": []}
         summed = ("pages_unmerged", "pages_remaining", "bytes_needed", "failed")
         for engine, theirs in self._shares(pids):
@@ -122,7 +124,7 @@ class Engines:
         return total | {"ok": total["errno"] is None}
 
     def _shares(self, pids: list[int]) -> list[tuple[Engine, list[int]]]:
-        """Who is to unmerge which of them."""
+        """Which engine unmerges which processes."""
         if len(self._all) == 1 or not pids:
             return [(engine, pids) for engine in self._all]
         shares: dict[str, list[int]] = {}

@@ -1,8 +1,8 @@
-"""A small HTTP server for metrics: whoever connects may be anybody, and must not keep anybody waiting.
+"""A small HTTP server for metrics. Anybody may connect, and must not be able to keep others waiting.
 
-One thread, and no descriptors but a few. A connection that says nothing costs one of these for `PATIENCE`, and makes
-room sooner if others come; connections are taken one after the other, `PACE` apart, so a flood of them takes little of
-the interpreter from ksmd.
+It uses one thread and few descriptors. A silent connection takes one of these for `PATIENCE` seconds, and makes room
+sooner if others come. Connections are accepted one by one, `PACE` seconds apart, so that a flood of them takes little
+of the interpreter from ksmd.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ PATIENCE = 5.0
 """Seconds that a connection may take in all."""
 
 OPEN_MAX = 16
-"""Connections at a time: with one more, the one that is open for longest is closed."""
+"""The most connections at a time; one more closes the oldest."""
 
 HEAD_MAX = 8192
-"""Bytes of a request."""
+"""The most bytes of a request."""
 
 PACE = 0.01
 """Seconds between two connections."""
 
 FRESH = 0.5
-"""Seconds for which what was collected is given to others, too."""
+"""For how many seconds collected metrics are reused for others."""
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -114,7 +114,7 @@ class Exposition:
                         return
                 try:
                     answer = self._answer(head)
-                except Exception as e:  # a mistake of ours ends nothing; the client gets an error
+                except Exception as e:  # a defect of ours must not end this; the client gets an error
                     log_once("metrics", f"a mistake of the service's own, in metrics: {e!r}")
                     answer = _response(HTTPStatus.INTERNAL_SERVER_ERROR)
                 await self._loop.sock_sendall(sock, answer)
@@ -149,7 +149,7 @@ def _response(status: HTTPStatus, body: bytes = b"") -> bytes:
 
 
 def remove(address: str) -> None:
-    """Of a Unix socket, the file."""
+    """Remove the file of a Unix socket."""
     if "/" in address:
         with contextlib.suppress(OSError):
             os.unlink(address)

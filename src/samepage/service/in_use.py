@@ -1,4 +1,4 @@
-"""The service that this very process uses: one that is there, or one of its own inside it."""
+"""The service that this process uses: an existing one, or one of its own inside the process."""
 
 from __future__ import annotations
 
@@ -130,10 +130,8 @@ def _choose() -> Service:
 
 
 def merge(vpn: int, npages: int) -> dict[str, Any]:
-    """Have `npages` pages of this process from `vpn` on merged now.
-
-    Raises OSError: ENOTCONN when no service could be joined in `JOIN_TIMEOUT` seconds, ENOTSUP when there is no way to
-    swap pages here.
+    """Merge `npages` pages of this process from `vpn` on now. Raises OSError: ENOTCONN if no service could be joined
+    within `JOIN_TIMEOUT` seconds, ENOTSUP if there is no way to swap pages here.
     """
     chosen = service()
     deadline = time.monotonic() + JOIN_TIMEOUT
@@ -154,7 +152,7 @@ def merge(vpn: int, npages: int) -> dict[str, Any]:
 
 
 def _after_fork_in_child() -> None:
-    """The parent's ksmd thread is not here, and its sockets are the parent's business."""
+    """Forget the parent's service: its ksmd thread does not exist here, and its sockets belong to the parent."""
     global _service, _choosing
     _service = None
     _choosing = threading.Lock()

@@ -53,7 +53,7 @@ def _number_or_einval(high: int) -> Parse:
 
 
 def _low_half(text: str) -> str:
-    """What a number that the kernel reads as a long and keeps in an int comes to."""
+    """What becomes of a number that the kernel reads as a long and keeps in an int."""
     return str(int(_number_or_einval(_U64)(text)) & _U32)
 
 
@@ -77,8 +77,9 @@ def _plain(value: Any) -> str:
 
 
 def _advisor_mode(value: str) -> str:
-    """All modes, the one in force in brackets. Samepage's own is there only while it is in force: then it has to be, or
-    who puts back what was read would set another. Once it is another, this is what the kernel shows."""
+    """All modes, with the current one in brackets. samepage's own mode is listed only while it is in force. Then it has
+    to be, since writing back what was read would otherwise set another mode. At other times this is what the kernel
+    shows."""
     modes = ["none", "scan-time"]
     if value not in modes:
         modes.append(value)
@@ -126,18 +127,19 @@ FILES = {name: File() for name in _COUNTERS} | {
     for name, knob in KNOBS.items()
     if knob.format
 }
-"""Each shows the counter or the knob of its name, and what is written to it is a value for that knob."""
+"""Each file shows the counter or the knob of its name; writing it sets that knob."""
 
 
 def texts(counters: object, knob: Callable[[str], str]) -> dict[str, str]:
-    """What is in each of `FILES`: attributes of `counters`, and what `knob` says of a name."""
+    """The content of each of `FILES`, from the attributes of `counters`, and from what `knob` returns for a name."""
     return {
         name: file.show(getattr(counters, name) if file.parse is None else knob(name)) for name, file in FILES.items()
     }
 
 
 def value(name: str, written: str) -> str:
-    """The value of the knob `name` that a write means. OSError: ENOENT, EIO (it can only be read), EINVAL, ERANGE."""
+    """The value that a write to the file `name` sets the knob to. Raises OSError: ENOENT, EIO (the file can only be
+    read), EINVAL, ERANGE."""
     file = FILES.get(name)
     if file is None or file.parse is None:
         code = errno.ENOENT if file is None else errno.EIO
@@ -146,7 +148,7 @@ def value(name: str, written: str) -> str:
 
 
 def process_texts(row: Mapping[str, Any] | None) -> dict[str, str]:
-    """What is in /proc/PID/ksm_stat and ksm_merging_pages; `row` is None of a process that has not joined."""
+    """The contents of /proc/PID/ksm_stat and ksm_merging_pages; `row` is None for a process that has not joined."""
     row = row or {}
     numbers = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_profit")
     flags = ("ksm_merge_any", "ksm_mergeable")

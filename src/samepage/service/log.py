@@ -1,4 +1,4 @@
-"""What a service says: lines on stderr, and not the same thing over and over."""
+"""What a service logs: lines on stderr, but not the same one over and over."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import threading
 import time
 
 QUIET = 60.0
-"""Seconds in which only the first line of a kind is said."""
+"""For so many seconds only the first line of a kind is logged."""
 
 _lock = threading.Lock()
-_said: dict[str, tuple[float, int]] = {}  # by kind: when it was said last, and how many were not said since
+_said: dict[str, tuple[float, int]] = {}  # by kind: when it was last logged, and how many lines were left out since
 
 
 def log(message: str) -> None:
-    """One line on stderr."""
+    """Log one line on stderr."""
     with contextlib.suppress(OSError, ValueError):
         print(f"samepage: {message}", file=sys.stderr, flush=True)
 
 
 def log_once(kind: str, message: str) -> None:
-    """The same, but for lines of which many may come. Of one kind the first is said, and then one a minute, with the
-    number of those that were not."""
+    """The same for lines that may come often. Of one kind the first is logged, and then one a minute, with the number
+    of lines left out."""
     now = time.monotonic()
     with _lock:
         last, unsaid = _said.get(kind, (-QUIET, 0))
@@ -34,7 +34,7 @@ def log_once(kind: str, message: str) -> None:
 
 
 def log_the_rest() -> None:
-    """At the end: how many of each kind were not said."""
+    """At the end, log how many lines of each kind were left out."""
     with _lock:
         rest = {kind: unsaid for kind, (_, unsaid) in _said.items() if unsaid}
         _said.clear()

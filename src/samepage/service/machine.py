@@ -1,7 +1,9 @@
-"""What the processes of one command share with others: told by the daemon that `samepage run` joins, or by the kernel.
+"""What the processes of one command share with others, according to the daemon that `samepage run` joins, or to the
+kernel.
 
-A daemon, or ksmd, serves other commands too. Which processes are this command's their environment says, which they have
-from it. What they save cannot be told from what others save with the same pages; so what is counted is what they share.
+A daemon, or ksmd, serves other commands, too. An environment variable, which processes inherit from the command, marks
+this command's processes. What they save cannot be told apart from what others save with the same pages; so this counts
+what they share.
 """
 
 from __future__ import annotations
@@ -29,18 +31,18 @@ WRITE_EVERY = 1.0
 """Seconds between two versions of the report file."""
 
 PATIENCE = 1.0
-"""Seconds that a daemon has to answer: nobody but the report needs it."""
+"""How many seconds a daemon has to answer: only the report needs it."""
 
 LAST_SECONDS = 5.0
-"""What was shared last is the most in the last so many seconds: the processes of a command mostly end together."""
+"""The last amount shared is the most within so many seconds, since the processes of a command usually end together."""
 
 SUMMED = ("merged", "ksm_merging_pages", "ksm_zero_pages", "pages_inherited", "pages_broken", "ksm_process_profit")
 
 
 def is_near(pid: int, of: int | None = None) -> bool:
-    """Whether a process is this user's, or descends from this one, or `of` that. Nothing else may be asked what the
-    kernel reads in the process's memory: who keeps that locked keeps the reader waiting for as long as they like.
-    OSError."""
+    """Whether a process is this user's, or descends from this one, or from `of`. For other processes, never read a file
+    for which the kernel reads in the process's memory: a process that keeps that locked makes the reader wait as long
+    as it likes. Raises OSError."""
     uids, parent = _status(pid)
     if uids == {os.getuid()}:
         return True
@@ -66,11 +68,11 @@ def _status(pid: int) -> tuple[set[int], int]:
 
 
 class SharedByCommand:
-    """What the processes share that have `variable` in their environment. `report` is a file that is kept up to date
-    with that."""
+    """What the processes share that have `variable` in their environment. `report` is a file that is kept up to
+    date."""
 
     SUMMED: tuple[str, ...]
-    """What is added up over all rows."""
+    """The fields that are summed over all rows."""
 
     def __init__(self, report: Path | None) -> None:
         self.variable = ("SAMEPAGE_RUN", os.urandom(8).hex())
@@ -84,27 +86,27 @@ class SharedByCommand:
         self._recent: deque[tuple[float, int]] = deque()
 
     def look(self) -> None:
-        """See how things stand. To be called every `LOOK_EVERY` seconds."""
+        """Look at the processes. Call this every `LOOK_EVERY` seconds."""
         with contextlib.suppress(ControlError):
             self._take_in(self._ask())
             if time.monotonic() - self._written >= WRITE_EVERY:
                 self._write()
 
     def now(self) -> tuple[int, int]:
-        """Bytes that its processes shared when last looked at, and how many there were."""
+        """How many bytes the command's processes shared at the last look, and how many processes there were."""
         return self._recent[-1][1] if self._rows else 0, len(self._rows)
 
     def finish(self) -> dict[str, Any]:
-        """The command ended: write the last report and return it, but for the rows."""
+        """Call this when the command has ended. Writes the last report and returns it without the rows."""
         self._write()
         return self._summary()
 
     def _ask(self) -> list[dict[str, Any]]:
-        """A row for every process that is merged, this command's or not. `ControlError`: not known now."""
+        """A row for every merged process, this command's or not. Raises `ControlError` if that is unknown now."""
         raise NotImplementedError
 
     def _about(self) -> dict[str, Any]:
-        """What else the report says."""
+        """Further fields of the report."""
         raise NotImplementedError
 
     def _take_in(self, rows: list[dict[str, Any]]) -> None:
@@ -160,7 +162,7 @@ class MachineDaemon(SharedByCommand):
             if self._client is None:
                 self._client = Client(self.path, PATIENCE)
             rows: list[dict[str, Any]] = self._client.ask("status", brief=True).get("processes", [])
-            return [row for row in rows if "swap" in row]  # of agents: what the kernel merges is counted by itself
+            return [row for row in rows if "swap" in row]  # the agents' only: the kernel's is counted separately
         except ControlError:
             if self._client is not None:
                 self._client.close()

@@ -1,4 +1,4 @@
-"""What a service is worth and what it costs, in Prometheus' format (docs/metrics.md has the list).
+"""What a service saves and what it costs, in Prometheus' format (docs/metrics.md has the list).
 
 Names that begin with `node_ksmd_` are those of node_exporter's ksmd collector and mean the same, so that boards and
 alerts made for KSM work. Everything is read from ksmd's last snapshot: no lock of ksmd's is taken, no process is asked.

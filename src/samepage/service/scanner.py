@@ -1,4 +1,4 @@
-"""The one place that talks to ksmd: a thread that lets it scan, and what everybody else asks of it."""
+"""The only place that talks to ksmd: a thread that lets it scan, and what everybody else asks of it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ from samepage.service.log import log_once
 from samepage.service.tally import Tally
 
 WORKERS = max(4, os.cpu_count() or 1)
-"""Processes that work for ksmd at the same time; more than cores, so that one that hangs does not hold up the rest."""
+"""How many processes work for ksmd at the same time; more than cores, so that one that hangs does not hold up the
+rest."""
 
 AFTER_ERROR = 1.0
-"""How long ksmd rests after a mistake of its own, in seconds, so as not to fill the log."""
+"""How long ksmd rests after a defect of its own, in seconds, so that it does not fill the log."""
 
 DONE = "done"
 """Outcome of an unmerge without an error."""
@@ -52,7 +53,7 @@ STATUS_TIMEOUT = 1.0
 that does not answer in time, 0 is shown."""
 
 SUMMED = ("ksm_rmap_items", "ksm_merging_pages", "ksm_zero_pages", "merged", "pages_inherited", "ksm_process_profit")
-"""What the counters of one domain are made of: the rows of its processes, added up."""
+"""The counters of one domain that are sums over the rows of its processes."""
 
 
 def _needing(total: Answer) -> Answer:
@@ -60,12 +61,12 @@ def _needing(total: Answer) -> Answer:
 
 
 def _rows(processes: Iterable[ProcessBreak]) -> list[Answer]:
-    """Those of which not everything could be unmerged, and why."""
+    """Rows for the processes that could not be unmerged completely, and why."""
     return [asdict(row) | {"errno": errno.errorcode[row.errno]} for row in processes if row.errno]
 
 
 def _headroom(slot: MmSlot) -> tuple[str, int] | None:
-    """None: it has gone, which others will notice, or is stopped."""
+    """Its headroom. None: the process is gone, which others will notice, or it is stopped."""
     try:
         return None if slot.is_away or slot.space.halted() else headroom(slot)
     except AddressSpaceGone:
@@ -73,8 +74,8 @@ def _headroom(slot: MmSlot) -> tuple[str, int] | None:
 
 
 def _threads() -> Concurrently:
-    """The `map` of a pool whose threads are all there from the start: one that could not be started in the middle of a
-    pass would leave behind what the others were told to do. With no threads to be had, one process works at a time."""
+    """The `map` of a pool whose threads all exist from the start: if starting one failed in the middle of a pass, the
+    others would be left with half of the work. If no threads can be started, processes work one at a time."""
     for wanted in (WORKERS, 2):
         pool = ThreadPoolExecutor(wanted, "ksmd")
         go = threading.Event()
@@ -115,7 +116,7 @@ class Scanner:
         self._wake = threading.Event()
         self._stopping = False
         self._told = (0, 0)
-        # ksmd's mutex is not fair: batch after batch would keep others from it for long. Whoever asks holds the gate,
+        # ksmd's mutex is not fair: batch after batch would keep others from it for long. A caller holds the gate,
         # and the next batch waits for it.
         self._gate = threading.Lock()
 
@@ -136,7 +137,7 @@ class Scanner:
             self._hang_up_on_the_gone()
 
     def limit_segments(self, most: int) -> None:
-        """Hold no more of them at a time: each takes a descriptor."""
+        """Hold at most so many segments at a time: each takes a descriptor."""
         self._ksmd.slices.segments_max = OPEN.most = most
 
     def _tell_of_limits(self) -> None:
@@ -161,7 +162,7 @@ class Scanner:
 
     @contextlib.contextmanager
     def introductions(self) -> Iterator[Arrivals]:
-        """Meanwhile whoever wants to join is put into this queue first."""
+        """While this is in use, processes that want to join are put into this queue first."""
         arrivals: Arrivals = queue.SimpleQueue()
         self._introductions.append(arrivals)
         try:
@@ -170,14 +171,14 @@ class Scanner:
             self._introductions.remove(arrivals)
 
     def introduce(self, pid: int) -> None:
-        """A process is about to join: wait until everybody who has `introductions` knows, but not for long."""
+        """Called when a process is about to join: waits until all users of `introductions` know, but not for long."""
         for arrivals in list(self._introductions):
             known = threading.Event()
             arrivals.put((pid, known))
             known.wait(INTRODUCE_TIMEOUT)
 
     def look_again(self) -> None:
-        """The rules are others: whoever belongs in another merge domain by them is sent there."""
+        """Called when the rules have changed: moves processes to the merge domains where they belong now."""
         self._ksmd.look_again()
         self._wake.set()
 
@@ -195,11 +196,11 @@ class Scanner:
             log_once("a mistake of ksmd's own", f"ksmd: {in_words(e)}")
 
     def snapshot(self) -> Snapshot:
-        """Counters and all rows, of one moment. Waits for nobody."""
+        """Counters and all rows of one moment. It waits for nobody."""
         return self._ksmd.snapshot()
 
     def counters(self, owner: str | None = None) -> dict[str, Any]:
-        """ksmd's counters, by name. Of one owner: sums over its processes (`SUMMED`), and how many there are."""
+        """ksmd's counters, by name. For one owner, sums over the owner's processes (`SUMMED`), and their number."""
         if owner is None:
             return asdict(self._ksmd.counters())
         rows = [row for row in self._ksmd.rows() if str(row.owner) == owner]
@@ -210,12 +211,13 @@ class Scanner:
         return [_answer(row) for row in self._ksmd.rows()]
 
     def files(self) -> dict[str, str]:
-        """What is in the files of /sys/kernel/mm/ksm. Asked for ten times a second, so not by way of `counters`."""
+        """The contents of the files of /sys/kernel/mm/ksm. Scrapers ask for them ten times a second, so this does not
+        go through `counters`."""
         return ksm_files.texts(self._ksmd.counters(), self._ksmd.get)
 
     def row(self, pid: int) -> Answer | None:
-        """That of one process; None when it has not joined. Of pages merged with the zero page it says how many there
-        are now, unless ksmd is too busy to see in `RECOUNT_TIMEOUT`."""
+        """The row of one process; None if it has not joined. The number of pages merged with the zero page is up to
+        date, unless ksmd is too busy to count within `RECOUNT_TIMEOUT`."""
         row = self._row(pid)
         if row is not None and row.ksm_zero_pages:
             for slot in self._ksmd.slots(pid)[-1:]:
@@ -230,7 +232,8 @@ class Scanner:
         return next((row for row in reversed(self._ksmd.rows()) if row.pid == pid), None)
 
     def _recount(self) -> None:
-        """Count zero pages, in ksmd's thread: whoever asks for the row of a process that hangs need not wait for it."""
+        """Count zero pages in ksmd's thread, so that a caller who asks for the row of a hanging process need not wait
+        for it."""
         while not self._recounts.empty():
             slot, done = self._recounts.get()
             self._ksmd.recount_zeros(slot)
@@ -238,7 +241,7 @@ class Scanner:
             self._hang_up_on_the_gone()
 
     def pids(self) -> list[int]:
-        """Of all processes."""
+        """The pids of all processes."""
         return [row.pid for row in self._ksmd.rows()]
 
     def commitments(self) -> list[Answer]:
@@ -255,7 +258,7 @@ class Scanner:
         return rows
 
     def _available(self, slots: list[MmSlot]) -> dict[int, tuple[str, int] | None]:
-        """The memory cgroup and the bytes available there, by pid, of those who answer in time."""
+        """The memory cgroup and the bytes available there, by pid, for the processes that answer in time."""
         try:
             asked = {slot.pid: self._status.submit(_headroom, slot) for slot in slots}
         except RuntimeError:  # no thread to be had
@@ -379,7 +382,7 @@ class Scanner:
 
     @contextlib.contextmanager
     def _known(self, knob: str) -> Iterator[None]:
-        """ksmd's errors about a knob, as OSErrors whose `strerror` says all of it."""
+        """Turn ksmd's errors about a knob into OSErrors whose `strerror` says everything."""
         try:
             yield
         except KeyError:
@@ -392,15 +395,15 @@ class Scanner:
             raise OSError(e.errno, f"{e.strerror}{about}") from e
 
     def _hang_up_on_the_gone(self) -> None:
-        """Cut off the processes that ksmd gave up, for nonsense that the wire did not notice, say. The server drops a
-        process when it sees that."""
+        """Disconnect the processes that ksmd gave up, for nonsense that the wire did not notice, say. The server drops
+        a process when it sees that."""
         with self._slots_lock:
             gone = [(space, slot.lost) for space, slot in self._slots.items() if slot.gone]
         for space, why in gone:
             space.hang_up(why)
 
     def _pause(self, seconds: float) -> bool:
-        """True: woken before its end."""
+        """Returns True if it was woken early."""
         woken = self._stopping or self._wake.wait(None if seconds == float("inf") else seconds)
         self._wake.clear()
         return woken

@@ -1,8 +1,8 @@
 """The service: accepts agents and control connections, and gives agents to ksmd as address spaces.
 
-One thread accepts, and watches for processes that go and for connections that say something; what these want is done
-by a few others (`workers`), so that nobody can hold up anybody else, and a connection that says nothing has no thread.
-One more runs ksmd (`scanner`).
+One thread accepts connections, and watches for processes that end and for connections that send something. A few other
+threads (`workers`) do what these ask for, so that nobody can hold up anybody else, and a silent connection has no
+thread. One more thread runs ksmd (`scanner`).
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from samepage.service.sockets import Caller, anybody, groups, peer, policy_path
 from samepage.service.workers import Workers
 
 CONNECTIONS_MAX = 256
-"""Connections of one user that shake hands or ask something at a time: more are turned away."""
+"""The most connections of one user that shake hands or ask something at a time; more are turned away."""
 
 ACCEPT_AT_ONCE = 64
 
 HURRY = 0.5
-"""Seconds after which nobody waits any more for an answer of a process that is not the owner's. It has its turn when it
-has answered; after `TIMEOUT` it is dropped, as any other."""
+"""After so many seconds nobody waits any longer for an answer of a process that is not the owner's. The process has its
+turn when it has answered; after `TIMEOUT` it is dropped, as any other."""
 
 DOUBTFUL_MAX = 8
-"""How many descriptors of anything but a memfd a user's processes may send. Then that user is served no more: each
-descriptor may cost a thread and a descriptor for ever."""
+"""How many descriptors that are no memfds a user's processes may send before the user is served no more: each may cost
+a thread and a descriptor for ever."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what was freed, up to 32 MiB of it (mallopt(3)): ksmd's arrays come and go by the megabyte, and
-    to get each of them from the kernel anew takes longer than to compute it."""
+    """Make malloc keep up to 32 MiB of freed memory (mallopt(3)): ksmd's arrays come and go by the megabyte, and
+    getting each from the kernel anew takes longer than computing it."""
     mallopt = ctypes.CDLL(None).mallopt
     for parameter, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 32 << 20), (M_ARENA_MAX, 1)):
         mallopt(parameter, value)
 
 
 def open_userfaultfd() -> int:
-    """A descriptor of /dev/userfaultfd to pass to agents, which may not open it themselves; -1 if this user may not
+    """A descriptor of /dev/userfaultfd to pass to agents, which may not be allowed to open it; -1 if this user may not
     either."""
     try:
         return os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
@@ -73,15 +73,15 @@ def open_userfaultfd() -> int:
 
 @dataclass(slots=True, eq=False)
 class _Connection:
-    """Somebody who connected and has not joined. `who` and `comm` once they were greeted as an agent."""
+    """A peer that connected and has not joined. `who` and `comm` are set once it was greeted as an agent."""
 
     sock: socket.socket
     caller: Caller
     fd: int
     ends: float
-    """When the patience with them ends, in `time.monotonic`."""
+    """When the service hangs up on them, in `time.monotonic`."""
     heard: bool = False
-    """They say something, and are being served."""
+    """They sent something, and are being served."""
     who: Identity | None = None
     comm: str = ""
     asked: str = ""
@@ -92,13 +92,11 @@ class _Connection:
 
 
 class Server:
-    """Serves `listener`, which it takes over, until `stop`.
-
-    Run by root, it serves everyone, each user in a merge domain of their own; else only who runs it.
-    `before_leave` is called when a process went and is about to be dropped, with its counters still in.
-    `userfaultfd_group`: only processes of that group, and the owner's, are given /dev/userfaultfd; None: all.
-    `others`: engines besides, of processes that do not join. `policy` says who is in which merge domain; at SIGHUP
-    `policy_file` is read, or the one that this user's daemon has by default.
+    """Serves `listener`, which it takes over, until `stop`. Run by root, it serves everyone, each user in a merge
+    domain of their own; otherwise only the user who runs it. `before_leave` is called when a process has ended and is
+    about to be dropped, with its counters still included. `userfaultfd_group`: only processes of that group, and the
+    owner's, get /dev/userfaultfd; None: all do. `others`: further engines, for processes that do not join. `policy`
+    says who is in which merge domain. At SIGHUP `policy_file` is read, or this user's default policy.
     """
 
     def __init__(
@@ -145,7 +143,7 @@ class Server:
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def run(self) -> None:
-        """Accept, and watch for processes that go, until `stop`. Processes run on as they are, merged."""
+        """Accept connections, and watch for processes that end, until `stop`. Processes run on as they are, merged."""
         self._listener.setblocking(False)
         self._epoll.register(self._listener, select.EPOLLIN)
         self._epoll.register(self._wake_read, select.EPOLLIN)
@@ -160,7 +158,7 @@ class Server:
         self._close()
 
     def _is_over(self) -> bool:
-        """Somebody wrote to `wake_fd`: the number of a signal (`signal.set_wakeup_fd`), or `stop`."""
+        """Whether to end: somebody wrote to `wake_fd`, the number of a signal (`signal.set_wakeup_fd`) or `stop`."""
         if set(os.read(self._wake_read, 4096)) != {signal.SIGHUP}:
             return True
         if path := self._policy_file or policy_path():
@@ -172,7 +170,7 @@ class Server:
         return False
 
     def _serve(self, ready: list[int]) -> None:
-        # Those who went first: a process that executed another program is back at once, with the same pid.
+        # First those that ended: a process that executed another program is back at once, with the same pid.
         for fd in ready:
             if fd in self._spaces:
                 self._leave(fd)
@@ -201,7 +199,8 @@ class Server:
 
     @property
     def wake_fd(self) -> int:
-        """A byte written to this descriptor, which does not block, ends `run`; that of SIGHUP has the policy read."""
+        """A byte written to this descriptor, which does not block, ends `run`; the number of SIGHUP makes it read the
+        policy."""
         return self._wake_write
 
     def stop(self) -> None:
@@ -239,7 +238,7 @@ class Server:
                 self._turn_away()
             return False
         caller = peer(sock)
-        if caller.uid == self._anybody:  # who that is cannot be told, and so not whose pages are whose
+        if caller.uid == self._anybody:  # its user is unknown, and so is the owner of its pages
             log_once("users without an id", "processes of users that have no id in this user namespace may not join")
             self._scanner.tally.refuse("no user id")
             self._turned_away.append(sock)
@@ -262,7 +261,7 @@ class Server:
         return True
 
     def _listen_to(self, connection: _Connection) -> bool:
-        """False: this user may watch no more (fs.epoll.max_user_watches), or there is no memory."""
+        """Watch a connection. False: this user may watch no more (fs.epoll.max_user_watches), or there is no memory."""
         try:
             self._epoll.register(connection.fd, select.EPOLLIN | select.EPOLLONESHOT)
         except OSError:
@@ -270,8 +269,8 @@ class Server:
         return True
 
     def _has_room(self, had: Counter[int], user: int, descriptors: int) -> bool:
-        """Where a service has many users, none of them may have more than half of these, nor all but the owner more
-        than three quarters: a user may have the ids of others at hand (subuid(5))."""
+        """Whether a user may have one more connection. No user may have more than half of them, nor all users but the
+        owner more than three quarters: a user may control the ids of others (subuid(5))."""
         room = had.total() < descriptors
         if self._owner == 0 != user:
             room &= had[user] < descriptors // 2 and had.total() - had[0] < descriptors - descriptors // 4
@@ -287,8 +286,8 @@ class Server:
             self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def _attend(self, connection: _Connection) -> None:
-        """In a thread of `workers`: somebody said something. Who connected speaks first: an agent in binary, a client
-        in JSON."""
+        """In a thread of `workers`: a connection sent something. The peer speaks first: an agent in binary, a client in
+        JSON."""
         sock, caller = connection.sock, connection.caller
         stays = False
         try:
@@ -308,7 +307,7 @@ class Server:
                 self._scanner.tally.refuse("not allowed" if "may not join" in why else "protocol")
                 log_once(f"who may not join (user {caller.uid})", why)
         except OSError:
-            pass  # it went, or does not take in what it asked for
+            pass  # it is gone, or does not read what it asked for
         finally:
             if stays:
                 connection.ends, connection.heard = time.monotonic() + TIMEOUT, False
@@ -319,7 +318,7 @@ class Server:
                 self._end(connection)
 
     def _end(self, connection: _Connection) -> None:
-        """In a thread of `workers`, for what is left in the socket may take long to close."""
+        """In a thread of `workers`, since closing may take long if something is left in the socket."""
         self._forget(connection)
         close_one(connection.sock)
         self._connected_less(connection.caller.uid)
@@ -369,7 +368,7 @@ class Server:
         connection.comm = greet(connection.sock, hello, caller.pid, self._terms, userfaultfd)
 
     def _place(self, who: Identity, asked: str, groups: frozenset[int]) -> Place:
-        """OSError: it has ended."""
+        """Where a process belongs. Raises OSError if it has ended."""
         policy = self._policy
         return policy.place(who, group_of(who.pid) if policy.looks_at_groups else NOWHERE, asked, groups)
 
@@ -382,7 +381,7 @@ class Server:
         return f"{where} ({place.why})"
 
     def _take_room(self, caller: Caller) -> None:
-        """ConnectionRefusedError: there is no descriptor for one process more."""
+        """Reserve a descriptor. Raises ConnectionRefusedError if there is none for one more process."""
         with self._lock:
             have = self._processes.total()
             room = self._has_room(self._processes, caller.uid, self._shares.processes)
@@ -399,7 +398,7 @@ class Server:
         space.misplaced = partial(self._misplaced, who, connection.asked, connection.groups, domain)
         with self._lock:
             before = [fd for fd, other in self._spaces.items() if other.pid == space.pid]
-        for fd in before:  # one mm_slot a process: what it was before an exec is gone
+        for fd in before:  # one mm_slot a process: drop the one from before an exec
             self._leave(fd)
         if connection.caller.uid != self._owner:
             space.hurry = HURRY

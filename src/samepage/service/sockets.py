@@ -1,6 +1,6 @@
 """Unix sockets of services: where they are, who is at the other end, how one is made.
 
-Kept apart from `control` because `samepage run` needs only this, and has a command to start.
+Separate from `control`, because `samepage run` needs only this, and should start its command soon.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import NamedTuple
 DAEMON_PATH = "/run/samepage.sock"
 
 POLICY_PATH = "/etc/samepage/policy.toml"
-"""Which merge domain processes are in, for root's daemon, if it is there (`policy`)."""
+"""The policy of root's daemon, if the file exists: it says which merge domain processes are in (`policy`)."""
 
 DOMAIN_NAME = r"^[A-Za-z_][A-Za-z0-9_.-]{0,30}$"
-"""A merge domain's name: one that no user id looks like, and that fits into `sp_hello.domain`."""
+"""A merge domain's name: it must not look like a user id, and must fit into `sp_hello.domain`."""
 
 SO_PEERGROUPS = 59
 
 OVERFLOW_UID = 65534
-"""What the kernel says for a user id that has no name in this user namespace, unless it was told another."""
+"""The kernel's default for user ids that have no name in this user namespace."""
 
 
 class ControlError(OSError):
@@ -51,7 +51,8 @@ def peer(sock: socket.socket) -> Caller:
 
 
 def groups(sock: socket.socket) -> set[int]:
-    """All groups of who connected, as they were then. Of more than 256 besides its own, Python asks for none."""
+    """All groups that the peer had when it connected. Python asks for none if there are more than 256 besides its
+    own."""
     found = {peer(sock).gid}
     with contextlib.suppress(OSError):
         found.update(gid for (gid,) in struct.iter_unpack("I", sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)))
@@ -59,7 +60,7 @@ def groups(sock: socket.socket) -> set[int]:
 
 
 def anybody() -> int:
-    """The user id that all users have in common who have none in this user namespace; -1 where everybody has one."""
+    """The user id that stands for all users without an id in this user namespace; -1 if every user has one."""
     try:
         rows = Path("/proc/self/uid_map").read_text().split()
         return -1 if rows == ["0", "0", str((1 << 32) - 1)] else int(Path("/proc/sys/kernel/overflowuid").read_text())
@@ -77,12 +78,12 @@ def default_path() -> str:
 
 
 def policy_path() -> str | None:
-    """The policy of this user's daemon where none is named."""
+    """The default policy file of this user's daemon."""
     return POLICY_PATH if os.getuid() == 0 and os.path.lexists(POLICY_PATH) else None
 
 
 def running() -> str | None:
-    """Where a daemon answers: this user's own, else root's, which serves everybody."""
+    """The path where a daemon answers: this user's own, else root's, which serves everybody."""
     return next((path for path in dict.fromkeys((default_path(), DAEMON_PATH)) if answers(path)), None)
 
 

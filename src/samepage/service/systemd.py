@@ -1,4 +1,4 @@
-"""What systemd hands to a service, and is told by it: sd_listen_fds(3), sd_notify(3)."""
+"""What systemd passes to a service, and what the service tells systemd: sd_listen_fds(3), sd_notify(3)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FIRST_FD = 3
 
 
 def listener() -> socket.socket | None:
-    """The listening socket that this process was started with; None if it was not started for one. ControlError: it is
-    none that agents can connect to."""
+    """The listening socket that this process was started with; None if there is none. Raises ControlError if agents
+    cannot connect to it."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
     number = int(os.environ.get("LISTEN_FDS", "0"))
@@ -31,7 +31,7 @@ def listener() -> socket.socket | None:
 
 
 def ready() -> None:
-    """The service is served from now on."""
+    """Tell systemd that the service is ready."""
     if path := os.environ.pop("NOTIFY_SOCKET", ""):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect("\0" + path[1:] if path.startswith("@") else path)

@@ -1,8 +1,8 @@
 """What a service counts for its metrics, by merge domain and cgroup: CPU time, stalls, unmerges, processes that
 were dropped.
 
-A pair of domain and cgroup is a *place*. Users make cgroups and user namespaces as they like, and each place is a
-time series in somebody's database, so there are `PLACES_MAX` of them; all others are one, `OTHERS`.
+A pair of domain and cgroup is a *place*. Users can make any number of cgroups and user namespaces, and each place is a
+time series in somebody's database. So there are at most `PLACES_MAX` of them; all others together are one, `OTHERS`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from samepage.memory.merge_domain import MergeDomain
 PLACES_MAX = 100
 
 PLACES_OF_A_GUEST = 10
-"""Of a user who does not own the service."""
+"""The most places of a user who does not own the service."""
 
 IDLE = 600.0
 """Seconds after which a place without a process makes room for another."""
@@ -30,16 +30,16 @@ CGROUP_EVERY = 30.0
 """Seconds between two looks at the cgroup of a process."""
 
 SETTLED = 1.0
-"""Seconds after which a row is that of the process that joined, not of what it was before an exec."""
+"""After so many seconds a row is about the process that joined, not about the program that it was before an exec."""
 
 NAME_MAX = 200
-"""Characters of a cgroup's path that are shown: of a longer one the last."""
+"""How many characters of a cgroup's path are shown; of a longer path, the last ones."""
 
 OTHERS = ("others", "others")
 
 OUTCOMES = ("done", "ENOMEM", "EINTR", "EFAULT", "ETIMEDOUT")
-"""Of an unmerge. All are there from the start, as 0, and so are the reasons below: of a series that begins with 1
-Prometheus does not see that it grew."""
+"""The outcomes of an unmerge. All exist from the start, with 0, and so do the reasons below: if a series began with 1,
+Prometheus would not see that it grew."""
 
 KINDS = {
     "it changed its": "another user",
@@ -53,7 +53,7 @@ KINDS = {
     "it tells of more pages": "false claims",
     "": "protocol",
 }
-"""Why a process was dropped, in one of few words, by how the reason begins."""
+"""Words for why a process was dropped, by the beginning of the full reason."""
 
 REFUSALS = ("no user id", "too many connections", "no descriptors", "not allowed", "protocol")
 """Why a process may not join."""
@@ -65,7 +65,7 @@ def _zeros(names: Iterable[str]) -> Counter[str]:
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """Processes of one domain in one cgroup. What is counted here only grows."""
+    """The processes of one domain in one cgroup. These counts only grow."""
 
     domain: str
     cgroup: str
@@ -91,7 +91,8 @@ class _Process:
 
 
 class Tally:
-    """Any thread may call any method, and none waits for ksmd or for a process. `owner` runs the service."""
+    """Counts for metrics. Any thread may call any method, and none waits for ksmd or for a process. `owner` runs the
+    service."""
 
     def __init__(
         self,
@@ -115,8 +116,8 @@ class Tally:
             self._processes[pid] = _Process(self._place(pid, domain), now, now)
 
     def look(self, rows: Iterable[ProcessRow]) -> list[Place]:
-        """Take in the CPU time of processes and how they were held up, and whether they are in another cgroup. The
-        place of each, in order."""
+        """Take in the CPU time and the stalls of processes, and whether they are in another cgroup. Returns the place
+        of each, in order."""
         with self._lock:
             return [self._look(row) for row in rows]
 
@@ -199,5 +200,5 @@ def _spend(process: _Process, cpu_seconds: float, stalls: Stalls) -> None:
 
 
 def kind_of(why: str) -> str:
-    """Why a process was dropped, in one of few words."""
+    """A word for why a process was dropped."""
     return next(kind for begin, kind in KINDS.items() if why.startswith(begin))

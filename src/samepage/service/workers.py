@@ -1,4 +1,4 @@
-"""Threads for what connections want, shared out fairly among users."""
+"""Threads that do what connections ask for, shared fairly among users."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 MOST = 64
-"""Threads there are at most."""
+"""The most threads."""
 
 OF_ONE_USER = 16
-"""How many of them may be busy for one user. Whoever finds a way to block one blocks no more than that."""
+"""How many of them may be busy for one user. A user who finds a way to block threads can block no more than that."""
 
 OF_ONE_GUEST, OF_ALL_GUESTS = 4, 16
-"""The same for a user who does not own the service, and for all of these together: the rest is the owner's."""
+"""The same for a user who does not own the service, and for all such users together; the rest is for the owner."""
 
 REST = 3
-"""After work for them that took a second of CPU time, the next of it begins no sooner than so many seconds later: of
-what all threads and ksmd have together (the interpreter's lock), theirs is a quarter at most."""
+"""After a second of CPU time of work for users other than the owner, their next work begins no sooner than so many
+seconds later. So they get at most a quarter of the interpreter's lock, which all threads and ksmd share."""
 
 FROM_THE_START = 4
-"""Threads that are there before anybody comes: when no more can be started these do the work."""
+"""Threads that exist from the start: if no more can be started, these do the work."""
 
 Work = Callable[[], None]
 
 
 class Workers:
-    """Does the work of each user in its order, and of several users in turn. RuntimeError: not even the first threads
-    can be started."""
+    """Does the work of each user in order, and of several users in turn. Raises RuntimeError if not even the first
+    threads can be started."""
 
     def __init__(self, failed: Callable[[Exception], None], owner: int | None = None) -> None:
         self._failed = failed
@@ -45,18 +45,18 @@ class Workers:
             self._start()
 
     def submit(self, user: int, work: Work) -> None:
-        """Have it done. It may raise what it likes: `failed` is told."""
+        """Queue work. It may raise anything; `failed` is told."""
         with self._changed:
             self._waiting.setdefault(user, deque()).append(work)
             self._queued += 1
             self._changed.notify()
             if self._queued > self._idle and self._threads < MOST and self._may_begin(user):
-                # No thread may be left to this user or this cgroup: it waits for one of those there are.
+                # This user or this cgroup may start no more threads: the work waits for an existing one.
                 with contextlib.suppress(RuntimeError):
                     self._start()
 
     def end(self) -> None:
-        """Threads that wait end now, others when their work is done."""
+        """End the threads that wait now, the others when their work is done."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -94,7 +94,7 @@ class Workers:
         return free and time.monotonic() >= self._guests_rest
 
     def _rest(self) -> float | None:
-        """Seconds until guests may be served again whose work is there already."""
+        """How many seconds until waiting work of guests may be done again."""
         left = self._guests_rest - time.monotonic()
         return max(left, 0.001) if self._queued and left > -1.0 else None
 
