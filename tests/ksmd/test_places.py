@@ -119,6 +119,32 @@ def test_a_long_unmerge_lets_others_in_between_and_nothing_is_merged_meanwhile()
     assert "merge" not in a.calls
 
 
+def test_many_that_leave_at_once_keep_nobody_waiting_for_all_of_them() -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    spaces, slots = processes(machine, ksmd, *[SAME] * 20)
+    passes(ksmd, 3)
+
+    def script(what: str, vpn: int) -> None:
+        if what == "break":
+            clock.now += 0.005
+
+    for space in spaces:
+        space.script, space.elsewhere = script, "elsewhere"
+    ksmd.set("run", "0")
+    ksmd.look_again()
+    batches = 0
+    while not all(slot.gone for slot in slots):
+        began = clock.now
+        ksmd.do_scan()
+        assert clock.now - began < 2
+        assert ksmd.next_wait() <= 1 or not ksmd.slots()
+        batches += 1
+        assert batches < 50
+    assert batches > 2
+    assert not any(space.merged_pages() for space in spaces)
+
+
 def test_an_error_of_one_page_keeps_nobody_in_the_domain() -> None:
     machine = SimulatedMachine()
     ksmd = new_ksmd(Clock())

@@ -7,6 +7,7 @@ belongs.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 
@@ -24,7 +25,7 @@ PLACE_SECONDS = 10.0
 """How often ksmd looks whether a process is where it belongs, even when there is nothing to match."""
 
 UNMERGE_SECONDS = 1.0
-"""How long one process is unmerged at a time: others want something, too."""
+"""How long processes that leave are unmerged at a time: others want something, too."""
 
 
 class Places:
@@ -35,7 +36,7 @@ class Places:
 
     def verify(self, domain: Domain) -> None:
         """Call this before pages of a domain are matched. Drops the processes that are not who they were (they have
-        another user, say), and those that belong elsewhere."""
+        another user, say); nothing is merged in those that belong elsewhere."""
         now = self._clock()
         for slot in list(domain.slots):
             if now - slot.verified < VERIFY_SECONDS or slot.gone:
@@ -50,11 +51,15 @@ class Places:
         self._mm_list.reap()
 
     def look(self) -> None:
-        """Look at all of them now and then, and go on with those that leave."""
+        """Look at all of them now and then, and see off those that leave, for a while."""
         now = self._clock()
         for slot in self._mm_list.slots():
-            if slot.leaving or now - slot.placed >= PLACE_SECONDS:
+            if now - slot.placed >= PLACE_SECONDS:
                 self._look_at(slot, now)
+        for slot in [slot for slot in self._mm_list.slots() if slot.leaving and not slot.silent]:
+            if self._clock() >= now + UNMERGE_SECONDS:
+                break
+            self._see_off(slot, now + UNMERGE_SECONDS)
         self._mm_list.reap()
 
     def look_again(self) -> None:
@@ -64,15 +69,10 @@ class Places:
 
     def _look_at(self, slot: MmSlot, now: float) -> None:
         slot.placed = now
-        try:
+        with contextlib.suppress(OSError):  # it has ended, and will be noticed to have
             slot.leaving = slot.space.misplaced()
-        except OSError:
-            return  # it has ended, and will be noticed to have
-        if slot.leaving and not slot.silent:  # else when it answers
-            self._see_off(slot)
 
-    def _see_off(self, slot: MmSlot) -> None:
-        ends = self._clock() + UNMERGE_SECONDS
+    def _see_off(self, slot: MmSlot, ends: float) -> None:
         result = self._unmerging.unmerge(slot, WHOLE, lambda: self._clock() >= ends, leave_alone=False)
         if slot.gone or slot.silent or result.errno == errno.EINTR:
             return
