@@ -80,12 +80,11 @@ def check(ksmd: Ksmd, machine: SimulatedMachine, spaces: dict[MmSlot, SimulatedA
     assert counters.general_profit == counters.bytes_saved - counters.metadata_bytes
     unshared = sharers = 0
     for domain in ksmd.mm_list.domains():
-        stable, order = domain.stable, domain.unstable.order
-        sums = domain.checksum[order]
-        assert (np.diff(order.astype(np.int64))[sums[1:] == sums[:-1]] > 0).all()
-        assert (sums[1:] >= sums[:-1]).all()
-        assert (domain.state[order] == PageState.UNSHARED).all()
-        unshared += len(order)
+        stable, refs = domain.stable, domain.unstable.numbers()
+        assert domain.unstable.in_order()
+        assert stable.index.in_order()
+        assert (domain.state[refs] == PageState.UNSHARED).all()
+        unshared += len(refs)
         nodes: list[int] = []
         for slot in domain.slots:
             known = np.zeros(len(PageState), np.int64)
@@ -104,7 +103,7 @@ def check(ksmd: Ksmd, machine: SimulatedMachine, spaces: dict[MmSlot, SimulatedA
             assert segment.rows <= SEGMENT_PAGES
         counted = np.bincount(nodes, minlength=len(stable.sharers))
         assert (stable.sharers[: len(counted)] == counted).all()
-        groups = np.unique(stable.checksum[stable.index.order], return_counts=True)[1]
+        groups = np.unique(stable.checksum[stable.index.numbers()], return_counts=True)[1]
         assert stable.chains == np.count_nonzero(groups > 1)
         assert stable.dups == groups[groups > 1].sum()
     assert unshared == counters.pages_unshared

@@ -128,6 +128,25 @@ def test_one_full_node_and_one_page_more_is_not_enough_for_a_copy(machine: Simul
     assert ksmd.counters().pages_unshared == 2
 
 
+def test_whoever_comes_after_a_node_is_full_is_matched_with_all_its_pages_at_once(
+    machine: SimulatedMachine, ksmd: Ksmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not page by page: for the 257th process with the same gigabyte that took minutes."""
+    asked: list[int] = []
+    monkeypatch.setattr("samepage.ksmd.match._share_out", lambda *args: asked.append(1))
+    ksmd.set("max_page_sharing", 4)
+    spaces = []
+    for pid in range(1, 31):
+        spaces.append(process(machine, pid, SAME))
+        ksmd.enter(spaces[-1])
+        passes(ksmd, 2)
+    assert not asked
+    copies = -(-30 // 4)
+    assert machine.saved == (30 - copies) * len(SAME)
+    assert ksmd.counters().stable_node_dups == copies * len(SAME)
+    check(ksmd, machine, {})
+
+
 def test_colliding_pages_are_refused_and_tried_again_but_rarely(machine: SimulatedMachine, ksmd: Ksmd) -> None:
     spaces, _ = processes(machine, ksmd, range(1, 21), range(101, 121), hash_bits=2)
     passes(ksmd, 500)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -112,12 +113,18 @@ def test_short_free_ranges_do_not_make_it_slow_to_find_longer_ones() -> None:
     assert {rows.allocate(15) for _ in range(20_000)} == set(bases[::2])
 
 
-@given(st.lists(st.integers(0, 9), max_size=60), st.data())
-def test_an_index_finds_what_a_dictionary_would(sums: list[int], data: st.DataObject) -> None:
+@given(st.lists(st.integers(0, 9), max_size=60), st.sampled_from([1, 4, 16, 1 << 16]), st.data())
+def test_an_index_finds_what_a_dictionary_would(sums: list[int], lately: int, data: st.DataObject) -> None:
+    """With few entries in the small array and few gaps in the large one, or many."""
+    with mock.patch("samepage.ksmd.index.LATELY", lately):
+        _index_as_a_dictionary(sums, data)
+
+
+def _index_as_a_dictionary(sums: list[int], data: st.DataObject) -> None:
     keys = np.array([*sums, 0], np.uint64)
     index = ChecksumIndex(lambda: keys)
     present: set[int] = set()
-    for _ in range(4):
+    for _ in range(6):
         add = data.draw(st.sets(st.sampled_from(range(len(sums)))) if sums else st.just(set()))
         new = sorted(add - present)
         present |= add
@@ -126,13 +133,31 @@ def test_an_index_finds_what_a_dictionary_would(sums: list[int], data: st.DataOb
         drop = data.draw(st.sets(st.sampled_from(range(len(sums)))) if sums else st.just(set()))
         assert set(index.remove(u32(*drop)).tolist()) == present & drop
         present -= drop
-        assert index.order.tolist() == sorted(present, key=lambda n: (sums[n], n))
+        assert index.in_order()
+        assert index.numbers().tolist() == sorted(present)
+        assert len(index) == len(present)
         wanted = np.arange(11, dtype=np.uint64)
         expected = [[n for n in sorted(present) if sums[n] == key] for key in range(11)]
         assert index.find(wanted).tolist() == [e[0] if e else -1 for e in expected]
         assert index.count(wanted).tolist() == [len(e) for e in expected]
         assert [index.find(wanted[i : i + 1])[0] for i in range(11)] == [e[0] if e else -1 for e in expected]
-        assert index.entries(3).tolist() == expected[3]
+        assert [n.tolist() for n in index.all(wanted)] == [
+            [key for key, e in enumerate(expected) for _ in e],
+            [n for e in expected for n in e],
+        ]
+
+
+def test_a_change_of_a_large_index_copies_nothing_of_it() -> None:
+    keys = np.random.default_rng(1).permutation(1 << 18).astype(np.uint64)
+    index = ChecksumIndex(lambda: keys)
+    index.insert(np.arange(1 << 17, dtype=np.uint32))
+    large = index._large.entries
+    for start in range(0, 1 << 15, 512):
+        index.remove(np.arange(start, start + 512, dtype=np.uint32))
+        index.insert(np.arange((1 << 17) + start, (1 << 17) + start + 512, dtype=np.uint32))
+    assert index._large.entries is large
+    assert index.in_order()
+    assert index.numbers().tolist() == list(range(1 << 15, (1 << 17) + (1 << 15)))
 
 
 @given(st.lists(st.one_of(st.integers(0, 9), st.integers(0, (1 << 64) - 1).map(lambda n: n & ~0xFFFF)), max_size=60))
@@ -239,7 +264,7 @@ def test_nodes_published_in_any_order_stand_in_the_index_in_theirs() -> None:
         nodes = np.arange(segment.base, segment.base + 4)
         stable.attach(nodes)
         stable.publish(nodes[::-1].astype(np.uint32))
-    assert stable.index.entries(7).tolist() == list(range(8))
+    assert stable.index.all(sums[:1])[1].tolist() == list(range(8))
     assert list(stable.problems()) == []
 
 

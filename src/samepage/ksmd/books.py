@@ -16,7 +16,6 @@ import numpy as np
 from samepage.arrays import Ints
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.domain import CANDIDATE, Domain
-from samepage.ksmd.index import ChecksumIndex
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.pieces import NONE
 from samepage.ksmd.rmap import HAS_CHECKSUM, HAS_NODE, PageState
@@ -83,17 +82,11 @@ def _count(domain: Domain, slot: MmSlot) -> Ints:
 
 
 def _of_unstable(domain: Domain) -> Iterator[str]:
-    order = domain.unstable.order
-    if not _in_order(domain.unstable, domain.checksum):
+    if not domain.unstable.in_order():
         yield "the unstable index is out of order"
     known = _known(domain)
-    if not np.array_equal(np.sort(order), known[domain.state[known] == PageState.UNSHARED]):
+    if not np.array_equal(domain.unstable.numbers(), known[domain.state[known] == PageState.UNSHARED]):
         yield "the unstable index holds other pages than those that are to be in it"
-
-
-def _in_order(index: ChecksumIndex, keys: np.ndarray) -> bool:
-    order, sums = index.order.astype(np.int64), keys[index.order]
-    return bool(np.all((sums[1:] > sums[:-1]) | ((sums[1:] == sums[:-1]) & (order[1:] > order[:-1]))))
 
 
 def _of_stable(domain: Domain) -> Iterator[str]:
@@ -108,7 +101,7 @@ def _of_stable(domain: Domain) -> Iterator[str]:
     if not np.array_equal(counted, stable.sharers):
         yield "sharers of nodes are counted wrong"
     yield from stable.problems()
-    if not _in_order(stable.index, stable.checksum):
+    if not stable.index.in_order():
         yield "the stable index is out of order"
 
 

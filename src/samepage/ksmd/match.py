@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samepage.arrays import Bools, Ints
+from samepage.arrays import Bools, Ints, expand
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.exchange import COPY
 from samepage.ksmd.index import by_checksum
@@ -67,10 +67,14 @@ def match(domain: Domain, refs: U32, limit: int) -> Matched:
     # A mate is matched when its group needs a copy made; then it takes part like the others.
     joins = (goal >= COPY) & (goal != ALONE) & (groups.mate >= 0) & ~many
     mates, mate_targets = [groups.mate[joins].astype(np.uint32)], [goal[joins]]
-    for g in np.flatnonzero(many).tolist():
+    crowds = many & (groups.size + (groups.mate >= 0) > limit)
+    mate, goals = _fill_up(domain, groups, np.flatnonzero(many & ~crowds), refs, limit, target)
+    mates.append(mate)
+    mate_targets.append(goals)
+    for g in np.flatnonzero(crowds).tolist():
         members = groups.of(g)
         mate = groups.mate[g : g + 1][groups.mate[g : g + 1] >= 0].astype(np.uint32)
-        goals = _share_out(domain, int(groups.checksum[g]), refs[members], mate, limit)
+        goals = _share_out(domain, groups.checksum[g : g + 1], refs[members], mate, limit)
         target[members] = goals[len(goals) - len(members) :]
         if len(goals) > len(members):
             mates.append(mate)
@@ -105,14 +109,19 @@ def _goals(groups: _Groups, refs: U32) -> U64:
     donor."""
     lowest = refs[groups.members[groups.first]].astype(np.int64)  # of its first process
     highest = refs[groups.members[groups.first + groups.size - 1]].astype(np.int64)  # of its last
-    donor = np.where(groups.mate >= 0, groups.mate, lowest)
-    # Every other segment comes from another process, where there is one: donating and merging then keep both busy.
-    turn = donor // SEGMENT_PAGES % 2 == 1
-    donor[turn] = highest[turn]
-    goal = np.where(groups.size + (groups.mate >= 0) >= 2, COPY + donor.astype(np.uint64), ALONE)
+    goal = _copies(groups.mate, lowest, highest, groups.size)
     has_node = groups.node >= 0
     goal[has_node] = groups.node[has_node]
     return goal
+
+
+def _copies(mate: Ints, lowest: Ints, highest: Ints, size: Ints) -> U64:
+    """For `size` pages each, and their mate: a copy of one of them as target; of the mate, if there is one."""
+    donor = np.where(mate >= 0, mate, lowest)
+    # Every other segment comes from another process, where there is one: donating and merging then keep both busy.
+    turn = donor // SEGMENT_PAGES % 2 == 1
+    donor[turn] = highest[turn]
+    return np.where(size + (mate >= 0) >= 2, COPY + donor.astype(np.uint64), ALONE)
 
 
 def _are_many(domain: Domain, groups: _Groups, limit: int) -> Bools:
@@ -124,13 +133,36 @@ def _are_many(domain: Domain, groups: _Groups, limit: int) -> Bools:
     return many
 
 
-def _share_out(domain: Domain, checksum: int, members: U32, mate: U32, limit: int) -> U64:
-    """Targets for pages of one content when one node is not enough: `limit` to each.
+def _fill_up(domain: Domain, groups: _Groups, some: Ints, refs: U32, limit: int, target: U64) -> tuple[U32, U64]:
+    """Targets for groups whose node has no room for all of their pages: first the places that are left on nodes of that
+    content, then a copy. Returns the mates that take part, and their targets.
+
+    All at once: a process that comes after `max_page_sharing` others has such a group for each of its pages.
+    """
+    owner, nodes = domain.stable.index.all(groups.checksum[some])
+    room = np.maximum(limit - domain.stable.sharers[nodes].astype(np.int64), 0)
+    past = np.cumsum(room)
+    places = np.bincount(owner, room, minlength=len(some)).astype(np.int64)
+    first, size, mate = groups.first[some], groups.size[some], groups.mate[some]
+    placed = np.minimum(size, places)
+    seat = expand(np.cumsum(places) - places, placed)
+    target[groups.members[expand(first, placed)]] = nodes[np.searchsorted(past, seat, "right")]
+    left = np.flatnonzero(placed < size)
+    rest, first, last = (size - placed)[left], (first + placed)[left], (first + size - 1)[left]
+    lowest, highest = refs[groups.members[first]].astype(np.int64), refs[groups.members[last]].astype(np.int64)
+    goal = _copies(mate[left], lowest, highest, rest)
+    target[groups.members[expand(first, rest)]] = np.repeat(goal, rest)
+    joins = (mate[left] >= 0) & (goal != ALONE)
+    return mate[left][joins].astype(np.uint32), goal[joins]
+
+
+def _share_out(domain: Domain, checksum: U64, members: U32, mate: U32, limit: int) -> U64:
+    """Targets for more pages of one content than one node is for: `limit` to each.
 
     The pages go round over the nodes (or the copies to be made), so that of a long run of equal pages each stretch maps
     a stretch of copies in a row. The outcome has one entry more, in front, if `mate` takes part.
     """
-    nodes = domain.stable.index.entries(checksum).astype(np.int64)
+    nodes = domain.stable.index.all(checksum)[1].astype(np.int64)
     room = limit - domain.stable.sharers[nodes].astype(np.int64)
     rounds, have = [], 0
     for used in range(limit):

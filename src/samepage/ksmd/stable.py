@@ -11,7 +11,6 @@ when descriptors became scarce: they have no handle any more.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -107,8 +106,9 @@ class StableTree:
     def _register(self, ino: int, rows: int, handle: Segment | None, born: int) -> StableSegment:
         base = self._nodes.allocate(rows)
         segment = StableSegment(base, rows, 0, ino, handle, born)
-        bisect.insort(self.segments, segment, key=lambda s: s.base)
-        self._bases = np.array([s.base for s in self.segments], np.int64)
+        at = int(np.searchsorted(self._bases, base))
+        self.segments.insert(at, segment)
+        self._bases = np.insert(self._bases, at, base)
         self._by_ino[ino] = segment
         return segment
 
@@ -135,8 +135,9 @@ class StableTree:
         self.unpublish(nodes)
         self.dead_nodes -= segment.dead
         self._nodes.free(segment.base, segment.rows)
-        self.segments.remove(segment)
-        self._bases = np.array([s.base for s in self.segments], np.int64)
+        at = int(np.searchsorted(self._bases, segment.base))
+        del self.segments[at]
+        self._bases = np.delete(self._bases, at)
         if self._by_ino.get(segment.ino) is segment:
             del self._by_ino[segment.ino]
         if segment.adopted:
@@ -264,7 +265,7 @@ class StableTree:
         yield from self._problems_of_index()
 
     def _problems_of_index(self) -> Iterator[str]:
-        entries = self.index.order.astype(np.int64)
+        entries = self.index.numbers().astype(np.int64)
         which = self.which(entries)
         handed_out = np.array([s.handle is not None for s in self.segments], np.bool_)
         if not self.owns(entries).all() or not handed_out[which].all():
