@@ -30,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from functools import cache
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -185,8 +186,10 @@ def load(path: str) -> Policy:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
                 raise PolicyError(errno.EINVAL, f"policy {path} is no regular file")
-            if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+            if _may_be_changed(found):
                 raise PolicyError(errno.EPERM, f"policy {path} could be changed by others: chown and chmod go-w")
+            if folder := _where_it_could_be_replaced(path):
+                raise PolicyError(errno.EPERM, f"policy {path} could be replaced by others, who may write to {folder}")
             if found.st_size > SIZE_MAX:
                 raise PolicyError(errno.EFBIG, f"policy {path} is longer than {SIZE_MAX} bytes")
             text = os.read(fd, SIZE_MAX)
@@ -197,6 +200,23 @@ def load(path: str) -> Policy:
     except OSError as e:
         raise PolicyError(e.errno or errno.EIO, f"cannot read policy {path}: {e.strerror}") from e
     return parse(text, path)
+
+
+def _may_be_changed(found: os.stat_result) -> bool:
+    """By somebody who is neither root nor this user."""
+    return found.st_uid not in (0, os.getuid()) or bool(found.st_mode & 0o022 and not stat.S_ISLNK(found.st_mode))
+
+
+def _where_it_could_be_replaced(path: str) -> str:
+    """A directory or symbolic link on the way to a file, at which others could put another file, an empty one of root's
+    perhaps; "" if there is none. In a directory like /tmp (sticky) nobody moves what is not theirs."""
+    for way in (os.path.abspath(path), os.path.realpath(path)):
+        for step in (*Path(way).parents, Path(way)):
+            found = step.lstat()
+            is_sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX and found.st_uid == 0
+            if not is_sticky and _may_be_changed(found):
+                return str(step)
+    return ""
 
 
 def parse(text: bytes, path: str) -> Policy:
