@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import kernel_ksm
-from benchmarks.bench import disturbances, measures, meters, pacing, report
+from benchmarks.bench import disturbances, measures, meters, neighbour, pacing, report
 from benchmarks.bench.measures import FULL, MIB, QUICK, Bench, Record, Sizes, Skipped
 
 
@@ -51,7 +51,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-EXPERIMENTS = measures.EXPERIMENTS | disturbances.EXPERIMENTS | pacing.EXPERIMENTS
+EXPERIMENTS = measures.EXPERIMENTS | disturbances.EXPERIMENTS | neighbour.EXPERIMENTS | pacing.EXPERIMENTS
 
 
 def measure(bench: Bench, names: list[str]) -> list[Record]:

@@ -21,7 +21,7 @@ from benchmarks.bench.sides import Side
 from benchmarks.processes import wait_until
 
 
-def _compiled(source: str, to: Path, *options: str) -> str:
+def compiled(source: str, to: Path, *options: str) -> str:
     """A C file of this folder, compiled; its path."""
     if not shutil.which("cc"):
         raise Skipped(f"needs cc, to compile {source}")
@@ -41,17 +41,17 @@ def stall(bench: Bench) -> Iterator[Record]:
     npages = pages_of(bench.sizes.stall)
     commands, goal = [memory_worker([(0, npages, 0)])] * 2, npages * PAGE_SIZE
     with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder:
-        library = _compiled("writer.c", Path(folder) / "writer.so", "-shared", "-fPIC")
+        library = compiled("writer.c", Path(folder) / "writer.so", "-shared", "-fPIC")
         for repeat in range(bench.repeats):
             for make in (Side, *bench.both()):
                 side = make()
                 with sides.switches(bench.say), bench.group() as group, side:
                     worker, _ = side.start(commands, group, NUMPY_MADVISE_HUGEPAGE="0")
                     side.register()
-                    with _kept_to(set(cpus[:-1]), [0, *side.busy()]):
+                    with kept_to(set(cpus[:-1]), [0, *side.busy()]):
                         worker.ask("writer_start", library, cpus[-1])
                         time.sleep(0.2)
-                        merging = _merge_again(
+                        merging = merge_again(
                             bench, side, meters.Memory(group, side.pids()), goal, partial(worker.ask, "writer_record")
                         )
                         record = worker.ask("writer_stop")
@@ -61,7 +61,7 @@ def stall(bench: Bench) -> Iterator[Record]:
                 yield {"experiment": "stall", "side": side.name, "repeat": repeat, "seconds": merging, **record}
 
 
-def _merge_again(
+def merge_again(
     bench: Bench, side: Side, memory: meters.Memory, goal: int, record: Callable[[bool], Any] = lambda _: None
 ) -> float:
     """Merge again and again, and call `record` when that begins and ends; returns the seconds it was."""
@@ -85,7 +85,7 @@ def _merge_again(
 
 
 @contextlib.contextmanager
-def _kept_to(cpus: set[int], ids: list[int]) -> Iterator[None]:
+def kept_to(cpus: set[int], ids: list[int]) -> Iterator[None]:
     """Keep processes and threads (0: this one) to some CPUs; those that are there at the end get back what they had."""
     before: dict[int, set[int]] = {}
     try:
@@ -106,7 +106,7 @@ def holes(bench: Bench) -> Iterator[Record]:
     npages = pages_of(bench.sizes.stall)
     commands, goal = [memory_worker([(0, npages, 0)])] * 2, npages * PAGE_SIZE
     with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder:
-        watcher = _compiled("holes.c", Path(folder) / "holes")
+        watcher = compiled("holes.c", Path(folder) / "holes")
         for repeat in range(bench.repeats):
             for make in bench.both():
                 side = make()
@@ -117,7 +117,7 @@ def holes(bench: Bench) -> Iterator[Record]:
                     with subprocess.Popen(
                         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
                     ) as watching:
-                        merging = _merge_again(bench, side, meters.Memory(group, side.pids()), goal)
+                        merging = merge_again(bench, side, meters.Memory(group, side.pids()), goal)
                         record = json.loads(watching.communicate()[0])
                 most = max(record["away_at_once"][0])
                 bench.say(f"holes, {side.name}, {repeat + 1} of {bench.repeats}: {most} pages away at once at most")
@@ -131,7 +131,7 @@ def guest(bench: Bench) -> Iterator[Record]:
         raise Skipped("needs /dev/kvm")
     seconds, goal = bench.sizes.guest_seconds, bench.sizes.guest << 20
     with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder:
-        program = [_compiled("guest.c", Path(folder) / "guest"), str(bench.sizes.guest), str(seconds), "0"]
+        program = [compiled("guest.c", Path(folder) / "guest"), str(bench.sizes.guest), str(seconds), "0"]
         for repeat in range(bench.repeats):
             for make in (Side, *bench.both()):
                 side = make()

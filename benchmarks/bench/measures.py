@@ -70,6 +70,8 @@ class Sizes:
     stall: int = 256
     merging: float = 1.5
     """Seconds of merging during which stalls and holes are recorded, at least."""
+    served: int = 128
+    """Of a server whose answers are timed."""
     guest: int = 128
     guest_seconds: int = 12
     defaults_limit: float = 60.0
@@ -92,6 +94,7 @@ QUICK = Sizes(
     throughput=128,
     stall=128,
     merging=0.5,
+    served=64,
     guest=32,
     guest_seconds=4,
     defaults_limit=15.0,

@@ -23,6 +23,7 @@ PASSES = "CPU of a pass over memory that was seen before"
 NOTHING = "two processes with nothing in common"
 THROUGHPUT = "an application in one of two processes with the same pages"
 STALLS = "a write to a page while pages are merged"
+SERVERS = "answers of a server whose memory is merged with a second one's"
 HOLES = "pages away from their place, seen from outside"
 BY_THE_KERNEL = "two processes, the same pages, merged by the kernel"
 GUESTS = "a guest of KVM while it is merged with another"
@@ -98,6 +99,7 @@ def rows(records: list[Record]) -> list[Row]:
         ("nothing", _nothing),
         ("throughput", _throughput),
         ("stall", _stalls),
+        ("neighbour", _servers),
         ("holes", _holes),
         ("guest", _guests),
         ("paced", _paced),
@@ -277,8 +279,41 @@ def _stalls(records: list[Record]) -> list[Row]:
     longest = by_side(records, lambda r: r["longest_us"])
     return [
         row(STALLS, "99.9th percentile", "µs", tail, at_most=200),
-        row(STALLS, "longest", "µs", longest),
+        row(STALLS, "longest", "µs", longest, at_most=1000),
     ]
+
+
+# ---- servers ---------------------------------------------------------------------------------------------------------
+
+
+def _servers(records: list[Record]) -> list[Row]:
+    """How long answers take before anything is merged, and how many times as long afterwards."""
+    found = []
+    for kind, free in sorted({(record["kind"], record["free_core"]) for record in records}, reverse=True):
+        of = [record for record in records if (record["kind"], record["free_core"]) == (kind, free)]
+        where = f"{kind}, {'a free core' if free else 'no free core'}"
+        for name, share in (("median", 0.5), ("99th percentile", 0.99), ("99.9th percentile", 0.999)):
+            numbers = by_side(of, functools.partial(_answered, share=share))
+            found.append(_without_ratio(row(SERVERS, f"{where}: {name} before", "µs", numbers)))
+            for when, words in (("merging", "while merging"), ("merged", "merged")):
+                numbers = by_side(of, functools.partial(_times_slower, share=share, when=when))
+                limit = (1.1 if free else 1.3) if share == 0.99 else None
+                found.append(
+                    _without_ratio(row(SERVERS, f"{where}: {name} {words}, of before", "×", numbers, None, limit))
+                )
+        longest = by_side(of, lambda r: r["merging"]["longest_us"])
+        found.append(_without_ratio(row(SERVERS, f"{where}: longest while merging", "µs", longest)))
+    return found
+
+
+def _answered(record: Record, share: float, when: str = "before") -> float | None:
+    histogram = record[when]["histogram_us"]
+    return percentile_us(histogram, share) if histogram[0] else None
+
+
+def _times_slower(record: Record, share: float, when: str) -> float | None:
+    before, now = _answered(record, share), _answered(record, share, when)
+    return now / before if now and before else None
 
 
 # ---- holes, guests ---------------------------------------------------------------------------------------------------

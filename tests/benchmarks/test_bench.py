@@ -34,6 +34,7 @@ TINY = Sizes(
     throughput=16,
     stall=8,
     merging=0.1,
+    served=8,
     guest=16,
     guest_seconds=3,
     defaults_limit=1.0,
@@ -45,7 +46,7 @@ TINY = Sizes(
 @pytest.mark.timeout(300)  # others may have borrowed the kernel's KSM
 def test_it_measures_both_sides_and_the_kernels_switches_are_put_back() -> None:
     before = {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200}
-    names = ["same", "nothing", "throughput", "unchanged", "stall", "holes", "guest"]
+    names = ["same", "nothing", "throughput", "unchanged", "stall", "neighbour", "holes", "guest"]
     records, bench = run(names, TINY, 1, Console(stderr=True))
     if kernel_ksm.available() and not kernel_ksm.in_use():
         assert {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200} == before
@@ -130,6 +131,22 @@ def test_of_a_hundred_writes_the_slowest_is_beyond_the_99th_percentile() -> None
     assert report.percentile_us(histogram, 0.5) == 1
     assert report.percentile_us(histogram, 0.99) == 2
     assert report.percentile_us(histogram, 0.999) == 501
+
+
+def test_answers_are_compared_with_those_of_the_same_server_before() -> None:
+    def answers(took_us: int) -> Record:
+        return {"longest_us": took_us, "histogram_us": [[took_us - 1], [10]]}
+
+    record: Record = {"experiment": "neighbour", "side": "samepage", "repeat": 0, "kind": "redis", "free_core": False}
+    none_seen = record | {"repeat": 1, "before": answers(50), "merging": {"longest_us": 0, "histogram_us": [[], []]}}
+    record |= {"before": answers(40), "merging": answers(50), "merged": answers(60)}
+    none_seen |= {"merged": answers(100)}
+    rows = {row.name.partition(": ")[2]: row for row in report.rows([record, none_seen])}
+    assert rows["99th percentile before"].values == {"samepage": 45.0}
+    assert rows["99th percentile while merging, of before"].values == {"samepage": 1.25}
+    assert rows["99th percentile while merging, of before"].reached
+    assert rows["99th percentile merged, of before"].values == {"samepage": 1.75}
+    assert not rows["99th percentile merged, of before"].reached
 
 
 def test_an_experiment_that_does_not_exist_is_refused_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
