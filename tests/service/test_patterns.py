@@ -21,6 +21,16 @@ def test_a_name_that_was_made_for_it_takes_no_time_to_be_compared(pattern: str) 
     assert time.thread_time() - began < 0.5
 
 
+def test_a_name_is_compared_as_far_as_it_takes_and_once() -> None:
+    paths = [f"/user.slice/{n}/" + "a/" * 2000 for n in range(200)]
+    began = time.thread_time()
+    assert not any(is_within("/system.slice/**", path) for path in paths)
+    assert time.thread_time() - began < 0.05
+    began = time.thread_time()
+    assert not any(is_within("**/x", paths[0]) for _ in range(1000))
+    assert time.thread_time() - began < 0.05
+
+
 @given(st.text("ab/*?", max_size=8), st.text("ab/", max_size=12))
 def test_a_pattern_stands_for_what_its_regular_expression_does(pattern: str, text: str) -> None:
     parts = {"**": ".*", "*": "[^/]*", "?": "[^/]"}

@@ -53,15 +53,19 @@ def _compiled(pattern: str) -> _Pattern:
     return _Pattern(literals, bits["?"], bits["*"], bits["**"], 1 << len(tokens))
 
 
+@functools.lru_cache(4096)  # processes of one cgroup are looked at again and again
 def matches(pattern: str, text: str) -> bool:
     """Whether it stands for all of a text, which is not empty."""
     known = _compiled(pattern)
     reached = known.past_stars(1)
     for c in text:
         reached = known.step(reached, c)
+        if not reached:
+            return False
     return bool(text) and bool(reached & known.end)
 
 
+@functools.lru_cache(4096)
 def is_within(pattern: str, path: str) -> bool:
     """Whether it stands for this path or one above it."""
     known = _compiled(pattern.rstrip("/"))
@@ -70,4 +74,6 @@ def is_within(pattern: str, path: str) -> bool:
         if c == "/" and reached & known.end:
             return True
         reached = known.step(reached, c)
+        if not reached:
+            return False
     return bool(reached & known.end)
