@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What a scan does a quarter of a million times a GiB: read a page, hash it, ask the kernel what kind of page
- * it is. Called through ctypes, which lets go of the GIL, so that every core can be at it.
+ * What a scan does a quarter of a million times for each GiB: read a page, hash it, and ask the kernel what kind of
+ * page it is. Called through ctypes, which releases the GIL, so that every core can work.
  *
- * Memory of processes is read through /proc/PID/mem and nothing else. process_vm_readv(2) pins what it reads
- * (FOLL_PIN), and since Linux 5.19 pinning a page that is shared copy-on-write gives the process a copy of its own
- * first (gup_must_unshare): a scan with it would undo the very sharing that it looks for.
+ * It reads memory of processes only through /proc/PID/mem. process_vm_readv(2) pins what it reads (FOLL_PIN), and since
+ * Linux 5.19 pinning a page that is shared copy-on-write first gives the process a copy of its own (gup_must_unshare):
+ * it would undo the very sharing that the scan looks for.
  */
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -18,8 +18,8 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define PAGE_SIZE 4096UL
-#define READ_PAGES 64UL /* a system call; the buffer stays in the L2 cache */
-#define SPAN 512UL	/* entries of /proc/kpageflags a system call */
+#define READ_PAGES 64UL /* pages read by one system call; the buffer stays in the L2 cache */
+#define SPAN 512UL	/* entries of /proc/kpageflags read by one system call */
 
 enum { PAGE_READ = 1, PAGE_CHUNK = 2 };
 
@@ -29,8 +29,8 @@ struct run {
 };
 
 /*
- * The first page of a large block of glibc's malloc: a mapping of its own, which starts with an unused word and the
- * length, a multiple of the page size, with only the bit IS_MMAPPED set (malloc/malloc.c). Or so it looks.
+ * Whether this looks like the first page of a large block of glibc's malloc: a mapping of its own, which starts with an
+ * unused word and the length, a multiple of the page size, with only the bit IS_MMAPPED set (malloc/malloc.c).
  */
 static int is_mmapped_chunk(const uint64_t *page)
 {
@@ -63,8 +63,8 @@ static uint64_t hash_run(int fd, const struct run *run, unsigned char *buffer, u
 }
 
 /*
- * Hashes the pages of `nruns` runs of `fd`, in order: XXH3 in `sums`, PAGE_READ and what else is to be seen in
- * `states` (0: could not be read), one of each a page. Pages read; -1: no memory for a buffer.
+ * Hashes the pages of `nruns` runs of `fd`, in order. Each page gets its XXH3 in `sums` and PAGE_READ with further
+ * flags in `states` (0: it could not be read). Returns the number of pages read; -1: no memory for a buffer.
  */
 EXPORT int64_t samepage_scan_hash(int fd, const struct run *runs, uint64_t nruns, uint64_t *sums, uint8_t *states)
 {
@@ -83,8 +83,8 @@ EXPORT int64_t samepage_scan_hash(int fd, const struct run *runs, uint64_t nruns
 }
 
 /*
- * Entries of /proc/kpageflags or /proc/kpagecount (`fd`) for `n` page frame numbers, in any order, which mostly are
- * neighbours. An entry that cannot be read is 0.
+ * Reads entries of /proc/kpageflags or /proc/kpagecount (`fd`) for `n` page frame numbers, in any order, most of which
+ * are neighbours. An entry that cannot be read becomes 0.
  */
 EXPORT void samepage_scan_frames(int fd, const uint64_t *pfns, uint64_t n, uint64_t *out)
 {
@@ -93,7 +93,8 @@ EXPORT void samepage_scan_frames(int fd, const uint64_t *pfns, uint64_t n, uint6
 	for (uint64_t i = 0, j; i < n; i = j) {
 		uint64_t low = pfns[i], high = pfns[i];
 
-		/* An entry costs a fifth of a system call: read over gaps, but not more of them than entries wanted. */
+		/* Reading an entry costs a fifth of a system call. So read across gaps, but no more entries of gaps
+		 * than wanted ones. */
 		for (j = i + 1; j < n; j++) {
 			uint64_t l = pfns[j] < low ? pfns[j] : low, h = pfns[j] > high ? pfns[j] : high;
 

@@ -8,12 +8,13 @@
 
 #define IDLE_MAX 2
 
-/* Threads that had such a request and wait for another, for a scrape has one and begins ten times a second. */
+/* Threads that have served such a request wait for another: a scraper sends one request at a time, and begins ten times
+ * a second. */
 static struct {
 	pthread_mutex_t lock;
 	pthread_cond_t work;
 	struct job *jobs;
-	unsigned idle; /* less those for whom there is a job */
+	unsigned idle; /* not counting those for which there is a job */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .work = PTHREAD_COND_INITIALIZER};
 
 static void *run(void *first)
@@ -37,7 +38,7 @@ static void *run(void *first)
 	return NULL;
 }
 
-/* Whether somebody who waits for a job has it now. */
+/* Gives the job to a thread that waits for one. False: no thread does. */
 static bool handed_over(struct job *job)
 {
 	bool done;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The process: it mounts, and unmounts when it is told to or the service is gone. */
+/* The process: mounts, and unmounts when it is told to or the service is gone. */
 #include "sysfs.h"
 
 #include <poll.h>
@@ -21,22 +21,22 @@ struct timespec started;
 static struct {
 	struct fuse_session *session;
 	const char *directory;
-	bool private; /* the directory was made for this, and goes with it */
+	bool private; /* the directory was made for the mount, and is removed with it */
 	int service, signals;
 } here;
 
-/* Unmounts, and ends. */
+/* Unmounts, and exits. */
 static _Noreturn void leave(int status)
 {
 	static atomic_flag leaving = ATOMIC_FLAG_INIT;
 
-	while (atomic_flag_test_and_set(&leaving)) /* unmounting ends the loop, which comes here too */
+	while (atomic_flag_test_and_set(&leaving)) /* unmounting ends the loop, which comes here, too */
 		pause();
 	fuse_session_unmount(here.session);
 	if (here.private)
 		rmdir(here.directory);
-	/* The helper of auto_unmount sees its socket close, and has a last look whether something is mounted here. It must
-	 * not find what somebody mounts next: so not even our exit is seen before it has ended. */
+	/* When the helper of auto_unmount sees its socket close, it looks a last time whether something is mounted
+	 * here. It must not find what somebody mounts next; so nobody may see us exit before the helper has ended. */
 	close_range(3, ~0U, 0);
 	while (wait(NULL) > 0)
 		;
@@ -100,6 +100,6 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	if (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr))
 		leave(1);
-	fuse_session_loop(here.session); /* until somebody else unmounts it */
+	fuse_session_loop(here.session); /* until somebody unmounts it */
 	leave(0);
 }

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the service says: a client of its control connections (service/control.py).
+ * Asks the service, as a client of its control connections (service/control.py).
  *
- * The files come as one snapshot, all of one moment. A thread that reads file after file (a scrape) is shown one snapshot
- * until it reads a file for the second time, or pauses, so what it sees fits together. A thread that reads a file
- * again wants to know what changed; it and newcomers are shown the latest, if that is no older than FRESH_MS.
+ * The files come as one snapshot, all of one moment. A thread that reads file after file (a scraper) sees one snapshot
+ * until it reads a file for the second time, or pauses, so that the contents fit together. A thread that reads a file
+ * again wants to know what changed. It and new readers see the latest snapshot, if that is no older than FRESH_MS.
  */
 #include "sysfs.h"
 
@@ -18,9 +18,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#define FRESH_MS 20    /* how old a snapshot may be for who begins to read: 50 questions a second at most */
-#define SCRAPE_MS 3000 /* how old for who is in the middle of it */
-#define PAUSE_MS 500   /* who read nothing for so long is not in the middle of it any more */
+#define FRESH_MS 20    /* how old a snapshot may be for a new reader: at most 50 requests a second */
+#define SCRAPE_MS 3000 /* how old it may be for a reader in the middle of it */
+#define PAUSE_MS 500   /* a reader that pauses for so long begins anew */
 #define RETRY_MS 1000  /* after the service did not answer, nobody waits for it again for so long */
 #define SLICE_MS 50    /* an interrupted request is noticed after that time at the latest */
 #define PACKET_MAX (128 << 10)
@@ -30,26 +30,26 @@
 static struct sockaddr_un address = {.sun_family = AF_UNIX};
 
 struct snapshot {
-	int64_t taken; /* ms; 0: it is out of date */
+	int64_t taken; /* when it was taken, in ms; 0: it is out of date */
 	char text[FILES_MAX][TEXT_MAX];
 };
 
 static struct reader {
 	pid_t tid;
 	uint64_t seen; /* one bit a file */
-	int64_t last;  /* ms; when it read something last */
+	int64_t last;  /* when it last read something, in ms */
 	struct snapshot snapshot;
 } readers[READERS];
 
 static struct snapshot latest;
 static unsigned stores; /* how many writes there were */
-static int silence;	/* what asking ended with, and until when that is to be believed */
+static int silence;	/* how the last request failed, and until when that is assumed to be still so */
 static int64_t silent_until;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards all of these, for moments */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards all of these; held for moments only */
 
-/* Held by who asks for a snapshot, and by those who wait for it. */
+/* Held by the thread that asks for a snapshot, and wanted by those that wait for it. */
 static pthread_mutex_t asking = PTHREAD_MUTEX_INITIALIZER;
-static int line = -1; /* the connection for that, which stays open */
+static int line = -1; /* the connection for snapshots, which stays open */
 static _Atomic bool answered;
 
 static int64_t now_ms(void)
@@ -68,7 +68,7 @@ int service_at(const char *path)
 	return 0;
 }
 
-/* What asking would end with, as long as that is remembered; else 0. */
+/* The error that a request would end with, as long as it is remembered; else 0. */
 static int silent(void)
 {
 	int error;
@@ -104,7 +104,7 @@ static int dial(void)
 	return errno == EAGAIN ? -ETIMEDOUT : -ENODEV; /* EAGAIN: too many wait to be accepted */
 }
 
-/* Waits for something to read: 0, -ETIMEDOUT or -EINTR. */
+/* Waits for something to read. Returns 0, -ETIMEDOUT or -EINTR. */
 static int await(int sock, int timeout_ms, fuse_req_t req)
 {
 	struct pollfd fd = {.fd = sock, .events = POLLIN};
@@ -130,7 +130,7 @@ static int number_of(const char *errno_name)
 	return EIO;
 }
 
-/* Takes the answer off the socket. The caller has to json_decref() `*answer`, which is set on success only. */
+/* Receives the answer. The caller has to json_decref() `*answer`, which is set on success only. */
 static int receive(int sock, json_t **answer)
 {
 	char packet[PACKET_MAX];
@@ -153,7 +153,7 @@ static int receive(int sock, json_t **answer)
 	return error;
 }
 
-/* Asks over a connection, and waits for the answer. 0 or -errno; -EPIPE: the service has closed it. */
+/* Asks over a connection, and waits for the answer. Returns 0 or -errno; -EPIPE: the service has closed it. */
 static int converse(int sock, const char *question, fuse_req_t req, json_t **answer)
 {
 	int error = send(sock, question, strlen(question), MSG_NOSIGNAL) < 0 ? -EPIPE : 0;
@@ -163,7 +163,7 @@ static int converse(int sock, const char *question, fuse_req_t req, json_t **ans
 	return error ? error : receive(sock, answer);
 }
 
-/* Asks over a connection of its own. */
+/* Asks over a new connection. */
 static int ask(const char *question, fuse_req_t req, json_t **answer)
 {
 	int error = silent(), sock;
@@ -180,7 +180,7 @@ static int ask(const char *question, fuse_req_t req, json_t **answer)
 
 /* ---- snapshots ------------------------------------------------------------------------------------ */
 
-/* Asks for the files over the connection that stays. */
+/* Asks for the files over the connection that stays open. */
 static int ask_files(fuse_req_t req, json_t **answer)
 {
 	const char *question = "{\"op\": \"files\"}";
@@ -189,14 +189,14 @@ static int ask_files(fuse_req_t req, json_t **answer)
 	if (error)
 		return error;
 	error = -EPIPE;
-	/* The service closes a connection over which nothing came for long: hence twice. */
+	/* The service closes a connection that was silent for long, so try twice. */
 	for (int attempt = 0; attempt < 2 && error == -EPIPE; attempt++) {
 		if (line < 0)
 			line = dial();
 		if (line < 0)
 			return remember(line);
 		error = converse(line, question, req, answer);
-		if (error) { /* also because a late answer would be taken for the next one */
+		if (error) { /* also since a late answer would be taken for the next one */
 			close(line);
 			line = -1;
 		}
@@ -211,7 +211,7 @@ static void copy_text(char *text, size_t size, const json_t *string)
 	if (value && strlen(value) < size)
 		strcpy(text, value);
 	else
-		text[0] = 0; /* no file is ever empty: this is an EIO */
+		text[0] = 0; /* no file is ever empty, so this means EIO */
 }
 
 static bool within(const struct snapshot *snapshot, int64_t age_ms)
@@ -219,7 +219,7 @@ static bool within(const struct snapshot *snapshot, int64_t age_ms)
 	return snapshot->taken && now_ms() - snapshot->taken < age_ms;
 }
 
-/* Sees to it that there is a fresh snapshot. */
+/* Makes sure that there is a fresh snapshot. */
 static int refresh(fuse_req_t req)
 {
 	static struct snapshot taken;
@@ -231,7 +231,7 @@ static int refresh(fuse_req_t req)
 	pthread_mutex_lock(&asking);
 	pthread_mutex_lock(&lock);
 	before = stores;
-	fresh = within(&latest, FRESH_MS); /* somebody else asked, while this one waited */
+	fresh = within(&latest, FRESH_MS); /* another thread has asked while this one waited */
 	pthread_mutex_unlock(&lock);
 	if (!fresh)
 		error = ask_files(req, &answer);
@@ -251,7 +251,7 @@ static int refresh(fuse_req_t req)
 	return error;
 }
 
-/* The slot of a thread, or else of the one that has read nothing for the longest time. */
+/* The slot of a thread; for a new thread, that of the thread that has read nothing for the longest time. */
 static struct reader *reader_of(pid_t tid)
 {
 	struct reader *oldest = readers;
@@ -267,7 +267,7 @@ static struct reader *reader_of(pid_t tid)
 	return oldest;
 }
 
-/* With `lock` held. False: there is none that is fresh. */
+/* Shows a file; needs `lock`. False: there is no fresh snapshot. */
 static bool show(unsigned index, pid_t tid, char text[TEXT_SIZE])
 {
 	uint64_t bit = 1ULL << index;
@@ -339,13 +339,14 @@ int service_processes(fuse_req_t req, pid_t pids[PIDS_MAX])
 	return n;
 }
 
-/* Waits for the answer to a write. Interrupted, it asks for an end by closing its sending half, and waits for that. */
+/* Waits for the answer to a write. If interrupted, it asks the service to stop by closing its sending half, and waits
+ * for the answer to that. */
 static int await_store(int sock, fuse_req_t req)
 {
 	int error;
 
 	while ((error = await(sock, TIMEOUT_MS, req)) == -ETIMEDOUT) {
-		/* It may well take that long. But does the service say anything at all? */
+		/* The write may take that long. But does the service answer at all? */
 		error = refresh(req);
 		if (error)
 			break;
@@ -369,7 +370,7 @@ int service_store(unsigned index, const char *data, size_t size, fuse_req_t req)
 	packet = question ? json_dumps(question, 0) : NULL;
 	json_decref(question);
 	if (!packet)
-		return -EINVAL; /* not UTF-8, so no word and no number */
+		return -EINVAL; /* not UTF-8, so neither a word nor a number */
 	error = silent();
 	sock = error ? error : dial();
 	error = sock < 0 ? sock : 0;

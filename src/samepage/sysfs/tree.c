@@ -2,12 +2,13 @@
 /*
  * The tree, as the kernel asks for it.
  *
- * Inode numbers say what they are, so nothing is remembered of them: files[i] is FIRST_FILE + i; of a process, pid << 8 is
- * its directory in .proc, and with 1 or 2 in the low bits a file in that. `.proc` is in no listing (as .zfs is not):
- * who reads every file of /sys/kernel/mm/ksm shall find the kernel's, and no more.
+ * Inode numbers say what they are, so nothing is remembered of them. files[i] has FIRST_FILE + i. For a process, pid <<
+ * 8 is its directory in .proc; with 1 or 2 in the low bits, a file in that. `.proc` is in no listing (as .zfs is not):
+ * a program that reads every file of /sys/kernel/mm/ksm should find the kernel's files only.
  *
- * A file is opened with direct_io, so the kernel keeps nothing of it, and each open file has what was last shown through
- * it (struct shown): who reads it in parts gets parts of one text, as from a sysfs file.
+ * Files are opened with direct_io, so the kernel caches nothing of them. Each open file keeps the text that was last
+ * shown through it (struct shown), so that a program that reads it in parts gets parts of one text, as from a sysfs
+ * file.
  */
 #include "sysfs.h"
 
@@ -21,8 +22,8 @@
 
 #define FIRST_FILE 2
 #define PROC 0xff
-#define PAGE_BYTES 4096 /* of a write, no more is looked at; and the size every file has */
-#define FOREVER 86400.0 /* seconds the kernel may believe what never changes */
+#define PAGE_BYTES 4096 /* no more of a write is used; also the size that every file has */
+#define FOREVER 86400.0 /* seconds that the kernel may cache what never changes */
 
 static const char *const process_files[] = {"ksm_merging_pages", "ksm_stat"};
 
@@ -49,7 +50,7 @@ static bool is_process_file(fuse_ino_t ino)
 	return pid_of(ino) && (ino & 0xff);
 }
 
-/* 0, or an errno. */
+/* Returns 0 or an errno. */
 static int attributes(fuse_ino_t ino, struct stat *st)
 {
 	*st = (struct stat){
@@ -139,7 +140,7 @@ static void tree_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *
 		fuse_reply_attr(req, &st, lifetime(ino));
 }
 
-/* As in sysfs a file may be given to somebody else, truncating does nothing, and that it was touched is not remembered. */
+/* As in sysfs, a file may be given to somebody else, truncating it does nothing, and its times are not remembered. */
 static void tree_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *attr, int which, struct fuse_file_info *fi)
 {
 	if (is_file(ino)) {
@@ -168,7 +169,7 @@ static bool add(fuse_req_t req, struct listing *list, const char *name, fuse_ino
 	size_t need = fuse_add_direntry(req, NULL, 0, name, NULL, 0);
 	struct stat st;
 
-	if (attributes(ino, &st)) /* a process that has gone */
+	if (attributes(ino, &st)) /* the process has gone */
 		return true;
 	if (list->size + need > list->space) {
 		size_t space = 2 * list->space + 4096;
@@ -255,7 +256,7 @@ static void tree_releasedir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_inf
 
 /* ---- files ---------------------------------------------------------------------------------------- */
 
-/* As in sysfs, root too can open a file only for what its mode says that somebody may do with it. */
+/* As in sysfs, even root can open a file only in ways that its mode allows somebody. */
 static void tree_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 {
 	mode_t mode = is_file(ino) ? files[ino - FIRST_FILE].mode : 0400;
@@ -274,7 +275,7 @@ static void tree_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
 	}
 	fi->fh = (uintptr_t)shown;
 	fi->direct_io = 1;
-	fi->noflush = 1; /* closing fails never, also when the tree is gone */
+	fi->noflush = 1; /* closing never fails, even when the tree is gone */
 	if (fuse_reply_open(req, fi))
 		free(shown);
 }
@@ -360,7 +361,7 @@ static void write_later(struct job *job)
 		fuse_reply_write(job->req, job->size);
 }
 
-/* Wherever in the file: what is written is the new value. */
+/* The text written is the new value, whatever the offset. */
 static void tree_write(fuse_req_t req, fuse_ino_t ino, const char *data, size_t size, off_t off,
 		       struct fuse_file_info *fi)
 {
