@@ -38,6 +38,28 @@ for line in sys.stdin:
         print("written", flush=True)
 """
 
+FILTER = """
+import ctypes, os, struct, sys
+advice, error = map(int, sys.argv[1:3])
+words = [
+    (0x20, 0, 0, 0), (0x15, 0, 3, 28),  # madvise?
+    (0x20, 0, 0, 32), (0x15, 0, 1, advice),
+    (0x06, 0, 0, 0x50000 | error), (0x06, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW
+]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *word) for word in words))
+text = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(words), ctypes.addressof(code)))
+libc = ctypes.CDLL(None)
+assert not libc.prctl(38, 1, 0, 0, 0) and not libc.prctl(22, 2, text, 0, 0)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+MADV_DONTFORK = 10
+
+
+def under_filter(advice: int, error: int, command: list[str]) -> list[str]:
+    """The command under a seccomp filter by which the kernel does not make madvise(2) with this advice, and answers
+    the error, or 0: as if it had. $SAMEPAGE_SECCOMP must say that one filter was tried."""
+    return [sys.executable, "-c", FILTER, str(advice), str(error), *command]
+
 
 class Process:
     """A program that says where its area is, and its address space as a service sees it. `PROGRAM` has 8 MiB, in huge

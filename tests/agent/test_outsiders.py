@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 
 from samepage.memory import AREA, EXTENT, PageStatus
-from tests.agent.asked import HUGE, Process
+from samepage.memory.wire import Swap
+from tests.agent.asked import HUGE, MADV_DONTFORK, PROGRAM, Process, under_filter
 from tests.agent.preload import ROOT, Preload, compile_c
 
 PAGES = 4 * HUGE
@@ -77,3 +80,23 @@ def test_a_process_that_is_traced_is_left_as_it_is(process: Process) -> None:
     time.sleep(0.02)
     assert (process.space.merge(donation.segment, extents).status == PageStatus.DONE).all()
     assert process.tell("check") == "0\n"
+
+
+@pytest.mark.parametrize("advice", ["MADV_NOHUGEPAGE", "MADV_HUGEPAGE"])
+def test_nothing_is_merged_where_the_agent_may_not_wait_for_who_writes_from_outside(
+    preload: Preload, tmp_path: Path, advice: str
+) -> None:
+    """It waits by a call that takes the mmap_lock; a seccomp filter may forbid it. That waiting keeps bytes is shown
+    with a writer that is held up in the kernel: `make test-kernels`, "writers from outside"."""
+    command = under_filter(MADV_DONTFORK, errno.EPERM, [sys.executable, "-c", PROGRAM, advice])
+    process = Process(preload, tmp_path, command=command, SAMEPAGE_SECCOMP="1")
+    if process.space.swap != Swap.MOVE:
+        pytest.skip(f"pages are not swapped by move here, but: {process.space.swap.name}")
+    first = process.address // 4096
+    donation = process.space.donate(np.array([(first, PAGES)], AREA))
+    assert donation.segment is not None
+    status = process.space.merge(donation.segment, np.array([(first, PAGES, 0)], EXTENT)).status
+    donation.segment.close()
+    assert (status == PageStatus.BUSY).all()
+    assert process.tell("check") == "0\n"
+    process.end()

@@ -180,10 +180,11 @@ static void wake(const struct chunk *c, size_t i, size_t j)
  * Waits for others that are writing to this process under its mmap_lock, held for reading: /proc/PID/mem and ptrace(2)
  * look a page up and write to it a moment later, with a plain reference that no move notices. madvise() takes the lock
  * for writing and so waits for them, although it changes nothing. Those who come later find no page.
+ * Returns false if the lock was not taken (a seccomp filter): then nobody knows.
  */
-static void await_outsiders(void)
+static bool await_outsiders(void)
 {
-	real.madvise((void *)kernel.scratch, PAGE_SIZE, MADV_DONTFORK);
+	return !real.madvise((void *)kernel.scratch, PAGE_SIZE, MADV_DONTFORK);
 }
 
 #define HELD_TOGETHER 8 /* pages: if one of so many is held, all of them are left */
@@ -218,7 +219,8 @@ static void section_by_move(struct chunk *c, size_t i, size_t j)
 	c->scratch = kernel.scratch + spent * PAGE_SIZE;
 	set_out(c, i, j);
 	pull(c, i, j, here);
-	await_outsiders();
+	if (!await_outsiders())
+		memset(here, 0, sizeof(here));
 	find_held(c, j - i, here);
 	settle(c, i, j, 0, here);
 	if (all_done(c, i, j) || !clear_scratch(c, i, j - i))
@@ -295,8 +297,7 @@ static bool swap_huge_page(struct chunk *c)
 		for (size_t k = 0; k < SECTION_MAX; k++)
 			all &= here[k];
 	}
-	if (all) {
-		await_outsiders();
+	if (all && await_outsiders()) {
 		for (size_t at = 0, end; at < SECTION_MAX && !thread_woke(); at = end) {
 			end = section_end(c, at, SECTION_MAX);
 			settle(c, at, end, at, here);
