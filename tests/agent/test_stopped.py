@@ -92,7 +92,9 @@ def test_a_step_that_is_killed_in_the_middle_is_finished(preload: Preload, tmp_p
             with contextlib.suppress(AddressSpaceGone, OSError):
                 while True:
                     donation = process.space.donate(np.array([(first, PAGES)], AREA))
-                    process.space.merge(donation.segment, extents_of(first, donation.status, False))
+                    assert donation.segment is not None
+                    with contextlib.closing(donation.segment):
+                        process.space.merge(donation.segment, extents_of(first, donation.status, False))
                     process.space.break_ksm(first, PAGES)
 
         merging = threading.Thread(target=merge)
@@ -111,6 +113,68 @@ def test_a_step_that_is_killed_in_the_middle_is_finished(preload: Preload, tmp_p
         merging.join()
         process.end()
     assert killed > 10
+
+
+def state_of(pid: int) -> str:
+    """R, S, T...; "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def stop_a_step(process: Process) -> int:
+    """Stop a child that makes a step, in the middle of it: its number."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for child in children_of(process.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGSTOP)
+                time.sleep(0.05)
+                if state_of(child) == "T" and Path(f"/proc/{child}/timers").read_text():
+                    return child
+                os.kill(child, signal.SIGCONT)
+    raise AssertionError("no step was met")
+
+
+def test_a_step_that_does_not_come_to_its_end_is_given_up_after_ten_seconds(preload: Preload, tmp_path: Path) -> None:
+    """Here it is stopped for good; a kernel that does not come back from a call is as bad (see unstopped.c). The
+    process goes on and has its bytes, and its agent ends."""
+    process = Process(preload, tmp_path, advice="MADV_NOHUGEPAGE")
+    process.insist()
+    first = process.address // 4096
+    gone, enough = threading.Event(), threading.Event()
+
+    def merge() -> None:
+        try:
+            while not enough.is_set():
+                donation = process.space.donate(np.array([(first, PAGES)], AREA))
+                assert donation.segment is not None
+                with contextlib.closing(donation.segment):
+                    process.space.merge(donation.segment, extents_of(first, donation.status, False))
+                process.space.break_ksm(first, PAGES)
+        except (AddressSpaceGone, OSError):
+            gone.set()
+
+    merging = threading.Thread(target=merge)
+    merging.start()
+    try:
+        child = stop_a_step(process)
+    except BaseException:
+        enough.set()
+        raise
+    began = time.monotonic()
+    while state_of(child) and time.monotonic() < began + 30:
+        time.sleep(0.1)
+    took, left = time.monotonic() - began, state_of(child)
+    if left:
+        os.kill(child, signal.SIGKILL)
+    assert not left, "the step is stopped, and the program waits for the pages that are out of their places"
+    assert took > 5, "no step takes that long, but a slow machine's may take seconds"
+    assert process.tell("check") == "0\n"
+    assert gone.wait(30)
+    merging.join()
+    process.end()
 
 
 @pytest.mark.parametrize("how", ["signal", "trace"])
