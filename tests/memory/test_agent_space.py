@@ -247,9 +247,9 @@ def test_a_merge_longer_than_a_packet_is_split_and_every_status_is_in_order(make
     assert all(part["npages"].sum() <= MERGE_MAX for part in seen)
     assert arrived["npages"].sum() == asked["npages"].sum() == len(result.status)
     assert arrived[:3].tolist() == [
-        (3, MERGE_MAX, 7),
-        (3 + MERGE_MAX, MERGE_MAX, 7 + MERGE_MAX),
-        (3 + 2 * MERGE_MAX, 5, 7 + 2 * MERGE_MAX),
+        (3, MERGE_MAX - 3, 7),
+        (MERGE_MAX, MERGE_MAX, 4 + MERGE_MAX),
+        (2 * MERGE_MAX, 8, 4 + 2 * MERGE_MAX),
     ]
     assert set(arrived["offset"][3:5].tolist()) == {ZERO_PAGE}
     assert result.status[-6000:].tolist() == [vpn % 3 for vpn, _, _ in many]

@@ -16,8 +16,11 @@ import pytest
 
 from samepage.memory import (
     AREA,
+    EXTENT,
+    ZERO_PAGE,
     AddressSpaceGone,
     AddressSpaceSilent,
+    PageStatus,
     wire,
 )
 from samepage.memory import agent as module
@@ -111,3 +114,35 @@ def test_nobody_waits_long_for_a_break_of_more_pages_than_a_process_has(monkeypa
     with ours, theirs, pytest.raises(AddressSpaceSilent):
         space.break_ksm(1, 1 << 24)  # for which a process may take seventeen minutes
     assert time.monotonic() - began < 5.0
+
+
+def test_who_has_little_time_for_an_answer_and_is_slow_gets_on_all_the_same(make: Make) -> None:
+    """A guest on a slow machine, at a fifth of a millisecond a page: 4,096 pages take
+    most of a second."""
+
+    def slow(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        npages = int(request.reader().rest(EXTENT)["npages"].sum())
+        time.sleep(npages / 5_000)
+        status = np.full(npages, PageStatus.DONE, np.uint8)
+        return wire.encode(request.op, request.seq, wire.pack(wire.DONE, 10, npages) + status.tobytes()), -1
+
+    space, _ = make(merge=slow)
+    space.hurry = 0.2
+    began = time.monotonic()
+    status = space.merge(None, np.array([(BASE_VPN, 4096, ZERO_PAGE)], EXTENT)).status
+    assert time.monotonic() - began < 0.8  # and is not waited for until it has merged all
+    done = np.count_nonzero(status == PageStatus.DONE)
+    assert done >= 512
+    assert (status[:done] == PageStatus.DONE).all()
+    assert (status[done:] == PageStatus.BUSY).all()
+    assert len(status) == 4096
+
+
+def test_who_has_little_time_for_an_answer_has_more_for_a_copy_of_many_pages(make: Make) -> None:
+    def slow(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        time.sleep(0.15)
+        return agent.honest(request)
+
+    space, _ = make(npages=1024, donate=slow)
+    space.hurry = 0.1
+    assert (space.donate(runs((0, 1024))).status == PageStatus.DONE).all()

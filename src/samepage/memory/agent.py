@@ -7,6 +7,7 @@ answers. The requests are here.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -38,7 +39,7 @@ from samepage.memory import (
     wire,
 )
 from samepage.memory.conversation import ENDED, TIMEOUT, Conversation
-from samepage.memory.extents import packets
+from samepage.memory.extents import MERGE_MAX, packets
 from samepage.memory.halt import cgroups_of
 from samepage.memory.handshake import Terms
 from samepage.memory.identity import Identity, memory_of
@@ -48,11 +49,15 @@ from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op, Packet, Swap
 
 BREAK_RATE = 64 << 20
-"""The slowest rate, in bytes a second, at which `break_ksm` copies: memory is reclaimed for it, so a long range has
-that much more time."""
+"""The slowest rate, in bytes a second, at which a process copies: memory is reclaimed for it, so a long range has that
+much more time."""
 
 DONATE_MAX = 2048
 """The most pages in one donation: a segment of 8 MiB."""
+
+HURRIED_MAX = 512
+"""Pages in one MERGE packet at most for who has little time for an answer (`Conversation.hurry`): a huge page. So it
+gets on even if it is slow, on a busy machine or an emulated one."""
 
 RUNS_MAX = wire.BODY_MAX // AREA.itemsize
 """The most runs of pages in one packet."""
@@ -157,7 +162,8 @@ class AgentAddressSpace(Conversation):
             raise ValueError(f"a donation of {npages} pages; {DONATE_MAX} at most")
         if OPEN.full():  # nobody is asked for a copy that could not be handed on
             return Donation(None, np.full(npages, PageStatus.NOMEM, np.uint8))
-        with self.ask(Op.DONATE, runs.astype(AREA, copy=False).tobytes(), may_have_fd=True) as answer:
+        body, patience = runs.astype(AREA, copy=False).tobytes(), npages * PAGE_SIZE / BREAK_RATE
+        with self.ask(Op.DONATE, body, may_have_fd=True, patience=patience) as answer:
             donation = answers.donated(answer, npages, started)
         if isinstance(donation.segment, MemfdSegment):
             self._has.add(donation.segment)
@@ -166,7 +172,8 @@ class AgentAddressSpace(Conversation):
     def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
         """As the protocol says. A segment must be a `MemfdSegment`, and is not passed before the process proved
         that it has a page of it. Many extents go in several packets, and when the process goes between two of them,
-        what the earlier ones did is not told."""
+        what the earlier ones did is not told. Who has little time for an answer is sent no more of them after that
+        time: the rest is BUSY."""
         fd = -1
         started, cpu_ns = time.perf_counter_ns(), 0
         if segment is not None:
@@ -181,9 +188,13 @@ class AgentAddressSpace(Conversation):
                 self._has.add(segment)
             fd = fd if named.any() else -1
         statuses: list[U8] = []
-        for part in packets(extents):
+        for part in packets(extents, MERGE_MAX if self.hurry == math.inf else HURRIED_MAX):
+            npages = int(part["npages"].sum())
+            if time.perf_counter_ns() - started > self.hurry * 1e9:
+                statuses.append(np.full(npages, PageStatus.BUSY, np.uint8))
+                continue
             with self.ask(Op.MERGE, part.tobytes(), fd=fd) as answer:
-                ns, status = answers.statuses(answer, int(part["npages"].sum()))
+                ns, status = answers.statuses(answer, npages)
             statuses.append(status)
             cpu_ns += ns
         status = np.concatenate(statuses) if statuses else np.empty(0, np.uint8)
