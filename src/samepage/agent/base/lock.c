@@ -69,14 +69,27 @@ void mmap_unlock(const sigset_t *saved)
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
 }
 
-#define STAND_BACK 4096 /* some milliseconds */
+#define STAND_BACK_MS 4
+
+/* If the agent releases a mutex and retakes it at once, a sleeper never gets it. So yield while somebody waits. There may
+ * always be somebody, so this is limited: by time, since each yield lasts some milliseconds if more threads want to run than
+ * there are CPUs. */
+static void stand_back(void)
+{
+	int64_t ends = 0;
+
+	while (atomic_load_explicit(&waiters, memory_order_relaxed)) {
+		if (!ends)
+			ends = now_ms() + STAND_BACK_MS;
+		else if (now_ms() >= ends)
+			return;
+		real.syscall(SYS_sched_yield);
+	}
+}
 
 void agent_mmap_lock(void)
 {
-	/* If the agent releases a mutex and retakes it at once, a sleeper never gets it. So yield while somebody waits,
-	 * but not for ever: there may always be somebody. */
-	for (int tries = 0; tries < STAND_BACK && atomic_load_explicit(&waiters, memory_order_relaxed); tries++)
-		real.syscall(SYS_sched_yield);
+	stand_back();
 	mutex_lock(&lock);
 	atomic_store_explicit(&agent_has_it, true, memory_order_relaxed);
 	mmap_lock_held++;
