@@ -1,12 +1,13 @@
 """What samepage does on other kernels: prints and writes a table of kernels and checks. `make test-kernels`.
 
-python -m tests.kernels [--json FILE] [--checks NAME,...] [VERSION|PACKAGE|FILE.deb]...
+python -m tests.kernels [--json FILE] [--checks NAME,...] [VERSION|PACKAGE|FILE.deb|here]...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,47 +15,63 @@ import time
 from pathlib import Path
 
 from tests.kernels.archive import Archive
-from tests.kernels.boot import available, boot, emulator, unpack
+from tests.kernels.boot import apparmor_parser, available, boot, emulator, unpack
+from tests.kernels.table import Results, Row, is_well
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "kernels"
 
-VERSIONS = ("5.10", "6.1", "6.12", "6.18", "")
-"""The oldest that is supported, those of Debian's releases, that of the machine this was made on, and the newest."""
+VERSIONS = ("5.10", "6.1", "6.12", "6.18", "", "here")
+"""The oldest that is supported, those of Debian's releases, that of the machine this was made on, the newest, and
+this machine's own, without a virtual machine."""
 
 MINUTE = 60
 
-FEW = ("-DTHREADS=2", "-DREGIONS=4")
-"""So little is tortured, for an agent whose lock eight emulated threads want comes to nothing."""
-
-Results = dict[str, dict[str, str]]
+HERE = ("emulator", "registered buffer", "main job", "of another user", "torture")
+"""The checks that ask no more of a machine than any has, and change no setting of it."""
 
 
 def check(
     archive: Archive, qemu: list[str], package: str, ways: tuple[str, ...], checks: list[str], patience: float
-) -> Results:
+) -> dict[str, Row]:
     """What was said of each way to swap pages."""
     kernel = unpack(archive, package, FOLDER / Path(package).name.removesuffix(".deb"))
-    tools = build(FOLDER)
-    results: Results = {}
+    command = ["env", f"KERNELS_PARSER={apparmor_parser(archive)}", *job(FOLDER)]
+    results: dict[str, Row] = {}
     for way in ways:
-        words = " ".join(f"'{name}'" for name in checks)
-        env = f"PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT} {tools}"
-        command = f"cd {ROOT} && {env} {sys.executable} tests/kernels/job.py {way} {words}"
+        words = " ".join(f"'{word}'" for word in [*command, way, *checks])
         began = time.monotonic()
-        status, said = boot(qemu, kernel, command, FOLDER, timeout=patience)
-        row: dict[str, str] = {}
-        for line in re.findall(r"^SAID (.*)$", said, re.MULTILINE):
-            row |= json.loads(line)
-        if status:
-            row["ended"] = f"{status}: {said[-1000:]}"
-        results[f"{kernel.release} {way}"] = row
-        print(f"{kernel.release} {way}: {time.monotonic() - began:.0f} s", flush=True)
+        status, said = boot(qemu, kernel, f"cd {ROOT} && {words}", FOLDER, timeout=patience)
+        results[f"{kernel.release} {way}"] = understood(status, said, time.monotonic() - began)
     return results
 
 
-def build(folder: Path) -> str:
-    """What runs in there and is compiled out here; the environment that names it."""
+def check_here(ways: tuple[str, ...], checks: list[str], patience: float) -> dict[str, Row]:
+    """The same of the kernel that runs here."""
+    results: dict[str, Row] = {}
+    for way in ways:
+        began = time.monotonic()
+        command = [*job(FOLDER), way, *([name for name in checks if name in HERE] or HERE)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience)
+        (FOLDER / "here.log").write_text(done.stdout + done.stderr)
+        took = time.monotonic() - began
+        results[f"{os.uname().release} {way}"] = understood(done.returncode, done.stdout + done.stderr, took)
+    return results
+
+
+def understood(status: int, said: str, took: float) -> Row:
+    """What job.py said."""
+    checks: dict[str, str] = {}
+    for line in re.findall(r"^SAID (.*)$", said, re.MULTILINE):
+        checks |= json.loads(line)
+    if status:
+        checks["ended"] = f"{status}: {said[-1000:]}"
+    slow = re.search(r"^(?:\S*\[2J)?([\d.]+) times as slow", said, re.MULTILINE)
+    return Row(checks=checks, slow=float(slow[1]) if slow else 0.0, seconds=round(took), on=time.strftime("%Y-%m-%d"))
+
+
+def job(folder: Path) -> list[str]:
+    """The command that checks, after what it runs and is compiled was compiled."""
     programs = {
         "KERNELS_PROBE": "kernels/probe.c",
         "KERNELS_TORTURE": "agent/torture.c",
@@ -62,14 +79,19 @@ def build(folder: Path) -> str:
     }
     for source in programs.values():
         target = folder / Path(source).stem
-        command = ["gcc", "-std=gnu11", "-O2", "-pthread", *FEW, str(ROOT / "tests" / source), "-o", str(target)]
+        command = ["gcc", "-std=gnu11", "-O2", "-pthread", str(ROOT / "tests" / source), "-o", str(target)]
         subprocess.run(command, check=True)
-    return " ".join(f"{name}={folder / Path(source).stem}" for name, source in programs.items())
+    named = [f"{name}={folder / Path(source).stem}" for name, source in programs.items()]
+    return ["env", "PYTHONDONTWRITEBYTECODE=1", f"PYTHONPATH={ROOT}", *named, sys.executable, "tests/kernels/job.py"]
 
 
-def is_well(outcome: str) -> bool:
-    """Whether a check went as it should, or nothing was to be checked."""
-    return outcome.startswith(("ok", "left alone"))
+def remember(file: Path, results: dict[str, Row]) -> None:
+    """Put it into a file. A check that was made before, and not now, stays."""
+    known: Results = json.loads(file.read_text()) if file.exists() else {}
+    for name, row in results.items():
+        before = known.get(name)
+        known[name] = row if before is None else row | {"checks": before["checks"] | row["checks"]}
+    file.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def main() -> int:
@@ -87,20 +109,26 @@ def main() -> int:
     archive = Archive(FOLDER)
     qemu = emulator(archive)
     print(subprocess.run([*qemu, "--version"], capture_output=True, text=True).stdout.splitlines()[0], flush=True)
+    ways, checks = tuple(args.ways.split(",")), [name for name in args.checks.split(",") if name]
     results: Results = {}
     for wanted in args.kernels or VERSIONS:
-        package = wanted if wanted.startswith("linux-") or wanted.endswith(".deb") else archive.newest(wanted)
-        if not package:
-            print(f"skipped: Linux {wanted}: no package of it is to be had here", flush=True)
-            continue
-        checks = [name for name in args.checks.split(",") if name]
-        results |= check(archive, qemu, package, tuple(args.ways.split(",")), checks, args.minutes * MINUTE)
+        if wanted == "here":
+            found = check_here(ways, checks, args.minutes * MINUTE)
+        else:
+            package = wanted if wanted.startswith("linux-") or wanted.endswith(".deb") else archive.newest(wanted)
+            if not package:
+                print(f"skipped: Linux {wanted}: no package of it is to be had here", flush=True)
+                continue
+            found = check(archive, qemu, package, ways, checks, args.minutes * MINUTE)
+        for name, row in found.items():
+            print(f"{name}: {row['seconds']} s", flush=True)
+        results |= found
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            remember(args.json, found)
     for name, row in results.items():
-        for what, outcome in row.items():
+        for what, outcome in row["checks"].items():
             print(f"{name:32} {what:24} {outcome}")
-    return int(not all(is_well(outcome) for row in results.values() for outcome in row.values()))
+    return int(not all(is_well(outcome) for row in results.values() for outcome in row["checks"].values()))
 
 
 if __name__ == "__main__":
