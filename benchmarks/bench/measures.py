@@ -72,6 +72,11 @@ class Sizes:
     """Seconds of merging during which stalls and holes are recorded, at least."""
     served: int = 128
     """Of a server whose answers are timed."""
+    copy: int = 64
+    copies: tuple[int, ...] = (2, 8, 32, 128, 400)
+    """So many processes with the same `copy`;"""
+    large: tuple[int, ...] = (1024, 4096, 8192)
+    """and two, with so much."""
     guest: int = 128
     guest_seconds: int = 12
     defaults_limit: float = 60.0
@@ -95,6 +100,9 @@ QUICK = Sizes(
     stall=128,
     merging=0.5,
     served=64,
+    copy=8,
+    copies=(2, 8),
+    large=(64, 128),
     guest=32,
     guest_seconds=4,
     defaults_limit=15.0,

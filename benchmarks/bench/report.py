@@ -26,6 +26,7 @@ STALLS = "a write to a page while pages are merged"
 SERVERS = "answers of a server whose memory is merged with a second one's"
 HOLES = "pages away from their place, seen from outside"
 BY_THE_KERNEL = "two processes, the same pages, merged by the kernel"
+GROWTH = "CPU for merging a page, as it grows"
 GUESTS = "a guest of KVM while it is merged with another"
 TITLES = {
     "same": "two processes, the same pages",
@@ -96,6 +97,7 @@ def rows(records: list[Record]) -> list[Row]:
             found += _merging(name, of)
     for name, build in (
         ("unchanged", _passes),
+        ("growth", _growth),
         ("nothing", _nothing),
         ("throughput", _throughput),
         ("stall", _stalls),
@@ -370,6 +372,33 @@ def _paced(records: list[Record]) -> list[Row]:
     cpu = row(BY_THE_KERNEL, "CPU until 95% is saved", "s", by_side(records, when("cpu_seconds")), 1.0, one=PACED)
     after = by_side(records, lambda r: 100 * r["cpu_share_afterwards"])
     return [time, cpu, row(BY_THE_KERNEL, "CPU afterwards, of a core", "%", after, one=PACED)]
+
+
+def _growth(records: list[Record]) -> list[Row]:
+    """What a page costs at each size; and how much dearer the dearest is than the cheapest, where only the number of
+    processes grows, or only their memory."""
+    found = []
+    many, large = (
+        _sizes(records, lambda r: r["mib"] == records[0]["mib"]),
+        _sizes(records, lambda r: r["processes"] == 2),
+    )
+    for name, sizes in (("processes", many), ("memory", large)):
+        of = {size: by_side([r for r in records if (r["processes"], r["mib"]) == size], _cpu_us) for size in sizes}
+        found += [row(GROWTH, f"{count} processes of {mib} MiB", "µs", of[count, mib]) for count, mib in sizes]
+        dearer: dict[str, dict[int, float]] = {}
+        for side in {side for numbers in of.values() for side in numbers}:
+            costs = [statistics.median(numbers[side].values()) for numbers in of.values() if side in numbers]
+            dearer[side] = {0: max(costs) / min(costs)}
+        found.append(row(GROWTH, f"dearest by cheapest, {name}", "times", dearer, at_most=1.5))
+    return found
+
+
+def _sizes(records: list[Record], which: Callable[[Record], bool]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((r["processes"], r["mib"]) for r in records if which(r)))
+
+
+def _cpu_us(record: Record) -> float:
+    return float(record["cpu_us"])
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
