@@ -26,11 +26,12 @@
 #include <sys/epoll.h>
 #include <sys/ipc.h>
 #include <sys/mman.h>
-#include <sys/sem.h>
 #include <sys/select.h>
+#include <sys/sem.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -39,7 +40,7 @@
 
 static bool eintr;
 static pthread_t first;
-static int pipes[2], sockets[2], epoll, sems;
+static int pipes[2], sockets[2], epoll, sems, full;
 static _Atomic uint32_t word;
 
 static uint64_t now_us(void)
@@ -83,7 +84,8 @@ static void registers(void)
 		"mov %%rsi, %c[out]+24(%%rdi)\n\tmov %%r8, %c[out]+32(%%rdi)\n\tmov %%r9, %c[out]+40(%%rdi)\n\t"
 		"mov %%r10, %c[out]+48(%%rdi)\n\tmov %%r11, %c[out]+56(%%rdi)\n\tmov %%r12, %c[out]+64(%%rdi)\n\t"
 		"mov %%r13, %c[out]+72(%%rdi)\n\tmov %%r14, %c[out]+80(%%rdi)\n\tmov %%r15, %c[out]+88(%%rdi)\n\t"
-		"cmp %%rax, -8(%%rsp)\n\tjne 2f\n\tcmp %%rbx, -64(%%rsp)\n\tjne 2f\n\tcmp %%rdx, -128(%%rsp)\n\tjne 2f\n\t"
+		"cmp %%rax, -8(%%rsp)\n\tjne 2f\n\tcmp %%rbx, -64(%%rsp)\n\tjne 2f\n\tcmp %%rdx, -128(%%rsp)\n\tjne "
+		"2f\n\t"
 		"movq $1, %c[intact](%%rdi)\n"
 		"2:\tvmovdqa %%ymm0, %c[y]+0(%%rdi)\n\tvmovdqa %%ymm1, %c[y]+32(%%rdi)\n\t"
 		"vmovdqa %%ymm2, %c[y]+64(%%rdi)\n\tvmovdqa %%ymm3, %c[y]+96(%%rdi)\n\t"
@@ -126,6 +128,31 @@ static void receiving(void)
 
 	errno = 0;
 	MAY_BE_STOPPED(recv(sockets[0], &byte, 1, 0) == -1 && errno == EAGAIN); /* after its SO_RCVTIMEO */
+}
+
+/* The same, for calls of several messages, and for one that waits until somebody accepts. */
+static void receiving_several(void)
+{
+	struct mmsghdr messages[2] = {0};
+	char byte;
+	struct iovec iov = {&byte, 1};
+
+	messages[0].msg_hdr = messages[1].msg_hdr = (struct msghdr){.msg_iov = &iov, .msg_iovlen = 1};
+	errno = 0;
+	MAY_BE_STOPPED(recvmmsg(sockets[0], messages, 2, 0, NULL) == -1 && errno == EAGAIN);
+}
+
+static void connecting(void)
+{
+	struct sockaddr_un name = {.sun_family = AF_UNIX};
+	socklen_t len = sizeof(name);
+	int s = socket(AF_UNIX, SOCK_STREAM, 0);
+
+	CHECK(!getsockname(full, (struct sockaddr *)&name, &len));
+	CHECK(!setsockopt(s, SOL_SOCKET, SO_SNDTIMEO, &(struct timeval){0, 2000}, sizeof(struct timeval)));
+	errno = 0;
+	MAY_BE_STOPPED(connect(s, (struct sockaddr *)&name, len) == -1 && errno == EAGAIN);
+	close(s);
 }
 
 static void futexes(void)
@@ -256,6 +283,8 @@ static const struct {
 	{"sleeping", sleeping},
 	{"reading", reading},
 	{"receiving", receiving},
+	{"receiving_several", receiving_several},
+	{"connecting", connecting},
 	{"futexes", futexes},
 	{"polling", polling},
 	{"epolling", epolling},
@@ -266,6 +295,18 @@ static const struct {
 };
 
 #define KINDS (sizeof(kinds) / sizeof(*kinds))
+
+/* A socket to which nobody more can connect: one waits to be accepted, and `full` has room for no other. */
+static void fill(void)
+{
+	struct sockaddr_un name = {.sun_family = AF_UNIX};
+	socklen_t len = sizeof(name);
+
+	full = socket(AF_UNIX, SOCK_STREAM, 0);
+	CHECK(!bind(full, (struct sockaddr *)&name, sizeof(sa_family_t)) && !listen(full, 0)); /* the kernel names it */
+	CHECK(!getsockname(full, (struct sockaddr *)&name, &len));
+	CHECK(!connect(socket(AF_UNIX, SOCK_STREAM, 0), (struct sockaddr *)&name, len));
+}
 
 static void set_up(void)
 {
@@ -284,11 +325,11 @@ static void set_up(void)
 	pthread_sigmask(SIG_BLOCK, &blocked, NULL);
 	CHECK(!pipe(pipes) && !socketpair(AF_UNIX, SOCK_STREAM, 0, sockets));
 	CHECK(!setsockopt(sockets[0], SOL_SOCKET, SO_RCVTIMEO, &t, sizeof(t)));
+	fill();
 	epoll = epoll_create1(0);
 	CHECK(!epoll_ctl(epoll, EPOLL_CTL_ADD, pipes[0], &(struct epoll_event){.events = EPOLLIN}));
 	sems = semget(IPC_PRIVATE, 1, 0600);
-	CHECK(sems >= 0 && !pthread_create(&thread, NULL, help, NULL) &&
-	      !pthread_create(&thread, NULL, compute, NULL));
+	CHECK(sems >= 0 && !pthread_create(&thread, NULL, help, NULL) && !pthread_create(&thread, NULL, compute, NULL));
 }
 
 /* Nothing is left of whoever held it: the mask of blocked signals is what it was. */

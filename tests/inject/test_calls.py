@@ -21,7 +21,7 @@ from tests.agent.preload import compile_c
 
 ROUNDS = int(os.environ.get("SAMEPAGE_TEST_ATTACHES", "200"))
 KINDS = ["registers", "sleeping", "reading", "receiving", "futexes", "polling", "epolling", "epolling_for_a_time"]
-KINDS += ["semaphores", "signals", "waiting_for_signals"]
+KINDS += ["semaphores", "signals", "waiting_for_signals", "receiving_several", "connecting"]
 SYS_GETPID, SYS_CLOSE = 39, 3
 
 TRACER = """

@@ -60,17 +60,15 @@ class Detach:
 
     def run(self, args: argparse.Namespace) -> int:
         from samepage.commands.unmerge import explain
-        from samepage.kernel.attach import release
         from samepage.kernel.settings import Settings
         from samepage.kernel.target import TargetError
-        from samepage.kernel.unmerge import Merged, unmerge
+        from samepage.kernel.unmerge import Merged, detach
 
         detached, merged, cancelled = [], Merged(), Cancelled()
         for pid in args.pids:
             try:
-                outcome = unmerge(pid, merged, args.reserve, keep=False, cancelled=cancelled)
+                outcome = detach(pid, merged, args.reserve, cancelled)
                 if outcome.errno is None:
-                    release(pid)
                     detached.append(pid)
                 else:
                     say(f"process {pid}: {explain(outcome)}")

@@ -4,10 +4,11 @@ releases the GIL, and holds the process while its calls run, some 0.2 ms.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 from samepage.libraries import installed
@@ -18,11 +19,11 @@ NAME = "libsamepage_inject.so"
 class Error(IntEnum):
     """`enum inject_error`."""
 
-    OK, GONE, DENIED, STOPPED, OTHER_BITS, SILENT, BUSY, NO_WAY_BACK, NO_STACK, DISPATCHED, FAILED = range(11)
+    OK, GONE, DENIED, STOPPED, OTHER_BITS, SILENT, BUSY, NO_WAY_BACK, NO_STACK, DISPATCHED, FILTERED, FAILED = range(12)
 
 
 REASONS = {
-    Error.GONE: "it has ended",
+    Error.GONE: "it has ended, or executed another program",
     Error.DENIED: "permission denied: the kernel does not let this user trace it",
     Error.STOPPED: "it is stopped by a signal",
     Error.OTHER_BITS: "it is not a 64-bit program",
@@ -31,6 +32,7 @@ REASONS = {
     Error.NO_WAY_BACK: "there is nothing in its code by which it could return if samepage were killed",
     Error.NO_STACK: "there is no room below the stack of its first thread",
     Error.DISPATCHED: "it handles its own system calls (PR_SET_SYSCALL_USER_DISPATCH), as Wine does",
+    Error.FILTERED: "it is under seccomp, which could kill it for the call",
     Error.FAILED: "ptrace failed",
 }
 
@@ -64,19 +66,17 @@ def load() -> ctypes.CDLL:
     return library
 
 
-def make_calls(pid: int, calls: Sequence[Call]) -> list[int]:
+def make_calls(pid: int, calls: Sequence[Call], pidfd: int | None = None) -> list[int]:
     """Make system calls in the name of a process, one after the other, until one fails. Returns the kernel's answer to
-    each call made, errors as -errno. `InjectError`: none was made, or the process ended."""
+    each call made, errors as -errno. `pidfd` says which process is meant if something was looked at before: the pid may
+    be another's by now. `InjectError`: none was made, or the process ended."""
     made = (_Call * len(calls))()
     for n, (nr, *arguments) in enumerate(calls):
         made[n].nr = nr
         for i, argument in enumerate(arguments):
             made[n].arg[i] = argument
-    pidfd = open_process(pid)
-    try:
-        error = load().samepage_inject_calls(pid, pidfd, made, len(calls))
-    finally:
-        os.close(pidfd)
+    with opened(pid) if pidfd is None else contextlib.nullcontext(pidfd) as meant:
+        error = load().samepage_inject_calls(pid, meant, made, len(calls))
     if error:
         raise InjectError(Error(error))
     answers = []
@@ -87,12 +87,17 @@ def make_calls(pid: int, calls: Sequence[Call]) -> list[int]:
     return answers
 
 
-def open_process(pid: int) -> int:
+@contextlib.contextmanager
+def opened(pid: int) -> Iterator[int]:
     """A pidfd. Raises `InjectError` if there is no such process."""
     try:
-        return os.pidfd_open(pid)
+        pidfd = os.pidfd_open(pid)
     except OSError as e:
         raise InjectError(Error.GONE) from e
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
 
 
 class Range(ctypes.Structure):
@@ -120,18 +125,15 @@ class Unmerging(ctypes.Structure):
     )
 
 
-def unmerge(pid: int, ranges: Sequence[tuple[int, int, int]], reserve: int, hold: float, keep: bool) -> Unmerging:
+def unmerge(
+    pid: int, pidfd: int, ranges: Sequence[tuple[int, int, int]], reserve: int, hold: float, keep: bool
+) -> Unmerging:
     """Make MADV_UNMERGEABLE calls in the name of a process, range by range (start, end, bytes merged), for at most
     `hold` seconds. Before each range it looks for memory, and leaves `reserve` bytes. `keep`: the ranges stay
     mergeable. Raises `InjectError`."""
     array = (Range * len(ranges))(*(Range(*each) for each in ranges))
-    pidfd = open_process(pid)
-    try:
-        asked = Unmerging(pid, pidfd, array, len(ranges), reserve, round(hold * 1e9), keep)
-        error = load().samepage_inject_unmerge(ctypes.byref(asked))
-    finally:
-        os.close(pidfd)
-    if error:
+    asked = Unmerging(pid, pidfd, array, len(ranges), reserve, round(hold * 1e9), keep)
+    if error := load().samepage_inject_unmerge(ctypes.byref(asked)):
         raise InjectError(Error(error))
     return asked
 

@@ -19,7 +19,8 @@
  *   they are stopped (signal(7)): for these -ERESTARTNOHAND is put there, by which the kernel says EINTR when there is a
  *   signal to handle, and else makes the call again. Such a call with a time to wait would wait for all of it again:
  *   so the tracer waits, for a second at most, until it has just begun (settle.c).
- * - *What is not sure is refused*, before anything is changed: enum inject_error.
+ * - *What is not sure is refused*, before anything is changed: enum inject_error. What a process can change about itself
+ *   is looked at while it is held: by then it may have executed another program, or put itself under a seccomp filter.
  *
  * Each operation runs on a thread of its own: when that thread ends, the kernel detaches what it traced. What depends
  * on x86-64 is in arch/x86_64/: the registers' names, the frame, and the instructions.
@@ -49,6 +50,7 @@ enum inject_error {
 	INJECT_NO_WAY_BACK, /* no `syscall; ret` or no rt_sigreturn in its code, or a shadow stack */
 	INJECT_NO_STACK,    /* no room below its stack */
 	INJECT_DISPATCHED,  /* it handles its system calls itself: prctl(PR_SET_SYSCALL_USER_DISPATCH) */
+	INJECT_FILTERED,    /* it is under seccomp, which could kill it for the call */
 	INJECT_FAILED,	    /* a ptrace call failed that never should */
 };
 
@@ -63,6 +65,7 @@ struct inject_call {
 struct tracee {
 	pid_t pid;
 	int pidfd;
+	uint64_t program;	      /* where its stack begins, which every exec chooses anew */
 	struct user_regs_struct regs; /* to be restored */
 	uint64_t mask;		      /* blocked signals */
 	unsigned char fp[16384];      /* arch_fp_regset */
@@ -114,6 +117,15 @@ bool read_from(const struct tracee *t, uint64_t at, void *to, size_t len);
 
 /* Waits, if necessary, for a moment at which a stop goes unnoticed. */
 void settle(pid_t pid);
+
+/* ---- program.c ---- */
+
+/* Notes which program the process runs. */
+void note_program(struct tracee *t);
+/* Whether the process, which is held, still runs it, and may make calls. */
+enum inject_error check_program(const struct tracee *t);
+/* Reads a file of /proc/PID into `text`, which ends with a zero byte. */
+bool read_proc(pid_t pid, const char *name, char *text, size_t size);
 
 /* ---- trace.c ---- */
 

@@ -8,29 +8,11 @@
 #define _GNU_SOURCE
 #include "inject.h"
 
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #define WAIT_MS 1000 /* the thread is stopped after that all the same: its wait is longer */
-
-static bool read_file(pid_t pid, const char *name, char *text, size_t size)
-{
-	char path[64];
-	ssize_t n = -1;
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd >= 0) {
-		n = read(fd, text, size - 1);
-		close(fd);
-	}
-	text[n > 0 ? n : 0] = '\0';
-	return n > 0;
-}
 
 static bool waits_for_a_time(pid_t pid)
 {
@@ -38,7 +20,7 @@ static bool waits_for_a_time(pid_t pid)
 	char text[256];
 	long nr;
 
-	return read_file(pid, "syscall", text, sizeof(text)) &&
+	return read_proc(pid, "syscall", text, sizeof(text)) &&
 	       sscanf(text, "%ld %lx %lx %lx %lx %lx %lx", &nr, &arg[0], &arg[1], &arg[2], &arg[3], &arg[4], &arg[5]) ==
 		       7 &&
 	       arch_timeout(nr, arg) >= 0;
@@ -51,7 +33,7 @@ static unsigned long sleeps(pid_t pid)
 	char text[4096];
 	const char *p;
 
-	if (!read_file(pid, "status", text, sizeof(text)))
+	if (!read_proc(pid, "status", text, sizeof(text)))
 		return 0;
 	p = strstr(text, "\nvoluntary_ctxt_switches:");
 	if (p)

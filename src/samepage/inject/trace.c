@@ -18,6 +18,7 @@
 
 #define PATIENCE_NS 5000000000ULL /* how long to wait for a thread to come out of the kernel */
 #define TRIES 200		  /* for a thread that is at a place where it must not be held */
+#define LOOKS 20		  /* for a program's instructions */
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 #ifndef PTRACE_EVENT_STOP
 #define PTRACE_EVENT_STOP 128
@@ -69,13 +70,19 @@ static bool is_syscall(int status)
 	return !(status >> 16) && WSTOPSIG(status) == SYSCALL_STOP;
 }
 
+/* Why a ptrace call failed that fails only when the thread was killed, as by another thread that executes a program. */
+static enum inject_error failed(void)
+{
+	return errno == ESRCH ? INJECT_GONE : INJECT_FAILED;
+}
+
 /* Lets the thread go on from the stop `status`, with the signal that it was stopped for. */
 static enum inject_error resume(const struct tracee *t, int how, int status)
 {
 	bool signal = !(status >> 16) && WSTOPSIG(status) != SYSCALL_STOP;
 
 	if (ptrace(how, t->pid, 0, signal ? WSTOPSIG(status) : 0))
-		return errno == ESRCH ? INJECT_GONE : INJECT_FAILED;
+		return failed();
 	return INJECT_OK;
 }
 
@@ -109,34 +116,37 @@ static enum inject_error until_syscall(const struct tracee *t, int *status)
 
 /* ---- registers -------------------------------------------------------------------------------------- */
 
-static bool get_regs(const struct tracee *t, struct user_regs_struct *regs)
+static enum inject_error get_regs(const struct tracee *t, struct user_regs_struct *regs)
 {
 	struct iovec iov = {regs, sizeof(*regs)};
 
-	return !ptrace(PTRACE_GETREGSET, t->pid, NT_PRSTATUS, &iov) && iov.iov_len == sizeof(*regs);
+	if (ptrace(PTRACE_GETREGSET, t->pid, NT_PRSTATUS, &iov))
+		return failed();
+	return iov.iov_len == sizeof(*regs) ? INJECT_OK : INJECT_OTHER_BITS; /* a 32-bit thread has fewer */
 }
 
-static bool set_regs(const struct tracee *t, const struct user_regs_struct *regs)
+static enum inject_error set_regs(const struct tracee *t, const struct user_regs_struct *regs)
 {
 	struct iovec iov = {(void *)regs, sizeof(*regs)};
 
-	return !ptrace(PTRACE_SETREGSET, t->pid, NT_PRSTATUS, &iov);
+	return ptrace(PTRACE_SETREGSET, t->pid, NT_PRSTATUS, &iov) ? failed() : INJECT_OK;
 }
 
-static bool set_mask(const struct tracee *t, uint64_t mask)
+static enum inject_error set_mask(const struct tracee *t, uint64_t mask)
 {
-	return !ptrace(PTRACE_SETSIGMASK, t->pid, sizeof(mask), &mask);
+	return ptrace(PTRACE_SETSIGMASK, t->pid, sizeof(mask), &mask) ? failed() : INJECT_OK;
 }
 
 static enum inject_error get_state(struct tracee *t)
 {
 	struct iovec fp = {t->fp, sizeof(t->fp)};
+	enum inject_error err = get_regs(t, &t->regs);
 
-	if (!get_regs(t, &t->regs))
-		return INJECT_OTHER_BITS; /* a 32-bit thread has fewer */
+	if (err)
+		return err;
 	if (ptrace(PTRACE_GETREGSET, t->pid, arch_fp_regset, &fp) ||
 	    ptrace(PTRACE_GETSIGMASK, t->pid, sizeof(t->mask), &t->mask))
-		return INJECT_FAILED;
+		return failed();
 	t->fp_len = fp.iov_len;
 	return INJECT_OK;
 }
@@ -180,10 +190,12 @@ static enum inject_error seize(struct tracee *t)
 	else
 		err = get_state(t);
 	if (!err)
+		err = check_program(t);
+	if (!err)
 		err = arch_check(t);
 	/* Do this at once: if the tracer is killed before, an interrupted call returns EINTR. */
-	if (!err && !set_regs(t, &t->regs))
-		err = INJECT_FAILED;
+	if (!err)
+		err = set_regs(t, &t->regs);
 	if (err)
 		let_go(t);
 	return err;
@@ -193,13 +205,12 @@ static enum inject_error seize(struct tracee *t)
 static enum inject_error enter(struct tracee *t, const struct inject_call *call)
 {
 	struct user_regs_struct regs = arch_call(t, call);
+	enum inject_error err = set_regs(t, &regs);
 
-	if (!set_regs(t, &regs))
-		return INJECT_FAILED;
-	if (!t->entered && !set_mask(t, ~0ULL))
-		return INJECT_FAILED;
-	t->entered = true;
-	return INJECT_OK;
+	if (!err && !t->entered)
+		err = set_mask(t, ~0ULL);
+	t->entered = t->entered || !err;
+	return err;
 }
 
 static enum inject_error hold(struct tracee *t)
@@ -216,18 +227,39 @@ static enum inject_error hold(struct tracee *t)
 	return err;
 }
 
+/* A program that was just executed has its libraries only in a moment. */
+static enum inject_error look(struct tracee *t)
+{
+	enum inject_error err;
+
+	for (int tries = 0;; tries++) {
+		note_program(t);
+		err = find_instructions(t);
+		if (err != INJECT_NO_WAY_BACK || tries == LOOKS)
+			return err;
+		nap(5000000);
+	}
+}
+
+/* Whether the next try may have more luck. The kernel also denies it to trace a thread that is just ending, as the
+ * first one does when another executes a program. */
+static bool may_pass(enum inject_error err)
+{
+	return err == INJECT_BUSY || err == INJECT_NO_STACK || err == INJECT_DENIED;
+}
+
 enum inject_error begin(struct tracee *t)
 {
 	enum inject_error err;
 
 	t->entered = false;
-	err = find_instructions(t);
+	err = look(t);
 	if (err)
 		return err;
 	settle(t->pid);
 	for (int tries = 0; tries < TRIES; tries++) {
 		err = hold(t);
-		if (err != INJECT_BUSY && err != INJECT_NO_STACK)
+		if (!may_pass(err))
 			break;
 		nap(tries < 100 ? 100000 : 1000000);
 	}
@@ -245,8 +277,8 @@ enum inject_error make_call(struct tracee *t, struct inject_call *call)
 		err = until_syscall(t, &status);
 	if (!err)
 		err = until_syscall(t, &status);
-	if (!err && !get_regs(t, &regs))
-		err = INJECT_FAILED;
+	if (!err)
+		err = get_regs(t, &regs);
 	call->ret = err ? 0 : arch_result(&regs);
 	return err;
 }
@@ -263,8 +295,10 @@ enum inject_error end(struct tracee *t)
 		if (!err)
 			err = until_event(t, PTRACE_CONT, &status);
 		/* In this order: if the thread is let go in between, it has its mask and returns by the frame. */
-		if (!err && (!set_mask(t, t->mask) || !set_regs(t, &t->regs)))
-			err = INJECT_FAILED;
+		if (!err)
+			err = set_mask(t, t->mask);
+		if (!err)
+			err = set_regs(t, &t->regs);
 		t->entered = false;
 	}
 	if (!err)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +56,22 @@ def merge_all_of_this() -> None:
         raise OSError(number, f"the kernel cannot merge it: {why}")
 
 
-def calls(pid: int, made: list[inject.Call]) -> list[int]:
-    """`inject.make_calls` on a process that was checked. Raises `TargetError`."""
-    check(pid)
+@contextlib.contextmanager
+def meant(pid: int) -> Iterator[int]:
+    """A pidfd, opened before anything is looked at, so that whoever has the pid later is not touched. What `inject`
+    refuses becomes a `TargetError`."""
     try:
-        return inject.make_calls(pid, made)
+        with inject.opened(pid) as pidfd:
+            yield pidfd
     except inject.InjectError as e:
         raise TargetError(pid, e.args[0]) from e
+
+
+def calls(pid: int, made: list[inject.Call], pidfd: int | None = None) -> list[int]:
+    """`inject.make_calls` of a process that was checked. `TargetError`."""
+    with meant(pid) if pidfd is None else contextlib.nullcontext(pidfd) as fd:
+        check(pid)
+        return inject.make_calls(pid, made, fd)
 
 
 def attach(pid: int, prctl: bool = True) -> None:
@@ -91,9 +101,9 @@ def release_unmerged(pid: int) -> None:
         inject.make_calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 0, 0, 0, 0)])
 
 
-def release(pid: int) -> None:
+def release(pid: int, pidfd: int) -> None:
     """Make memory that it maps from now on not mergeable. Call it only when nothing of the process is merged: the
     kernel would copy it all at once."""
-    answer = calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 0, 0, 0, 0)])[-1]
+    answer = calls(pid, [(SYS_PRCTL, PR_SET_MEMORY_MERGE, 0, 0, 0, 0)], pidfd)[-1]
     if answer < 0 and answer != -errno.EINVAL:
         raise TargetError(pid, f"prctl(PR_SET_MEMORY_MERGE): {os.strerror(-answer)}")

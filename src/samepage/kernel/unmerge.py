@@ -14,8 +14,8 @@ import numpy as np
 
 from samepage import inject
 from samepage.estimate.process import KPF_KSM, KPF_ZERO_PAGE, PM_PFN, PageFlags
-from samepage.kernel.attach import Mapping, mappings
-from samepage.kernel.target import TargetError, check
+from samepage.kernel.attach import Mapping, mappings, meant, release
+from samepage.kernel.target import check
 from samepage.memory import PAGE_SIZE, U64
 from samepage.memory.pagemap import FILE, PRESENT
 
@@ -105,15 +105,23 @@ def _has_zero_pages(pid: int) -> bool:
         return True
 
 
-def unmerge(
-    pid: int,
-    merged: Merged,
-    reserve: int,
-    keep: bool = True,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> Outcome:
-    """Break all merged pages of a process, but leave `reserve` bytes to others. `keep`: its memory stays mergeable, and
-    ksmd may merge it again meanwhile; otherwise none of it is mergeable afterwards. Raises `TargetError`."""
+def unmerge(pid: int, merged: Merged, reserve: int, cancelled: Callable[[], bool] = lambda: False) -> Outcome:
+    """Break all merged pages of a process, but leave `reserve` bytes to others. Its memory stays mergeable, and ksmd
+    may merge it again meanwhile. Raises `TargetError`."""
+    with meant(pid) as pidfd:
+        return _unmerge(pid, pidfd, merged, reserve, True, cancelled)
+
+
+def detach(pid: int, merged: Merged, reserve: int, cancelled: Callable[[], bool] = lambda: False) -> Outcome:
+    """The same, but none of its memory is mergeable afterwards, nor what it maps from then on. Raises `TargetError`."""
+    with meant(pid) as pidfd:
+        outcome = _unmerge(pid, pidfd, merged, reserve, False, cancelled)
+        if outcome.errno is None:
+            release(pid, pidfd)
+        return outcome
+
+
+def _unmerge(pid: int, pidfd: int, merged: Merged, reserve: int, keep: bool, cancelled: Callable[[], bool]) -> Outcome:
     outcome, first, before = Outcome(pid), -1, 1 << 63
     for _ in range(PASSES if merged.exact or not keep else 1):
         ranges = merged.ranges(pid)
@@ -125,7 +133,7 @@ def unmerge(
         if not ranges or (keep and remaining >= before):  # ksmd merges as fast as it is undone
             return outcome
         before = remaining
-        if error := _pass(pid, ranges, reserve, keep, cancelled, outcome):
+        if error := _pass(pidfd, ranges, reserve, keep, cancelled, outcome):
             break
     else:
         error = 0 if keep else errno.EAGAIN
@@ -137,16 +145,13 @@ def unmerge(
     return outcome
 
 
-def _pass(pid: int, ranges: Ranges, reserve: int, keep: bool, cancelled: Callable[[], bool], outcome: Outcome) -> int:
+def _pass(pidfd: int, ranges: Ranges, reserve: int, keep: bool, cancelled: Callable[[], bool], outcome: Outcome) -> int:
     """Go over `ranges` once. Returns 0 or an errno."""
     while ranges:
         if cancelled():
             return errno.EINTR
-        check(pid)
-        try:
-            step = inject.unmerge(pid, ranges, reserve, HOLD, keep)
-        except inject.InjectError as e:
-            raise TargetError(pid, e.args[0]) from e
+        check(outcome.pid)
+        step = inject.unmerge(outcome.pid, pidfd, ranges, reserve, HOLD, keep)
         outcome.pages_unmerged += sum(size for _, _, size in ranges[: step.done]) // PAGE_SIZE
         outcome.bytes_available = max(0, step.available - OVERHEAD - reserve)
         outcome.limits_unseen = bool(step.unseen)

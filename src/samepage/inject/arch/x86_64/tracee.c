@@ -82,6 +82,7 @@ static const struct {
 	{SYS_read, -1, false},		 {SYS_readv, -1, false},	 {SYS_write, -1, false},
 	{SYS_writev, -1, false},	 {SYS_recvfrom, -1, false}, /* with SO_RCVTIMEO */
 	{SYS_recvmsg, -1, false},	 {SYS_sendto, -1, false},	 {SYS_sendmsg, -1, false},
+	{SYS_recvmmsg, -1, false},	 {SYS_sendmmsg, -1, false},	 {SYS_connect, -1, false},
 	{SYS_accept, -1, false},	 {SYS_accept4, -1, false},	 {SYS_epoll_wait, 3, false},
 	{SYS_epoll_pwait, 3, false},	 {SYS_EPOLL_PWAIT2, 3, true},	 {SYS_semop, -1, false},
 	{SYS_semtimedop, 3, true},	 {SYS_rt_sigtimedwait, 2, true}, {SYS_io_getevents, 4, true},
