@@ -221,11 +221,17 @@ class KsmdMachine(RuleBasedStateMachine):
         """It cannot answer until good fortune returns."""
         who.space.halt = "stopped"
 
+    @rule(who=everybody)
+    def move(self, who: Oracle) -> None:
+        """It belongs in another domain."""
+        who.space.elsewhere = "elsewhere"
+        self.ksmd.look_again()
+
     @rule()
     def fortune(self) -> None:
         for who in self.processes:
             who.space.script = None
-            who.space.halt = ""
+            who.space.halt = who.space.elsewhere = ""
 
     @invariant()
     def nothing_is_lost(self) -> None:
