@@ -26,7 +26,7 @@ import numpy as np
 
 from samepage.ksmd import Ksmd, books
 from samepage.ksmd.domain import Domain
-from samepage.ksmd.index import ChecksumIndex
+from samepage.ksmd.index import ChecksumIndex, _Sorted
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.pieces import Pieces
 from samepage.ksmd.rmap import RmapItems
@@ -260,7 +260,8 @@ CHANGING = {
         "_hold",
     ),
     StableTree: ("add", "attach", "detach", "publish", "unpublish", "close", "found", "_recount"),
-    ChecksumIndex: ("insert", "remove", "find", "lower_bound"),
+    ChecksumIndex: ("insert", "remove", "find"),
+    _Sorted: ("lower_bound",),
     RmapItems: ("allocate", "allocate_each", "free"),
     Pieces: ("add", "remove", "missing", "locate"),
     MmSlot: ("looked_at",),
