@@ -69,7 +69,7 @@ class Run:
             "--memory",
             choices=("large", "mapped", "all"),
             help="what is merged: large allocations; what the program maps itself, too; or allocations from 64K on "
-            f"besides (default: {MEMORY})",
+            f"and libc's heap besides (default: {MEMORY})",
         )
         parser.add_argument(
             "--min-alloc",

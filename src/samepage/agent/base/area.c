@@ -19,7 +19,7 @@ bool merges_mapped(void)
 
 static bool mergeable(unsigned flags)
 {
-	bool mapped = merges_mapped() && (flags & (AREA_MAPPED | AREA_RESERVED)) == AREA_MAPPED;
+	bool mapped = merges_mapped() && (flags & (AREA_MAPPED | AREA_RESERVED | AREA_UNPINNED)) == AREA_MAPPED;
 
 	return (flags & (AREA_ALLOC | AREA_ADVISED) || mapped) && !(flags & (AREA_EXCLUDED | AREA_UNMERGED));
 }

@@ -33,6 +33,9 @@ enum area_flags {
 	AREA_AFRESH = 1 << 15,	 /* was not mergeable for a while, so the service has forgotten its pages */
 	AREA_SEALED = 1 << 16,	 /* mseal(2): the wrappers refuse what the kernel would refuse */
 	AREA_RESERVED = 1 << 17, /* mapped, not advised: reserved addresses, most of which are never used as memory */
+	AREA_UNPINNED =
+		1
+		<< 18, /* mapped, not advised: libc's malloc may give it back, or has not taken it yet (hooks/heap.c) */
 };
 
 struct area {

@@ -124,7 +124,8 @@ static void check_against_kernel(void)
 		vpn = (v.start > a->start ? v.start : a->start) >> PAGE_SHIFT;
 		end = min_addr(v.end, a->end) >> PAGE_SHIFT;
 		/* An area that exists only because it is locked may be of any file. */
-		if (vpn < end && !(a->flags & AREA_EXCLUDED) && a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_MAPPED)) {
+		if (vpn < end && !(a->flags & (AREA_EXCLUDED | AREA_UNPINNED)) &&
+		    a->flags & (AREA_ALLOC | AREA_ADVISED | AREA_MAPPED)) {
 			VM_BUG_ON(page_next(PAGE_SEGMENT, vpn, end, !v.ino) < end);
 			VM_BUG_ON(v.ino && v.shared);
 		}

@@ -229,6 +229,8 @@ SP_EXPORT void *malloc(size_t size)
 	if (!next.malloc)
 		return early_alloc(size);
 	p = next.malloc(size);
+	if (heap_grew(p))
+		return heap_pin(p, size, false);
 	return p || !relieve(size) ? p : next.malloc(size);
 }
 
@@ -243,6 +245,8 @@ SP_EXPORT void *calloc(size_t n, size_t size)
 	if (!next.calloc)
 		return early_alloc(bytes);
 	p = next.calloc(n, size);
+	if (heap_grew(p))
+		return heap_pin(p, bytes, true);
 	return p || !relieve(bytes) ? p : next.calloc(n, size);
 }
 

@@ -128,27 +128,50 @@ static uintptr_t current_break(void)
 	return (uintptr_t)real.syscall(SYS_brk, 0);
 }
 
-/* Removes areas where the break moved; it was at `before`. Needs the lock. */
-static void break_moved(uintptr_t before)
+/* Of no concern to the agent, now or later. */
+static bool break_is_free(void)
 {
-	uintptr_t after = current_break();
+	return no_areas() && !agent_configured();
+}
 
-	if (after != before)
-		area_remove(PAGE_ALIGN_UP(min_addr(before, after)), PAGE_ALIGN_UP(before < after ? after : before));
+/*
+ * The break went from `before` to `after`. Needs the lock. Returns how many bytes the program took: they are like what
+ * it maps itself. libc's malloc, which moves the break past us, gives none of them back: it lowers the break only if it
+ * stands where malloc itself last put it, and only by memory that malloc took.
+ */
+static size_t break_moved(uintptr_t before, uintptr_t after)
+{
+	uintptr_t from = PAGE_ALIGN_UP(min_addr(before, after)), to = PAGE_ALIGN_UP(before < after ? after : before);
+
+	if (from >= to)
+		return 0;
+	area_remove(from, to);
+	if (after < before || !agent_configured())
+		return 0;
+	area_add(from, to, AREA_MAPPED | area_new_flags(), PROT_READ | PROT_WRITE);
+	return to - from;
+}
+
+static void start_for(size_t grown)
+{
+	if (grown && merges_mapped())
+		agent_start_unnamed(grown);
 }
 
 uintptr_t sp_brk(uintptr_t addr)
 {
 	uintptr_t before, ret;
 	sigset_t saved;
+	size_t grown;
 
-	if (no_areas() || !addr)
+	if (break_is_free() || !addr)
 		return (uintptr_t)real.syscall(SYS_brk, addr);
 	mmap_lock(&saved);
 	before = current_break();
 	ret = (uintptr_t)real.syscall(SYS_brk, addr);
-	break_moved(before);
+	grown = break_moved(before, current_break());
 	mmap_unlock(&saved);
+	start_for(grown);
 	return ret;
 }
 
@@ -156,15 +179,18 @@ SP_EXPORT int brk(void *addr)
 {
 	uintptr_t before;
 	sigset_t saved;
+	size_t grown;
 	int ret;
 
-	if (no_areas())
+	need_next();
+	if (break_is_free())
 		return next.brk(addr);
 	mmap_lock(&saved);
 	before = current_break();
 	ret = next.brk(addr);
-	break_moved(before);
+	grown = break_moved(before, current_break());
 	mmap_unlock(&saved);
+	start_for(grown);
 	return ret;
 }
 
@@ -172,14 +198,20 @@ SP_EXPORT void *sbrk(intptr_t by)
 {
 	uintptr_t before;
 	sigset_t saved;
+	size_t grown;
 	void *ret;
 
-	if (no_areas() || !by)
+	need_next();
+	if (break_is_free() || !by)
 		return next.sbrk(by);
 	mmap_lock(&saved);
 	before = current_break();
 	ret = next.sbrk(by);
-	break_moved(before);
+	if (by > 0 && ret != (void *)-1) /* and no more, should malloc have moved it meanwhile */
+		grown = break_moved((uintptr_t)ret, (uintptr_t)ret + (uintptr_t)by);
+	else
+		grown = break_moved(before, current_break());
 	mmap_unlock(&saved);
+	start_for(grown);
 	return ret;
 }

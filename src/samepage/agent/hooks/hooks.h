@@ -79,6 +79,25 @@ bool relieve_mappings(void);
 /* mallopt(3) */
 void blocks_set(int param, size_t value);
 
+/* ---- heap.c: glibc's heap ---- */
+
+#define HEAP_MAX (64UL << 30)
+#define HEAP_NEVER (UINTPTR_MAX / 2 + 1)
+
+/* Before anything is allocated, if it can be. */
+void heap_enable(void);
+/* Before a seccomp filter is installed, which may allow malloc no system call any more. */
+void heap_leave(void);
+/* The heap grew far enough beyond what is known to stay: `p`, of `size` bytes, which libc's malloc or calloc just returned, becomes a
+ * pin. Returns the block that the program gets in its place. */
+void *heap_pin(void *p, size_t size, bool zeroed);
+extern _Atomic uintptr_t heap_next_pin; /* or HEAP_NEVER */
+
+static inline bool heap_grew(const void *p)
+{
+	return (uintptr_t)p - atomic_load_explicit(&heap_next_pin, memory_order_relaxed) < HEAP_MAX;
+}
+
 /* ---- mmap.c ---- */
 
 void *sp_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset);

@@ -24,6 +24,12 @@
 
 /* ---- prctl and ioctl ----------------------------------------------------------------------------------- */
 
+static void filter_comes(void)
+{
+	heap_leave();
+	agent_retire();
+}
+
 static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
 {
 	int err;
@@ -59,7 +65,7 @@ static int sp_prctl(int option, unsigned long a, unsigned long b, unsigned long 
 		/* A filter may kill for calls that the agent needs. With NULL, the program only asks what the kernel
 		 * can do. */
 		if (a == SECCOMP_MODE_STRICT || b)
-			agent_retire();
+			filter_comes();
 		break;
 	}
 	if (changes_identity(SYS_prctl, (long[]){option})) {
@@ -195,7 +201,7 @@ SP_EXPORT long syscall(long number, ...)
 		break;
 	case SYS_seccomp:
 		if (a[0] == SECCOMP_SET_MODE_STRICT || (a[0] == SECCOMP_SET_MODE_FILTER && a[2]))
-			agent_retire();
+			filter_comes();
 		break;
 	default:
 		if (changes_identity(number, a))
@@ -240,4 +246,6 @@ __attribute__((constructor)) static void initialise(void)
 	if (least && *least)
 		bytes = strtoul(least, NULL, 10);
 	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
+	if (all)
+		heap_enable();
 }
