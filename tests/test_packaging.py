@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,17 @@ def test_the_published_library_loads_into_any_program(unpacked: Path) -> None:
 def test_the_libraries_need_nothing_but_libc(unpacked: Path, library: str) -> None:
     dynamic = run("readelf", "--wide", "--dynamic", unpacked / "samepage" / library)
     needed = {line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line}
-    assert needed <= {"libc.so.6", "ld-linux-x86-64.so.2"}
+    assert needed <= {"libc.so.6", "libdl.so.2", "libpthread.so.0", "ld-linux-x86-64.so.2"}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_libraries_load_with_glibc_2_17(unpacked: Path, library: str) -> None:
+    """All that an image of the last ten years may have: that of CentOS 7, of 2014."""
+    symbols = run("objdump", "--dynamic-syms", unpacked / "samepage" / library)
+    wanted = {tuple(map(int, version.split("."))) for version in re.findall(r"\(?GLIBC_([\d.]+)\)?", symbols)}
+    assert (2, 2, 5) in wanted
+    assert max(wanted) <= (2, 17)
+    assert "GLIBC_ABI" not in run("readelf", "--version-info", unpacked / "samepage" / library)
 
 
 def test_the_library_shows_only_wrappers_of_libc_and_its_own_names(unpacked: Path) -> None:

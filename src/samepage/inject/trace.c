@@ -310,6 +310,11 @@ enum inject_error end(struct tracee *t)
 
 /* ---- a thread for it -------------------------------------------------------------------------------- */
 
+/* Until glibc 2.34 these were in libpthread. Those versions of them are in both. */
+__asm__(".symver pthread_create, pthread_create@GLIBC_2.2.5");
+__asm__(".symver pthread_join, pthread_join@GLIBC_2.2.5");
+__asm__(".symver pthread_sigmask, pthread_sigmask@GLIBC_2.2.5");
+
 struct work {
 	enum inject_error (*work)(void *);
 	void *what;

@@ -22,7 +22,8 @@
  *	arch_thread_pointer() the thread pointer, which points at this thread's local storage
  *	ARCH_PAGE_SHIFT	      of the page size; need not be constant, but _MIN and _MAX are
  *	ARCH_TASK_SIZE	      where user addresses end, unless a program asks for higher ones by hint
- *	ARCH_ADDRESS_END      at or above that; the agent knows no address from here on */
+ *	ARCH_ADDRESS_END      at or above that; the agent knows no address from here on
+ *	ARCH_LIBC	      the version of symbols that glibc has had there from the start */
 #if defined(__x86_64__)
 #include "arch/x86_64/arch.h"
 #elif defined(__aarch64__)

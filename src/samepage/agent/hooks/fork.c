@@ -65,6 +65,8 @@ void fork_init(void)
 {
 	if (next.register_atfork)
 		next.register_atfork(before_fork, after_fork_parent, after_fork_child_handler, __dso_handle);
+	else if (next.pthread_atfork) /* musl, which knows no other */
+		next.pthread_atfork(before_fork, after_fork_parent, after_fork_child_handler);
 }
 
 SP_EXPORT int __register_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *dso)

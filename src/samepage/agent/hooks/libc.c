@@ -4,7 +4,6 @@
 #include "base/system.h"
 #include "hooks/hooks.h"
 
-#include <dlfcn.h>
 #include <sched.h>
 
 _Atomic bool next_ready;
@@ -36,6 +35,7 @@ static const struct {
 	{&next.unshare, "unshare"},
 	{&next.setns, "setns"},
 	{&next.register_atfork, "__register_atfork"},
+	{&next.pthread_atfork, "pthread_atfork"},
 	{&next.brk, "brk"},
 	{&next.sbrk, "sbrk"},
 	{&next.syscall, "syscall"},

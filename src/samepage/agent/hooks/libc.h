@@ -10,8 +10,12 @@
 
 #include "base/page.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdatomic.h>
+
+/* Until glibc 2.34 dlsym() was in libdl. That version of it is in both, so the agent loads with older ones, too. */
+__asm__(".symver dlsym, dlsym@" ARCH_LIBC);
 
 extern _Atomic bool next_ready;
 
@@ -41,6 +45,7 @@ extern struct next {
 	void *(*sbrk)(intptr_t);
 	/* What pthread_atfork() calls. We wrap it so that our handlers are registered first. */
 	int (*register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
+	int (*pthread_atfork)(void (*)(void), void (*)(void), void (*)(void));
 	int (*chroot)(const char *);
 	int (*setuid)(uid_t);
 	int (*seteuid)(uid_t);

@@ -5,7 +5,6 @@
  */
 #include "hooks/hooks.h"
 
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <link.h>
 #include <string.h>

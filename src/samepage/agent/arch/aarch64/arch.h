@@ -9,6 +9,7 @@ extern unsigned arch_page_shift;
 #define ARCH_PAGE_SHIFT_MAX 16
 #define ARCH_TASK_SIZE (1UL << 48) /* the most that kernels have, except 52 bits by hint */
 #define ARCH_ADDRESS_END (1UL << 48)
+#define ARCH_LIBC "GLIBC_2.17"
 
 static inline long raw_syscall(long number, long a, long b, long c, long d, long e, long f)
 {

@@ -7,6 +7,7 @@
 #define ARCH_PAGE_SHIFT_MAX ARCH_PAGE_SHIFT
 #define ARCH_TASK_SIZE ((1UL << 47) - 4096)
 #define ARCH_ADDRESS_END (1UL << 48)
+#define ARCH_LIBC "GLIBC_2.2.5"
 
 static inline long raw_syscall(long number, long a, long b, long c, long d, long e, long f)
 {
