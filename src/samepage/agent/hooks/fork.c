@@ -56,6 +56,16 @@ static void after_fork_child_handler(void)
 
 extern void *__dso_handle __attribute__((visibility("hidden")));
 
+/* musl has pthread_atfork() instead. What it has to allocate for dlerror() passes us by. */
+static void fork_init_musl(void)
+{
+	int (*atfork)(void (*)(void), void (*)(void), void (*)(void));
+
+	*(void **)&atfork = dlsym(RTLD_NEXT, "pthread_atfork");
+	if (atfork)
+		atfork(before_fork, after_fork_parent, after_fork_child_handler);
+}
+
 /*
  * Handlers that were registered first run last before a fork and first after it. So ours must be the first of all:
  * others may allocate, or wait for threads that do (OpenBLAS joins its threads), and would do so under our lock.
@@ -65,8 +75,15 @@ void fork_init(void)
 {
 	if (next.register_atfork)
 		next.register_atfork(before_fork, after_fork_parent, after_fork_child_handler, __dso_handle);
-	else if (next.pthread_atfork) /* musl, which knows no other */
-		next.pthread_atfork(before_fork, after_fork_parent, after_fork_child_handler);
+	else
+		fork_init_musl();
+}
+
+/* glibc has had it since 2.34. To look for it earlier than in our constructor would not do (libc.c); until then _Fork()
+ * is the system call. */
+void fork_look_up(void)
+{
+	*(void **)&next._Fork = dlsym(RTLD_NEXT, "_Fork");
 }
 
 SP_EXPORT int __register_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *dso)

@@ -142,6 +142,7 @@ int unmerge(uintptr_t start, uintptr_t end);
 /* ---- fork.c ---- */
 
 void fork_init(void);
+void fork_look_up(void);
 /* Whether the system call forks, with the child going on where its parent is. */
 bool is_plain_fork(long number, const long *arg);
 long plain_fork(long number, const long *arg); /* number -1: _Fork() */

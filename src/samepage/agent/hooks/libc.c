@@ -13,7 +13,8 @@ static const struct {
 	void *slot;
 	const char *name;
 } symbols[] = {
-	/* First, since dlsym() may call calloc and malloc. */
+	/* First, since dlsym() may call calloc and malloc. Each must be in every libc: dlsym() allocates what dlerror() is
+	 * to say, and an allocator that is about to begin (jemalloc) does not bear that. */
 	{&next.calloc, "calloc"},
 	{&next.malloc, "malloc"},
 	{&next.free, "free"},
@@ -30,12 +31,10 @@ static const struct {
 	{&next.munlockall, "munlockall"},
 	{&next.prctl, "prctl"},
 	{&next.ioctl, "ioctl"},
-	{&next._Fork, "_Fork"},
 	{&next.clone, "clone"},
 	{&next.unshare, "unshare"},
 	{&next.setns, "setns"},
 	{&next.register_atfork, "__register_atfork"},
-	{&next.pthread_atfork, "pthread_atfork"},
 	{&next.brk, "brk"},
 	{&next.sbrk, "sbrk"},
 	{&next.syscall, "syscall"},

@@ -45,7 +45,6 @@ extern struct next {
 	void *(*sbrk)(intptr_t);
 	/* What pthread_atfork() calls. We wrap it so that our handlers are registered first. */
 	int (*register_atfork)(void (*)(void), void (*)(void), void (*)(void), void *);
-	int (*pthread_atfork)(void (*)(void), void (*)(void), void (*)(void));
 	int (*chroot)(const char *);
 	int (*setuid)(uid_t);
 	int (*seteuid)(uid_t);

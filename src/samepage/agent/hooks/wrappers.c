@@ -224,6 +224,7 @@ __attribute__((constructor)) static void initialise(void)
 	unsigned long bytes = all ? MIN_ALLOC_LEAST : MIN_ALLOC_DEFAULT;
 
 	need_next();
+	fork_look_up();
 	if (!service || !*service)
 		return;
 	if (sanitizer()) {
