@@ -145,6 +145,19 @@ def test_many_that_leave_at_once_keep_nobody_waiting_for_all_of_them() -> None:
     assert not any(space.merged_pages() for space in spaces)
 
 
+def test_a_mistake_about_one_process_keeps_nobody_from_being_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ksmd = SimulatedMachine(), new_ksmd(Clock())
+    (a, b, c), (slot, *_) = processes(machine, ksmd, SAME, SAME, SAME)
+
+    def mistake() -> str:
+        raise RecursionError
+
+    monkeypatch.setattr(a, "misplaced", mistake)
+    passes(ksmd, 3)
+    assert slot.gone
+    assert (len(a.merged_pages()), len(b.merged_pages()), len(c.merged_pages())) == (0, N, N)
+
+
 def test_an_error_of_one_page_keeps_nobody_in_the_domain() -> None:
     machine = SimulatedMachine()
     ksmd = new_ksmd(Clock())

@@ -183,7 +183,7 @@ def test_labels_are_those_that_the_container_runtime_keeps(tmp_path: Path, file:
     group = Group(f"/system.slice/docker-{ID}.scope", str(tmp_path))
     policy = parse(b'[[rule]]\nlabel = {tier = "w*"}\nmerge = "off"', "p")
     assert policy.place(who(), group).domain is None
-    for wrong in ("[]", "{", '{"Config": 1, "annotations": [1]}', '{"annotations": {"tier": 7}}'):
+    for wrong in ("[]", "{", "[" * 100_000, '{"Config": 1, "annotations": [1]}', '{"annotations": {"tier": 7}}'):
         state.write_text(wrong)
         assert policy.place(who(), group).domain == MergeDomain(1000)
     assert policy.place(who(), Group("/system.slice/x.service", str(tmp_path))).domain == MergeDomain(1000)

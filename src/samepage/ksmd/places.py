@@ -7,7 +7,6 @@ belongs.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 
@@ -69,8 +68,12 @@ class Places:
 
     def _look_at(self, slot: MmSlot, now: float) -> None:
         slot.placed = now
-        with contextlib.suppress(OSError):  # it has ended, and will be noticed to have
+        try:
             slot.leaving = slot.space.misplaced()
+        except OSError:
+            pass  # it has ended, and will be noticed to have
+        except Exception as e:  # a mistake that is about one process must not keep ksmd from all others
+            slot.lose(e)
 
     def _see_off(self, slot: MmSlot, ends: float) -> None:
         result = self._unmerging.unmerge(slot, WHOLE, lambda: self._clock() >= ends, leave_alone=False)

@@ -77,7 +77,7 @@ class Group:
         """The labels of its container; none if there is no container, or if its runtime is unknown."""
         if re.fullmatch(r"[0-9a-f]{64}", self.container):
             for file, keys in STATE_FILES:
-                with contextlib.suppress(OSError, ValueError):
+                with contextlib.suppress(OSError, ValueError, RecursionError):
                     path = Path(self.root) / file.format(id=self.container)
                     if path.stat().st_size > STATE_MAX:
                         continue
