@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import time
@@ -15,19 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import meters, sides
-from benchmarks.bench.measures import Bench, Record, Skipped, memory_worker, pages_of
+from benchmarks.bench.measures import Bench, Record, Skipped, compiled, memory_worker, pages_of
 from benchmarks.bench.process import PAGE_SIZE
 from benchmarks.bench.sides import Side
 from benchmarks.processes import wait_until
-
-
-def compiled(source: str, to: Path, *options: str) -> str:
-    """A C file of this folder, compiled; its path."""
-    if not shutil.which("cc"):
-        raise Skipped(f"needs cc, to compile {source}")
-    path = str(Path(__file__).with_name(source))
-    subprocess.run(["cc", "-O2", "-Wall", "-Wextra", path, "-o", str(to), *options], check=True)
-    return str(to)
 
 
 def stall(bench: Bench) -> Iterator[Record]:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.bench import meters, sides
-from benchmarks.bench.disturbances import compiled
-from benchmarks.bench.measures import MIB, NEARLY_ALL, Bench, Record
+from benchmarks.bench.measures import MIB, NEARLY_ALL, Bench, Record, compiled
 from benchmarks.bench.process import PAGE_SIZE
 from benchmarks.bench.sides import Samepage, Side
 from benchmarks.processes import wait_until

@@ -9,7 +9,9 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +27,7 @@ import numpy as np
 
 from benchmarks import kernel_ksm, memory_cgroup
 from benchmarks.bench import meters, sides
+from benchmarks.bench.floor import floor
 from benchmarks.bench.process import PAGE_SIZE, WORDS, Run, fill, numbers
 from benchmarks.bench.sides import Side
 from benchmarks.memory_cgroup import MemoryCgroup
@@ -151,6 +154,15 @@ class Bench:
             yield None
 
 
+def compiled(source: str, to: Path, *options: str) -> str:
+    """A C file of this folder, compiled."""
+    if not shutil.which("cc"):
+        raise Skipped(f"needs cc, to compile {source}")
+    command = ["cc", "-O2", "-Wall", "-Wextra", str(Path(__file__).with_name(source)), "-o", str(to), *options]
+    subprocess.run(command, check=True)
+    return str(to)
+
+
 def memory_worker(runs: list[Run]) -> list[str]:
     """A worker's command."""
     return ["memory", json.dumps(runs)]
@@ -238,6 +250,7 @@ def _merging(
     commands: list[list[str]],
     goal: int | None,
     makers: Sequence[Callable[[], Side]] = (),
+    beside: Callable[[], Record] | None = None,
     **more: str,
 ) -> Iterator[Record]:
     for repeat in range(bench.repeats):
@@ -249,6 +262,8 @@ def _merging(
                 f"{record['saved_pss'] / MIB:.0f} MiB saved after {record['curve']['seconds'][-1]:.2f} s"
             )
             yield {"experiment": name, "side": side.name, "repeat": repeat, **record}
+        if beside:
+            yield {"experiment": name, "side": "floor", "repeat": repeat, **beside()}
 
 
 def same(bench: Bench) -> Iterator[Record]:
@@ -260,13 +275,13 @@ def same(bench: Bench) -> Iterator[Record]:
         makers.append(sides.LargeFolios)
     else:
         bench.skip("samepage with large folios", f"needs root, and {sides.SHMEM_ENABLED}")
-    yield from _merging(bench, "same", commands, goal, makers)
+    with floor(bench.sizes.same, bench.skip) as measured:
+        yield from _merging(bench, "same", commands, goal, makers, measured)
     if bench.kernel():
         side = sides.defaults()
         record = merge(bench, side, commands, goal, bench.sizes.defaults_limit)
-        bench.say(
-            f"same, {side.name}: {record['saved_pss'] / MIB:.0f} MiB after {record['curve']['seconds'][-1]:.0f} s"
-        )
+        seconds = record["curve"]["seconds"][-1]
+        bench.say(f"same, {side.name}: {record['saved_pss'] / MIB:.0f} MiB after {seconds:.0f} s")
         yield {"experiment": "same", "side": side.name, "repeat": 0, **record}
     for kind in ("shared", "mapped"):
         yield {"experiment": "same", "repeat": 0, **by_hand(kind, npages)}

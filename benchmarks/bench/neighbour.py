@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import meters, sides
-from benchmarks.bench.disturbances import compiled, kept_to, merge_again
-from benchmarks.bench.measures import MIB, Bench, Record, Skipped
+from benchmarks.bench.disturbances import kept_to, merge_again
+from benchmarks.bench.measures import MIB, Bench, Record, Skipped, compiled
 from benchmarks.bench.servers import KINDS, MERGEABLE
 from benchmarks.bench.sides import Side
 from benchmarks.processes import Commanded, wait_until

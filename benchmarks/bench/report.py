@@ -13,11 +13,12 @@ from rich.text import Text
 
 from benchmarks.bench.measures import MIB, NEARLY_ALL, Record
 
+FLOOR = "floor"
 SAMEPAGE, KERNEL, DEFAULTS = "samepage", "ksmd fastest", "ksmd defaults"
 LARGE = "samepage, large folios"
 UNSKIPPING = "ksmd fastest, smart_scan 0"
 PACED, TUNED, ADVISOR = "kernel, by samepage", "ksmtuned's", "kernel's advisor"
-COLUMNS = (SAMEPAGE, LARGE, PACED, KERNEL, TUNED, ADVISOR, DEFAULTS, "shared_memory", "mapped file", "alone")
+COLUMNS = (SAMEPAGE, LARGE, PACED, KERNEL, TUNED, ADVISOR, DEFAULTS, "shared_memory", "mapped file", FLOOR, "alone")
 
 PASSES = "CPU of a pass over memory that was seen before"
 NOTHING = "two processes with nothing in common"
@@ -156,8 +157,11 @@ def _merging(name: str, records: list[Record]) -> list[Row]:
             time.values.setdefault(record["side"], f"not finished: {saved / record['goal']:.0%} after {seconds:.0f} s")
             cpu.values.setdefault(record["side"], f"{record['curve']['cpu_seconds'][-1]:.2f} by then")
     found = [time, cpu]
+    if any(record["side"] == FLOOR for record in records):
+        for what, words in (("seconds", "time"), ("cpu_seconds", "CPU")):
+            found.append(_of_the_floor(title, words, by_side(records, when(what))))
     goal = max(r["goal"] for r in records if "goal" in r)
-    numbers = by_side(records, lambda r: r["saved_pss"] / MIB)
+    numbers = by_side(records, lambda r: r["saved_pss"] / MIB if "saved_pss" in r else None)
     found.append(row(title, f"memory saved (PSS), of {goal / MIB:.0f} MiB", "MiB", numbers))
     found[-1] = _without_ratio(found[-1])
     taken = by_side(records, lambda r: -min(r["curve"]["saved"]) / MIB if r.get("finished") else None)
@@ -178,6 +182,15 @@ def _merging(name: str, records: list[Record]) -> list[Row]:
         added = by_side(records, lambda r: float(r["mappings_added"]))
         found.append(_without_ratio(row(title, "mappings more than before", "", added)))
     return found
+
+
+def _of_the_floor(title: str, words: str, numbers: dict[str, dict[int, float]]) -> Row:
+    """How many times as much as the system calls alone take for all of it."""
+    floor = numbers.pop(FLOOR)
+    times = {side: {n: of[n] / floor[n] for n in of if n in floor} for side, of in numbers.items()}
+    return _without_ratio(
+        row(title, f"{words}, of the floor's", "×", {k: v for k, v in times.items() if v}, at_most=1.3)
+    )
 
 
 def _without_ratio(one: Row) -> Row:
@@ -303,6 +316,8 @@ def _servers(records: list[Record]) -> list[Row]:
                 found.append(
                     _without_ratio(row(SERVERS, f"{where}: {name} {words}, of before", "×", numbers, None, limit))
                 )
+        saved = by_side(of, lambda r: r["saved"] / MIB if r["side"] != "alone" else None)
+        found.append(_without_ratio(row(SERVERS, f"{where}: saved once merged", "MiB", saved)))
         longest = by_side(of, lambda r: r["merging"]["longest_us"])
         found.append(_without_ratio(row(SERVERS, f"{where}: longest while merging", "µs", longest)))
     return found

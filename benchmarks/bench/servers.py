@@ -1,6 +1,6 @@
 """Servers whose answers are timed while their memory is merged, and the client that times them.
 
-    python -m benchmarks.bench.servers redis SOCKET MIB     redis-server with values of 16 KiB
+    python -m benchmarks.bench.servers redis SOCKET MIB     redis-server with values of 4 KB
     python -m benchmarks.bench.servers model SOCKET MIB     a model behind HTTP that sums up rows of a table
     python -m benchmarks.bench.servers client SOCKET MIB KIND LIBRARY
 
@@ -30,9 +30,10 @@ from benchmarks.bench.process import PAGE_SIZE, Worker, WriterState, anonymous
 
 MERGEABLE = "BENCH_MERGEABLE"
 PR_SET_MEMORY_MERGE = 67
-VALUE = 4 * PAGE_SIZE
-"""Bytes of a value of redis's;"""
-PLACE = PAGE_SIZE
+VALUE = 4000
+"""Bytes of a value of redis's, which jemalloc puts on a page of its own (where it puts values of 16 KiB and more within
+a page is random);"""
+PLACE = 2000
 """where in it its key stands once more, to be written there again."""
 LOOKED_UP = 32
 """Rows of the model's table, a page each, that one answer is made of."""
@@ -59,11 +60,11 @@ def _redis(*words: str) -> str:
 KINDS = {
     "redis": Kind(
         (
-            (_redis("GETRANGE", "key:%06u", "8000", "8063"), 71, 1),
-            (_redis("SETRANGE", "key:%06u", str(PLACE), "%06u"), 8, 10),
+            (_redis("GETRANGE", "key:%06u", "3000", "3063"), 71, 1),
+            (_redis("SETRANGE", "key:%06u", str(PLACE), "%06u"), 7, 10),
         ),
-        gap_ns=250_000,
-        key_bytes=VALUE,
+        gap_ns=1_000_000,
+        key_bytes=PAGE_SIZE,
     ),
     "model": Kind((("GET /%06u HTTP/1.1\r\nHost: model\r\n\r\n", 103, 1),), gap_ns=1_000_000, key_bytes=PAGE_SIZE),
 }
@@ -137,7 +138,7 @@ def _fill_redis(path: str, keys: int) -> None:
 def redis(path: str, mib: int) -> None:
     """Become redis-server; a child fills it."""
     if not os.fork():
-        _fill_redis(path, (mib << 20) // VALUE)
+        _fill_redis(path, (mib << 20) // PAGE_SIZE)
         print('"ready"', flush=True)
         os._exit(0)
     options = {"port": "0", "unixsocket": path, "save": "", "dir": str(Path(path).parent), "logfile": "redis.log"}

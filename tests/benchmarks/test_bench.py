@@ -55,10 +55,14 @@ def test_it_measures_both_sides_and_the_kernels_switches_are_put_back() -> None:
     same = {record["side"]: record for record in records if record["experiment"] == "same"}
     assert {"samepage", "shared_memory", "mapped file"} <= set(same)
     for record in same.values():
-        if record["side"] != "ksmd defaults":
+        if record["side"] not in ("ksmd defaults", "floor"):
             assert record["saved_pss"] > 0.9 * 16 * MIB
     if kernel_ksm.available():
         assert {"ksmd fastest", "ksmd defaults"} <= set(same)
+    assert "floor" in same or "the floor" in bench.skipped
+    for record in records:
+        if record["experiment"] == "neighbour" and record["side"] != "alone":
+            assert record["saved"] > 0.7 * TINY.served * MIB
     else:
         assert "the kernel's KSM" in bench.skipped
     rows = report.rows(records)
@@ -138,6 +142,7 @@ def test_answers_are_compared_with_those_of_the_same_server_before() -> None:
         return {"longest_us": took_us, "histogram_us": [[took_us - 1], [10]]}
 
     record: Record = {"experiment": "neighbour", "side": "samepage", "repeat": 0, "kind": "redis", "free_core": False}
+    record["saved"] = 64 * MIB
     none_seen = record | {"repeat": 1, "before": answers(50), "merging": {"longest_us": 0, "histogram_us": [[], []]}}
     record |= {"before": answers(40), "merging": answers(50), "merged": answers(60)}
     none_seen |= {"merged": answers(100)}
