@@ -225,6 +225,17 @@ class Tenant:
             entries = struct.unpack(f"{PAGES}Q", file.read(PAGES * 8))
         return [entry & ((1 << 55) - 1) if entry >> 63 else 0 for entry in entries]
 
+    def pss(self) -> int:
+        """In KiB, of its pages alone."""
+        found, here = 0, False
+        with open(f"/proc/{self.pid}/smaps") as file:
+            for line in file:
+                if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                    here = int(mapping[1], 16) < self.address + (PAGES << 12) and int(mapping[2], 16) > self.address
+                elif here and line.startswith("Pss:"):
+                    found += int(line.split()[1])
+        return found
+
 
 def _descendants(pid: int) -> Iterator[int]:
     yield pid
@@ -280,6 +291,10 @@ class Machine:
             stdout=subprocess.PIPE,
             text=True,
         )
+        return self.started(popen)
+
+    def started(self, popen: subprocess.Popen[str]) -> Tenant:
+        """A tenant that somebody else started, who is ended with the machine."""
         self._ending.callback(self._end, popen)
         return Tenant(popen)
 
@@ -352,6 +367,8 @@ def test_zero_only_shares_nothing_but_the_zero_page_and_off_not_even_that() -> N
         until(lambda: min(host.merged(a), host.merged(b)) >= ZEROS)
         host.passes(5)
         assert shared(a, b) == shared(a, off) == 0
+        assert min(a.pss(), b.pss()) >= (PAGES - ZEROS) * 4
+        assert off.pss() >= PAGES * 4
         zeros = set(a.frames()[PAGES - ZEROS :])
         assert len(zeros) == 1
         assert zeros == set(b.frames()[PAGES - ZEROS :])
