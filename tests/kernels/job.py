@@ -8,6 +8,7 @@ Prints a line `SAID {"check": "ok"}` after each check: "ok", "left alone: why", 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import re
@@ -15,9 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +375,21 @@ CHECKS: dict[str, Callable[[str], str | None]] = {
     "NFS": network_file_system,
     "AppArmor": apparmor,
 }
+TOO_LONG = 15.0
+"""Seconds that no check takes on a machine that is as fast as machines are."""
+
 NEEDS_V2 = {"memory.max", "memory.high", "nested", "memory.swap.max 0", "pressure", "no swap"}
+
+
+def look_around() -> None:
+    """What everybody waits for, when a check takes too long."""
+    faulthandler.dump_traceback(sys.stdout, all_threads=True)
+    for task in sorted(Path("/proc").glob("[0-9]*/task/[0-9]*")):
+        with suppress(OSError):
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            command = (task.parents[1] / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[-80:]
+            if command:  # not the kernel's own
+                print(f"{task}: {state} {command}\n{(task / 'stack').read_text()}", flush=True)
 
 
 def say(name: str, outcome: str) -> None:
@@ -393,10 +409,13 @@ def main() -> None:
         if name == "no swap":
             subprocess.run(["swapoff", "-a"], check=True)
         began = time.monotonic()
+        watch = threading.Timer(TOO_LONG * SLOW, look_around)
+        watch.start()
         try:
             outcome = CHECKS[name](way) or "ok"
         except Exception as e:
             outcome = (str(e) if isinstance(e, WrongError) else f"{type(e).__name__}: {e}")[:2000]
+        watch.cancel()
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
         say(name, outcome)
         if name == "main job" and outcome.startswith("left alone"):

@@ -26,8 +26,9 @@ def must(true: object, otherwise: object) -> None:
 
 
 def until(what: str, true: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait for it, the longer the slower the machine."""
-    ends = time.monotonic() + seconds * SLOW
+    """Wait for it, the longer the slower the machine: also if it became slower since."""
+    began = time.monotonic()
     while not true():
-        must(time.monotonic() < ends, f"not in {seconds * SLOW:.0f} seconds: {what}")
+        waited = time.monotonic() - began
+        must(waited < seconds * SLOW or waited < seconds * slowness(), f"not in {waited:.0f} seconds: {what}")
         time.sleep(0.5)
