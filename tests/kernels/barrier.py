@@ -27,6 +27,10 @@ MAP_CREATE, MAP_LOOKUP, PROG_LOAD = 0, 1, 5
 ARRAY, KPROBE = 2, 2
 GET_PID, READ_KERNEL = 14, 113
 SET_BPF, ENABLE = 0x40042408, 0x2400
+SECOND_ARGUMENT = 104
+"""Where a kprobe finds it, in struct pt_regs."""
+
+UFFDIO_MOVE = 0xC028AA05 - (1 << 32)
 PMU = Path("/sys/bus/event_source/devices/kprobe")
 
 HELD = 1 << 20
@@ -55,7 +59,8 @@ def _new_map(size: int) -> int:
 
 
 def _program(waits: int, scratch: int, flag: int, pid: int) -> int:
-    """Of all processes, or of `pid` alone: set `flag`, and copy HELD bytes of `scratch` `waits` times."""
+    """Of `pid` alone, or, if that is 0, at a call of userfaultfd_ioctl() for a move: set `flag`, and copy HELD bytes of
+    `scratch` `waits` times."""
 
     def do(code: int, to: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:
         return struct.pack("<BBhi", code, source << 4 | to, offset, value)
@@ -77,8 +82,9 @@ def _program(waits: int, scratch: int, flag: int, pid: int) -> int:
             do(0xA5, 7, offset=-6, value=waits),
         ]
     )
-    only = do(0x85, value=GET_PID) + do(0x77, value=32) + do(0x55, offset=len(body) // 8, value=pid)
-    code = (only if pid else b"") + body + do(0xB7) + do(0x95)
+    what = do(0x85, value=GET_PID) + do(0x77, value=32) if pid else do(0x79, 0, 1, SECOND_ARGUMENT)
+    only = do(0x56, offset=len(body) // 8, value=pid or UFFDIO_MOVE)
+    code = what + only + body + do(0xB7) + do(0x95)
     text, license_ = ctypes.create_string_buffer(code), ctypes.create_string_buffer(b"GPL")
     return _bpf(
         *(PROG_LOAD, ("I", KPROBE), ("I", len(code) // 8), ("Q", ctypes.addressof(text))),
@@ -149,7 +155,7 @@ def write_meanwhile(barrier: bool) -> tuple[bool, bool]:
         each = seconds_of(_program(SOME, scratch, writing, os.getpid()), mem, process.address) / SOME
         at_move = _program(int(MOVE / each), scratch, moving, 0)
         at_write = _program(int(WRITE / each), scratch, writing, os.getpid())
-        stack.enter_context(probed("move_pages", False, at_move))
+        stack.enter_context(probed("userfaultfd_ioctl", False, at_move))
         stack.enter_context(probed("get_user_pages_remote", True, at_write))
         thread = threading.Thread(target=merge)
         thread.start()
