@@ -301,7 +301,7 @@ def _allocator(name: str, library: str, link: str, explained: str = "") -> Appli
     return Application(name, "exec ./blocks", needs=needs, prepare=BLOCKS + link, explained=explained)
 
 
-NOT_LIBC = "small blocks of glibc's own heaps are left alone"
+NOT_LIBC = "small blocks of glibc's heap are taken by --memory all alone"
 NOT_PRELOADED = "statically linked: no agent"
 
 APPLICATIONS = [
@@ -319,7 +319,7 @@ APPLICATIONS = [
         Application(f"JVM, {gc}", f"exec java -Xmx200m -XX:+Use{gc}GC Main", needs=["javac"], prepare=JAVA)
         for gc in ("G1", "Parallel")
     ),
-    Application("ruby", "exec ruby main.rb", needs=["ruby"], prepare=RUBY, explained=NOT_LIBC),
+    Application("ruby", "exec ruby main.rb", needs=["ruby"], prepare=RUBY),
     Application("PHP", "exec php main.php", needs=["php"], prepare=PHP),
     Application("redis", REDIS, needs=["redis-server"]),
     Application("Erlang", ERLANG, needs=["erl"]),
