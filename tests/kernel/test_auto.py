@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.exposition import generate_latest
 
 from benchmarks import kernel_ksm
 from benchmarks.processes import service, wait_until
+from benchmarks.scrape import scrape
 from samepage.kernel.unmerge import Merged
 from samepage.service.engine import Answer, Engines
+from samepage.service.metrics import Metrics
+from samepage.service.scanner import Scanner
 from tests.kernel.conftest import Holder, StartHolder, mergeable, mergeable_mappings, needs_ksm, samepage
 
 KNOBS = ("run", "pages_to_scan", "sleep_millisecs")
@@ -131,7 +135,8 @@ def maps(pid: int) -> str:
 def test_a_daemon_shows_and_unmerges_what_is_attached_to(start: StartHolder, folder: Path) -> None:
     with kernel_ksm.borrowed(run=0, **(DEFAULTS | {"pages_to_scan": "20000", "sleep_millisecs": "1"})):
         holders = [start() for _ in range(2)]
-        with service(folder, "--engine", "auto") as path:
+        metrics = str(folder / "metrics")
+        with service(folder, "--engine", "auto", "--metrics", metrics) as path:
             assert kernel_ksm.read("run") == 0  # there is nothing for it to do
             assert samepage("attach", *(str(holder.pid) for holder in holders)).returncode == 0
             assert kernel_ksm.read("run") == 1
@@ -140,6 +145,11 @@ def test_a_daemon_shows_and_unmerges_what_is_attached_to(start: StartHolder, fol
             rows = {row["pid"]: row for row in status(path)["processes"]}
             assert {rows[h.pid]["engine"] for h in holders} == {"kernel"}
             assert rows[holders[0].pid]["bytes_available"] > 0
+            found = scrape(metrics)
+            assert found['samepage_engine_processes{engine="kernel"}'] >= 2
+            saved = found['samepage_engine_saved_bytes{engine="kernel"}']
+            assert saved >= 0.99 * holders[0].pages * 4096  # one of two
+            assert found['samepage_engine_processes{engine="user"}'] == 0
             kernel_ksm.write("run", 0)
             done = samepage("unmerge", "--socket", path, "--pid", str(holders[0].pid), "--json")
             assert json.loads(done.stdout)["pages_unmerged"] >= 0.99 * holders[0].pages
@@ -191,6 +201,26 @@ class Fake:
         self.asked.append(pids)
         told = {"errno": self._errno, "bytes_needed": 7, "bytes_available": 3, "limits_unseen": False}
         return told | {"pages_unmerged": len(pids or self._pids), "pages_remaining": 1, "failed": [], "ok": True}
+
+
+def test_metrics_have_what_each_engine_saves() -> None:
+    """`metrics` of a service with both, and without: no series of an engine that is not there."""
+    found = generate_latest(Metrics(Scanner(), [Merging("kernel", [3, 4])])).decode()  # type: ignore[list-item]
+    assert 'samepage_engine_processes{engine="user"} 0.0' in found
+    assert 'samepage_engine_processes{engine="kernel"} 2.0' in found
+    assert 'samepage_engine_merged_bytes{engine="kernel"} 81920.0' in found
+    assert 'samepage_engine_saved_bytes{engine="kernel"} 40960.0' in found
+    assert "samepage_engine" not in generate_latest(Metrics(Scanner())).decode()
+
+
+class Merging(Fake):
+    """With ten merged pages in each process."""
+
+    def rows(self) -> list[Answer]:
+        return [row | {"merged": 10} for row in super().rows()]
+
+    def counters(self, domain: int | None = None) -> Answer:
+        return {"bytes_saved": 40960}
 
 
 def both(errno: str | None = None) -> tuple[Fake, Fake, Engines]:

@@ -11,7 +11,7 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from samepage.doctor.findings import hindrance, too_old
 from samepage.service import sockets, systemd
 
 if TYPE_CHECKING:
+    from samepage.service.engine import Engine
     from samepage.service.scanner import Scanner
 
 METRICS = "127.0.0.1:19453"
@@ -169,7 +170,7 @@ def _serve(
         signal.signal(signal.SIGHUP, lambda *_: None)  # the server reads it again
     threading.Thread(target=scanner.run, name="ksmd", daemon=True).start()
     if metrics is not None:
-        _expose(metrics, scanner)
+        _expose(metrics, scanner, server_options.get("others", ()))
     with contextlib.suppress(OSError):  # the processes it is for do not read that
         print(f"samepage: listening at {path}")
     streams.flush()
@@ -179,13 +180,13 @@ def _serve(
     scanner.stop()
 
 
-def _expose(listener: socket.socket, scanner: Scanner) -> None:
+def _expose(listener: socket.socket, scanner: Scanner, others: Sequence[Engine]) -> None:
     from prometheus_client.exposition import generate_latest
 
     from samepage.service.exposition import Exposition
     from samepage.service.metrics import Metrics
 
-    metrics = Metrics(scanner)
+    metrics = Metrics(scanner, others)
     Exposition(listener, lambda: generate_latest(metrics))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from samepage.memory.merge_domain import MergeDomain
 from samepage.service.tally import Place
 
 if TYPE_CHECKING:
+    from samepage.service.engine import Engine
     from samepage.service.scanner import Scanner
 
 PLACE = ["domain", "cgroup"]
@@ -36,19 +37,34 @@ LEFT_ALONE = {
 
 
 class Metrics(Collector):
-    """Of one scanner. Each `collect` is a new look."""
+    """Of one scanner, and of the engines that work beside it. Each `collect` is a new look."""
 
-    def __init__(self, scanner: Scanner) -> None:
-        self._scanner = scanner
+    def __init__(self, scanner: Scanner, others: Sequence[Engine] = ()) -> None:
+        self._scanner, self._others = scanner, others
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._scanner.snapshot()
         yield from _of_ksmd(snapshot, self._scanner.knobs())
         yield from _of_all(snapshot)
         yield from self._by_place(snapshot)
+        if self._others:
+            yield from self._by_engine(snapshot)
         yield _labelled_counter(
             "samepage_joins_refused", "Processes that were not let in.", self._scanner.tally.refused()
         )
+
+    def _by_engine(self, snapshot: Snapshot) -> Iterator[Metric]:
+        """What each engine does. The others are asked for their rows, which takes them a look at /proc."""
+        values = {self._scanner.name: (len(snapshot.processes), _merged(snapshot), snapshot.counters.bytes_saved)}
+        for engine in self._others:
+            rows = engine.rows()
+            merged = sum(row["merged"] for row in rows) * PAGE_SIZE
+            values[engine.name] = len(rows), merged, engine.counters()["bytes_saved"]
+        for at, (name, text) in enumerate(BY_ENGINE.items()):
+            family = GaugeMetricFamily(name, text, labels=["engine"])
+            for engine_name, found in values.items():
+                family.add_metric([engine_name], found[at])
+            yield family
 
     def _by_place(self, snapshot: Snapshot) -> Iterator[Metric]:
         tally = self._scanner.tally
@@ -77,12 +93,22 @@ class Metrics(Collector):
         yield from _counted(tally.places())
 
 
+BY_ENGINE = {
+    "samepage_engine_processes": "Processes that an engine serves.",
+    "samepage_engine_merged_bytes": "Merged pages of these.",
+    "samepage_engine_saved_bytes": "Memory that an engine saves; the kernel's counters are for the whole machine.",
+}
+
 BY_PLACE = {
     "samepage_processes": "Processes that joined.",
     "samepage_saved_bytes": "Memory saved, net: less what segments hold for nobody, and what fork would have shared.",
     "samepage_merged_bytes": "Merged pages: what it would take if all of them were written at once.",
     "samepage_known_bytes": "Memory that ksmd knows the pages of.",
 }
+
+
+def _merged(snapshot: Snapshot) -> int:
+    return sum(row.merged for row in snapshot.processes) * PAGE_SIZE
 
 
 def _of_ksmd(snapshot: Snapshot, knobs: dict[str, str]) -> Iterator[Metric]:
