@@ -64,6 +64,8 @@ def meant(pid: int) -> Iterator[int]:
         with inject.opened(pid) as pidfd:
             yield pidfd
     except inject.InjectError as e:
+        if e.error == inject.Error.GONE:
+            check(pid)  # says it better: there is no pidfd of a thread
         raise TargetError(pid, e.args[0]) from e
 
 
