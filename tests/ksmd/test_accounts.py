@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from samepage.ksmd import Ksmd, PageState, books
+from samepage.ksmd import Ksmd, PageState, books, counters
 from samepage.ksmd.mm_slot import Structured
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import (
@@ -50,6 +50,25 @@ def test_the_same_happens_every_time() -> None:
         passes(ksmd, 6)
         logs.append(([space.calls for space in spaces], ksmd.counters()))
     assert logs[0] == logs[1]
+
+
+def test_rows_that_nobody_reads_are_not_made(
+    machine: SimulatedMachine, ksmd: Ksmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is a snapshot after every batch. With 400 processes most of what a batch took was rows for nobody."""
+    made: list[int] = []
+    make = counters.process_row
+    monkeypatch.setattr(counters, "process_row", lambda facts: made.append(facts.slot.pid) or make(facts))
+    spaces, _ = processes(machine, ksmd, SAME, SAME, SAME)
+    passes(ksmd, 4)
+    assert not made
+    before = ksmd.snapshot()
+    spaces[0].write(BASE, 12345)
+    passes(ksmd, 2)
+    assert [row.merged for row in before.processes] == [len(SAME)] * 3  # of the moment it was taken, not of now
+    assert ksmd.rows()[0].merged == len(SAME) - 1
+    assert ksmd.rows() is ksmd.rows()
+    assert len(made) == 6
 
 
 def test_states_fit_their_column() -> None:

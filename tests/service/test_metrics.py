@@ -215,7 +215,7 @@ def test_a_domains_saving_is_shared_out_to_the_last_byte() -> None:
     a, b = Place("0", "a"), Place("0", "b")
     rows = tuple(replace(ROW, pid=n, ksm_merging_pages=m, ksm_zero_pages=z) for n, m, z in ((1, 7, 2), (2, 3, 0)))
     for saved in (0, 10 * PAGE_SIZE + 1, -8 * PAGE_SIZE):
-        snapshot = Snapshot(domains=(DomainRow(MergeDomain(0), 0, 0, 0, 0, 2, saved, 0),), processes=rows)
+        snapshot = Snapshot(domains=(DomainRow(MergeDomain(0), 0, 0, 0, 0, 2, saved, 0),), make_rows=lambda: rows)
         found = shares(snapshot, [a, b])
         assert found[a] + found[b] == saved
     assert shares(snapshot, [a, b]) == {a: (2 - 7) * PAGE_SIZE, b: -3 * PAGE_SIZE}

@@ -13,10 +13,16 @@ These hold in every snapshot:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
+
+from samepage.arrays import Ints
 from samepage.ksmd.domain import Domain
-from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.mm_slot import MmSlot, in_no_tree_of, merged_of, rmap_items_of
 from samepage.ksmd.rmap import PageState
 from samepage.memory import NO_STALLS, PAGE_SIZE, PageStatus, Stalls
 from samepage.memory.merge_domain import MergeDomain
@@ -121,30 +127,62 @@ class DomainRow:
     metadata_bytes: int
 
 
-@dataclass(slots=True, frozen=True)
+class ProcessFacts(NamedTuple):
+    """What of a process its row is made of: copied after every batch, for all processes, so there is little of it."""
+
+    slot: MmSlot
+    """Only what of it never changes is read later."""
+    counts: Ints
+    silent: str
+    owes: bool
+    merge_any: bool
+    mergeable: bool
+    cpu_ns: int
+    stalls: Stalls
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Everything that is shown, of one moment."""
 
     counters: Counters = field(default_factory=Counters)
     domains: tuple[DomainRow, ...] = ()
-    processes: tuple[ProcessRow, ...] = ()
+    make_rows: Callable[[], tuple[ProcessRow, ...]] = tuple
+
+    @cached_property
+    def processes(self) -> tuple[ProcessRow, ...]:
+        """A row for each process. Rows are made when somebody reads them: most snapshots are read by nobody."""
+        return self.make_rows()
 
 
 FAILURES = [(int(status), status.name) for status in PageStatus if status != PageStatus.DONE]
 
 
-def process_row(slot: MmSlot) -> ProcessRow:
+def process_facts(slot: MmSlot) -> ProcessFacts:
+    """What of a process is as it is now."""
+    mergeable = len(slot.areas) > 0
+    return ProcessFacts(
+        slot, slot.counts.copy(), slot.silent, bool(slot.owed), slot.merge_any, mergeable, slot.cpu_ns, slot.stalls
+    )
+
+
+def process_rows(facts: list[ProcessFacts]) -> tuple[ProcessRow, ...]:
+    """A snapshot of processes."""
+    return tuple(map(process_row, facts))
+
+
+def process_row(facts: ProcessFacts) -> ProcessRow:
     """A snapshot of one process."""
-    n = slot.counts.tolist()
-    rmap_items, merged = slot.rmap_items, slot.merged
+    slot, n = facts.slot, facts.counts.tolist()
+    rmap_items, merged = rmap_items_of(n), merged_of(n)
     merging = n[PageState.MERGED] + n[PageState.INHERITED]
     own = n[PageState.MERGED] + n[PageState.ZERO]
     return ProcessRow(
         pid=slot.pid,
         comm=slot.comm,
         swap=slot.swap,
-        state=slot.silent or "running",
-        unmerge_pending=bool(slot.owed),
+        state=facts.silent or "running",
+        unmerge_pending=facts.owes,
         domain=slot.domain.key,
         owner=slot.space.owner,
         ksm_rmap_items=rmap_items,
@@ -156,18 +194,25 @@ def process_row(slot: MmSlot) -> ProcessRow:
         pages_broken=n[PageState.BROKEN],
         pages_deferred=n[PageState.DEFERRED],
         pages_unmerged_vma=n[PageState.OVER_BUDGET],
-        ksm_merge_any=slot.merge_any,
-        ksm_mergeable=len(slot.areas) > 0,
+        ksm_merge_any=facts.merge_any,
+        ksm_mergeable=facts.mergeable,
         ksm_process_profit=own * PAGE_SIZE - 9 * rmap_items,
-        cpu_seconds=slot.cpu_ns / 1e9,
-        stalls=slot.stalls,
+        cpu_seconds=facts.cpu_ns / 1e9,
+        stalls=facts.stalls,
     )
+
+
+def _counts(domain: Domain) -> list[int]:
+    """Pages of all its processes by `PageState`."""
+    counts = [slot.counts for slot in domain.slots]
+    total: list[int] = np.sum(counts, axis=0).tolist() if counts else [0] * len(PageState)
+    return total
 
 
 def domain_row(domain: Domain) -> DomainRow:
     """A snapshot of one domain."""
-    inherited = sum(int(slot.counts[PageState.INHERITED]) for slot in domain.slots)
-    zero = sum(int(slot.counts[PageState.ZERO]) for slot in domain.slots)
+    n = _counts(domain)
+    inherited, zero = n[PageState.INHERITED], n[PageState.ZERO]
     tree = domain.stable
     sharing = tree.sharers_total - tree.pages_shared
     return DomainRow(
@@ -187,18 +232,13 @@ SUMMED = ("pages_shared", "pages_sharing", "pages_inherited", "pages_dead", "ksm
 
 def total(domains: list[Domain], rows: tuple[DomainRow, ...]) -> dict[str, int]:
     """The counters that are sums over the pages known now. `rows` are those of the domains."""
-    n = [0] * len(PageState)
-    volatile = 0
-    for domain in domains:
-        for slot in domain.slots:
-            n = [a + b for a, b in zip(n, slot.counts.tolist(), strict=True)]
-            volatile += slot.in_no_tree
+    n = [sum(of) for of in zip([0] * len(PageState), *map(_counts, domains), strict=True)]
     trees = [domain.stable for domain in domains]
     sums = {name: sum(getattr(row, name) for row in rows) for name in SUMMED}
     metadata_bytes = sum(row.metadata_bytes for row in rows)
     return sums | {
         "pages_unshared": n[PageState.UNSHARED],
-        "pages_volatile": volatile,
+        "pages_volatile": in_no_tree_of(n),
         "pages_broken": n[PageState.BROKEN],
         "pages_deferred": n[PageState.DEFERRED],
         "pages_unmerged_vma": n[PageState.OVER_BUDGET],

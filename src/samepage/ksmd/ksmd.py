@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from samepage.ksmd import counters as show
 from samepage.ksmd import knobs as knob_rules
@@ -277,7 +278,8 @@ class Ksmd:
             merge_failures=show.failures(self._work.statuses.tolist()),
             **show.total(domains, rows),
         )
-        self._shown = Snapshot(counters, rows, tuple(show.process_row(slot) for slot in slots))
+        facts = [show.process_facts(slot) for slot in slots]
+        self._shown = Snapshot(counters, rows, partial(show.process_rows, facts))
 
 
 class UnmergeFailed(OSError):

@@ -195,8 +195,7 @@ class MmSlot:
     @property
     def merged(self) -> int:
         """Pages merged with a segment or the zero page."""
-        counts = self.counts.tolist()  # every process is asked in every pass, and numpy takes ten times as long
-        return int(counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.ZERO])
+        return merged_of(self.counts.tolist())  # asked of all in every pass: numpy takes ten times as long
 
     @property
     def unmerged(self) -> int:
@@ -217,15 +216,23 @@ class MmSlot:
     @property
     def rmap_items(self) -> int:
         """Pages that are known. As in the kernel, not those that are the zero page by now, nor any after `run` = 2."""
-        counts = self.counts.tolist()
-        return int(sum(counts) - counts[PageState.UNTOUCHED] - counts[PageState.KNOWN] - counts[PageState.ZERO])
+        return rmap_items_of(self.counts.tolist())
 
-    @property
-    def in_no_tree(self) -> int:
-        """Pages that are known and stand in neither tree, for whatever reason: what `pages_volatile` counts."""
-        counts = self.counts.tolist()
-        in_trees = counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.UNSHARED]
-        return self.rmap_items - int(in_trees)
+
+def merged_of(counts: list[int]) -> int:
+    """Of pages by `PageState`: see `MmSlot.merged`."""
+    return counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.ZERO]
+
+
+def rmap_items_of(counts: list[int]) -> int:
+    """See `MmSlot.rmap_items`."""
+    return sum(counts) - counts[PageState.UNTOUCHED] - counts[PageState.KNOWN] - counts[PageState.ZERO]
+
+
+def in_no_tree_of(counts: list[int]) -> int:
+    """Pages that are known and stand in neither tree, for whatever reason: what `pages_volatile` counts."""
+    in_trees = counts[PageState.MERGED] + counts[PageState.INHERITED] + counts[PageState.UNSHARED]
+    return rmap_items_of(counts) - in_trees
 
 
 def in_words(why: Exception) -> str:
