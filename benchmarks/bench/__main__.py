@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import kernel_ksm
-from benchmarks.bench import disturbances, growth, measures, meters, neighbour, pacing, report
+from benchmarks.bench import disturbances, growth, measures, meters, mixed, neighbour, pacing, report
 from benchmarks.bench.measures import FULL, MIB, QUICK, Bench, Record, Sizes, Skipped
 
 
@@ -51,7 +51,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-MODULES = (measures, growth, disturbances, neighbour, pacing)
+MODULES = (measures, growth, mixed, disturbances, neighbour, pacing)
 EXPERIMENTS = {name: run for module in MODULES for name, run in module.EXPERIMENTS.items()}
 
 

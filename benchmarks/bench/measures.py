@@ -80,6 +80,8 @@ class Sizes:
     """So many processes with the same `copy`;"""
     large: tuple[int, ...] = (1024, 4096, 8192)
     """and two, with so much."""
+    mixed: int = 512
+    mixed_seconds: float = 60.0
     guest: int = 128
     guest_seconds: int = 12
     defaults_limit: float = 60.0
@@ -106,6 +108,8 @@ QUICK = Sizes(
     copy=8,
     copies=(2, 8),
     large=(64, 128),
+    mixed=64,
+    mixed_seconds=5.0,
     guest=32,
     guest_seconds=4,
     defaults_limit=15.0,

@@ -159,6 +159,19 @@ class Writer(threading.Thread):
         }
 
 
+class Rewriter(threading.Thread):
+    """Gives pages a new content again and again: to all of them, so often."""
+
+    def __init__(self, words: Words, pages: npt.NDArray[np.int64], every: float) -> None:
+        super().__init__(daemon=True)
+        self._words, self._pages, self._every = words, pages, every
+
+    def run(self) -> None:
+        while True:
+            self._words[self._pages, 1] += np.uint64(1)
+            time.sleep(self._every)
+
+
 class Worker:
     """What all workers can be told."""
 
@@ -175,6 +188,7 @@ class Memory(Worker):
 
     def __init__(self, runs: list[Run]) -> None:
         number = numbers(runs)
+        self._number = number
         self._words = anonymous(len(number))
         fill(self._words, number)
         self._chance = np.random.default_rng(os.getpid())
@@ -194,6 +208,10 @@ class Memory(Worker):
         pages = self._chance.choice(len(self._words), round(share * len(self._words)), replace=False)
         self._words[pages, 1] += np.uint64(1 << 20)
         return len(pages)
+
+    def rewrite_others(self, common: int, every: float) -> None:
+        """From now on, rewrite every so many seconds all pages but those whose number is less than `common`."""
+        Rewriter(self._words, np.flatnonzero(self._number >= common), every).start()
 
     def application_start(self) -> None:
         cut = len(self._words) - len(self._words) // 16

@@ -28,6 +28,7 @@ SERVERS = "answers of a server whose memory is merged with a second one's"
 HOLES = "pages away from their place, seen from outside"
 BY_THE_KERNEL = "two processes, the same pages, merged by the kernel"
 GROWTH = "CPU for merging a page, as it grows"
+MIXED = "two processes, a tenth equal, the rest changing"
 GUESTS = "a guest of KVM while it is merged with another"
 TITLES = {
     "same": "two processes, the same pages",
@@ -99,6 +100,7 @@ def rows(records: list[Record]) -> list[Row]:
     for name, build in (
         ("unchanged", _passes),
         ("growth", _growth),
+        ("mixed", _mixed),
         ("nothing", _nothing),
         ("throughput", _throughput),
         ("stall", _stalls),
@@ -406,6 +408,40 @@ def _growth(records: list[Record]) -> list[Row]:
             dearer[side] = {0: max(costs) / min(costs)}
         found.append(row(GROWTH, f"dearest by cheapest, {name}", "times", dearer, at_most=1.5))
     return found
+
+
+def _mixed(records: list[Record]) -> list[Row]:
+    """The ratios are to ksmd at its fastest; `for_the_same` is what was saved when what samepage spent in all was
+    spent."""
+    spent = by_side(records, lambda r: r["cpu_seconds"][-1])
+
+    def for_the_same(record: Record) -> float | None:
+        cpu = spent.get(SAMEPAGE, {}).get(record["repeat"])
+        if cpu is None:
+            return None
+        by_then = [saved for saved, so_far in zip(record["saved"], record["cpu_seconds"], strict=True) if so_far <= cpu]
+        return float(max(by_then)) / MIB
+
+    minutes = f"{records[0]['seconds'][-1]:.0f} s"
+    least = 5.0
+    found = [_without_ratio(row(MIXED, f"memory saved after {minutes}", "MiB", by_side(records, _saved_at_last)))]
+    found.append(row(MIXED, f"CPU in these {minutes}", "s", spent))
+    for other, setting in ((UNSKIPPING, "smart_scan 0"), (KERNEL, "smart_scan 1")):
+        each = by_side(records, lambda r: r["cpu_seconds"][-1] / s if (s := _saved_at_last(r)) > 1 else None)
+        pair = {side: of for side, of in each.items() if side in (SAMEPAGE, DEFAULTS, other)}
+        name = f"CPU for each MiB saved, {setting} for ksmd"
+        if other in pair:
+            found.append(row(MIXED, name, "s", pair, at_least=least, other=other))
+    saved = by_side(records, for_the_same)
+    one = _without_ratio(row(MIXED, "memory saved for the CPU that samepage takes", "MiB", saved))
+    ours, theirs = one.values.get(SAMEPAGE), one.values.get(KERNEL)
+    reached = None if ours is None or theirs is None else float(ours) >= least * float(theirs)
+    found.append(replace(one, target=f"{least:g} times more", reached=reached))
+    return found
+
+
+def _saved_at_last(record: Record) -> float:
+    return float(record["saved"][-1]) / MIB
 
 
 def _sizes(records: list[Record], which: Callable[[Record], bool]) -> list[tuple[int, int]]:

@@ -35,6 +35,8 @@ TINY = Sizes(
     stall=8,
     merging=0.1,
     served=32,  # redis maps little more, and has no agent before it maps 16 MiB
+    mixed=20,
+    mixed_seconds=3.0,
     guest=16,
     guest_seconds=3,
     defaults_limit=1.0,
@@ -46,7 +48,7 @@ TINY = Sizes(
 @pytest.mark.timeout(300)  # others may have borrowed the kernel's KSM
 def test_it_measures_both_sides_and_the_kernels_switches_are_put_back() -> None:
     before = {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200}
-    names = ["same", "nothing", "throughput", "unchanged", "stall", "neighbour", "holes", "guest"]
+    names = ["same", "nothing", "mixed", "throughput", "unchanged", "stall", "neighbour", "holes", "guest"]
     records, bench = run(names, TINY, 1, Console(stderr=True))
     if kernel_ksm.available() and not kernel_ksm.in_use():
         assert {p.name: p.read_text() for p in kernel_ksm.KSM.glob("*") if p.stat().st_mode & 0o200} == before
@@ -168,3 +170,25 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     records = [curve("samepage", 0, [0.0, 0.1], [0, 1000]), curve("ksmd fastest", 0, [0.0, 1.0], [0, 1000])]
     plot(records, report.rows(records), tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+def test_of_mixed_memory_what_counts_is_what_was_saved_for_the_cpu_that_was_spent() -> None:
+    def record(side: str, saved: list[int], cpu: list[float]) -> Record:
+        curve = {"seconds": [0.0, 30.0, 60.0], "saved": [mib * MIB for mib in saved], "cpu_seconds": cpu}
+        return {"experiment": "mixed", "side": side, "repeat": 0, "goal": 50 * MIB, **curve}
+
+    records = [
+        record("samepage", [0, 50, 50], [0.0, 1.0, 2.0]),
+        record("ksmd fastest", [0, 5, 40], [0.0, 2.0, 20.0]),
+        record("ksmd fastest, smart_scan 0", [0, 0, 40], [0.0, 20.0, 60.0]),
+        record("ksmd defaults", [0, 0, 0], [0.0, 1.0, 2.0]),
+    ]
+    rows = {row.name: row for row in report.rows(records)}
+    each = rows["CPU for each MiB saved, smart_scan 1 for ksmd"]
+    assert each.values == {"samepage": 0.04, "ksmd fastest": 0.5}
+    assert each.ratio == pytest.approx(12.5)
+    assert each.reached
+    assert rows["CPU for each MiB saved, smart_scan 0 for ksmd"].values["ksmd fastest"] == 1.5
+    same = rows["memory saved for the CPU that samepage takes"]
+    assert (same.values["samepage"], same.values["ksmd fastest"], same.values["ksmd defaults"]) == (50, 5, 0)
+    assert same.reached
