@@ -15,14 +15,27 @@ from samepage.ksmd.rmap import PageState
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import U32, U64
 
+ROUNDS = 8
+"""How often pages are chosen: what one process cannot afford leaves others with less, in more pieces."""
+
+STRETCH = 64
+"""Extents that are chosen together, at most: one mapping more for as many is little."""
+
 
 def within_budget(domain: Domain, refs: U32, target: U64, work: MergeWork) -> tuple[Bools, U32]:
     """Which of the matched pages to merge (`refs` ascend, each with its target), and which to copy; these may be pages
     that are not merged themselves. The others are tried again later."""
-    mapped = _with_mappings(domain, refs, target, work)
+    donors: U32 = refs[target == COPY + refs]
+    counts = work.each(dict.fromkeys(slot for slot, _ in domain.cut(refs)), _map_count)
+    mapped = np.ones(len(refs), np.bool_)
+    for _ in range(ROUNDS):
+        part = _with_mappings(domain, refs[mapped], target[mapped], counts)
+        if part.all():
+            break
+        mapped[mapped] = part
+        _keep_no_lone_copies(target, donors, mapped)  # which cuts extents of those that have mappings enough
     may = np.ones(len(refs), np.bool_)
     may[mapped] = may_merge(domain, refs[mapped], target[mapped], work)
-    donors: U32 = refs[target == COPY + refs]
     keep: Bools = mapped & may
     if not keep.all():
         donors = donors[_keep_no_lone_copies(target, donors, keep)]
@@ -31,22 +44,40 @@ def within_budget(domain: Domain, refs: U32, target: U64, work: MergeWork) -> tu
     return keep, donors
 
 
-def _with_mappings(domain: Domain, refs: U32, target: U64, work: MergeWork) -> Bools:
-    """If a process has too few mappings for all its pages, choose those of its longest extents."""
+def _with_mappings(domain: Domain, refs: U32, target: U64, counts: dict[MmSlot, int]) -> Bools:
+    """If a process has too few mappings for all its pages, choose those that save most for each."""
     keep = np.ones(len(refs), np.bool_)
-    by_memory = domain.by_memory(refs)
-    for slot, count in work.each(by_memory, _map_count).items():
-        at, vpns = by_memory[slot]
+    for slot, (at, vpns) in domain.by_memory(refs).items():
+        count = counts.get(slot)
+        if count is None:  # it is gone
+            continue
         starts = run_starts(vpns, target[at])
         length = np.diff(np.append(starts, len(at)))
-        cost = 2 * -(-length // SEGMENT_PAGES)  # a segment's end splits an extent
-        if int(cost.sum()) <= count:
-            continue
-        wanted = np.ones(len(starts), np.bool_)
-        longest = np.argsort(-length, kind="stable")
-        wanted[longest] = np.cumsum(cost[longest]) <= count
-        keep[at] = np.repeat(wanted, length)
+        cost = -(-length // SEGMENT_PAGES)  # a segment's end splits an extent
+        meets = vpns[starts[1:]] == vpns[starts[1:] - 1] + 1
+        if int(cost.sum()) + len(starts) - int(np.count_nonzero(meets)) > count:
+            keep[at] = np.repeat(_worth_most(length, cost, meets, count), length)
     return keep
+
+
+def _worth_most(length: Ints, cost: Ints, meets: Bools, count: int) -> Bools:
+    """Which extents to map with `count` mappings: those of the stretches that have most pages for each mapping.
+
+    An extent is a mapping, and cuts what is around it: alone it costs two. But of extents that follow one another
+    without a gap (`meets`: the one before), only the first cuts. So pages that lie scattered in the other process cost
+    half as many mappings where all of a stretch is merged. Stretches are of extents of about the same length, lest
+    short ones come along with long ones, and short, lest the last that fits leaves much unused.
+    """
+    size = np.frexp(length)[1]
+    begins = np.append(True, ~meets | (size[1:] != size[:-1]))
+    number = np.arange(len(length))
+    since = number - np.maximum.accumulate(np.where(begins, number, 0))
+    first = np.flatnonzero(since % max(1, min(STRETCH, count // 16)) == 0)
+    mappings = np.add.reduceat(cost, first) + 1
+    best = np.argsort(-np.add.reduceat(length, first) / mappings, kind="stable")
+    wanted = np.zeros(len(first), np.bool_)
+    wanted[best] = np.cumsum(mappings[best]) <= count
+    return np.repeat(wanted, np.diff(np.append(first, len(length))))
 
 
 def _map_count(slot: MmSlot) -> int:

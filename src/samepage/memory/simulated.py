@@ -282,9 +282,9 @@ class SimulatedAddressSpace(SimulatedProcess):
         return np.array([(at, 1) for at in here if self._pages[at].frame or self._pages[at].segment], AREA)
 
     def map_count(self) -> tuple[int, int]:
-        """See `AddressSpace.map_count`: an area is one mapping, an extent within it two more."""
+        """See `AddressSpace.map_count`: an extent is one mapping, and so is each stretch of an area between them."""
         self._called("map_count")
-        return len(self._areas) + 2 * self.extents(), self.map_limit
+        return self.mappings(), self.map_limit
 
     def headroom(self) -> tuple[str, int]:
         """See `AddressSpace.headroom`: a machine is one group."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Self
 
 from samepage.memory.merge_domain import MergeDomain
@@ -287,6 +288,15 @@ class SimulatedMemory:
             before = self._pages.get(vpn - 1)
             joined = before and before.segment is page.segment and before.offset + 1 == page.offset
             n += page.segment is not None and not joined
+        return n
+
+    def mappings(self) -> int:
+        """Mappings its areas take: one for each extent, and one for each stretch between them."""
+        n = self.extents()
+        for start, npages in self._areas:
+            merged = sorted(at for at in within(self._pages, start, npages) if self._pages[at].segment is not None)
+            ends = [start - 1, *merged, start + npages]
+            n += sum(after > before + 1 for before, after in pairwise(ends))
         return n
 
     def checksum(self, content: int) -> int:
