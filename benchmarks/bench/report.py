@@ -411,37 +411,29 @@ def _growth(records: list[Record]) -> list[Row]:
 
 
 def _mixed(records: list[Record]) -> list[Row]:
-    """The ratios are to ksmd at its fastest; `for_the_same` is what was saved when what samepage spent in all was
-    spent."""
+    """The last row: what was saved by the time that as much was spent as samepage spent in all."""
     spent = by_side(records, lambda r: r["cpu_seconds"][-1])
+    saved = by_side(records, lambda r: r["saved"][-1] / MIB)
 
     def for_the_same(record: Record) -> float | None:
-        cpu = spent.get(SAMEPAGE, {}).get(record["repeat"])
-        if cpu is None:
-            return None
+        cpu = spent.get(SAMEPAGE, {}).get(record["repeat"], -1.0)
         by_then = [saved for saved, so_far in zip(record["saved"], record["cpu_seconds"], strict=True) if so_far <= cpu]
-        return float(max(by_then)) / MIB
+        return float(max(by_then)) / MIB if by_then else None
 
-    minutes = f"{records[0]['seconds'][-1]:.0f} s"
-    least = 5.0
-    found = [_without_ratio(row(MIXED, f"memory saved after {minutes}", "MiB", by_side(records, _saved_at_last)))]
-    found.append(row(MIXED, f"CPU in these {minutes}", "s", spent))
+    window = f"{records[0]['seconds'][-1]:.0f} s"
+    found = [_without_ratio(row(MIXED, f"memory saved after {window}", "MiB", saved))]
+    found.append(row(MIXED, f"CPU in these {window}", "s", spent))
+    each = by_side(records, lambda r: r["cpu_seconds"][-1] * MIB / s if (s := r["saved"][-1]) > MIB else None)
     for other, setting in ((UNSKIPPING, "smart_scan 0"), (KERNEL, "smart_scan 1")):
-        each = by_side(records, lambda r: r["cpu_seconds"][-1] / s if (s := _saved_at_last(r)) > 1 else None)
         pair = {side: of for side, of in each.items() if side in (SAMEPAGE, DEFAULTS, other)}
-        name = f"CPU for each MiB saved, {setting} for ksmd"
         if other in pair:
-            found.append(row(MIXED, name, "s", pair, at_least=least, other=other))
-    saved = by_side(records, for_the_same)
-    one = _without_ratio(row(MIXED, "memory saved for the CPU that samepage takes", "MiB", saved))
+            name = f"CPU for each MiB saved, {setting} for ksmd"
+            found.append(row(MIXED, name, "s", pair, at_least=5.0, other=other))
+    one = row(MIXED, "memory saved for the CPU that samepage takes", "MiB", by_side(records, for_the_same))
     ours, theirs = one.values.get(SAMEPAGE), one.values.get(KERNEL)
-    reached = None if ours is None or theirs is None else float(ours) >= least * float(theirs)
-    found.append(replace(one, target=f"{least:g} times more", reached=reached))
+    reached = None if ours is None or theirs is None else float(ours) >= 5 * float(theirs)
+    found.append(replace(one, ratio=None, target="5 times more", reached=reached))
     return found
-
-
-def _saved_at_last(record: Record) -> float:
-    return float(record["saved"][-1]) / MIB
 
 
 def _sizes(records: list[Record], which: Callable[[Record], bool]) -> list[tuple[int, int]]:
