@@ -25,7 +25,7 @@ process says of its pages: before a page is replaced, its own process compares a
 nobody can change. Where they differ, the page is left alone until it has another checksum.
 
 Neighbouring pages that have neighbouring equals are merged as one *extent*, which takes one mapping. Mappings are a
-process's scarcest resource (`vm.max_map_count`), so if there are too few, the longest extents come first. Pages that
+process's scarcest resource (`vm.max_map_count`). If there are too few, they go where they save most. Pages that
 could not be merged for this or another temporary reason are tried again after one pass, then two, then four
 (`deferred`).
 
