@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from samepage.estimate import predict
 from samepage.estimate.groups import PageClass
 from samepage.estimate.look import Look, look
 from samepage.estimate.source import PageFlag
+from samepage.ksmd.budget import affordable
 from samepage.ksmd.stable import SEGMENT_PAGES
 from tests.estimate.fake import FakeSource, Page
 
@@ -217,9 +220,13 @@ def expected_extents(fakes: list[FakeSource], budget: int) -> tuple[int, int, in
             extents.append([one])
     left = 0
     for number in range(len(fakes)):
-        mine = sorted((e for e in extents if e[0].source == number), key=len, reverse=True)
-        for i, extent in enumerate(mine):
-            if 2 * (i + 1) > budget:
+        mine = [e for e in extents if e[0].source == number]
+        if not mine:
+            continue
+        meets = [a[-1].vpn + 1 == b[0].vpn and a[-1].row + 1 == b[0].row for a, b in pairwise(mine)]
+        keep = affordable(np.array([len(e) for e in mine]), np.array(meets, np.bool_), budget)
+        for extent, kept in zip(mine, keep.tolist(), strict=True):
+            if not kept:
                 left += len(extent)
                 for one in extent:
                     del target[one.row]
@@ -262,12 +269,13 @@ def test_a_frame_is_read_once_however_often_it_is_mapped(fakes: list[FakeSource]
     assert [bool(f & PageFlag.OUTSIDE) for f in seen.flags] == [not one.sole for one in rows]
 
 
-def test_an_extent_costs_two_mappings_and_two_more_for_each_segment_it_goes_on_in() -> None:
+@pytest.mark.parametrize(("spare", "fits"), [(2, False), (3, True)])
+def test_an_extent_costs_two_mappings_and_one_more_for_each_segment_it_goes_on_in(spare: int, fits: bool) -> None:
     pages = [(vpn, Page(vpn, vpn)) for vpn in range(1, SEGMENT_PAGES + 2)]
-    fakes = [FakeSource(pages, pid=pid, batch=1000, map_count=HOST.mappings_allowed - 3) for pid in (1, 2)]
+    fakes = [FakeSource(pages, pid=pid, batch=1000, map_count=HOST.mappings_allowed - spare) for pid in (1, 2)]
     fakes[1].pages = [(vpn, Page(vpn, vpn + 10_000)) for vpn, _ in pages]
     seen = looked_at(fakes)
     plan = predict.by_extent(seen, HOST, 256)
     assert plan.extents.pages == 2
-    assert plan.left_for_budget.pages == 2 * len(pages)
-    assert plan.saved.pages == 0
+    assert plan.left_for_budget.pages == (0 if fits else 2 * len(pages))
+    assert plan.saved.pages == (len(pages) if fits else 0)

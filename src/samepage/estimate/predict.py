@@ -30,6 +30,7 @@ from samepage.estimate.look import Look, SourceRows
 from samepage.estimate.pages import zero_checksum
 from samepage.estimate.sample import Counts, Estimate, Tally
 from samepage.estimate.source import PageFlag
+from samepage.ksmd.budget import affordable
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import U8, U32, U64
 
@@ -386,10 +387,9 @@ class _Extents:
         start, length = self._of(rows)
         self.extents += len(start)
         self.pages += int(length.sum())
-        cost = 2 * -(-length // SEGMENT_PAGES)  # it splits the mapping it is in; a segment's end splits it
-        if cost.sum() > budget:
-            longest = np.argsort(-length, kind="stable")
-            over = longest[np.cumsum(cost[longest]) > budget]
+        if len(start):
+            meets = (start[1:] == start[:-1] + length[:-1]) & ~np.isin(start[1:], self.look.starts)
+            over = np.flatnonzero(~affordable(length, meets, budget))
             self.left += int(length[over].sum())
             self._dropped += zip(start[over].tolist(), length[over].tolist(), strict=True)
 
@@ -431,7 +431,7 @@ class _Extents:
         extents = pages * share
         self.pages += pages
         self.extents += extents
-        if 2 * extents > budget:  # the longest come first, so it is less than that
+        if 2 * extents > budget:  # those that save most come first, and neighbours cost less: so it is less than that
             self.left += pages * (1 - max(budget, 0) / (2 * extents))
 
     def within_budget(self, shared: Estimate, sharing: Estimate) -> tuple[Estimate, Estimate]:

@@ -53,15 +53,22 @@ def _with_mappings(domain: Domain, refs: U32, target: U64, counts: dict[MmSlot, 
             continue
         starts = run_starts(vpns, target[at])
         length = np.diff(np.append(starts, len(at)))
-        cost = -(-length // SEGMENT_PAGES)  # a segment's end splits an extent
         meets = vpns[starts[1:]] == vpns[starts[1:] - 1] + 1
-        if int(cost.sum()) + len(starts) - int(np.count_nonzero(meets)) > count:
-            keep[at] = np.repeat(_worth_most(length, cost, meets, count), length)
+        keep[at] = np.repeat(affordable(length, meets, count), length)
     return keep
 
 
+def affordable(length: Ints, meets: Bools, count: int) -> Bools:
+    """Which extents to map with `count` mappings. `length`: their pages; `meets`: whether each but the first follows
+    the one before without a gap."""
+    cost = -(-length // SEGMENT_PAGES)  # a segment's end splits an extent
+    if int(cost.sum()) + len(length) - int(np.count_nonzero(meets)) <= count:
+        return np.ones(len(length), np.bool_)
+    return _worth_most(length, cost, meets, count)
+
+
 def _worth_most(length: Ints, cost: Ints, meets: Bools, count: int) -> Bools:
-    """Which extents to map with `count` mappings: those of the stretches that have most pages for each mapping.
+    """Those of the stretches that have most pages for each mapping.
 
     An extent is a mapping, and cuts what is around it: alone it costs two. But of extents that follow one another
     without a gap (`meets`: the one before), only the first cuts. So pages that lie scattered in the other process cost

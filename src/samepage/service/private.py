@@ -146,11 +146,29 @@ def _private_folder() -> Path:
         if parent and len(os.fsencode(parent)) < 64 and (not root or _everybody_enters(Path(parent))):
             folder = Path(parent) / f"samepage-{os.urandom(8).hex()}"
             with contextlib.suppress(OSError):
+                _remove_those_of_killed_services(Path(parent))
                 folder.mkdir(mode=0o700)
                 if root:
                     folder.chmod(0o711)
                 return folder
     raise ControlError(errno.EACCES, "no directory for the socket: set TMPDIR to a short path that is writable")
+
+
+def _remove_those_of_killed_services(parent: Path) -> None:
+    """Directories of this user in which nobody listens: a service that is killed leaves its own behind. One that was
+    made a moment ago may be of a service that does not listen yet. /tmp is left alone: others can fill it."""
+    if parent.stat().st_mode & 0o002:
+        return
+    for folder in parent.glob("samepage-" + "[0-9a-f]" * 16):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > 60:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as one:
+                    one.setblocking(False)
+                    refused = one.connect_ex(str(folder / "socket")) == errno.ECONNREFUSED
+                if refused:
+                    (folder / "socket").unlink()
+                    folder.rmdir()
 
 
 def _everybody_enters(folder: Path) -> bool:
