@@ -36,7 +36,9 @@ def regions(pagemap: int, start: int, end: int) -> Iterator[tuple[int, int, int]
         )
         count = fcntl.ioctl(pagemap, PAGEMAP_SCAN, arg)
         yield from found[:count].tolist()
-        walked: int = PM_SCAN_ARG.unpack(arg)[4]
+        # The kernel walks in steps of 512 regions. If a step before the last one filled its buffer, it says that it got
+        # to where that one ended (seen on Linux 6.18). Regions beyond, which it told of, must not come again.
+        walked = max(PM_SCAN_ARG.unpack(arg)[4], int(found["end"][count - 1]) if count else 0)
         if walked <= start:
             return
         start = walked
