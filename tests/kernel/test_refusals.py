@@ -59,9 +59,11 @@ def status(pid: int) -> str:
     return said.replace("R (running)", "S (sleeping)")
 
 
-def waits_in_the_call(pid: int) -> None:
-    """pause(2), by its number for 32 bits."""
-    wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("29 "), "waiting", 10)
+PAUSE_OF_32_BITS, CLOCK_NANOSLEEP = 29, 230
+
+
+def waits_in(call: int, pid: int) -> None:
+    wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith(f"{call} "), "waiting", 10)
 
 
 def refusal(pid: int) -> str:
@@ -92,7 +94,7 @@ def test_a_process_in_whose_name_no_call_can_be_made_is_left_alone(
     if kind == "strict":
         wait_until(lambda: "\nSeccomp:\t1" in Path(f"/proc/{process.pid}/status").read_text(), "strict", 10)
     if kind == "call of 32 bits":
-        waits_in_the_call(process.pid)
+        waits_in(PAUSE_OF_32_BITS, process.pid)
     assert refusal(process.pid) == why
     if kind != "call of 32 bits":
         process.communicate("x", timeout=10)
@@ -107,13 +109,13 @@ def test_a_32_bit_program_is_left_alone(run: Start, tmp_path: Path) -> None:
         process = run(program)
     except OSError as e:
         pytest.skip(f"needs a kernel that runs 32-bit programs: {e}")
-    waits_in_the_call(process.pid)
+    waits_in(PAUSE_OF_32_BITS, process.pid)
     assert refusal(process.pid) == "it is not a 64-bit program"
 
 
 def test_a_process_with_the_agent_is_left_alone(run: Start) -> None:
     process = run("sleep", "60", LD_PRELOAD=str(agent.library_path()))
-    wait_until(lambda: "libsamepage" in Path(f"/proc/{process.pid}/maps").read_text(), "loaded", 10)
+    waits_in(CLOCK_NANOSLEEP, process.pid)
     assert refusal(process.pid) == "samepage's agent is in it: a process is served by one engine"
 
 

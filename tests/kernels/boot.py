@@ -55,7 +55,8 @@ mount -t tmpfs -o size=60% memory /memory; mkdir /memory/upper /memory/work
 mount -t overlay -o lowerdir=/lower,upperdir=/memory/upper,workdir=/memory/work root /root || echo no overlay
 for at in proc sys dev; do mount --move /$at /root/$at; done
 mkdir -p /root/dev/shm /root/dev/pts
-mount -t tmpfs shm /root/dev/shm; mount -t tmpfs tmp /root/tmp; mount -t tmpfs run /root/run
+mount -t tmpfs shm /root/dev/shm; mount -t tmpfs run /root/run
+case {checkout} in /tmp/*) ;; *) mount -t tmpfs tmp /root/tmp ;; esac
 mount -t devpts pts /root/dev/pts
 mount -t cgroup2 cgroup /root/sys/fs/cgroup
 echo +memory > /root/sys/fs/cgroup/cgroup.subtree_control
@@ -176,7 +177,9 @@ def _make_initrd(kernel: Kernel, target: Path, command: str) -> None:
         data = path.read_bytes()
         (root / "lib" / f"{name}.ko").write_bytes(lzma.decompress(data) if path.suffix == ".xz" else data)
     init = root / "init"
-    init.write_text(INIT.format(modules=" ".join(MODULES), command=shlex.quote(command)))
+    init.write_text(
+        INIT.format(checkout=Path(__file__).parents[2], modules=" ".join(MODULES), command=shlex.quote(command))
+    )
     init.chmod(0o755)
     files = "\n".join(str(path.relative_to(root)) for path in [root, *sorted(root.rglob("*"))])
     archive = subprocess.run(

@@ -219,7 +219,8 @@ class KsmdMachine(RuleBasedStateMachine):
     @rule(who=everybody)
     def halt(self, who: Oracle) -> None:
         """It cannot answer until good fortune returns."""
-        who.space.halt = "stopped"
+        if who.space.alive:
+            who.space.halt = "stopped"
 
     @rule(who=everybody)
     def move(self, who: Oracle) -> None:
