@@ -29,7 +29,7 @@ def growth(bench: Bench) -> Iterator[Record]:
         sizes = [(count, bench.sizes.copy) for count in bench.sizes.copies]
         for count, mib in [*sizes, *((2, mib) for mib in bench.sizes.large)]:
             at_once = max(2, UNMERGED // (mib * MIB))
-            if (at_once + 1) * mib * MIB > SHARE * meters.available():
+            if at_once * mib * MIB > SHARE * meters.available():
                 bench.skip(f"two processes of {mib} MiB", "there is not enough memory")
                 continue
             for repeat in range(bench.repeats):
