@@ -162,13 +162,10 @@ def _remove_those_of_killed_services(parent: Path) -> None:
     for folder in parent.glob("samepage-" + "[0-9a-f]" * 16):
         with contextlib.suppress(OSError):
             status = folder.lstat()
-            if status.st_uid == os.getuid() and time.time() - status.st_mtime > 60:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as one:
-                    one.setblocking(False)
-                    refused = one.connect_ex(str(folder / "socket")) == errno.ECONNREFUSED
-                if refused:
-                    (folder / "socket").unlink()
-                    folder.rmdir()
+            old_and_ours = status.st_uid == os.getuid() and time.time() - status.st_mtime > 60
+            if old_and_ours and sockets.nobody_listens(str(folder / "socket"), seconds=0):
+                (folder / "socket").unlink()
+                folder.rmdir()
 
 
 def _everybody_enters(folder: Path) -> bool:

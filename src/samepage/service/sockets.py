@@ -122,14 +122,21 @@ def _remove_stale(path: str, kind: int) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise ControlError(errno.EEXIST, f"{path} is there already, and is no socket")
+    if nobody_listens(path, kind):
+        Path(path).unlink()
+        return
+    raise ControlError(errno.EADDRINUSE, f"a service is listening at {path} already")
+
+
+def nobody_listens(path: str, kind: int = socket.SOCK_SEQPACKET, seconds: float = 1.0) -> bool:
+    """Whether a socket is left over from a service that ended. OSError: that cannot be known, within `seconds`."""
     with socket.socket(socket.AF_UNIX, kind) as probe:
-        probe.settimeout(1)
+        probe.settimeout(seconds)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            Path(path).unlink()
-            return
-    raise ControlError(errno.EADDRINUSE, f"a service is listening at {path} already")
+            return True
+    return False
 
 
 def answers(path: str) -> bool:
