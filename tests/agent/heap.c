@@ -5,6 +5,8 @@
  * and a heap that grows and shrinks; every block is checked, and what calloc gives is zero.
  */
 #define _GNU_SOURCE
+#include "segments.h"
+
 #include <dlfcn.h>
 #include <malloc.h>
 #include <pthread.h>
@@ -20,33 +22,15 @@
 #define MIB (1UL << 20)
 #define PAGE 4096UL
 
-/* Bytes of the range that are mapped from segments. */
-static unsigned long merged(uintptr_t from, uintptr_t to)
-{
-	unsigned long start, end, sum = 0;
-	FILE *maps = fopen("/proc/self/maps", "re");
-	char line[512];
-
-	while (fgets(line, sizeof(line), maps)) {
-		if (sscanf(line, "%lx-%lx", &start, &end) != 2 || !strstr(line, "memfd:samepage"))
-			continue;
-		start = start > from ? start : from;
-		end = end < to ? end : to;
-		sum += start < end ? end - start : 0;
-	}
-	fclose(maps);
-	return sum;
-}
-
 static int patience = 2000;
 
 static void until_merged(const char *what, const void *p, const void *q)
 {
 	size_t least = (size_t)((const char *)q - (const char *)p) / 10 * 9;
 
-	for (int i = 0; i < patience && merged((uintptr_t)p, (uintptr_t)q) < least; i++)
+	for (int i = 0; i < patience && from_segments((uintptr_t)p, (uintptr_t)q) < least; i++)
 		nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
-	printf("%s: %s\n", what, merged((uintptr_t)p, (uintptr_t)q) >= least ? "merged" : "left alone");
+	printf("%s: %s\n", what, from_segments((uintptr_t)p, (uintptr_t)q) >= least ? "merged" : "left alone");
 	fflush(stdout);
 }
 
@@ -83,7 +67,7 @@ static void small_blocks(bool behind)
 	unsigned long wrong = 0;
 	char *last;
 
-	merged(0, 0); /* stdio's blocks lie below ours, and malloc keeps them for the next time */
+	from_segments(0, 0); /* stdio's blocks lie below ours, and malloc keeps them for the next time */
 	if (behind) /* as Python programs do it */
 		*(void **)&trim = dlsym(dlopen("libc.so.6", RTLD_LAZY), "malloc_trim");
 	for (int i = 0; i < BLOCKS; i++)
@@ -157,7 +141,7 @@ static void storms(unsigned seconds)
 	for (uintptr_t i = 0; i < 3; i++)
 		pthread_create(&thread[i], NULL, storm, (void *)(i + 1));
 	for (unsigned i = 0; i < seconds * 10; i++) {
-		unsigned long now = merged((uintptr_t)first, (uintptr_t)sbrk(0));
+		unsigned long now = from_segments((uintptr_t)first, (uintptr_t)sbrk(0));
 
 		most = now > most ? now : most;
 		nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);

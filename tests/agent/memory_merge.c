@@ -5,6 +5,8 @@
  * says nothing itself, and prints what is merged of such a program.
  */
 #define _GNU_SOURCE
+#include "segments.h"
+
 #include <errno.h>
 #include <spawn.h>
 #include <stdbool.h>
@@ -70,22 +72,9 @@ static char *map(char with)
 	return p;
 }
 
-/* Bytes of the range that are mapped from segments. */
 static unsigned long merged(const char *p)
 {
-	unsigned long start, end, sum = 0, from = (unsigned long)p, to = from + LENGTH;
-	FILE *maps = fopen("/proc/self/maps", "re");
-	char line[512];
-
-	while (fgets(line, sizeof(line), maps)) {
-		if (sscanf(line, "%lx-%lx", &start, &end) != 2 || !strstr(line, "memfd:samepage"))
-			continue;
-		start = start > from ? start : from;
-		end = end < to ? end : to;
-		sum += start < end ? end - start : 0;
-	}
-	fclose(maps);
-	return sum;
+	return from_segments((uintptr_t)p, (uintptr_t)p + LENGTH);
 }
 
 static void until_merged(const char *what, const char *p)

@@ -10,7 +10,7 @@ import pytest
 
 from samepage.memory.agent import memory_cgroup
 from samepage.service.cgroups import Group, group_of
-from tests.service.test_policy import _hierarchy, needs_root, until
+from tests.service.test_policy import a_slice, needs_root
 
 ID = "0123456789abcdef" * 4
 
@@ -47,22 +47,16 @@ def test_a_container_is_none_where_others_name_cgroups(path: str) -> None:
 
 @needs_root
 def test_a_process_whose_first_thread_has_ended_is_in_the_cgroup_of_the_others() -> None:
-    hierarchy = _hierarchy()
-    if hierarchy is None:
-        pytest.skip("needs a hierarchy of cgroups that can be written to")
-    group = hierarchy / f"samepage-test-{os.getpid()}.slice"
-    group.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", LEADERLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ended\n"
-        (group / "cgroup.procs").write_text(str(process.pid))
-        assert group_of(process.pid).slices == [group.name]
-        assert memory_cgroup(process.pid) == memory_cgroup(os.getpid())
-    finally:
-        process.kill()
-        process.communicate()
-        until(lambda: not (group / "cgroup.procs").read_text())
-        group.rmdir()
+    with a_slice() as group:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LEADERLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ended\n"
+            (group / "cgroup.procs").write_text(str(process.pid))
+            assert group_of(process.pid).slices == [group.name]
+            assert memory_cgroup(process.pid) == memory_cgroup(os.getpid())
+        finally:
+            process.kill()
+            process.communicate()

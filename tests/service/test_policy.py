@@ -392,37 +392,37 @@ def test_a_process_that_asks_for_a_domain_is_apart_from_those_that_did_not() -> 
         assert long.pid not in domains
 
 
-def _hierarchy() -> Path | None:
-    """Where cgroups can be made that `group_of` tells."""
-    for folder in ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"):
-        if (Path(folder) / "cgroup.procs").exists() and os.access(folder, os.W_OK):
-            return Path(folder)
-    return None
-
-
-@needs_root
-def test_a_process_that_is_moved_to_another_cgroup_is_in_the_domain_of_that() -> None:
-    hierarchy = _hierarchy()
+@contextmanager
+def a_slice() -> Iterator[Path]:
+    """A cgroup of its own, where `group_of` tells it; removed when all have left it."""
+    folders = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
+    writable = (Path(f) for f in folders if os.path.exists(f"{f}/cgroup.procs") and os.access(f, os.W_OK))
+    hierarchy = next(writable, None)
     if hierarchy is None:
         pytest.skip("needs a hierarchy of cgroups that can be written to")
     group = hierarchy / f"samepage-test-{os.getpid()}.slice"
     group.mkdir()
     try:
-        with machine(f'[[rule]]\nslice = "{group.name}"\ndomain = "moved"\n[domain.moved]') as host:
-            a, b, moved = host.tenant(), host.tenant(), host.tenant()
-            until(lambda: min(map(host.merged, (a, b, moved))) >= PAGES)
-            assert shared(a, moved) == PAGES - ZEROS
-            (group / "cgroup.procs").write_text(str(moved.pid))
-            assert group_of(moved.pid).slices[-1:] == [group.name]
-            until(lambda: host.domains().get(moved.pid) == "moved,user=0")
-            assert host.domains()[a.pid] == host.domains()[b.pid] == "0"
-            assert (shared(a, moved), shared(a, b)) == (0, PAGES - ZEROS)
-            assert "it belongs in merge domain moved,user=0 now (rule 1)" in host.errors.read_text()
-            rows = _checked("--pid", str(moved.pid), "--policy", str(host.policy))
-            assert [(row["domain"], row["why"]) for row in rows] == [("moved,user=0", "rule 1")]
+        yield group
     finally:
         until(lambda: not (group / "cgroup.procs").read_text())
         group.rmdir()
+
+
+@needs_root
+def test_a_process_that_is_moved_to_another_cgroup_is_in_the_domain_of_that() -> None:
+    with a_slice() as group, machine(f'[[rule]]\nslice = "{group.name}"\ndomain = "moved"\n[domain.moved]') as host:
+        a, b, moved = host.tenant(), host.tenant(), host.tenant()
+        until(lambda: min(map(host.merged, (a, b, moved))) >= PAGES)
+        assert shared(a, moved) == PAGES - ZEROS
+        (group / "cgroup.procs").write_text(str(moved.pid))
+        assert group_of(moved.pid).slices[-1:] == [group.name]
+        until(lambda: host.domains().get(moved.pid) == "moved,user=0")
+        assert host.domains()[a.pid] == host.domains()[b.pid] == "0"
+        assert (shared(a, moved), shared(a, b)) == (0, PAGES - ZEROS)
+        assert "it belongs in merge domain moved,user=0 now (rule 1)" in host.errors.read_text()
+        rows = _checked("--pid", str(moved.pid), "--policy", str(host.policy))
+        assert [(row["domain"], row["why"]) for row in rows] == [("moved,user=0", "rule 1")]
 
 
 @needs_root
