@@ -70,8 +70,20 @@ def understood(status: int, said: str, took: float) -> Row:
         checks |= json.loads(line)
     if status:
         checks["ended"] = f"{status}: {said[-1000:]}"
-    slow = re.search(r"^(?:\S*\[2J)?([\d.]+) times as slow", said, re.MULTILINE)
-    return Row(checks=checks, slow=float(slow[1]) if slow else 0.0, seconds=round(took), on=time.strftime("%Y-%m-%d"))
+    slow = re.search(r"([\d.]+) times as slow", said)
+    return Row(
+        checks=checks,
+        trees=dict.fromkeys(checks, tree()),
+        slow=float(slow[1]) if slow else 0.0,
+        seconds=round(took),
+        on=time.strftime("%Y-%m-%d"),
+    )
+
+
+def tree() -> str:
+    """Which samepage this is: its commit, with a + if files differ from it; "" outside a repository."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def job(folder: Path) -> list[str]:
@@ -94,7 +106,9 @@ def remember(file: Path, results: dict[str, Row]) -> None:
     known: Results = json.loads(file.read_text()) if file.exists() else {}
     for name, row in results.items():
         before = known.get(name)
-        known[name] = row if before is None else row | {"checks": before["checks"] | row["checks"]}
+        if before is not None:
+            row |= {"checks": before["checks"] | row["checks"], "trees": before["trees"] | row["trees"]}
+        known[name] = row
     file.write_text(json.dumps(known, indent=1) + "\n")
 
 

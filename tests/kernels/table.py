@@ -18,10 +18,11 @@ WAYS = {"move": "by itself", "wp": "`--swap wp`"}
 
 
 class Row(TypedDict):
-    """What became of each check. Of the last boot: `slow`, how many times as long as a machine of 2025 it takes, the
-    `seconds` of all of it, and `on` which day."""
+    """What became of each check, and of which tree of samepage. Of the last boot: `slow`, how many times as long as a
+    machine of 2025 it takes, the `seconds` of all of it, and `on` which day."""
 
     checks: dict[str, str]
+    trees: dict[str, str]
     slow: float
     seconds: int
     on: str
@@ -48,6 +49,11 @@ def _cell(row: Row, check: str) -> str:
     return outcome.partition(":")[0] if is_well(outcome) else f"**{outcome[:60]}**"
 
 
+def _trees(row: Row) -> str:
+    """In the order of the checks."""
+    return ", ".join(f"`{tree}`" for tree in dict.fromkeys(row["trees"].values()))
+
+
 def table(results: Results) -> str:
     """In Markdown: a column for each kernel and way, oldest first."""
     names = sorted(results, key=_order)
@@ -60,6 +66,7 @@ def table(results: Results) -> str:
         lines[1].append("---")
         for line, check in zip(lines[2:], checks, strict=False):
             line.append(_cell(row, check))
+    lines.append(["tree", *(_trees(results[name]) for name in names)])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tests.kernels.__main__ import FOLDER, VERSIONS, check
 from tests.kernels.archive import Archive
 from tests.kernels.boot import available, emulator, unpack
+from tests.kernels.network import PAGES, READER
 from tests.kernels.table import DOCUMENT, RESULTS, is_well, written
 
 SHORT = ["main job", "memory.max"]
@@ -44,6 +47,16 @@ def test_on_debians_kernel_programs_are_merged_and_the_promise_holds_in_a_cgroup
 @pytest.mark.parametrize("way", ["move", "wp"])
 def test_all_is_well_or_left_alone(version: str, way: str) -> None:
     run(version, way, [], 40)
+
+
+def test_all_that_a_server_fills_and_as_much_besides_is_in_one_huge_pages_range(tmp_path: Path) -> None:
+    """Else the number of pages that are left beside those depends on where the kernel puts them."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(4096))
+    for _ in range(20):
+        done = subprocess.run([sys.executable, "-c", READER, str(file)], stdin=subprocess.DEVNULL, capture_output=True)
+        assert int(done.stdout) % (2 << 20) == 0
+    assert PAGES <= 512
 
 
 def test_the_table_in_the_documentation_is_what_was_found() -> None:
