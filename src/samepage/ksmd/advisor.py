@@ -79,6 +79,15 @@ class Advisor:
         self._rest = self._rest_until = 0.0
         self._joined = True
 
+    def is_due(self, now: float) -> bool:
+        """Whether all memory may be looked at now. If not, those who join are looked at alone."""
+        return self._knobs.advisor_mode != "cpu" or self.wait(now, urgent=False) <= 0
+
+    def newcomers_seen(self, now: float) -> None:
+        """Called when those who joined were looked at alone: from that look to the next it is as long as between two
+        passes."""
+        self._rest_until = max(self._rest_until, now + self._knobs.sleep_millisecs / 1000)
+
     def pass_over(self, now: float, quiet: bool) -> None:
         """Called at the end of a pass; `quiet`: nothing had changed, nothing was merged."""
         sleep = self._knobs.sleep_millisecs / 1000

@@ -142,15 +142,18 @@ class Domain(Refs):
 
     def inherited(self, slot: MmSlot, vpns: Ints, nodes: Ints) -> Ints:
         """Which of the pages found in `slot` another process has at the same address, merged with the same node."""
-        known = np.zeros(len(vpns), np.bool_)
+        left = np.arange(len(vpns))  # those that nobody is known to have; the rest need not be looked up again
         for other in self.slots:
+            if not len(left):
+                break
             if other is slot or not other.merged:
                 continue
-            theirs = other.pieces.refs_of(vpns)
-            at = np.flatnonzero(theirs >= 0)
-            refs = theirs[at]
-            known[at] |= HAS_NODE[self.state[refs]] & (self.checksum[refs].astype(np.int64) == nodes[at])
-        return np.flatnonzero(known)
+            theirs = other.pieces.refs_of(vpns[left])
+            refs = np.maximum(theirs, 0)
+            has = (theirs >= 0) & HAS_NODE[self.state[refs]]
+            has &= self.checksum[refs].astype(np.int64) == nodes[left]
+            left = left[~has]
+        return np.delete(np.arange(len(vpns)), left)
 
     def changed(self, slot: MmSlot, refs: Ints, checksums: U64) -> None:
         """Note that the content of pages (in neither tree) is new: they become candidates if it stays so for a whole
@@ -171,6 +174,11 @@ class Domain(Refs):
         self.parity ^= 1
         for slot in self.slots:
             self.sweep(slot)
+
+    def turn_back(self) -> None:
+        """Go back to the pass before; or, the second time, return to this one."""
+        self.changed_now, self.changed_before = self.changed_before, self.changed_now
+        self.parity ^= 1
 
     def _set_skipped_aside(self, passes: int) -> None:
         """Pages that changed in this pass and are not looked at in the next one wait for the look that shows whether

@@ -7,9 +7,10 @@ make the owner wait.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from samepage.ksmd.advisor import Advisor
 from samepage.ksmd.domain import Domain
@@ -64,6 +65,7 @@ class Passes:
         self._hashed = 0  # pages, in this pass
         self._joins_until = -math.inf  # until then the pass waits for forked children
         self._pruned = -math.inf
+        self._belated = False  # newcomers are looked at, and it is no pass
 
     # -- a batch ----------------------------------------------------------------------------------------
 
@@ -79,19 +81,29 @@ class Passes:
         scanned = list(mm_list.cursor)
         spent_before = sum(slot.cpu_ns for slot in scanned)
         self._put_off()
-        total = self._steps(budget)
+        with self._in_the_pass_before() if self._belated else contextlib.nullcontext():
+            total = self._steps(budget)
         self.pages_scanned += total.hashed
         self._hashed += total.hashed
         self.found_work |= bool(total.changed)
         in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
         cpu = self.cpu_clock() - started + in_processes / 1e9
         self.advisor.scanned(self.clock(), cpu, total.hashed, total.first_looks, total.broken)
-        if not mm_list.cursor and not self.waits_for_children():
+        if not mm_list.cursor and self._belated:
+            mm_list.in_pass = False
+            self.advisor.newcomers_seen(self.clock())
+        elif not mm_list.cursor and not self.waits_for_children():
             self._end()
         return total.hashed
 
     def _begin(self) -> None:
         mm_list = self.mm_list
+        newcomers = [] if self.advisor.is_due(self.clock()) else self._newcomers()
+        self._belated = bool(newcomers)
+        if newcomers:
+            mm_list.cursor = {slot: mm_list.carried.pop(slot, 0) for slot in newcomers}
+            mm_list.in_pass = True
+            return
         slots = mm_list.for_a_pass()
         slots.sort(key=lambda slot: slot.passes > 0)  # the new ones first; they are not made to wait
         for slot in slots:
@@ -102,6 +114,27 @@ class Passes:
         mm_list.in_pass = True
         self._took = {False: 0.0, True: 0.0}
         self._hashed = 0
+
+    def _newcomers(self) -> list[MmSlot]:
+        """Who was never looked at, and whose turn it is: they are looked at alone while looks at all are not due. So
+        what a process costs that comes and goes does not grow with the number of the others."""
+        slots = [slot for slot in self.mm_list.for_a_pass() if not slot.passes and not slot.is_put_off]
+        if self._others_had_their_turn():
+            slots = [slot for slot in slots if not slot.domain.is_foreign]
+        return slots
+
+    @contextlib.contextmanager
+    def _in_the_pass_before(self) -> Iterator[None]:
+        """While this is in use, looks count as if the last pass were not over yet: pages that then stay the same for
+        one whole pass become candidates at its end."""
+        domains = self.mm_list.domains()
+        for domain in domains:
+            domain.turn_back()
+        try:
+            yield
+        finally:
+            for domain in domains:
+                domain.turn_back()
 
     def _put_off(self) -> None:
         """A process that is silent, or kept ksmd waiting for too long, is not asked in this pass."""
