@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samepage.region import Region, UnmergeError, register, stats
+    from samepage.region import Region, UnmergeError, attach, register, stats
 
     __version__: str
 
-__all__ = ["Region", "UnmergeError", "__version__", "register", "stats"]
+__all__ = ["Region", "UnmergeError", "__version__", "attach", "register", "stats"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,9 @@ from typing import Any
 
 from samepage import agent
 from samepage.service import in_use
+from samepage.service.in_use import attach
+
+__all__ = ["Region", "UnmergeError", "attach", "register", "stats"]
 
 PAGE_SIZE = os.sysconf("SC_PAGESIZE")
 

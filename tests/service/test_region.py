@@ -197,6 +197,6 @@ def test_merging_when_the_service_never_comes_is_a_clear_error(python: Python) -
 def test_the_version_is_the_packages() -> None:
     import samepage
 
-    assert set(samepage.__all__) == {"Region", "UnmergeError", "__version__", "register", "stats"}
+    assert set(samepage.__all__) == {"Region", "UnmergeError", "__version__", "attach", "register", "stats"}
     with pytest.raises(AttributeError):
         samepage.nonsense  # noqa: B018

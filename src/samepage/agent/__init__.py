@@ -5,6 +5,7 @@ The agent's thread is C and never takes the GIL; every call here releases it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -68,6 +69,7 @@ def load() -> ctypes.CDLL:
     for name, arguments in {
         "samepage_join": [ctypes.c_char_p],
         "samepage_attach": [ctypes.c_int],
+        "samepage_serve": [ctypes.c_size_t],
         "samepage_register": [ctypes.c_void_p, ctypes.c_size_t],
         "samepage_unmerge": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(Broken)],
         "samepage_quiet": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
@@ -96,9 +98,37 @@ def trial() -> int:
     return _check(result, "cannot try what seccomp filters forbid")
 
 
+def filters() -> int:
+    """Under how many seccomp filters this process is; 0 where the kernel does not say (before 5.9)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Seccomp_filters:"):
+                return int(line.split()[1])
+    return 0
+
+
 def join(path: str) -> None:
     """Start the agent's thread, which joins the service at `path`, now and whenever it comes back."""
     _check(load().samepage_join(os.fsencode(path)), "cannot join")
+
+
+def preloaded() -> bool:
+    """Whether the agent stands in front of libc in this process: then it sees what the program does to its memory."""
+    return hasattr(ctypes.CDLL(None), "samepage_join")
+
+
+def preload(library: Path, others: str) -> str:
+    """`$LD_PRELOAD` with the agent before `others`. OSError: the loader cannot be told this path."""
+    if any(c in ": \t\n" for c in str(library)):
+        raise OSError(errno.EINVAL, f"the agent cannot be preloaded from a path with a space or colon in it: {library}")
+    if others.replace(" ", ":").split(":")[0] == str(library):
+        return others
+    return f"{library}:{others}" if others else str(library)
+
+
+def serve(nbytes: int) -> None:
+    """From now on the agent's malloc takes blocks of `nbytes` and more from the agent's own memory."""
+    load().samepage_serve(nbytes)
 
 
 def attach(fd: int) -> None:

@@ -272,15 +272,13 @@ def _writable(file: Path) -> Path:
 def _preloadable(library: Path) -> Path:
     if not library.exists():
         raise CommandError(f"the agent is missing: {library}")
-    if any(c in ": \t\n" for c in str(library)):
-        raise CommandError(f"the agent cannot be preloaded from a path with a space or colon in it: {library}")
+    agent.preload(library, "")  # says so if it cannot be
     return library
 
 
 def _environment(library: Path, socket: str, args: argparse.Namespace, facts: Facts) -> dict[str, str]:
     environment = dict(os.environ)
-    others = environment.get("LD_PRELOAD", "")
-    environment["LD_PRELOAD"] = f"{library}:{others}" if others else str(library)
+    environment["LD_PRELOAD"] = agent.preload(library, environment.get("LD_PRELOAD", ""))
     environment["SAMEPAGE_SOCKET"] = socket
     environment["SAMEPAGE_MEMORY"] = args.memory or MEMORY
     environment["SAMEPAGE_SECCOMP"] = str(facts.seccomp)  # under so many filters it was tried (agent/hooks/seccomp.c)

@@ -67,7 +67,7 @@ class Facts:
 def look() -> Facts:
     """Look at this machine as this user."""
     libc = ctypes.CDLL(None, use_errno=True)
-    filters = _filters()
+    filters = agent.filters()
     fatal = agent.trial() if filters else 0
     way, features = ("none", 0) if fatal else _userfaultfd(libc)
     version, limit = _memory_cgroup()
@@ -135,13 +135,6 @@ def _memfd(libc: ctypes.CDLL) -> bool:
             os.close(fd)
             return True
     return False
-
-
-def _filters() -> int:
-    for line in _text("/proc/self/status").splitlines():
-        if line.startswith("Seccomp_filters:"):
-            return int(line.split()[1])
-    return 0
 
 
 def _confined() -> str:

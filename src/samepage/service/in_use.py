@@ -129,6 +129,49 @@ def _choose() -> Service:
     return Remote(path) if path else Local()
 
 
+MIN_ALLOC = 1 << 20
+"""Arrays of this size and larger are the agent's, unless `$SAMEPAGE_MIN_ALLOC` says otherwise, as everywhere."""
+
+
+def attach(path: str | None = None) -> None:
+    """Join the service that listens at `path` (default: `$SAMEPAGE_SOCKET`, else the daemon that answers) from a
+    program that was not started by `samepage run`.
+
+    In this process, and in children that it forks, numpy arrays of 1 MiB and more that this thread makes from now on
+    are merged, and so is what is registered; nothing else, for the agent cannot see what becomes of other memory. In
+    programs that are executed from now on, so in the workers of multiprocessing's spawn and forkserver, of loky and
+    of Ray, all is merged that `samepage run` would merge: the environment has the agent preloaded there. OSError:
+    nothing was changed.
+    """
+    where = path or os.environ.get("SAMEPAGE_SOCKET") or sockets.running()
+    if not where:
+        raise OSError(errno.ENOENT, "no daemon answers: start `samepage daemon`, or say at which path one listens")
+    library = agent.library_path()
+    preload = agent.preload(library, os.environ.get("LD_PRELOAD", ""))
+    _use(os.path.abspath(where))
+    agent.serve(int(os.environ.get("SAMEPAGE_MIN_ALLOC") or MIN_ALLOC))
+    if not agent.preloaded():
+        from samepage.agent.arrays import serve_arrays
+
+        serve_arrays()
+    os.environ |= {
+        "LD_PRELOAD": preload,
+        "SAMEPAGE_SOCKET": os.path.abspath(where),
+        "SAMEPAGE_SECCOMP": str(agent.filters()),  # under which the agent was tried, or it had not joined
+    }
+
+
+def _use(path: str) -> None:
+    """Have the service at `path` be the one in use. OSError with EBUSY if there is another one."""
+    global _service
+    with _choosing:
+        if isinstance(_service, Local):
+            raise OSError(
+                errno.EBUSY, "this process merges its own memory already: attach before anything is registered"
+            )
+        _service = Remote(path)
+
+
 def merge(vpn: int, npages: int) -> dict[str, Any]:
     """Merge `npages` pages of this process from `vpn` on now. Raises OSError: ENOTCONN if no service could be joined
     within `JOIN_TIMEOUT` seconds, ENOTSUP if there is no way to swap pages here.

@@ -24,6 +24,11 @@ static struct bounds advised_bounds = {.low = UINTPTR_MAX};
 
 static _Atomic size_t min_alloc = SIZE_MAX;
 
+bool alloc_enabled(void)
+{
+	return atomic_load_explicit(&min_alloc, memory_order_relaxed) != SIZE_MAX;
+}
+
 void alloc_enable(size_t bytes)
 {
 	static const struct {
@@ -144,8 +149,12 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	return (void *)start;
 }
 
-/* Length of the block that starts at `p`; 0 if it is not ours. */
-static size_t length_of(const void *p)
+void *large_alloc(size_t size, bool zeroed)
+{
+	return is_large(size) ? allocate(size, PAGE_SIZE, zeroed) : NULL;
+}
+
+size_t large_length(const void *p)
 {
 	const struct block *b;
 	sigset_t saved;
@@ -160,7 +169,7 @@ static size_t length_of(const void *p)
 	return len;
 }
 
-static bool release(void *p)
+bool large_free(void *p)
 {
 	struct block *b;
 	sigset_t saved;
@@ -175,13 +184,15 @@ static bool release(void *p)
 	return b;
 }
 
-static void *resize(void *p, size_t size)
+void *large_resize(void *p, size_t size)
 {
 	size_t len = PAGE_ALIGN_UP(size);
 	uintptr_t start = 0;
 	struct block *b;
 	sigset_t saved;
 
+	if (!is_large(size))
+		return NULL;
 	mmap_lock(&saved);
 	b = block_at(p);
 	if (b)
@@ -257,7 +268,7 @@ SP_EXPORT void free(void *p)
 	if (!p || is_early(p))
 		return;
 	need_next();
-	if (!release(p)) {
+	if (!large_free(p)) {
 		end_advice(p);
 		next.free(p);
 	}
@@ -291,13 +302,13 @@ SP_EXPORT void *realloc(void *p, size_t size)
 	if (!p)
 		return malloc(size);
 	need_next();
-	old_size = is_early(p) ? early_size(p) : length_of(p);
+	old_size = is_early(p) ? early_size(p) : large_length(p);
 	if (old_size) {
 		if (!size) {
 			free(p);
 			return NULL;
 		}
-		if (is_large(size) && (q = resize(p, size)))
+		if ((q = large_resize(p, size)))
 			return q;
 	} else {
 		if (!size)
@@ -388,7 +399,7 @@ SP_EXPORT size_t malloc_usable_size(void *p)
 	if (!p)
 		return 0;
 	need_next();
-	len = is_early(p) ? early_size(p) : length_of(p);
+	len = is_early(p) ? early_size(p) : large_length(p);
 	return len ? len : next.malloc_usable_size(p);
 }
 

@@ -49,6 +49,13 @@ static inline bool no_areas(void)
 
 /* From now on malloc serves blocks of `bytes` and more from mappings of its own. */
 void alloc_enable(size_t bytes);
+bool alloc_enabled(void);
+/* A block of ours, also in a process whose malloc is not ours. NULL: leave it to the real allocator. */
+void *large_alloc(size_t size, bool zeroed);
+size_t large_length(const void *p); /* 0: the block is not ours */
+/* Returns the block's new address; NULL: it is as it was. */
+void *large_resize(void *p, size_t size);
+bool large_free(void *p); /* false: the block is not ours */
 /* Notes that the range was given to madvise(MADV_MERGEABLE), so it may hold blocks of the real allocator. */
 void alloc_note_advised(uintptr_t start, uintptr_t end);
 
