@@ -26,7 +26,7 @@ test: $(VENV)/installed $(VENV)/development
 
 # What takes minutes: ten of torture on each path, whole test suites of other programs.
 test-long: $(VENV)/installed $(VENV)/development
-	$(INSTALL_SELF) '.[spark]'
+	$(INSTALL_SELF) '.[spark,workers]'
 	python -m pytest -m long
 
 # Debian's newest kernel of its release, in QEMU: an emulated machine, so some minutes. Other packages: KERNELS="...".
