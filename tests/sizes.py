@@ -17,6 +17,7 @@ EXCEPTIONS = {
     "src/samepage/fleet/space.py: class RecordedAddressSpace": "the protocol of address spaces alone has sixteen",
     "src/samepage/kernel/settings.py: class Settings": "what was found and is put back: one file, one lock",
     "src/samepage/ksmd/stable.py: class StableTree": "four of its methods look whether its own books agree",
+    "src/samepage/memory/__init__.py: class AddressSpace": "the protocol: all that ksmd may ask of a process",
     "src/samepage/service/scanner.py: class Scanner": "whatever anybody asks of ksmd goes by its gate, one at a time",
     "src/samepage/service/server.py: class Server": "one loop, and what it does for each kind of descriptor",
     "tests/agent/calls.c": "a list: every call that changes a mapping, and what it must return",

@@ -333,7 +333,7 @@ class Case:
         else:
             agent = Liar(theirs, self._content[2 * NPAGES :], pages, rng, chance, self._garbled)
         zero = agent.checksum(self._content[0])
-        ready = {"swap": 1, "tracking": 1, "zero_checksum": zero if rng.random() < 0.9 else 7}
+        ready = {"swap": 1, "tracking": 1, "zero_checksum": zero if rng.random() < 0.9 else 7, "unnamed": 0}
         space = Space(Pump(ours, agent), self._pid, MergeDomain(0), "fuzz", ready)  # type: ignore[arg-type]
         slot = self._ksmd.enter(space)
         self._spaces[slot] = space

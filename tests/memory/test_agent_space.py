@@ -210,7 +210,7 @@ def test_present_is_what_is_neither_absent_nor_the_zero_page(
 
 def test_of_a_process_that_ended_nothing_is_present() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ready = {"swap": 1, "tracking": 1, "zero_checksum": 0}
+    ready = {"swap": 1, "tracking": 1, "zero_checksum": 0, "unnamed": 0}
     with theirs, contextlib.closing(AgentAddressSpace(ours, 1 << 30, MergeDomain(1000), "ended", ready)) as space:
         assert len(space.present(0, 100)) == 0
 

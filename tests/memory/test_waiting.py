@@ -107,7 +107,7 @@ def test_a_descriptor_that_would_block_whoever_closes_it_blocks_nobody(make: Mak
 def test_nobody_waits_long_for_a_break_of_more_pages_than_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("samepage.memory.agent.memory_of", lambda pid: 4000)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ready = {"swap": 1, "tracking": 1, "zero_checksum": 0}
+    ready = {"swap": 1, "tracking": 1, "zero_checksum": 0, "unnamed": 0}
     space = AgentAddressSpace(ours, os.getpid(), MergeDomain(0), "guest", ready, identify(os.getpid()))
     space.hurry = 0.1
     began = time.monotonic()

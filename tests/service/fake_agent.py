@@ -66,7 +66,7 @@ class FakeAgent:
         self.sock.send(self.hello())
         welcome = wire.recv(self.sock)
         zero = self.checksum(np.zeros(PAGE_SIZE, np.uint8))
-        wire.send(self.sock, Op.READY, 0, wire.pack(wire.READY, wire.Swap.MOVE, 1, zero))
+        wire.send(self.sock, Op.READY, 0, wire.pack(wire.READY, wire.Swap.MOVE, 1, zero, 0, 0))
         return welcome
 
     def serve(self) -> None:

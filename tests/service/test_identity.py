@@ -280,7 +280,7 @@ def test_a_process_that_ends_has_not_changed_who_it_is(monkeypatch: pytest.Monke
     """The kernel tells nobody the user namespace of a process that has just ended."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    ready = {"swap": 0, "tracking": 1, "zero_checksum": 0}
+    ready = {"swap": 0, "tracking": 1, "zero_checksum": 0, "unnamed": 0}
     space = AgentAddressSpace(ours, child.pid, MergeDomain(0), "ended", ready, identify(child.pid))
     try:
         child.kill()

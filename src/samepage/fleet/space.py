@@ -173,6 +173,9 @@ class RecordedAddressSpace:
         if not self.alive:
             raise AddressSpaceGone("exited", ended=True)
 
+    def stirring(self) -> None:
+        return None
+
     def is_there(self) -> bool:
         return self.alive
 

@@ -167,6 +167,7 @@ class Domain(Refs):
     def end_pass(self, passes: int) -> None:
         """End a pass: pages that were new one pass ago and have not changed since become candidates, and so do deferred
         ones that are due."""
+        self._keep_those_left_out()
         self.candidates.extend(self.changed_before)
         self.candidates.extend(self.deferred.due(passes))
         self._set_skipped_aside(passes)
@@ -179,6 +180,22 @@ class Domain(Refs):
         """Go back to the pass before; or, the second time, return to this one."""
         self.changed_now, self.changed_before = self.changed_before, self.changed_now
         self.parity ^= 1
+
+    def _keep_those_left_out(self) -> None:
+        """Whether pages of a process that was left out stayed the same is not known: they count as changed now."""
+        out = [slot for slot in self.slots if slot.is_left_out]
+        if not out:
+            return
+        parts, self.changed_before = self.changed_before, []
+        for part in parts:
+            refs = np.sort(part[CANDIDATE[self.state[part]]])
+            late = np.zeros(len(refs), np.bool_)
+            for slot, at in self.by_slot(refs).items():
+                late[at] = slot.is_left_out
+            late &= IS_VOLATILE[self.state[refs]]
+            self.set_states(refs[late], VOLATILE[self.parity])
+            self.changed_now.append(refs[late])
+            self.changed_before.append(refs[~late])
 
     def _set_skipped_aside(self, passes: int) -> None:
         """Pages that changed in this pass and are not looked at in the next one wait for the look that shows whether

@@ -265,7 +265,7 @@ class Ksmd:
         """Make a new snapshot, for readers that must not wait."""
         domains, slots = self.mm_list.domains(), self.mm_list.everybody()
         self._urgent = any(domain.candidates and not domain.patience.is_spent for domain in domains)
-        self._urgent |= any(not slot.passes and not slot.is_put_off for slot in slots)
+        self._urgent |= any(not slot.passes and not slot.is_put_off and not slot.is_left_out for slot in slots)
         rows = tuple(show.domain_row(domain) for domain in domains)
         counters = Counters(
             run=self._knobs.run,

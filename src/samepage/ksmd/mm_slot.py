@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from samepage.arrays import Ints
 from samepage.ksmd.age import Ages
+from samepage.ksmd.motion import Motion
 from samepage.ksmd.patience import A_MOMENT, Patience
 from samepage.ksmd.pieces import Pieces, Stretches
 from samepage.ksmd.rmap import HAS_CHECKSUM, PageState
@@ -88,6 +89,8 @@ class MmSlot:
         self.pieces = Pieces()  # of pages in areas only
         self.ages = Ages()
         self.counts: Ints = np.zeros(NSTATES, np.int64)  # pages by PageState
+        self.motion: Motion | None = None
+        self.is_left_out = space.stirring() is not None  # of this pass: it fills its memory
         self.passes = 0  # times all its areas were looked at
         self.stirred = False  # in this pass something of it was found changed
         self._still = 0  # passes for which its merged pages are taken to be so still

@@ -20,6 +20,7 @@ from samepage.ksmd.look import Look, Seen, heard, ingest, look
 from samepage.ksmd.merge_work import MergeWork
 from samepage.ksmd.mm_list import MmList
 from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.motion import Motion
 from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.unmerge import free_sparse_segments, retry_pending
 from samepage.memory import AddressSpaceGone, AddressSpaceSilent, ScanFlag
@@ -97,14 +98,19 @@ class Passes:
         return total.hashed
 
     def _begin(self) -> None:
-        mm_list = self.mm_list
-        newcomers = [] if self.advisor.is_due(self.clock()) else self._newcomers()
+        mm_list, is_due = self.mm_list, self.advisor.is_due(self.clock())
+        newcomers = [] if is_due else self._newcomers()
         self._belated = bool(newcomers)
         if newcomers:
             mm_list.cursor = {slot: mm_list.carried.pop(slot, 0) for slot in newcomers}
             mm_list.in_pass = True
             return
-        slots = mm_list.for_a_pass()
+        taking_part = mm_list.for_a_pass()
+        if not is_due and any(slot.is_left_out and not slot.passes for slot in taking_part):
+            return  # they are why ksmd was called
+        slots = [slot for slot in taking_part if self._is_due(slot)]
+        if taking_part and not slots:
+            self.advisor.pass_over(self.clock(), quiet=True)
         slots.sort(key=lambda slot: slot.passes > 0)  # the new ones first; they are not made to wait
         for slot in slots:
             if slot not in mm_list.carried:
@@ -119,6 +125,7 @@ class Passes:
         """Who was never looked at, and whose turn it is: they are looked at alone while looks at all are not due. So
         what a process costs that comes and goes does not grow with the number of the others."""
         slots = [slot for slot in self.mm_list.for_a_pass() if not slot.passes and not slot.is_put_off]
+        slots = [slot for slot in slots if self._is_due(slot)]
         if self._others_had_their_turn():
             slots = [slot for slot in slots if not slot.domain.is_foreign]
         return slots
@@ -137,9 +144,24 @@ class Passes:
                 domain.turn_back()
 
     def _put_off(self) -> None:
-        """A process that is silent, or kept ksmd waiting for too long, is not asked in this pass."""
-        for slot in [s for s in self.mm_list.cursor if s.is_put_off]:
+        """Who is silent, or kept ksmd waiting for too long, is not asked in this pass, nor is a process that joined
+        while it went on and fills its memory."""
+        for slot in [s for s in self.mm_list.cursor if s.is_put_off or (s.is_left_out and not self._is_due(s))]:
             del self.mm_list.cursor[slot]
+
+    def _is_due(self, slot: MmSlot) -> bool:
+        """Whether to look at a process in this pass, or to leave it out because it fills its memory."""
+        stirring = None
+        if self.knobs.advisor_mode == "cpu":
+            stirring = slot.space.stirring()
+        slot.is_left_out = False
+        if stirring is not None:
+            now, (faults, pages) = self.clock(), stirring
+            slot.motion = slot.motion or Motion(now)
+            slot.is_left_out = not slot.motion.is_due(now, faults, pages, self.knobs.cpu_share)
+            if not slot.is_left_out:
+                slot.motion.looked_at(now, faults)
+        return not slot.is_left_out
 
     def _steps(self, budget: int) -> Seen:
         mm_list, total = self.mm_list, Seen()
@@ -197,7 +219,7 @@ class Passes:
 
     def _end(self) -> None:
         self.mm_list.in_pass = False
-        self.seqnr += 1
+        self.seqnr += not any(slot.is_left_out for slot in self.mm_list.slots())
         self.work.passes += 1
         candidates = sum(slot.with_checksum for slot in self.mm_list.slots())
         self.pages_skipped += max(0, candidates - self._hashed)

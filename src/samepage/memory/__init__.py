@@ -268,6 +268,11 @@ class AddressSpace(Protocol):
         """This process's checksum of a page of zeros."""
         ...
 
+    def stirring(self) -> tuple[int, int] | None:
+        """How many page faults it had so far, and how many pages it has, if memory that nobody named is merged. None:
+        only what was named is, or it is not known. The process itself is not asked."""
+        ...
+
     def is_there(self) -> bool:
         """Whether the process has not ended or executed another program, though it may not answer. It is not asked."""
         ...

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,7 @@ class AgentAddressSpace(Conversation):
         self.tracking = bool(ready["tracking"])
         """Whether it knows which pages were written since the last scan."""
         self.zero_checksum = ready["zero_checksum"]
+        self._unnamed = bool(ready["unnamed"])
         self._has: weakref.WeakSet[MemfdSegment] = weakref.WeakSet()  # segments that it made, or was given
 
     @classmethod
@@ -127,6 +129,15 @@ class AgentAddressSpace(Conversation):
             raise self.lost(ENDED) from e
         self.verify()
         return kib * 1024 // PAGE_SIZE
+
+    def stirring(self) -> tuple[int, int] | None:
+        if not self._unnamed:
+            return None
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            return None
+        return int(fields[7]), int(fields[21])
 
     def areas(self) -> Areas:
         """As the protocol says. A process with many areas may change them all the time: when the list changed between

@@ -73,6 +73,8 @@ class SimulatedProcess(SimulatedMemory):
         super().__init__(machine, pid, **how)
         self.script: Script | None = None
         self.calls: list[str] = []
+        self.stirred: tuple[int, int] | None = None
+        """What `stirring` says."""
         self.elsewhere = ""
         """What `misplaced` says."""
 
@@ -91,6 +93,9 @@ class SimulatedProcess(SimulatedMemory):
 
     def verify(self) -> None:
         self._called("verify")
+
+    def stirring(self) -> tuple[int, int] | None:
+        return self.stirred
 
     def misplaced(self) -> str:
         return self.elsewhere

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from samepage.memory import AREA, EXTENT, RUN, STALLS_US
 
 MAGIC = 0x45504D53
-VERSION = 7
+VERSION = 8
 MSG_MAX = 128 << 10
 """Bytes of the largest packet, header included."""
 
@@ -86,7 +86,7 @@ HELLO = np.dtype(
 WELCOME = np.dtype(
     [("version", "<u4"), ("flags", "<u4"), ("reserve", "<u8"), ("section", "<u4"), ("use_swap", "<u4")],
 )
-READY = np.dtype([("swap", "<u4"), ("tracking", "<u4"), ("zero_checksum", "<u8")])
+READY = np.dtype([("swap", "<u4"), ("tracking", "<u4"), ("zero_checksum", "<u8"), ("unnamed", "<u4"), ("pad", "<u4")])
 AREAS = np.dtype([("seq", "<u8"), ("next_vpn", "<u8"), ("merge_any", "<u4"), ("pad", "<u4")])
 SCAN = np.dtype([("vpn", "<u8"), ("budget", "<u8"), ("end", "<u8"), ("flags", "<u4"), ("pad", "<u4")])
 STALLS = np.dtype([("ns", "<u8"), ("count", "<u4", len(STALLS_US) + 1)])

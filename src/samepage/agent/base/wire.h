@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define SP_MAGIC 0x45504d53u /* "SMPE" */
-#define SP_VERSION 7u
+#define SP_VERSION 8u
 #define SP_MSG_MAX (128u << 10)
 
 enum sp_op {
@@ -86,6 +86,8 @@ struct sp_ready {
 	uint32_t swap;	   /* enum sp_swap */
 	uint32_t tracking; /* 1: PAGEMAP_SCAN tells which pages were written; 0: every scan hashes everything */
 	uint64_t zero_checksum;
+	uint32_t unnamed; /* 1: memory that the program maps itself is mergeable (merge_mapped) */
+	uint32_t pad;
 };
 
 struct sp_area {

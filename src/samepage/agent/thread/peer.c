@@ -4,6 +4,7 @@
  * service goes and comes back. Its descriptors are in a file table of its own (thread.c).
  */
 #include "thread/peer.h"
+#include "base/area.h"
 #include "base/lock.h"
 #include "base/planes.h"
 #include "base/real.h"
@@ -150,7 +151,7 @@ static bool finish_handshake(void)
 		kernel_close();
 	if (dev >= 0)
 		close(dev);
-	*ready = (struct sp_ready){kernel.swap, kernel.tracking, page_checksum(zero_page)};
+	*ready = (struct sp_ready){kernel.swap, kernel.tracking, page_checksum(zero_page), merge_mapped, 0};
 	if (!transmit(SP_READY, 0, 0, sizeof(*ready), -1))
 		return false;
 	atomic_store(&peer.joined, true);

@@ -1,0 +1,54 @@
+"""Whether a process is filling its memory, so that it is too early to look at it.
+
+Programs build what they work on, and collect garbage, in memory that they map themselves. As long as pages arrive, most
+looks are in vain: the page is written again, or is gone, and a short job ends before anything is merged. So memory that
+nobody named (`samepage run --memory`) is looked at once the process has come to rest for as long as it was in motion,
+but for a second at most. A process that never rests is looked at when that takes no more than its share of the time.
+
+Large allocations and MADV_MERGEABLE are like a request: they are looked at without waiting.
+"""
+
+from __future__ import annotations
+
+PAGE_SECONDS = 3e-6
+"""What a look costs for each page that was written since the last, the fault at the next write included."""
+
+REST_LEAST, REST_MOST = 0.1, 1.0
+"""The shortest and the longest rest to wait for, in seconds."""
+
+MOST_SECONDS = 30.0
+"""The longest time between two looks at a process that is always in motion."""
+
+INTERVAL = 0.01
+"""The shortest time by which to tell how fast pages arrive."""
+
+
+class Motion:
+    """What is known of the page faults of one process. `now` is in seconds, of the clock given to `Ksmd`."""
+
+    def __init__(self, now: float) -> None:
+        self._looked, self._at_look = now, 0  # when it was last looked at, and its faults by then
+        self._asked, self._faults = now, -1  # the same, when it was last asked for; -1: not yet
+        self._began = self._moved = now  # when it began to move, and when it was last seen to
+
+    def is_due(self, now: float, faults: int, pages: int, share: float) -> bool:
+        """Whether to look at it. It had so many `faults` so far and has so many `pages`; `share` of the time may be
+        spent on it."""
+        if self._faults < 0:
+            self._faults = faults
+        elif now - self._asked >= INTERVAL:
+            if (faults - self._faults) * PAGE_SECONDS > (now - self._asked) * share:
+                if self._is_at_rest(self._asked):
+                    self._began = self._asked
+                self._moved = now
+            self._asked, self._faults = now, faults
+        cost = min(faults - self._at_look, pages) * PAGE_SECONDS
+        waited = now - self._looked
+        return self._is_at_rest(now) or cost <= waited * share or waited >= MOST_SECONDS
+
+    def _is_at_rest(self, now: float) -> bool:
+        return now - self._moved >= min(max(self._moved - self._began, REST_LEAST), REST_MOST)
+
+    def looked_at(self, now: float, faults: int) -> None:
+        """Note that it is looked at now."""
+        self._looked, self._at_look = now, faults

@@ -1,0 +1,123 @@
+"""A process that fills memory which nobody named is looked at when it has come to rest."""
+
+from __future__ import annotations
+
+import pytest
+
+from samepage.ksmd import Ksmd
+from samepage.ksmd.motion import MOST_SECONDS, PAGE_SECONDS, Motion
+from samepage.memory.simulated import SimulatedAddressSpace
+from samepage.memory.simulated_memory import SimulatedMachine
+from tests.ksmd.simulation import SAME, Clock, new_ksmd, process
+
+SHARE = 0.02
+MANY = 100_000
+"""Page faults a second, of a program that fills memory as fast as it can."""
+START = 5000
+"""Page faults until it joins."""
+
+
+def faults(clock: Clock) -> int:
+    return START + int((clock.now - 100) * MANY)
+
+
+def wait_until_due(motion: Motion, clock: Clock, before: int, pages: int, rate: int) -> float:
+    """Seconds until the process is looked at, if it has so many page faults a second."""
+    began = clock.now
+    while not motion.is_due(clock.now, before + int((clock.now - began) * rate), pages, SHARE):
+        clock.now += 0.02
+    return clock.now - began
+
+
+@pytest.mark.parametrize(("moved", "rests"), [(0.02, 0.1), (0.5, 0.5), (5.0, 1.0)])
+def test_a_process_rests_for_as_long_as_it_was_in_motion_but_no_longer_than_a_second(
+    moved: float, rests: float
+) -> None:
+    clock = Clock()
+    motion, ends = Motion(clock.now), clock.now + moved
+    while clock.now < ends:
+        assert not motion.is_due(clock.now, faults(clock), 1 << 30, SHARE)
+        clock.now += 0.02
+    assert wait_until_due(motion, clock, faults(clock), 1 << 30, 0) == pytest.approx(rests, abs=0.05)
+
+
+def test_a_process_that_never_rests_is_looked_at_for_its_share_of_the_time() -> None:
+    clock = Clock()
+    waited = wait_until_due(Motion(clock.now), clock, START, 10_000, MANY)
+    assert waited == pytest.approx(10_000 * PAGE_SECONDS / SHARE, rel=0.05)
+
+
+def test_a_large_process_that_never_rests_is_looked_at_all_the_same() -> None:
+    clock = Clock()
+    assert wait_until_due(Motion(clock.now), clock, START, 1 << 30, MANY) == pytest.approx(MOST_SECONDS, abs=0.05)
+
+
+def run_for(ksmd: Ksmd, clock: Clock, seconds: float, *movers: SimulatedAddressSpace) -> int:
+    """Call ksmd whenever it wants to be. Returns how often that was."""
+    ends, calls = clock.now + seconds, 0
+    while clock.now + (wait := ksmd.next_wait()) < ends:
+        clock.now += max(wait, 0.001)
+        for space in movers:
+            space.stirred = int(clock.now * MANY), 1 << 30
+        ksmd.do_scan()
+        calls += 1
+    clock.now = ends
+    return calls
+
+
+def filling(machine: SimulatedMachine, pid: int) -> SimulatedAddressSpace:
+    space = process(machine, pid, list(SAME))
+    space.stirred = int(100 * MANY), 1 << 30
+    return space
+
+
+def test_nothing_is_asked_of_a_process_while_it_fills_its_memory_and_ksmd_sleeps_meanwhile() -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    spaces = [filling(machine, pid) for pid in (100, 101)]
+    for space in spaces:
+        ksmd.enter(space)
+    assert run_for(ksmd, clock, 3.0, *spaces) < 12
+    assert not any(space.pages_hashed for space in spaces)
+    assert not ksmd.counters().full_scans
+    run_for(ksmd, clock, 4.0)
+    assert ksmd.counters().pages_sharing == len(SAME)
+    assert ksmd.counters().full_scans >= 2
+
+
+def test_a_process_that_fills_its_memory_keeps_no_other_from_being_merged() -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    mover, others = filling(machine, 100), [process(machine, pid, list(SAME)) for pid in (101, 102)]
+    for space in (mover, *others):
+        ksmd.enter(space)
+    run_for(ksmd, clock, 1.0, mover)
+    assert not mover.pages_hashed
+    assert ksmd.counters().pages_sharing == len(SAME)
+
+
+def test_a_pass_that_left_a_process_out_says_nothing_of_its_pages() -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    spaces = [filling(machine, 100), process(machine, 101, list(SAME))]
+    for space in spaces:
+        ksmd.enter(space)
+    while not spaces[0].pages_hashed:  # it rests, and is seen once
+        run_for(ksmd, clock, 0.1)
+    full_scans = ksmd.counters().full_scans
+    spaces[0].write(1000, *range(1001, 1051))
+    spaces[0].calls.clear()
+    run_for(ksmd, clock, 3.0, spaces[0])
+    assert not {"scan", "merge", "donate"} & set(spaces[0].calls)
+    assert ksmd.counters().full_scans <= full_scans + 1
+
+
+@pytest.mark.parametrize("mode", ["none", "scan-time"])
+def test_ksmd_leaves_nobody_out_if_it_is_told_how_much_to_look_at(mode: str) -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    ksmd.set("advisor_mode", mode)
+    space = filling(machine, 100)
+    ksmd.enter(space)
+    run_for(ksmd, clock, 1.0, space)
+    assert space.pages_hashed
