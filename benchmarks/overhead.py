@@ -1,0 +1,135 @@
+"""What programs that share nothing pay for samepage.
+
+    python -m benchmarks.overhead                          # the table
+    python -m benchmarks.overhead --rounds 9 --only node,gcc --memory mapped --json build/overhead.json
+
+Each job runs bare, and under a daemon with each `--memory`, in turn, `--rounds` times. Time is that of the whole job,
+from its start to its end; CPU that of all its processes, agents included, and of the daemon. Both are against the bare
+run of the same round; the table has the medians, and half of the distance between their quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.applications import Application
+from benchmarks.apps import MEMORY
+from benchmarks.bench.meters import process_cpu
+from benchmarks.jobs import JOBS
+from benchmarks.processes import environment
+from samepage import agent
+
+BARE = "bare"
+Run = tuple[float, float]
+"""Seconds, and of CPU."""
+
+
+class Daemon:
+    """`samepage daemon`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "socket")
+        command = [sys.executable, "-m", "samepage", "daemon", "--socket", self.path]
+        self._process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        assert "listening" in self._process.stdout.readline()
+
+    def cpu(self) -> float:
+        return process_cpu(self._process.pid)
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+
+def _run(job: Application, folder: Path, how: str, daemon: Daemon) -> Run:
+    more = {"PYTHON": sys.executable}
+    if how != BARE:
+        more |= {"LD_PRELOAD": str(agent.library_path()), "SAMEPAGE_SOCKET": daemon.path, "SAMEPAGE_MEMORY": how}
+    before, began = daemon.cpu(), time.monotonic()
+    # The agent is for the job, not for the shell that begins it.
+    prefix = ["env", *(f"{name}={value}" for name, value in more.items())]
+    process = subprocess.Popen(
+        [*prefix, "sh", "-c", job.command], cwd=folder, env=environment(), stdout=subprocess.DEVNULL
+    )
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds, cpu = time.monotonic() - began, used.ru_utime + used.ru_stime
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, job.command)
+    return seconds, cpu + (daemon.cpu() - before if how != BARE else 0.0)
+
+
+def _measure(job: Application, rounds: int, memories: list[str]) -> dict[str, list[Run]]:
+    ways = [BARE, *memories]
+    runs: dict[str, list[Run]] = {how: [] for how in ways}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        folder.chmod(0o755)  # for jobs of other users
+        daemon = Daemon(folder)
+        work = folder / "work"
+        work.mkdir()
+        try:
+            subprocess.run(
+                ["sh", "-e", "-c", job.prepare], cwd=work, env=environment(), check=True, stderr=subprocess.DEVNULL
+            )
+            _run(job, work, BARE, daemon)  # what it reads is then in the page cache
+            for turn in range(rounds):
+                for how in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
+                    runs[how].append(_run(job, work, how, daemon))
+        finally:
+            daemon.end()
+    return runs
+
+
+def _more(runs: dict[str, list[Run]], how: str, which: int) -> tuple[float, float]:
+    """How much more than bare: the median, and half of the distance between the quartiles."""
+    ratios = [run[which] / bare[which] - 1 for bare, run in zip(runs[BARE], runs[how], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return median, (high - low) / 2
+
+
+def _cells(runs: dict[str, list[Run]], how: str) -> list[str]:
+    return ["{:+.1%} ± {:.1%}".format(*_more(runs, how, which)) for which in (0, 1)]
+
+
+def _line(cells: list[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="names or parts of names, separated by commas")
+    parser.add_argument("--memory", default=",".join(MEMORY), help="which to measure, separated by commas")
+    parser.add_argument("--json", type=Path, help="where all that was measured goes")
+    args = parser.parse_args()
+    memories = args.memory.split(",")
+    wanted = [part.lower() for part in args.only.split(",")]
+    rows: dict[str, Any] = {}
+    _line(["", "bare: s, of CPU", *(f"`{how}`: {what}" for how in memories for what in ("time", "CPU"))])
+    _line(["---"] * (2 + 2 * len(memories)))
+    for job in JOBS:
+        if not any(part in job.name.lower() for part in wanted):
+            continue
+        if missing := job.missing():
+            _line([job.name, f"not run: {missing} is not installed", *[""] * (2 * len(memories))])
+            continue
+        runs = rows[job.name] = _measure(job, args.rounds, memories)
+        bare = ", ".join(f"{statistics.median(run[which] for run in runs[BARE]):.2f}" for which in (0, 1))
+        _line([job.name, bare, *(cell for how in memories for cell in _cells(runs, how))])
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
