@@ -2,8 +2,8 @@
 /*
  * The kernel's calls that change mappings, and those that all others go through.
  *
- * They are in a table so that tests can replace them (tests/agent/faults.c). The table is filled before any code runs,
- * and only tests change it.
+ * They are in a table so that tests can replace them (tests/agent/faults.c). The table is filled before any code runs.
+ * Besides tests only hooks/watched.c changes it, when the agent is gone.
  */
 #ifndef SAMEPAGE_BASE_REAL_H
 #define SAMEPAGE_BASE_REAL_H

@@ -7,6 +7,7 @@
  * blocks.c decides where large blocks come from and what becomes of them when they are free. They start on a page
  * boundary, within bounds that only ever widen; so for nearly every small block free() costs two comparisons.
  */
+#include "base/real.h"
 #include "hooks/hooks.h"
 #include "pages/pages.h"
 
@@ -23,6 +24,11 @@ static struct bounds block_bounds = {.low = UINTPTR_MAX};
 static struct bounds advised_bounds = {.low = UINTPTR_MAX};
 
 static _Atomic size_t min_alloc = SIZE_MAX;
+
+void alloc_disable(void)
+{
+	min_alloc = SIZE_MAX;
+}
 
 bool alloc_enabled(void)
 {
@@ -134,6 +140,9 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	uintptr_t start;
 	sigset_t saved;
 
+	heed_watchers();
+	if (!alloc_enabled())
+		return NULL;
 	mmap_lock(&saved);
 	do
 		start = block_new(len, align, &dirty);
@@ -173,14 +182,22 @@ bool large_free(void *p)
 {
 	struct block *b;
 	sigset_t saved;
+	size_t len = 0;
 
 	if (!maybe_ours(p))
 		return false;
+	heed_watchers();
 	mmap_lock(&saved);
 	b = block_at(p);
-	if (b)
+	if (b && watched) {
+		len = block_length(b);
+		blocks_forget((uintptr_t)p, (uintptr_t)p + len);
+	} else if (b) {
 		block_free(b);
+	}
 	mmap_unlock(&saved);
+	if (len)
+		real.munmap(p, len); /* not under the lock: somebody listens, and may free memory himself */
 	return b;
 }
 

@@ -102,6 +102,8 @@ SP_EXPORT int samepage_register(void *addr, size_t len)
 
 	if (!len || (start | len) & (PAGE_SIZE - 1))
 		return -EINVAL;
+	if (watched)
+		return -EPERM;
 	mmap_lock(&saved);
 	err = check_mergeable(start, end);
 	if (!err)

@@ -100,6 +100,9 @@ void *sp_shmat(int id, const void *addr, int flags)
 	sigset_t saved;
 	void *p;
 
+	heed_watchers();
+	if (watched)
+		return next.shmat(id, addr, flags);
 	if (no_areas() || real.syscall(SYS_shmctl, id, IPC_STAT, &segment))
 		return (void *)real.syscall(SYS_shmat, id, addr, flags);
 	mmap_lock(&saved);

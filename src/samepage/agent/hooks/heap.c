@@ -25,7 +25,7 @@ _Atomic uintptr_t heap_next_pin = HEAP_NEVER;
 static uintptr_t pinned; /* needs the lock: below that all of the heap is */
 
 /* As libc has it. Whoever stands in front of that need not keep blocks where they are. */
-static bool is_libcs(void *function)
+bool is_libcs(void *function)
 {
 	int (*dladdr)(const void *, Dl_info *) = NULL;
 	void *version = dlsym(RTLD_NEXT, "gnu_get_libc_version");

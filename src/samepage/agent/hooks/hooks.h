@@ -45,11 +45,33 @@ static inline bool no_areas(void)
 	return !atomic_load_explicit(&nr_areas, memory_order_relaxed);
 }
 
+/* ---- watched.c ---- */
+
+#define LIBC_CODE_WORDS 2
+
+extern _Atomic bool watched;		    /* the program hears of its unmaps by libc's code: the agent is gone */
+extern uint64_t libc_code[LIBC_CODE_WORDS]; /* how munmap() began when the agent was loaded */
+void watched_init(void);
+void leave_to_watchers(void);
+
+/* Call it first, without the lock, in whatever changes mappings. */
+static inline void heed_watchers(void)
+{
+	const uint64_t *now;
+
+	need_next();
+	now = (const uint64_t *)(void *)next.munmap;
+	if (__builtin_expect(now && (now[0] != libc_code[0] || now[1] != libc_code[1]), 0) &&
+	    !atomic_load_explicit(&watched, memory_order_relaxed))
+		leave_to_watchers();
+}
+
 /* ---- alloc.c ---- */
 
 /* From now on malloc serves blocks of `bytes` and more from mappings of its own. */
 void alloc_enable(size_t bytes);
 bool alloc_enabled(void);
+void alloc_disable(void);
 /* A block of ours, also in a process whose malloc is not ours. NULL: leave it to the real allocator. */
 void *large_alloc(size_t size, bool zeroed);
 size_t large_length(const void *p); /* 0: the block is not ours */
@@ -95,6 +117,7 @@ void blocks_set(int param, size_t value);
 void heap_enable(void);
 /* Before a seccomp filter is installed, which may allow malloc no system call any more. */
 void heap_leave(void);
+bool is_libcs(void *function);
 /* The heap grew far enough beyond what is known to stay: `p`, of `size` bytes, which libc's malloc or calloc just returned, becomes a
  * pin. Returns the block that the program gets in its place. */
 void *heap_pin(void *p, size_t size, bool zeroed);

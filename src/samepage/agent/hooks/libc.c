@@ -25,6 +25,10 @@ static const struct {
 	{&next.malloc_usable_size, "malloc_usable_size"},
 	{&next.malloc_trim, "malloc_trim"},
 	{&next.mallopt, "mallopt"},
+	{&next.mmap, "mmap"},
+	{&next.munmap, "munmap"},
+	{&next.mremap, "mremap"},
+	{&next.madvise, "madvise"},
 	{&next.mlock, "mlock"},
 	{&next.munlock, "munlock"},
 	{&next.mlockall, "mlockall"},
@@ -35,6 +39,7 @@ static const struct {
 	{&next.unshare, "unshare"},
 	{&next.setns, "setns"},
 	{&next.register_atfork, "__register_atfork"},
+	{&next.shmat, "shmat"},
 	{&next.brk, "brk"},
 	{&next.sbrk, "sbrk"},
 	{&next.syscall, "syscall"},
@@ -79,6 +84,7 @@ void next_init(void)
 	}
 	arch_init();
 	look_up();
+	watched_init();
 	atomic_store_explicit(&next_ready, true, memory_order_release);
 	fork_init();
 }

@@ -30,6 +30,10 @@ extern struct next {
 	size_t (*malloc_usable_size)(void *);
 	int (*malloc_trim)(size_t);
 	int (*mallopt)(int, int);
+	void *(*mmap)(void *, size_t, int, int, int, off_t);
+	int (*munmap)(void *, size_t);
+	void *(*mremap)(void *, size_t, size_t, int, ...);
+	int (*madvise)(void *, size_t, int);
 	int (*mlock)(const void *, size_t);
 	int (*munlock)(const void *, size_t);
 	int (*mlockall)(int);
@@ -41,6 +45,7 @@ extern struct next {
 	int (*prctl)(int, ...);
 	int (*ioctl)(int, unsigned long, ...);
 	long (*syscall)(long, ...);
+	void *(*shmat)(int, const void *, int);
 	int (*brk)(void *);
 	void *(*sbrk)(intptr_t);
 	/* What pthread_atfork() calls. We wrap it so that our handlers are registered first. */

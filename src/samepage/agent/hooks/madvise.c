@@ -280,7 +280,7 @@ int sp_madvise(void *addr, size_t len, int advice)
 	sigset_t saved;
 	int ret;
 
-	need_next();
+	heed_watchers();
 	merging = merging && (agent_configured() || !no_areas());
 	if (merging && nonsense) {
 		errno = EINVAL;

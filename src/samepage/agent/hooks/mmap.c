@@ -77,7 +77,7 @@ static void *map(void *addr, size_t len, int prot, int flags, int fd, off_t offs
 	sigset_t saved;
 	void *p;
 
-	need_next();
+	heed_watchers();
 	own = mapped_flags(flags);
 	if (!own && no_areas())
 		return real.mmap(addr, len, prot, flags, fd, offset);
@@ -118,6 +118,7 @@ static int unmap(void *addr, size_t len)
 	sigset_t saved;
 	int ret;
 
+	heed_watchers();
 	if (no_areas())
 		return real.munmap(addr, len);
 	mmap_lock(&saved);

@@ -344,6 +344,7 @@ void *sp_mremap(void *addr, size_t old_len, size_t new_len, int flags, void *new
 {
 	void *p;
 
+	heed_watchers();
 	if (no_areas())
 		return real.mremap(addr, old_len, new_len, flags, new_addr);
 	p = remap_locked(addr, old_len, new_len, flags, new_addr);

@@ -47,6 +47,11 @@ void agent_configure(const char *path, const char *domain)
 	note_page_size();
 }
 
+void agent_unconfigure(void)
+{
+	peer.path[0] = '\0';
+}
+
 bool agent_configured(void)
 {
 	return peer.path[0] || atomic_load(&thread.state) == RUNNING;

@@ -30,7 +30,8 @@ void agent_return(bool left);
 /* Sets the service to join ($SAMEPAGE_SOCKET), and the merge domain to ask it for ($SAMEPAGE_DOMAIN). Called by the
  * constructor. */
 void agent_configure(const char *path, const char *domain);
-bool agent_configured(void); /* there is a service to join, or one was attached */
+void agent_unconfigure(void); /* for good */
+bool agent_configured(void);  /* there is a service to join, or one was attached */
 
 /* Breaks merged pages as break_ksm() does: on the agent thread, or on this one if there is none. */
 void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out);
