@@ -7,6 +7,8 @@ import errno
 import os
 import queue
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -293,3 +295,41 @@ def test_a_service_that_goes_before_it_answers_is_a_clear_error(path: str) -> No
         with pytest.raises(ControlError, match="ended before it answered") as raised:
             client.ask("get")
     assert not isinstance(raised.value, BrokenPipeError)  # which would mean our own output
+
+
+def late(path: str, monkeypatch: pytest.MonkeyPatch, waits: float) -> Any:
+    """What a client with half a second of patience gets from a service that answers after two, and that waited for a
+    CPU for a part `waits` of the time."""
+    began, real = time.monotonic(), control.answers
+
+    def slow(*arguments: Any) -> Iterator[dict[str, Any]]:
+        time.sleep(2)
+        yield from real(*arguments)
+
+    monkeypatch.setattr(control, "answers", slow)
+    monkeypatch.setattr(control, "waited_for_cpu", lambda pid: (time.monotonic() - began) * waits)
+    with Client(path, timeout=0.5) as client:
+        return client.ask("stats")["counters"]
+
+
+def test_a_service_that_waits_for_a_cpu_is_waited_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert late(path, monkeypatch, 0.9) == {"pages_sharing": 5}
+
+
+def test_a_service_that_could_run_and_does_not_answer_is_a_clear_error(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ControlError, match="does not answer") as raised:
+        late(path, monkeypatch, 0.1)
+    assert raised.value.errno == errno.ETIMEDOUT
+
+
+def test_waiting_for_a_cpu_is_seen_from_outside() -> None:
+    core = str(min(os.sched_getaffinity(0)))
+    busy = "import time; end = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
+    command = ["nice", "-n", "19", "taskset", "-c", core, sys.executable, "-c", busy]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    time.sleep(0.9)
+    assert sum(control.waited_for_cpu(process.pid) for process in both) > 0.2
+    assert [process.wait() for process in both] == [0, 0]
+    assert control.waited_for_cpu(both[0].pid) == 0
