@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import subprocess
 import sys
@@ -264,3 +265,72 @@ def test_a_service_that_comes_later_is_joined_then(start: Start, path: str) -> N
             assert process.stdout.readline() == "merged\n", process.communicate()
         for process in both:
             ended(process)
+
+
+HEAR = """
+#include <stddef.h>
+static struct { char *start; size_t length; } heard[4096];
+static int nr;
+void hear(int type, void *event, void *nothing)
+{
+    if (nr < 4096)
+        heard[nr++] = *(__typeof__(heard[0]) *)event;
+}
+int was_heard(char *p)
+{
+    for (int i = 0; i < nr; i++)
+        if (p >= heard[i].start && p < heard[i].start + heard[i].length)
+            return 1;
+    return 0;
+}
+"""
+
+
+def test_ucx_hears_when_arrays_are_unmapped(start: Start, scanner: Scanner, path: str, tmp_path: Path) -> None:
+    program = """
+        import ctypes
+
+        hear = ctypes.CDLL(sys.argv[2])
+        samepage.attach(sys.argv[1])
+        early = table()
+        assert merged(7 << 20)
+        ctypes.CDLL("libucs.so.0", mode=ctypes.RTLD_GLOBAL)
+        assert not ctypes.CDLL("libucm.so.0").ucm_set_event_handler(1 << 17, 1000, hear.hear, None)
+        assert (early == table()).all()
+        late = np.ones(8 << 20)
+        addresses = [early.ctypes.data, late.ctypes.data]
+        del early, late
+        print([hear.was_heard(ctypes.c_void_p(address)) for address in addresses], in_files())
+    """
+    if not ctypes.util.find_library("ucm"):
+        pytest.skip("needs libucx0")
+    source, library = tmp_path / "hear.c", tmp_path / "hear.so"
+    source.write_text(HEAR)
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    other = start("samepage.attach(sys.argv[1]); keep = table(); sys.stdin.read()", path)
+    process = start(program, path, str(library))
+    out, errors = process.communicate(timeout=100)
+    assert (process.returncode, out) == (0, "[1, 1] 0\n"), errors
+    assert errors == "samepage: python watches its memory (MPI), and is left alone\n"
+    ended(other)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_who_becomes_another_user_keeps_its_bytes_and_is_merged_no_more(
+    start: Start, scanner: Scanner, path: str
+) -> None:
+    program = """
+        samepage.attach(sys.argv[1])
+        array, early = table(), table().tolist()
+        assert merged(7 << 20)
+        os.setuid(65534)
+        array[::7] += 1
+        later = table()
+        time.sleep(1)
+        assert (array[::7] == later[::7] + 1).all() and array[1::7].tolist() == early[1::7]
+        print(in_files() < 9 << 20, [t for t in os.listdir("/proc/self/task")
+              if "samepage" in open(f"/proc/self/task/{t}/comm").read()])
+    """
+    other = start("samepage.attach(sys.argv[1]); keep = table(); sys.stdin.read()", path)
+    assert ended(start(program, path)) == "True []\n"
+    ended(other)
