@@ -35,6 +35,9 @@ SECTION_PAGES = 16
 HUGE = 512
 """Pages of a huge page."""
 
+EXTENTS = 64
+"""In one request: what is asked for at once is counted when all of it is done, which a slow machine takes minutes for."""
+
 
 def look(space: AgentAddressSpace, tally: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
     """Pages written since the last look and their checksums."""
@@ -92,8 +95,9 @@ def merge_equal(spaces: list[AgentAddressSpace], tally: Counter[str], rng: rando
             found = kept[offsets] == sums
             offsets[sums == space.zero_checksum] = ZERO_PAGE
             found |= offsets == ZERO_PAGE
-            if found.any():
-                result = space.merge(donation.segment, extents_of(vpns[found], offsets[found]))
+            extents = extents_of(vpns[found], offsets[found]) if found.any() else np.empty(0, EXTENT)
+            for done in range(0, len(extents), EXTENTS):
+                result = space.merge(donation.segment, extents[done : done + EXTENTS])
                 counts = np.bincount(result.status, minlength=len(PageStatus))
                 tally.update({f"merge {status.name}": int(counts[status]) for status in PageStatus})
     finally:
