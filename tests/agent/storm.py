@@ -36,7 +36,7 @@ HUGE = 512
 """Pages of a huge page."""
 
 EXTENTS = 64
-"""In one request: what is asked for at once is counted when all of it is done, which a slow machine takes minutes for."""
+"""In one request: what is asked for at once is counted when all of it is done, which may take minutes."""
 
 
 def look(space: AgentAddressSpace, tally: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
