@@ -13,8 +13,8 @@ from samepage.agent import forbid_huge_pages
 from samepage.memory import RunKind, wire
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.handshake import Terms
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.wire import Flags
+from samepage.process.merge_domain import MergeDomain
 from tests.agent.preload import Preload
 
 HUGE = 512

@@ -26,7 +26,7 @@ import numpy as np
 from samepage.memory import AREA, EXTENT, ZERO_PAGE, AddressSpaceGone, PageStatus, RunKind, conversation, wire
 from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace
 from samepage.memory.handshake import Terms
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 
 SECTION_PAGES = 16
 """Pages in a critical section: 64 KiB, where the move conflicts with writers most."""

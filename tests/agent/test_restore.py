@@ -18,8 +18,8 @@ import pytest
 from samepage.memory import AREA, EXTENT, PageStatus, wire
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.handshake import Terms
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.wire import Swap
+from samepage.process.merge_domain import MergeDomain
 from tests.agent.asked import HUGE, Process
 from tests.agent.preload import Preload, compile_c
 

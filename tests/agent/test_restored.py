@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.oom import rows, samepage
 from benchmarks.processes import service, wait_until
-from samepage.memory.halt import agent_thread
+from samepage.process.halt import agent_thread
 from tests.agent.preload import ROOT, Preload, compile_c
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to trace and to restore")

@@ -33,9 +33,9 @@ from samepage.ksmd.rmap import RmapItems
 from samepage.ksmd.stable import StableTree
 from samepage.memory import AREA, EXTENT, PAGE_SIZE, RUN, STALLS_US, PageStatus, RunKind, wire
 from samepage.memory.agent import AgentAddressSpace
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.proof import expected
 from samepage.memory.wire import Op, Packet
+from samepage.process.merge_domain import MergeDomain
 from tests.service.fake_agent import BASE_VPN, NEVER, FakeAgent, sealed
 
 NPAGES = 96

@@ -26,9 +26,9 @@ from samepage.memory import (
 )
 from samepage.memory.check import AREA_PAGES_MAX
 from samepage.memory.conversation import TIMEOUT
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
+from samepage.process.merge_domain import MergeDomain
 from tests.ksmd.simulation import BASE, Clock, new_ksmd, passes, process, processes
 
 SAME = range(1, 51)

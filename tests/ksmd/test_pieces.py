@@ -20,9 +20,9 @@ from samepage.ksmd.quota import Quotas
 from samepage.ksmd.rmap import slices
 from samepage.memory import AREA, PAGE_SIZE, RUN, VPN_END, ScanFlag, ScanResult
 from samepage.memory.check import AREA_PAGES_MAX
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
+from samepage.process.merge_domain import MergeDomain
 from tests.ksmd.simulation import BASE, new_ksmd, passes
 
 PAGES = 200

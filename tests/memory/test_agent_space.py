@@ -34,9 +34,9 @@ from samepage.memory import agent as module
 from samepage.memory.agent import DONATE_MAX, RUNS_MAX, AgentAddressSpace
 from samepage.memory.extents import MERGE_MAX
 from samepage.memory.handshake import Terms
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op
+from samepage.process.merge_domain import MergeDomain
 from tests.service import fake_agent
 from tests.service.fake_agent import BASE_VPN, FakeAgent, some_pages
 

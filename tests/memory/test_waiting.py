@@ -25,8 +25,8 @@ from samepage.memory import (
 )
 from samepage.memory import agent as module
 from samepage.memory.agent import AgentAddressSpace
-from samepage.memory.identity import identify
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.identity import identify
+from samepage.process.merge_domain import MergeDomain
 from tests.memory.test_agent_space import Make, make, runs, short_timeout
 from tests.service import fake_agent
 from tests.service.fake_agent import BASE_VPN, FakeAgent

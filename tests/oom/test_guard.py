@@ -11,8 +11,8 @@ from benchmarks.oom import rows, samepage, wait_merged
 from benchmarks.processes import wait_until
 from samepage.ksmd import Ksmd
 from samepage.memory import PAGE_SIZE
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.simulated_memory import SimulatedMachine
+from samepage.process.merge_domain import MergeDomain
 from samepage.service.control import Client
 from tests.ksmd.simulation import new_ksmd, passes, process, processes
 from tests.oom.conftest import MIB, Start, needs_agent

@@ -20,8 +20,8 @@ import pytest
 
 from samepage.memory import PAGE_SIZE, AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
-from samepage.memory.identity import OWN_USERNS, identify
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.identity import OWN_USERNS, identify
+from samepage.process.merge_domain import MergeDomain
 from samepage.service.control import Client
 from tests.service import fake_agent
 from tests.service.fake_agent import FakeAgent
@@ -241,7 +241,7 @@ def test_the_number_of_a_process_that_has_ended_lets_nobody_join(
 ) -> None:
     """Who passed its connection on would let others into the user namespace of whoever has the number next."""
     if kernel == "does not tell":  # before Linux 6.5
-        monkeypatch.setattr("samepage.memory.identity.SO_PEERPIDFD", 9999)
+        monkeypatch.setattr("samepage.process.identity.SO_PEERPIDFD", 9999)
     with process(lambda: served(path)) as victim, inherited(path, 0) as (sock, other):
         until(lambda: victim in status(path))
         assert identify(other).userns == OWN_USERNS
@@ -285,7 +285,7 @@ def test_a_process_that_ends_has_not_changed_who_it_is(monkeypatch: pytest.Monke
     try:
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        monkeypatch.setattr("samepage.memory.identity._namespace", lambda kind, folder: 0)
+        monkeypatch.setattr("samepage.process.identity._namespace", lambda kind, folder: 0)
         with pytest.raises(AddressSpaceGone) as gone:
             space.verify()
         assert gone.value.ended

@@ -22,7 +22,7 @@ from samepage.ksmd.counters import DomainRow, Snapshot
 from samepage.memory import NO_STALLS, PAGE_SIZE, Stalls
 from samepage.memory.agent import memory_cgroup
 from samepage.memory.conversation import ENDED
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 from samepage.service import exposition, tally
 from samepage.service.exposition import Exposition
 from samepage.service.metrics import Metrics, left_alone, shares

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from samepage import agent
-from samepage.memory.identity import OWN_USERNS, Identity
-from samepage.memory.merge_domain import SEVERAL, MergeDomain
+from samepage.process.identity import OWN_USERNS, Identity
+from samepage.process.merge_domain import SEVERAL, MergeDomain
 from samepage.service.cgroups import Group, group_of
 from samepage.service.control import Client
 from samepage.service.policy import PolicyError, parse

@@ -18,9 +18,9 @@ import pytest
 
 from samepage.memory import AddressSpaceGone, wire
 from samepage.memory.agent import AgentAddressSpace
-from samepage.memory.halt import STOPPED
 from samepage.memory.handshake import Terms
-from samepage.memory.identity import identify
+from samepage.process.halt import STOPPED
+from samepage.process.identity import identify
 from tests.service.fake_agent import FakeAgent, some_pages
 from tests.service.test_server import folder, until
 

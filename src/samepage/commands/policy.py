@@ -51,7 +51,7 @@ class PolicyCommand:
 
 def _rows(policy: Policy, pids: list[int] | None) -> Iterator[dict[str, Any]]:
     """Where the processes belong that run now; not kernel threads."""
-    from samepage.memory.identity import identify
+    from samepage.process.identity import identify
     from samepage.service.cgroups import group_of
 
     for pid in pids or sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):

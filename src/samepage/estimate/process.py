@@ -35,6 +35,7 @@ from samepage.estimate.source import (
 )
 from samepage.memory import PAGE_SIZE, U64
 from samepage.memory.pagemap import PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_SWAPPED, regions
+from samepage.process.mappings import NOT_COMPATIBLE
 
 MIN_ALLOC = 1 << 20
 """Bytes of the smallest allocation that `samepage run` serves, unless told otherwise. What is smaller is libc's."""
@@ -50,9 +51,6 @@ its start (malloc/arena.c): the arena, the heap before, bytes used, bytes that m
 
 GUARD_MAX = 64 << 10
 """Bytes of the largest mapping without access that is taken for the guard below a thread's stack."""
-
-NOT_COMPATIBLE = frozenset({"sh", "ms", "io", "pf", "de", "mm", "ht", "dp"})
-"""VmFlags of mappings that KSM leaves alone: VM_SHARED, VM_MAYSHARE, VM_SPECIAL, VM_HUGETLB, VM_DROPPABLE."""
 
 _VMA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) ([0-9a-f]+) \S+ \d+ *(.*)")
 
@@ -138,7 +136,7 @@ class Process:
             # Both are of the memory the process has now: after execve(2) or its end they read as empty.
             for name in ("mem", "pagemap"):
                 fds.append(os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC))
-            smaps = Path(f"{directory}/smaps").read_text(errors="replace")
+            smaps = Path(f"{directory}/smaps").read_bytes().decode(errors="replace")
         except OSError as e:
             for fd in fds:
                 os.close(fd)
@@ -263,7 +261,7 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
     anonymous, count = False, 0
     found: list[Mapping] = []
     with_pages: set[int] = set()
-    for line in smaps.splitlines():
+    for line in smaps.split("\n"):  # names of files may have anything else
         if line.startswith("Anonymous:"):
             anonymous = line.split()[1] != "0"
         elif line.startswith("VmFlags:") and header:
@@ -278,7 +276,7 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
                 # All that is registered may have been merged with the page of zeros, which is not anonymous.
                 if anonymous or registered or found[-1].kind is Kind.SEGMENT:
                     with_pages.add(found[-1].start)
-        elif line[0] in "0123456789abcdef" and (match := _VMA.match(line)):  # the others start with a capital
+        elif line[:1] in "0123456789abcdef" and (match := _VMA.match(line)):  # the others start with a capital
             before, header, count = header, match, count + 1
     return [mapping for mapping in with_stretch(found) if mapping.start in with_pages], count
 

@@ -33,7 +33,7 @@ from samepage.memory import (
     ScanResult,
     Segment,
 )
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 
 PRIVATE, ZERO = -1, -2
 """The offset of a page that is in no segment: it is the process's own, or merged with the zero page."""

@@ -21,7 +21,7 @@ from samepage.kernel.attach import attach, release_unmerged
 from samepage.kernel.rows import anonymous_pages, is_mergeable
 from samepage.kernel.settings import Settings, SettingsError, start_time
 from samepage.kernel.target import TargetError, has_agent
-from samepage.memory.identity import identify
+from samepage.process.identity import identify
 from samepage.service.machine import is_marked
 from samepage.service.private import leave_the_terminal
 

@@ -7,44 +7,15 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from samepage import inject
-from samepage.estimate.process import NOT_COMPATIBLE
 from samepage.kernel.target import TargetError, check
+from samepage.process.mappings import mappings
 
 SYS_MADVISE, SYS_PRCTL = {"x86_64": (28, 157), "aarch64": (233, 167)}.get(os.uname().machine, (-1, -1))
 """-1, which the kernel refuses, if inject/ has no code for this machine."""
 PR_SET_MEMORY_MERGE = 67
 MADV_MERGEABLE = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Mapping:
-    """A private mapping: its addresses, and whether it is mergeable."""
-
-    start: int
-    end: int
-    mergeable: bool
-
-
-def mappings(pid: int) -> list[Mapping]:
-    """The mappings that KSM would look at. Empty if the process has ended."""
-    found: list[Mapping] = []
-    try:
-        smaps = Path(f"/proc/{pid}/smaps").read_text(errors="replace")
-    except OSError:
-        return found
-    start = end = 0
-    for line in smaps.splitlines():
-        if line.startswith("VmFlags:"):
-            flags = line.split()[1:]
-            if NOT_COMPATIBLE.isdisjoint(flags):
-                found.append(Mapping(start, end, "mg" in flags))
-        elif line[0] in "0123456789abcdef":  # the others start with a capital
-            start, end = (int(address, 16) for address in line.partition(" ")[0].split("-"))
-    return found
 
 
 def merge_all_of_this() -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from mmap import PAGESIZE as PAGE_SIZE
 from pathlib import Path
 from typing import Any
 
 from samepage.kernel.target import name
-from samepage.memory import PAGE_SIZE
-from samepage.memory.halt import halt_of
-from samepage.memory.identity import identify
+from samepage.process.halt import halt_of
+from samepage.process.identity import identify
 
 FIELDS = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_profit")
 

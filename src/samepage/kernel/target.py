@@ -8,7 +8,7 @@ import pwd
 import re
 from pathlib import Path
 
-from samepage.memory.halt import FROZEN, halt_of
+from samepage.process.halt import FROZEN, halt_of
 
 SECCOMP = {
     "1": "it is in strict seccomp mode, which would kill it for the call",

@@ -14,10 +14,11 @@ import numpy as np
 
 from samepage import inject
 from samepage.estimate.process import KPF_KSM, KPF_ZERO_PAGE, PM_PFN, PageFlags
-from samepage.kernel.attach import Mapping, mappings, meant, release
+from samepage.kernel.attach import meant, release
 from samepage.kernel.target import check
 from samepage.memory import PAGE_SIZE, U64
 from samepage.memory.pagemap import FILE, PRESENT
+from samepage.process.mappings import Mapping, mappings
 
 BATCH = 1 << 20
 """How many bytes of addresses one call covers."""

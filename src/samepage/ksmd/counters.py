@@ -25,7 +25,7 @@ from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, in_no_tree_of, merged_of, rmap_items_of
 from samepage.ksmd.rmap import PageState
 from samepage.memory import NO_STALLS, PAGE_SIZE, PageStatus, Stalls
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 
 
 @dataclass(slots=True, frozen=True)

@@ -31,7 +31,7 @@ from samepage.ksmd.rmap import (
 )
 from samepage.ksmd.stable import StableTree
 from samepage.memory import U32, U64
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 
 CANDIDATE = HAS_CHECKSUM.copy()
 """The states in which a page that was put aside as a candidate may still be when its turn comes."""

@@ -11,7 +11,7 @@ from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.patience import Accounts
 from samepage.ksmd.quota import Quotas
 from samepage.memory import AddressSpace
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 
 
 class MmList:

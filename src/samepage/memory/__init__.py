@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 
 PAGE_SIZE = mmap.PAGESIZE
 """Bytes a page."""
@@ -278,7 +278,7 @@ class AddressSpace(Protocol):
         ...
 
     def halted(self) -> str:
-        """Why it cannot answer at this moment (`samepage.memory.halt`); "" if it can. The process is not asked."""
+        """Why it cannot answer at this moment (`samepage.process.halt`); "" if it can. The process is not asked."""
         ...
 
     def catch_up(self) -> tuple[str, list[ScanResult]]:

@@ -41,13 +41,13 @@ from samepage.memory import (
 )
 from samepage.memory.conversation import ENDED, TIMEOUT, Conversation
 from samepage.memory.extents import MERGE_MAX, packets
-from samepage.memory.halt import cgroups_of
 from samepage.memory.handshake import Terms
-from samepage.memory.identity import Identity, memory_of
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.pagemap import occupied
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op, Packet, Swap
+from samepage.process.halt import cgroups_of
+from samepage.process.identity import Identity, memory_of
+from samepage.process.merge_domain import MergeDomain
 
 BREAK_RATE = 64 << 20
 """The slowest rate, in bytes a second, at which a process copies: memory is reclaimed for it, so a long range has that

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from samepage.memory import AddressSpaceGone, AddressSpaceSilent, ScanResult, wire
-from samepage.memory.halt import SILENT, TRACED, Halt, agent_thread, halt_of
-from samepage.memory.identity import Identity, has_ended, identify
 from samepage.memory.segments import SegmentError
 from samepage.memory.wire import Op, Packet, WireError
+from samepage.process.halt import SILENT, TRACED, Halt, agent_thread, halt_of
+from samepage.process.identity import Identity, has_ended, identify
 
 TIMEOUT = 10.0
 """How long an agent has for one answer, in seconds."""

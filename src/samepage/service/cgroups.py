@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from samepage.memory.halt import cgroups_of
+from samepage.process.halt import cgroups_of
 
 CONTAINER = re.compile(
     r"(?:/[^/]+\.slice)*/(?:docker-|libpod-|crio-|cri-containerd-)([0-9a-f]{64})\.scope(?:/|$)"

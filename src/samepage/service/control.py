@@ -224,7 +224,7 @@ def _perform(
 def _owner(caller: Caller, sock: socket.socket) -> str:
     """Whose processes the caller may know of: those of the user who connected, in the namespaces that process is in now
     (`ProcessRow.owner`)."""
-    from samepage.memory.identity import domain_of, identify_peer
+    from samepage.process.identity import domain_of, identify_peer
 
     try:
         return str(domain_of(caller.uid, identify_peer(sock, caller.pid, caller.connected)))

@@ -76,7 +76,7 @@ def _serve(sock: socket.socket, scanner: Scanner) -> None:
     from samepage.memory.agent import AgentAddressSpace
     from samepage.memory.conversation import TIMEOUT
     from samepage.memory.handshake import Terms
-    from samepage.memory.merge_domain import MergeDomain
+    from samepage.process.merge_domain import MergeDomain
     from samepage.service.log import log
 
     try:

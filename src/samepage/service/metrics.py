@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from samepage.ksmd import ProcessRow
 from samepage.ksmd.counters import DomainRow, Snapshot
 from samepage.memory import PAGE_SIZE, STALLS_US, Stalls
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 from samepage.service.tally import Place
 
 if TYPE_CHECKING:

@@ -35,8 +35,8 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from samepage.memory.identity import Identity
-from samepage.memory.merge_domain import SEVERAL, MergeDomain
+from samepage.process.identity import Identity
+from samepage.process.merge_domain import SEVERAL, MergeDomain
 from samepage.service.cgroups import Group
 from samepage.service.patterns import LENGTH_MAX, is_within, matches
 from samepage.service.sockets import DOMAIN_NAME

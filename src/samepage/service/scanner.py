@@ -23,9 +23,9 @@ from samepage.ksmd.unmerge import ProcessBreak, UnmergeResult
 from samepage.memory import PAGE_SIZE, AddressSpaceGone
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.conversation import ENDED
-from samepage.memory.halt import SILENT
-from samepage.memory.merge_domain import MergeDomain
 from samepage.memory.segments import OPEN
+from samepage.process.halt import SILENT
+from samepage.process.merge_domain import MergeDomain
 from samepage.service import ksm_files
 from samepage.service.control import Arrivals, not_unmerged
 from samepage.service.engine import Answer, Cancelled, Progress

@@ -25,8 +25,8 @@ from samepage.memory import AddressSpaceGone, wire
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.conversation import ENDED, TIMEOUT
 from samepage.memory.handshake import Terms, asked_domain, greet
-from samepage.memory.identity import Identity, identify_peer
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.identity import Identity, identify_peer
+from samepage.process.merge_domain import MergeDomain
 from samepage.service import control
 from samepage.service.cgroups import NOWHERE, group_of
 from samepage.service.closing import close_all, close_one

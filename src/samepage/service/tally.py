@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from samepage.ksmd import ProcessRow
 from samepage.memory import NO_STALLS, Stalls
 from samepage.memory.agent import memory_cgroup
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 
 PLACES_MAX = 100
 

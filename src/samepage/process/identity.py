@@ -14,7 +14,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from samepage.memory.merge_domain import MergeDomain
+from samepage.process.merge_domain import MergeDomain
 
 SO_PEERPIDFD = 77
 """include/uapi/asm-generic/socket.h, Linux 6.5."""
@@ -135,7 +135,7 @@ def _state(pid: int) -> tuple[bytes, int]:
 
 def memory_of(pid: int) -> int:
     """KiB that a process had resident at most, and those that are swapped out now."""
-    lines = Path(f"/proc/{pid}/status").read_bytes().splitlines()
+    lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")  # its name may have any other character
     return sum(int(line.split()[1]) for line in lines if line.startswith((b"VmHWM:", b"VmSwap:")))
 
 

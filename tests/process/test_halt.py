@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from samepage.memory import agent, halt
+from samepage.memory import agent
+from samepage.process import halt
 
 NAMES = [b"plain", b"no text \xff", b"line\x0bline", b"line\rline", b"a:b:c", "line\u2028line".encode()]
 ids = [ascii(name) for name in NAMES]
