@@ -58,7 +58,7 @@ def _cpu(side: Side) -> float:
     """Spent by all that merges: workers come while it works, so an agent counts from its start."""
     if not isinstance(side, Samepage):
         return side.cpu_seconds()
-    agents = meters.ThreadCpu(task for pid in side.pids() for task in meters.threads(pid, "samepage"))
+    agents = meters.AgentCpu(side.pids())
     try:
         return meters.process_cpu(side.pid) + agents.seconds()
     finally:

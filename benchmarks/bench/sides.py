@@ -157,12 +157,12 @@ class Samepage(Side):
         self.socket = self._stack.enter_context(service(Path(folder)))
         self.pid = who_listens(self.socket)
         self.run(0)
-        self._agents: meters.ThreadCpu | None = None
+        self._agents: meters.AgentCpu | None = None
         return self
 
     def register(self) -> None:
         wait_until(self._joined, "joined by all workers", seconds=60)
-        self._agents = meters.ThreadCpu(task for pid in self.pids() for task in meters.threads(pid, "samepage"))
+        self._agents = meters.AgentCpu(self.pids())
 
     def __exit__(self, *_: object) -> None:
         if self._agents is not None:
