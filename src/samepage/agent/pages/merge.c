@@ -263,6 +263,15 @@ static void answered(struct rest *rest, size_t pages)
 	cursor_advance(&rest->at, pages);
 }
 
+/* Whether a slice goes on. `pages` are those since the headroom was looked at. */
+static bool slice_goes_on(uint64_t began, size_t *pages)
+{
+	if (*pages < SECTION_MAX)
+		return step_goes_on(began, SLICE_NS);
+	*pages = 0;
+	return step_goes_on(began, 0) && room_to_merge(SLICE_TAKES);
+}
+
 /* Merges chunks for one hold of the lock: beginning one costs as much as swapping ten pages. */
 static void merge_slice(void *arg)
 {
@@ -275,8 +284,8 @@ static void merge_slice(void *arg)
 
 		answered(rest, did);
 		pages += did;
-	} while (rest->at.extent < rest->at.last && pages < SECTION_MAX && !mmap_lock_contended() && !thread_woke() &&
-		 thread_cpu_ns() - began < SLICE_NS);
+	} while (rest->at.extent < rest->at.last && !mmap_lock_contended() && !thread_woke() &&
+		 slice_goes_on(began, &pages));
 }
 
 /* False: the child that did it was killed. */

@@ -222,7 +222,7 @@ static void join_slice(void *arg)
 	do {
 		join_next(w);
 	} while (w->vpn < w->end && !w->refused && !mmap_lock_contended() && !thread_woke() &&
-		 thread_cpu_ns() - began < SLICE_NS);
+		 step_goes_on(began, SLICE_NS));
 }
 
 /* Goes round all memory, starting where it stopped the last time. Returns how many pieces it joined. */

@@ -306,7 +306,7 @@ static void restore_slice(void *arg)
 
 	do {
 		restore_step(w);
-	} while (w->vpn < w->end && !mmap_lock_contended() && !thread_woke() && thread_cpu_ns() - began < SLICE_NS);
+	} while (w->vpn < w->end && !mmap_lock_contended() && !thread_woke() && step_goes_on(began, SLICE_NS));
 }
 
 uintptr_t restore_islands(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_restored *out)

@@ -11,6 +11,9 @@ bool run_unstopped(void (*fn)(void *), void *arg);
 /* Whether the agent thread woke meanwhile: then the process is ending, perhaps with a core dump. Ask now and then, and
  * if so, finish soon. */
 bool thread_woke(void);
+/* Whether a step that began when the child had used so much CPU time (thread_cpu_ns()) goes on: for `least` ns of it, or
+ * for longer if ending a child is dear. */
+bool step_goes_on(uint64_t began, uint64_t least);
 /* The CPU time that run_unstopped() took since the last call of this. */
 uint64_t unstopped_cpu_ns(void);
 /* Ends the process: one of its pages is where the process can never read it. */
