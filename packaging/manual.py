@@ -45,8 +45,13 @@ def escaped(text: str) -> str:
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(actions[0].choices)
+    """Its subcommands, and theirs, by the names of their pages."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                found |= {one.prog.replace(" ", "-"): one} | commands(one)
+    return found
 
 
 def page(name: str, parser: argparse.ArgumentParser, see: list[str]) -> str:
@@ -86,7 +91,8 @@ def subcommands(parser: argparse.ArgumentParser) -> list[str]:
     lines: list[str] = []
     for action in actions:
         for choice in action._choices_actions:
-            lines += [".TP", f".BR samepage\\-{escaped(choice.dest)} (1)", escaped(choice.help or "")]
+            name = action.choices[choice.dest].prog.replace(" ", "-")
+            lines += [".TP", f".BR {escaped(name)} (1)", escaped(choice.help or "")]
     return lines
 
 
@@ -94,7 +100,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     parser = whole()
     (folder / "man1").mkdir(parents=True, exist_ok=True)
-    names = {f"samepage-{name}": subparser for name, subparser in commands(parser).items()}
+    names = commands(parser)
     for name, subparser in {"samepage": parser, **names}.items():
         others = sorted({"samepage", *names} - {name})
         see = (

@@ -35,7 +35,8 @@ def subcommands() -> list[str]:
 
 def test_every_subcommand_has_a_page_with_each_of_its_options(made: Path) -> None:
     pages = {path.stem for path in (made / "man1").iterdir()}
-    assert pages == {"samepage", *(f"samepage-{name}" for name in subcommands())}
+    assert pages == {"samepage", "samepage-policy-check", *(f"samepage-{name}" for name in subcommands())}
+    assert "\\-\\-pid" in (made / "man1" / "samepage-policy-check.1").read_text()
     page = (made / "man1" / "samepage-run.1").read_text()
     assert all(name in page for name in ("\\-\\-progress", "\\-\\-reserve", "\\-\\-memory"))
 

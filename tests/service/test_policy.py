@@ -421,7 +421,7 @@ def test_a_process_that_is_moved_to_another_cgroup_is_in_the_domain_of_that() ->
         assert host.domains()[a.pid] == host.domains()[b.pid] == "0"
         assert (shared(a, moved), shared(a, b)) == (0, PAGES - ZEROS)
         assert "it belongs in merge domain moved,user=0 now (rule 1)" in host.errors.read_text()
-        rows = _checked("--pid", str(moved.pid), "--policy", str(host.policy))
+        rows = _checked("--pid", str(moved.pid), str(host.policy))
         assert [(row["domain"], row["why"]) for row in rows] == [("moved,user=0", "rule 1")]
 
 
@@ -463,10 +463,10 @@ def _checked(*arguments: str) -> list[dict[str, Any]]:
 def test_check_says_where_each_process_that_runs_belongs(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_text('[default]\nmerge = "zero-only"\n')
-    (row,) = _checked("--pid", str(os.getpid()), "--policy", str(file))
+    (row,) = _checked("--pid", str(os.getpid()), str(file))
     assert row["domain"] == f"{os.getuid()},zero-only"
     assert row["why"] == "default"
-    shown = _command("policy", "check", "--policy", str(file))
+    shown = _command("policy", "check", str(file))
     assert re.search(rf"{os.getuid()},zero-only +default +\d+ ", shown.stdout)
 
 
@@ -474,7 +474,7 @@ def test_check_of_a_wrong_policy_fails_with_one_line(tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_text("[[rule]]\nunit = 'x'\n")
     for command in (
-        ("policy", "check", "--policy", str(file)),
+        ("policy", "check", str(file)),
         ("daemon", "--socket", str(tmp_path / "s"), "--policy", str(file)),
     ):
         done = _command(*command)

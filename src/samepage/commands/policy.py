@@ -22,14 +22,15 @@ NAMES_MAX = 4
 class PolicyCommand:
     """See what a policy of the daemon's says.
 
-    `samepage policy check` reads it as the daemon would, and shows for the processes that run now which merge
+    `samepage policy check [FILE]` reads it as the daemon would, and shows for the processes that run now which merge
     domain each would be in and by which rule. The exit status is 1 when it is wrong.
     """
 
     def prepare_parser(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("action", choices=("check",))
+        actions = parser.add_subparsers(metavar="ACTION", required=True)
+        parser = actions.add_parser("check", help="read a policy, and see what it means", description=self.__doc__)
         parser.add_argument(
-            "--policy", metavar="FILE", help=f"the policy (default: {sockets.POLICY_PATH}, if it is there)"
+            "policy", metavar="FILE", nargs="?", help=f"the policy (default: {sockets.POLICY_PATH}, if it is there)"
         )
         parser.add_argument("--pid", type=int, action="append", help="this process only; can be given more than once")
         parser.add_argument("--json", action="store_true", help="print one JSON object, with a row for each process")
