@@ -70,7 +70,7 @@ def understood(status: int, said: str, took: float) -> Row:
         checks |= json.loads(line)
     if status:
         checks["ended"] = f"{status}: {said[-1000:]}"
-    slow = re.search(r"([\d.]+) times as slow", said)
+    slow = re.search(r"(\d+\.\d+) times as slow", said)
     return Row(
         checks=checks,
         trees=dict.fromkeys(checks, tree()),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.__main__ import FOLDER, VERSIONS, check
+from tests.kernels.__main__ import FOLDER, VERSIONS, check, understood
 from tests.kernels.archive import Archive
 from tests.kernels.boot import available, emulator, unpack
 from tests.kernels.network import PAGES, READER
@@ -47,6 +47,11 @@ def test_on_debians_kernel_programs_are_merged_and_the_promise_holds_in_a_cgroup
 @pytest.mark.parametrize("way", ["move", "wp"])
 def test_all_is_well_or_left_alone(version: str, way: str) -> None:
     run(version, way, [], 40)
+
+
+def test_what_a_console_shows_before_it_does_not_hide_how_slow_the_machine_is() -> None:
+    row = understood(0, 'Booting from ROM..\x1b[0m.9.3 times as slow\nSAID {"emulator": "ok"}\n', 1.0)
+    assert (row["slow"], row["checks"]) == (9.3, {"emulator": "ok"})
 
 
 def test_all_that_a_server_fills_and_as_much_besides_is_in_one_huge_pages_range(tmp_path: Path) -> None:
