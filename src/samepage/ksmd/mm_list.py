@@ -108,8 +108,6 @@ class MmList:
         for slot in gone:
             self._forget(slot)
         with self._lock:
-            if all(domain.slots for domain in self._domains.values()):
-                return
             named = {slot.domain.key for slot in self._slots.values()}
             for key in [k for k in self._domains if k not in named]:
                 self._domains.pop(key).release()
