@@ -6,6 +6,7 @@ import base64
 import copy
 import http.client
 import json
+import shutil
 import socket
 import ssl
 import subprocess
@@ -166,6 +167,8 @@ def test_a_container_whose_preload_is_not_known_is_left_alone(webhook: Any) -> N
 @pytest.fixture
 def address(webhook: Any, tmp_path: Path) -> Iterator[tuple[str, int, Path]]:
     """Of a server; and the certificate that it shows."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
     certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
