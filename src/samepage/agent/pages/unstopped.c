@@ -75,8 +75,8 @@ static void child(void *arg)
 	step.ended = true;
 }
 
-/* The kernel counts the mappings of a process that ends (acct_collect()), though these are ours: 30 ns each, milliseconds
- * where there are 100,000. On a busy machine it may also take long for no such reason. */
+/* The kernel counts the mappings of a process that ends (acct_collect()), though these are ours, so it takes the longer the more
+ * there are. On a busy machine it may also take long for no such reason. */
 static void note_ending(void)
 {
 	uint64_t took = now_ns() - step.at_end;
