@@ -196,41 +196,49 @@ def _measure(application: Application, rounds: int, memories: list[str]) -> dict
     return row
 
 
-def _line(cells: list[str]) -> None:
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
 def _cell(result: dict[str, float]) -> str:
     return f"{result['saved']:.0f} ({result['time']:+.0%}, {result['cpu']:+.0%})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+def table_line(cells: list[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def arguments(description: str | None, rounds: int) -> argparse.Namespace:
+    """Of a benchmark that measures programs with each `--memory`; `rounds` is the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--only", default="", help="names or parts of names, separated by commas")
     parser.add_argument("--memory", default=",".join(MEMORY), help="which to measure, separated by commas")
     parser.add_argument("--json", type=Path, help="where all that was measured goes")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def chosen(applications: list[Application], only: str) -> list[Application]:
+    """Those of which a part of the name is in `only`."""
+    wanted = [part.lower() for part in only.split(",")]
+    return [one for one in applications if any(part in one.name.lower() for part in wanted)]
+
+
+def main() -> None:
+    args = arguments(__doc__, 3)
     memories = args.memory.split(",")
-    wanted = [part.lower() for part in args.only.split(",")]
     rows: dict[str, Any] = {}
     print(f"{COPIES} copies; MiB saved (time, CPU against bare), medians of {args.rounds}\n")
-    _line(["", "could", *memories, ""])
-    _line(["---"] * (len(memories) + 3))
-    for application in APPLICATIONS:
-        if not any(part in application.name.lower() for part in wanted):
-            continue
+    table_line(["", "could", *memories, ""])
+    table_line(["---"] * (len(memories) + 3))
+    for application in chosen(APPLICATIONS, args.only):
         missing = application.missing()
         if missing:
-            _line([application.name, *[""] * (len(memories) + 1), f"not run: {missing} is not installed"])
+            table_line([application.name, *[""] * (len(memories) + 1), f"not run: {missing} is not installed"])
             continue
         try:
             row = rows[application.name] = _measure(application, args.rounds, memories)
         except (EOFError, BrokenPipeError, subprocess.CalledProcessError) as e:
-            _line([application.name, *[""] * (len(memories) + 1), f"did not run: {e}"])
+            table_line([application.name, *[""] * (len(memories) + 1), f"did not run: {e}"])
             continue
         results = [_cell(row[memory]) for memory in memories]
-        _line([application.name, f"{row['could']:.0f}", *results, application.explained])
+        table_line([application.name, f"{row['could']:.0f}", *results, application.explained])
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -10,7 +10,6 @@ run of the same round; the table has the medians, and half of the distance betwe
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.applications import Application
-from benchmarks.apps import MEMORY
+from benchmarks.apps import arguments, chosen, table_line
 from benchmarks.bench.meters import process_cpu
 from benchmarks.jobs import JOBS
 from benchmarks.processes import environment
@@ -102,31 +101,19 @@ def _cells(runs: dict[str, list[Run]], how: str) -> list[str]:
     return ["{:+.1%} ± {:.1%}".format(*_more(runs, how, which)) for which in (0, 1)]
 
 
-def _line(cells: list[str]) -> None:
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="", help="names or parts of names, separated by commas")
-    parser.add_argument("--memory", default=",".join(MEMORY), help="which to measure, separated by commas")
-    parser.add_argument("--json", type=Path, help="where all that was measured goes")
-    args = parser.parse_args()
+    args = arguments(__doc__, 7)
     memories = args.memory.split(",")
-    wanted = [part.lower() for part in args.only.split(",")]
     rows: dict[str, Any] = {}
-    _line(["", "bare: s, of CPU", *(f"`{how}`: {what}" for how in memories for what in ("time", "CPU"))])
-    _line(["---"] * (2 + 2 * len(memories)))
-    for job in JOBS:
-        if not any(part in job.name.lower() for part in wanted):
-            continue
+    table_line(["", "bare: s, of CPU", *(f"`{how}`: {what}" for how in memories for what in ("time", "CPU"))])
+    table_line(["---"] * (2 + 2 * len(memories)))
+    for job in chosen(JOBS, args.only):
         if missing := job.missing():
-            _line([job.name, f"not run: {missing} is not installed", *[""] * (2 * len(memories))])
+            table_line([job.name, f"not run: {missing} is not installed", *[""] * (2 * len(memories))])
             continue
         runs = rows[job.name] = _measure(job, args.rounds, memories)
         bare = ", ".join(f"{statistics.median(run[which] for run in runs[BARE]):.2f}" for which in (0, 1))
-        _line([job.name, bare, *(cell for how in memories for cell in _cells(runs, how))])
+        table_line([job.name, bare, *(cell for how in memories for cell in _cells(runs, how))])
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -17,6 +17,9 @@ from samepage.libraries import installed
 
 NAME = "libsamepage.so"
 
+MIN_ALLOC = 1 << 20
+"""Bytes of the smallest allocation that it serves unless told otherwise. What is smaller is libc's."""
+
 UNSEEN = "what limits the process (its memory cgroup, or the machine) cannot be read from inside of it"
 """Why there is no memory where a break was `unseen`."""
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from samepage.agent import MIN_ALLOC
 from samepage.arrays import Bools, Ints
 from samepage.estimate import pages
-from samepage.estimate.process import MIN_ALLOC
 from samepage.estimate.sample import Column, Sampler
 from samepage.estimate.source import (
     Batch,

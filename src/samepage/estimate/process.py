@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from samepage.agent import MIN_ALLOC
 from samepage.arrays import expand
 from samepage.estimate import pages
 from samepage.estimate.source import (
@@ -36,9 +37,6 @@ from samepage.estimate.source import (
 from samepage.memory import PAGE_SIZE, U64
 from samepage.memory.pagemap import PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_SWAPPED, regions
 from samepage.process.mappings import NOT_COMPATIBLE
-
-MIN_ALLOC = 1 << 20
-"""Bytes of the smallest allocation that `samepage run` serves, unless told otherwise. What is smaller is libc's."""
 
 # Documentation/admin-guide/mm/pagemap.rst
 PM_PRESENT, PM_SWAP, PM_FILE, PM_MMAP_EXCLUSIVE = (np.uint64(1 << n) for n in (63, 62, 61, 56))

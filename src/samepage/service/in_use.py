@@ -129,10 +129,6 @@ def _choose() -> Service:
     return Remote(path) if path else Local()
 
 
-MIN_ALLOC = 1 << 20
-"""Arrays of this size and larger are the agent's, unless `$SAMEPAGE_MIN_ALLOC` says otherwise, as everywhere."""
-
-
 def attach(path: str | None = None) -> None:
     """Join the service that listens at `path` (default: `$SAMEPAGE_SOCKET`, else the daemon that answers) from a
     program that was not started by `samepage run`.
@@ -149,7 +145,7 @@ def attach(path: str | None = None) -> None:
     library = agent.library_path()
     preload = agent.preload(library, os.environ.get("LD_PRELOAD", ""))
     _use(os.path.abspath(where))
-    agent.serve(int(os.environ.get("SAMEPAGE_MIN_ALLOC") or MIN_ALLOC))
+    agent.serve(int(os.environ.get("SAMEPAGE_MIN_ALLOC") or agent.MIN_ALLOC))
     if not agent.preloaded():
         from samepage.agent.arrays import serve_arrays
 
