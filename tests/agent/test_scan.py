@@ -168,6 +168,52 @@ def test_broken_pages_are_looked_for_unless_merged_ones_are_to_be_taken_for_stil
         process.end()
 
 
+TWO_KINDS = """
+import ctypes, mmap, sys
+n = 1 << 20
+areas = [mmap.mmap(-1, n, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+for area in areas:
+    area.madvise(mmap.MADV_NOHUGEPAGE)
+addresses = [ctypes.addressof(ctypes.c_char.from_buffer(area)) for area in areas]
+areas[1].madvise(mmap.MADV_MERGEABLE)
+areas[0][:] = areas[1][:] = b"x" * n
+print(addresses[0], flush=True)
+print(addresses[1], flush=True)
+for line in sys.stdin:
+    areas[int(line)][0] = ord("y")
+    print("written", flush=True)
+"""
+
+
+def hashed(process: Process, flags: ScanFlag) -> set[int]:
+    """The pages that a look from the first page on hashes."""
+    runs, at = [], 0
+    while True:
+        found = process.space.scan(at, 1 << 20, flags)
+        runs += [run for run in found.runs if run["kind"] == RunKind.HASHED]
+        at = found.next_vpn
+        if not at:
+            return {vpn for run in runs for vpn in range(run["vpn"], run["vpn"] + run["npages"])}
+
+
+def test_a_look_at_named_memory_passes_over_the_rest_which_a_later_look_finds(preload: Preload, tmp_path: Path) -> None:
+    process = Process(preload, tmp_path, TWO_KINDS, SAMEPAGE_MEMORY="mapped")
+    try:
+        addresses = process.address, int(process.line())
+        unnamed, named = (set(range(at // 4096, (at + (1 << 20)) // 4096)) for at in addresses)
+        seen = hashed(process, ScanFlag.NAMED)
+        assert named <= seen
+        assert not unnamed & seen
+        assert unnamed <= hashed(process, ScanFlag.NONE)
+        assert not hashed(process, ScanFlag.NAMED) & (named | unnamed)
+        for which in (0, 1):
+            assert process.tell(which) == "written\n"
+        assert hashed(process, ScanFlag.NAMED) & (named | unnamed) == {min(named)}
+        assert hashed(process, ScanFlag.STILL) & (named | unnamed) == {min(unnamed)}
+    finally:
+        process.end()
+
+
 def still(process: Process) -> tuple[int, list[tuple[int, int, int]]]:
     """Pages hashed by a look that need not be one, and what it says of merged pages: vpn, npages, kind."""
     found = process.space.scan(0, 1 << 20, ScanFlag.STILL)

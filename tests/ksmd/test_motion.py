@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from samepage.ksmd import Ksmd
-from samepage.ksmd.motion import MOST_SECONDS, PAGE_SECONDS, Motion
+from samepage.ksmd.motion import GLANCE_SECONDS, MOST_SECONDS, PAGE_SECONDS, Motion
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
-from tests.ksmd.simulation import SAME, Clock, new_ksmd, process
+from tests.ksmd.simulation import BASE, SAME, Clock, new_ksmd, process
 
 SHARE = 0.02
 MANY = 100_000
@@ -66,7 +66,9 @@ def run_for(ksmd: Ksmd, clock: Clock, seconds: float, *movers: SimulatedAddressS
 
 
 def filling(machine: SimulatedMachine, pid: int) -> SimulatedAddressSpace:
-    space = process(machine, pid, list(SAME))
+    space = SimulatedAddressSpace(machine, pid)
+    space.map_area(BASE, 256, named=False)
+    space.write(BASE, *SAME)
     space.stirred = int(100 * MANY), 1 << 30
     return space
 
@@ -107,9 +109,54 @@ def test_a_pass_that_left_a_process_out_says_nothing_of_its_pages() -> None:
     full_scans = ksmd.counters().full_scans
     spaces[0].write(1000, *range(1001, 1051))
     spaces[0].calls.clear()
+    hashed = spaces[0].pages_hashed
     run_for(ksmd, clock, 3.0, spaces[0])
-    assert not {"scan", "merge", "donate"} & set(spaces[0].calls)
+    assert spaces[0].pages_hashed == hashed
+    assert not {"merge", "donate"} & set(spaces[0].calls)
     assert ksmd.counters().full_scans <= full_scans + 1
+
+
+def test_what_was_named_is_merged_while_a_process_fills_other_memory() -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    spaces = [filling(machine, pid) for pid in (100, 101)]
+    for space in spaces:
+        ksmd.enter(space)
+    run_for(ksmd, clock, 1.0, *spaces)
+    for space in spaces:
+        space.map_area(2 * BASE, 64)
+        space.write(2 * BASE, *range(1001, 1065))
+    run_for(ksmd, clock, 2.0, *spaces)
+    assert ksmd.counters().pages_sharing == 64
+    assert {space.pages_hashed for space in spaces} == {64}
+    spaces[0].write(2 * BASE, 7)  # which is seen, too
+    run_for(ksmd, clock, 2.0, *spaces)
+    assert ksmd.counters().pages_sharing == 63
+
+
+def test_what_was_named_counts_as_the_same_only_if_it_was_looked_at_twice() -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    spaces = [filling(machine, pid) for pid in (100, 101)]
+    for space in spaces:
+        space.map_area(2 * BASE, 64)
+        ksmd.enter(space)
+    for turn in range(40):  # it changes between any two looks
+        for space in spaces:
+            space.write(2 * BASE, *range(10_000 + 64 * turn, 10_064 + 64 * turn))
+        run_for(ksmd, clock, GLANCE_SECONDS, *spaces)
+    assert not ksmd.counters().pages_sharing
+
+
+def test_memory_that_stays_the_same_is_merged_although_its_processes_never_rest() -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    spaces = [filling(machine, pid) for pid in (100, 101)]
+    ksmd.enter(spaces[0])
+    run_for(ksmd, clock, MOST_SECONDS / 2, spaces[0])  # so they are never looked at in the same pass
+    ksmd.enter(spaces[1])
+    run_for(ksmd, clock, 2.2 * MOST_SECONDS, *spaces)
+    assert ksmd.counters().pages_sharing == len(SAME)
 
 
 @pytest.mark.parametrize("mode", ["none", "scan-time"])

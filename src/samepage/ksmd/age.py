@@ -85,8 +85,8 @@ class Ages:
         at = np.minimum(np.searchsorted(old, blocks), len(old) - 1)
         return int(counts[old[at] == blocks].sum())
 
-    def end_pass(self) -> None:
-        """End a pass that looked at everything except what it was to skip."""
+    def end_pass(self, saw_some: bool = False) -> None:
+        """End a pass that looked at everything except what it was to skip; `saw_some`: and some of the rest."""
         if not self._found and not len(self._block):
             return
         blocks = np.concatenate([self._block, *(found for found, _ in self._found)])
@@ -105,7 +105,7 @@ class Ages:
         looked_at = restless & ~skipped
         age[looked_at] = np.minimum(age[looked_at] + 1, len(SKIPS) - 1)
         remaining[looked_at] = SKIPS[age[looked_at]]
-        keep = skipped | restless
+        keep = skipped | restless | saw_some
         self._block, self._age, self._remaining = blocks[keep], age[keep], remaining[keep]
 
     def remaining_skips(self, vpns: Ints) -> U8:

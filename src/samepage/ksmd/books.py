@@ -141,7 +141,7 @@ def _rebuild(domain: Domain) -> None:
     domain.unstable.insert(known[state == PageState.UNSHARED].astype(np.uint32))
     domain.deferred = Deferred()
     domain.candidates = deque()
-    domain.changed_now, domain.skipped = [], []
+    domain.changed_now, domain.named_now, domain.named_before, domain.skipped = [], [], [], []
     domain.changed_before = [known[CANDIDATE[state] & HAS_CHECKSUM[state]].astype(np.uint32)]
     for slot in domain.slots:
         slot.counts[:] = _count(domain, slot)

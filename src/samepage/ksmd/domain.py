@@ -15,7 +15,7 @@ from samepage.arrays import Ints
 from samepage.ksmd.age import Ages
 from samepage.ksmd.deferred import Deferred
 from samepage.ksmd.index import ChecksumIndex
-from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.mm_slot import MmSlot, Scope
 from samepage.ksmd.patience import Patience
 from samepage.ksmd.pieces import Pieces, Stretches
 from samepage.ksmd.quota import Quota
@@ -63,13 +63,16 @@ class Domain(Refs):
         self.parity = 0
         self.changed_now: list[U32] = []  # refs whose checksum was new in this pass,
         self.changed_before: list[U32] = []  # and in the one before: candidates at its end, if still the same
+        self.named_now: list[U32] = []  # the same of those that were seen when only what was named was looked at
+        self.named_before: list[U32] = []
         self.skipped: list[tuple[int, U32]] = []
         """Refs that changed and are not looked at, until the pass of that number."""
         self.candidates: deque[U32] = deque()  # to be matched, in parts
 
     def nbytes(self) -> int:
         """Bytes of memory all this takes, temporaries aside."""
-        lists = [*self.changed_now, *self.changed_before, *self.candidates, *(refs for _, refs in self.skipped)]
+        lists = [*self.changed_now, *self.changed_before, *self.named_now, *self.named_before]
+        lists += [*self.candidates, *(refs for _, refs in self.skipped)]
         indexes = self.unstable.nbytes() + self.stable.nbytes() + self.deferred.nbytes()
         slots = sum(slot.areas.nbytes() + slot.counts.nbytes + slot.ages.nbytes() for slot in self.slots)
         return self.rmap.resident() + self._pieces_bytes + indexes + slots + sum(part.nbytes for part in lists)
@@ -160,7 +163,7 @@ class Domain(Refs):
         pass."""
         self.checksum[refs] = checksums
         self.set_state(slot, refs, VOLATILE[self.parity])
-        self.changed_now.append(refs.astype(np.uint32))
+        (self.named_now if slot.scope is Scope.NAMED else self.changed_now).append(refs.astype(np.uint32))
 
     # -- candidates -------------------------------------------------------------------------------------
 
@@ -168,10 +171,11 @@ class Domain(Refs):
         """End a pass: pages that were new one pass ago and have not changed since become candidates, and so do deferred
         ones that are due."""
         self._keep_those_left_out()
-        self.candidates.extend(self.changed_before)
+        self.candidates.extend(self.changed_before + self.named_before)
         self.candidates.extend(self.deferred.due(passes))
         self._set_skipped_aside(passes)
         self.changed_before, self.changed_now = self.changed_now, []
+        self.named_before, self.named_now = self.named_now, []
         self.parity ^= 1
         for slot in self.slots:
             self.sweep(slot)
@@ -179,40 +183,37 @@ class Domain(Refs):
     def turn_back(self) -> None:
         """Go back to the pass before; or, the second time, return to this one."""
         self.changed_now, self.changed_before = self.changed_before, self.changed_now
+        self.named_now, self.named_before = self.named_before, self.named_now
         self.parity ^= 1
 
     def _keep_those_left_out(self) -> None:
-        """Whether pages of a process that was left out stayed the same is not known: they count as changed now."""
-        out = [slot for slot in self.slots if slot.is_left_out]
-        if not out:
-            return
-        parts, self.changed_before = self.changed_before, []
+        """Whether pages that were left out of the pass stayed the same is not known: they count as changed now."""
+        if any(slot.is_left_out for slot in self.slots):
+            self.changed_before, late = self._seen_again(self.changed_before, Scope.ALL)
+            self.changed_now += late
+            self.named_before, late = self._seen_again(self.named_before, Scope.NAMED)
+            self.named_now += late
+
+    def _seen_again(self, parts: list[U32], least: Scope) -> tuple[list[U32], list[U32]]:
+        """Those of processes of which the pass looked at so much at least, and the rest."""
+        seen, rest = [], []
         for part in parts:
             refs = np.sort(part[CANDIDATE[self.state[part]]])
             late = np.zeros(len(refs), np.bool_)
             for slot, at in self.by_slot(refs).items():
-                late[at] = slot.is_left_out
+                late[at] = slot.scope < least
             late &= IS_VOLATILE[self.state[refs]]
             self.set_states(refs[late], VOLATILE[self.parity])
-            self.changed_now.append(refs[late])
-            self.changed_before.append(refs[~late])
+            seen.append(refs[~late])
+            rest.append(refs[late])
+        return seen, rest
 
     def _set_skipped_aside(self, passes: int) -> None:
         """Pages that changed in this pass and are not looked at in the next one wait for the look that shows whether
         they stayed the same; they then count as changed in the pass before that look."""
         if any(slot.ages.remaining for slot in self.slots):
-            parts, self.changed_now = self.changed_now, []
-            for part in parts:
-                refs = np.sort(part[IS_VOLATILE[self.state[part]]])
-                skips = np.zeros(len(refs), np.uint8)
-                for slot, at in self.by_slot(refs).items():
-                    skips[at] = slot.ages.remaining_skips(slot.pieces.vpns_of(refs[at].astype(np.int64)))
-                for skip in np.flatnonzero(np.bincount(skips)).tolist():
-                    these = refs[skips == skip]
-                    if skip:
-                        self.skipped.append((passes + skip, these))
-                    else:
-                        self.changed_now.append(these)
+            self.changed_now = self._without_skipped(self.changed_now, passes)
+            self.named_now = self._without_skipped(self.named_now, passes)
         due = [refs for until, refs in self.skipped if until <= passes]
         if due:
             self.skipped = [entry for entry in self.skipped if entry[0] > passes]
@@ -220,6 +221,21 @@ class Domain(Refs):
             refs = refs[IS_VOLATILE[self.state[refs]]]
             self.set_states(refs, VOLATILE[self.parity])
             self.changed_now.append(refs)
+
+    def _without_skipped(self, parts: list[U32], passes: int) -> list[U32]:
+        looked_at = []
+        for part in parts:
+            refs = np.sort(part[IS_VOLATILE[self.state[part]]])
+            skips = np.zeros(len(refs), np.uint8)
+            for slot, at in self.by_slot(refs).items():
+                skips[at] = slot.ages.remaining_skips(slot.pieces.vpns_of(refs[at].astype(np.int64)))
+            for skip in np.flatnonzero(np.bincount(skips)).tolist():
+                these = refs[skips == skip]
+                if skip:
+                    self.skipped.append((passes + skip, these))
+                else:
+                    looked_at.append(these)
+        return looked_at
 
     def next_candidates(self) -> U32:
         """The next slice of candidates, ascending; empty when there are none left."""
@@ -243,6 +259,7 @@ class Domain(Refs):
         self.deferred = Deferred()
         self.candidates.clear()
         self.changed_now, self.changed_before, self.skipped = [], [], []
+        self.named_now, self.named_before = [], []
         for slot in self.slots:
             slot.ages, slot.aside = Ages(), []
             for _, refs in self.known(slot):

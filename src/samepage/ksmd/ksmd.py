@@ -17,7 +17,7 @@ from functools import partial
 
 from samepage.ksmd import counters as show
 from samepage.ksmd import knobs as knob_rules
-from samepage.ksmd.advisor import Advisor
+from samepage.ksmd.advisor import IDLE_SECONDS, Advisor
 from samepage.ksmd.counters import Counters, ProcessRow, Snapshot
 from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.look import recount_zeros
@@ -247,7 +247,10 @@ class Ksmd:
             wait = self._passes.waits_for_children()
         else:
             wait = self._advisor.wait(self._clock(), self._urgent or mm_list.is_joined)
-        return min(wait, LISTEN_EVERY) if any(slot.owed or slot.leaving for slot in mm_list.slots()) else wait
+        slots = mm_list.slots()
+        if any(slot.is_left_out and not slot.passes for slot in slots) and self._knobs.run == Run.MERGE:
+            wait = min(wait, IDLE_SECONDS)
+        return min(wait, LISTEN_EVERY) if any(slot.owed or slot.leaving for slot in slots) else wait
 
     def snapshot(self) -> Snapshot:
         """The state after the last batch: counters and all rows, of the same moment."""

@@ -73,7 +73,8 @@ def look(slot: MmSlot, vpn: int, budget: int, flags: ScanFlag, end: int = VPN_EN
 def heard(slot: MmSlot, reply: ScanResult, started: int) -> Look:
     """Its answer, and the areas if they changed."""
     areas = None
-    if reply.areas_seq != slot.areas_seq:
+    # While it is in motion its areas change all the time: what it has that is new is all that matters.
+    if reply.areas_seq != slot.areas_seq and (len(reply.runs) or not slot.is_left_out):
         with slot.waited_for():
             areas = slot.space.areas()
     return Look(reply, areas, time.perf_counter_ns() - started)

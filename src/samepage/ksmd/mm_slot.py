@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,15 @@ STILL_MAX = 8
 
 WHOLE = (0, 1 << 52)
 """All pages an address space can have: (vpn, npages)."""
+
+
+class Scope(IntEnum):
+    """What of a process a pass looks at (`motion`)."""
+
+    NOTHING = 0
+    NAMED = 1
+    """Memory that was asked to be merged, and not only because all is."""
+    ALL = 2
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,7 +100,9 @@ class MmSlot:
         self.ages = Ages()
         self.counts: Ints = np.zeros(NSTATES, np.int64)  # pages by PageState
         self.motion: Motion | None = None
-        self.is_left_out = space.stirring() is not None  # of this pass: it fills its memory
+        # What of it the pass looks at. It fills its memory, as far as is known before the first pass that it is in.
+        self.scope = Scope.ALL if space.stirring() is None else Scope.NOTHING
+        self._saw_all = False  # the last look at it was at all its memory
         self.passes = 0  # times all its areas were looked at
         self.stirred = False  # in this pass something of it was found changed
         self._still = 0  # passes for which its merged pages are taken to be so still
@@ -128,6 +140,11 @@ class MmSlot:
         return self.gone or bool(self.silent or self.leaving)
 
     @property
+    def is_left_out(self) -> bool:
+        """Whether the pass leaves memory of it out that nobody named, for it is filled."""
+        return self.scope is not Scope.ALL
+
+    @property
     def is_put_off(self) -> bool:
         """Whether it is silent or leaving, or it or its like has kept ksmd waiting for too long."""
         return bool(self.silent or self.leaving) or self.patience.is_spent or self.domain.patience.is_spent
@@ -159,9 +176,9 @@ class MmSlot:
                 raise AddressSpaceGone("it tells of more pages than it has")
 
     def looked_at(self) -> None:
-        """All its areas were looked at once more. While nothing happens, broken pages are looked for ever more rarely,
-        since that takes thirty times as long as to see that anonymous memory was not written (so does smart_scan of
-        the kernel with what never changes, see skip_age() in mm/ksm.c)."""
+        """All its areas were looked at once more, or those that were named. While nothing happens, broken pages are
+        looked for ever more rarely, since that takes thirty times as long as to see that anonymous memory was not
+        written (so does smart_scan of the kernel with what never changes, see skip_age() in mm/ksm.c)."""
         if self.stirred or self.merged != self._merged:
             self._still = self._quiet = 0
         elif self._still:
@@ -169,11 +186,12 @@ class MmSlot:
         else:
             self._still = min(1 << self._quiet, STILL_MAX)
             self._quiet += 1
-        self.passes += 1
+        self._saw_all = not self.is_left_out
+        self.passes += self._saw_all
         self.idle_looks = 0
         self.stirred = False
-        self.hash_all &= self.ages.skipping
-        self.ages.end_pass()
+        self.hash_all &= self.is_left_out or self.ages.skipping
+        self.ages.end_pass(self.is_left_out)
         self._merged = self.merged
 
     def may_have_islands(self, passes: int) -> bool:
@@ -188,7 +206,7 @@ class MmSlot:
     @property
     def is_still(self) -> bool:
         """Whether its merged pages need not be looked at in this pass."""
-        return self._still > 0 and self.merged == self._merged
+        return self._still > 0 and self.merged == self._merged and (self._saw_all or self.is_left_out)
 
     @property
     def npages(self) -> int:

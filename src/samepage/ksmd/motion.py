@@ -5,10 +5,12 @@ looks are in vain: the page is written again, or is gone, and a short job ends b
 nobody named (`samepage run --memory`) is looked at once the process has come to rest for as long as it was in motion,
 but for a second at most. A process that never rests is looked at when that takes no more than its share of the time.
 
-Large allocations and MADV_MERGEABLE are like a request: they are looked at without waiting.
+Large allocations and MADV_MERGEABLE are like a request: such memory is looked at meanwhile, too, a few times a second.
 """
 
 from __future__ import annotations
+
+import math
 
 PAGE_SECONDS = 3e-6
 """What a look costs for each page that was written since the last, the fault at the next write included."""
@@ -19,6 +21,9 @@ REST_LEAST, REST_MOST = 0.1, 1.0
 MOST_SECONDS = 30.0
 """The longest time between two looks at a process that is always in motion."""
 
+GLANCE_SECONDS = 0.1
+"""The shortest time between two looks at the memory that was named, of a process in motion."""
+
 INTERVAL = 0.01
 """The shortest time by which to tell how fast pages arrive."""
 
@@ -28,6 +33,7 @@ class Motion:
 
     def __init__(self, now: float) -> None:
         self._looked, self._at_look = now, 0  # when it was last looked at, and its faults by then
+        self._glanced = -math.inf  # when its named memory was last looked at, and nothing else
         self._asked, self._faults = now, -1  # the same, when it was last asked for; -1: not yet
         self._began = self._moved = now  # when it began to move, and when it was last seen to
 
@@ -48,6 +54,13 @@ class Motion:
 
     def _is_at_rest(self, now: float) -> bool:
         return now - self._moved >= min(max(self._moved - self._began, REST_LEAST), REST_MOST)
+
+    def is_glance_due(self, now: float) -> bool:
+        """Whether to look at its named memory now; if so, it is noted."""
+        is_due = now - self._glanced >= GLANCE_SECONDS
+        if is_due:
+            self._glanced = now
+        return is_due
 
     def looked_at(self, now: float, faults: int) -> None:
         """Note that it is looked at now."""

@@ -19,7 +19,7 @@ from samepage.ksmd.knobs import Knobs
 from samepage.ksmd.look import Look, Seen, heard, ingest, look
 from samepage.ksmd.merge_work import MergeWork
 from samepage.ksmd.mm_list import MmList
-from samepage.ksmd.mm_slot import MmSlot
+from samepage.ksmd.mm_slot import MmSlot, Scope
 from samepage.ksmd.motion import Motion
 from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.unmerge import free_sparse_segments, retry_pending
@@ -145,23 +145,26 @@ class Passes:
 
     def _put_off(self) -> None:
         """Who is silent, or kept ksmd waiting for too long, is not asked in this pass, nor is a process that joined
-        while it went on and fills its memory."""
-        for slot in [s for s in self.mm_list.cursor if s.is_put_off or (s.is_left_out and not self._is_due(s))]:
-            del self.mm_list.cursor[slot]
+        while it went on, if it is not due."""
+        for slot in list(self.mm_list.cursor):
+            is_new = slot.is_left_out and slot.motion is None
+            if slot.is_put_off or (is_new and not self._is_due(slot)):
+                del self.mm_list.cursor[slot]
 
     def _is_due(self, slot: MmSlot) -> bool:
-        """Whether to look at a process in this pass, or to leave it out because it fills its memory."""
+        """Whether to look at a process in this pass. While it fills its memory, only what was named is looked at."""
         stirring = None
         if self.knobs.advisor_mode == "cpu":
             stirring = slot.space.stirring()
-        slot.is_left_out = False
+        slot.scope = Scope.ALL
         if stirring is not None:
             now, (faults, pages) = self.clock(), stirring
             slot.motion = slot.motion or Motion(now)
-            slot.is_left_out = not slot.motion.is_due(now, faults, pages, self.knobs.cpu_share)
-            if not slot.is_left_out:
+            if slot.motion.is_due(now, faults, pages, self.knobs.cpu_share):
                 slot.motion.looked_at(now, faults)
-        return not slot.is_left_out
+            else:
+                slot.scope = Scope.NAMED if slot.motion.is_glance_due(now) else Scope.NOTHING
+        return slot.scope is not Scope.NOTHING
 
     def _steps(self, budget: int) -> Seen:
         mm_list, total = self.mm_list, Seen()
@@ -204,10 +207,11 @@ class Passes:
         """Several looks, without waiting for others in between. If areas changed, that look is the last: it must be
         taken in first. Runs in any thread."""
         looks: list[Look] = []
+        named = ScanFlag.NAMED if slot.scope is Scope.NAMED else ScanFlag.NONE
         while len(looks) < LOOKS and budget > 0:
             first, end = slot.ages.ahead(vpn)
             try:
-                looks.append(look(slot, first, budget, self.flags(slot), end))
+                looks.append(look(slot, first, budget, self.flags(slot) | named, end))
             except AddressSpaceSilent as e:
                 slot.lose(e)
                 self.work.wary = True

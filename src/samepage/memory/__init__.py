@@ -66,6 +66,8 @@ class ScanFlag(IntFlag):
     STILL = 4
     """Assume that merged pages still are, and do not look for broken ones. What others wrote into the process need not
     be found either, so that a process without a page fault since the last look need not be looked at."""
+    NAMED = 8
+    """Look only at large allocations, and at memory that the program itself named (MADV_MERGEABLE)."""
 
 
 class PageStatus(IntEnum):

@@ -146,7 +146,10 @@ class SimulatedAddressSpace(SimulatedProcess):
         """See `AddressSpace.scan`."""
         self._called("scan")
         found, next_vpn = _Look(), 0
+        out = self.unnamed if flags & ScanFlag.NAMED else set()
         for at in sorted(at for at in self._pages.keys() | self._seen_merged if at >= vpn and self._mergeable(at)):
+            if at in out:
+                continue
             if at >= end or len(found.sums) >= min(budget, self.step):
                 next_vpn = at
                 break

@@ -150,13 +150,16 @@ class SimulatedMemory:
         self.alive = True
         self.halt = ""  # what keeps it from answering
         self.pinned: set[int] = set()  # pages that somebody holds, for I/O
+        self.unnamed: set[int] = set()  # pages of areas that nobody named
         self._areas: list[tuple[int, int]] = []  # (vpn, npages), ascending, disjoint
         self._areas_seq = 0
         self._pages: dict[int, Page] = {}
         self._seen_merged: set[int] = set()  # pages that were merged when last looked at
 
-    def map_area(self, vpn: int, npages: int) -> None:
-        """A new mergeable area."""
+    def map_area(self, vpn: int, npages: int, named: bool = True) -> None:
+        """A new mergeable area; `named`: see `ScanFlag.NAMED`."""
+        if not named:
+            self.unnamed |= set(range(vpn, vpn + npages))
         self._areas = sorted([*self._areas, (vpn, npages)])
         self._areas_seq += 1
 
@@ -256,7 +259,7 @@ class SimulatedMemory:
             map_limit=self.map_limit,
             nodes=self.nodes,
         )
-        child._areas = list(self._areas)
+        child._areas, child.unnamed = list(self._areas), set(self.unnamed)
         for vpn, page in self._pages.items():
             page.shadow.maps += 1
             if page.frame is not None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from samepage.memory import AREA, EXTENT, RUN, STALLS_US
 
 MAGIC = 0x45504D53
-VERSION = 8
+VERSION = 9
 MSG_MAX = 128 << 10
 """Bytes of the largest packet, header included."""
 

@@ -7,7 +7,7 @@ static struct area_set areas;
 _Atomic unsigned long nr_areas;
 uint64_t areas_seq = 1;
 
-_Atomic bool merge_any, merge_mapped;
+_Atomic bool merge_any, merge_mapped, small_allocs;
 bool kernel_serves_others;
 
 static _Atomic bool lock_future; /* mlockall(MCL_FUTURE) */
@@ -33,6 +33,11 @@ static unsigned changed_flags(unsigned before, unsigned now)
 bool area_mergeable(const struct area *a)
 {
 	return mergeable(a->flags);
+}
+
+bool area_named(const struct area *a)
+{
+	return merge_any || !merge_mapped || a->flags & AREA_ADVISED || (a->flags & AREA_ALLOC && !small_allocs);
 }
 
 struct area *area_next(uintptr_t addr)

@@ -65,6 +65,7 @@ extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every w
 extern uint64_t areas_seq;	       /* changes whenever merge_any or the set of mergeable ranges does */
 extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: all that the program maps is mergeable */
 extern _Atomic bool merge_mapped;      /* the same, set by `samepage run --memory` before anything is mapped */
+extern _Atomic bool small_allocs;      /* alloc.c serves allocations below 1 MiB, too */
 bool merges_mapped(void);	       /* merge_any or merge_mapped */
 /* The kernel's KSM serves the processes that have no agent (`run --engine auto`). It must not serve this one too, so
  * the kernel's own PR_SET_MEMORY_MERGE is switched off here. Set before anything is mapped. */
@@ -89,6 +90,9 @@ void area_remove(uintptr_t start, uintptr_t end);
 void area_copy(uintptr_t start, uintptr_t end, uintptr_t to);
 void area_move(uintptr_t old_start, uintptr_t old_end, uintptr_t new_start);
 bool area_mergeable(const struct area *a);
+/* Whether somebody asked for this memory to be merged, and not only for all that the program maps. A large allocation
+ * counts as asked for; small ones do not, for programs make them all the time. */
+bool area_named(const struct area *a);
 bool any_mergeable(void);
 /* Sets merge_any. Excludes memory whose planes there is no room for. */
 void area_merge_any(bool on);

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define SP_MAGIC 0x45504d53u /* "SMPE" */
-#define SP_VERSION 8u
+#define SP_VERSION 9u
 #define SP_MSG_MAX (128u << 10)
 
 enum sp_op {
@@ -108,6 +108,7 @@ enum sp_scan_flags {			/* ScanFlag in samepage/memory */
 		     SP_SCAN_ALL = 1,	/* look also at pages that were not written since the last look */
 		     SP_SCAN_NODES = 2, /* a page's NUMA node is part of its checksum */
 		     SP_SCAN_STILL = 4, /* don't look for broken pages, nor for pages that others wrote */
+		     SP_SCAN_NAMED = 8, /* look at memory that was named alone (area_named()) */
 };
 
 struct sp_scan {

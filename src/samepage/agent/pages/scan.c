@@ -19,6 +19,7 @@
 #define STEP_PAGES 512UL       /* hashed under one hold of the lock, or up to twice as many: 2 MiB, some 200 us */
 #define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms if nothing changed */
 #define NR_REGIONS 64
+#define PASS_OVER 256 /* areas, under one hold of the lock */
 
 struct out {
 	struct sp_run *runs;
@@ -257,15 +258,28 @@ static const struct area *look_afresh(const struct area *a, uint64_t vpn)
 	return area_next(vpn << PAGE_SHIFT);
 }
 
+/* The first area that ends after `addr` and is to be looked at, or one before it: no more are passed over than one hold of
+ * the lock is for. */
+static const struct area *next_area(const struct out *o, uintptr_t addr)
+{
+	const struct area *a = area_next(addr);
+
+	for (int i = 0; a && o->flags & SP_SCAN_NAMED && !area_named(a) && i < PASS_OVER; i++)
+		a = area_next(a->end);
+	return a;
+}
+
 /* Looks at pages before `last`, for one hold of the lock. Returns where to go on; 0: there is no area after this. */
 static uint64_t step(struct out *o, uint64_t vpn, uint64_t last)
 {
-	const struct area *a = area_next(vpn << PAGE_SHIFT);
+	const struct area *a = next_area(o, vpn << PAGE_SHIFT);
 	uint64_t end;
 	bool segment;
 
 	if (!a)
 		return 0;
+	if (o->flags & SP_SCAN_NAMED && !area_named(a))
+		return a->end >> PAGE_SHIFT;
 	if (a->flags & AREA_AFRESH && area_mergeable(a))
 		a = look_afresh(a, vpn);
 	end = a->end >> PAGE_SHIFT;
@@ -319,7 +333,7 @@ static bool nothing_new(const struct sp_scan *req)
 	    areas_seq == last_look.areas_seq && !atomic_load(&pages_disturbed))
 		return true;
 	atomic_store(&pages_disturbed, false);
-	last_look.whole = kernel.tracking && faults >= 0 && req->end >= SP_VPN_END;
+	last_look.whole = kernel.tracking && faults >= 0 && req->end >= SP_VPN_END && !(req->flags & SP_SCAN_NAMED);
 	last_look.areas_seq = areas_seq;
 	last_look.faults = faults;
 	return false;
