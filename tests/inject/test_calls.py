@@ -130,7 +130,7 @@ def test_a_process_that_is_stopped_stays_stopped_and_is_left_alone(start: Start)
     wait_until(lambda: status(process, "State")[0] == "T", "stopped")
     with pytest.raises(inject.InjectError, match="stopped by a signal"):
         inject.make_calls(process.pid, [(SYS_GETPID,)])
-    assert status(process, "State")[0] == "T"
+    wait_until(lambda: status(process, "State")[0] == "T", "stopped again, once it was let go")
     process.send_signal(signal.SIGCONT)
     assert finish(process)["reading"]
 

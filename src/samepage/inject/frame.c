@@ -22,6 +22,7 @@
 #define TEXT_MAX (256UL << 20) /* how many bytes of code to search */
 #define CHUNK (256UL << 10)
 #define TOUCHED (3ULL << 62) /* bits of a pagemap entry: present or swapped */
+#define BLOCK 4096	     /* how much is filled with marks at a time: a page, or a part of one */
 #define MARK "samepage: unused"
 #define MARK_LEN (sizeof(MARK) - 1)
 
@@ -87,10 +88,11 @@ static int search(struct tracee *t, const struct map *m, unsigned char *buffer)
 {
 	ssize_t got = 0;
 
-	for (uint64_t at = m->start; at < m->end && !(t->syscall_ret && t->sigreturn); at += CHUNK - ARCH_LONGEST) {
+	for (uint64_t at = m->start; at < m->end && !(t->syscall_ret && t->sigreturn);
+	     at += CHUNK - sizeof(struct code)) {
 		got = read_some(t, at, buffer, m->end - at < CHUNK ? m->end - at : CHUNK);
 		if (got > 0)
-			arch_find(t, buffer, (size_t)got, at);
+			find_code(t, buffer, (size_t)got, at);
 	}
 	return got < 0 ? errno : 0;
 }
@@ -137,6 +139,11 @@ static bool find_stack(const struct tracee *t, struct map *m)
 	return found;
 }
 
+static uint64_t page_size(void)
+{
+	return (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
 /* Whether a page was never touched. */
 static bool is_untouched(const struct tracee *t, uint64_t at)
 {
@@ -146,43 +153,44 @@ static bool is_untouched(const struct tracee *t, uint64_t at)
 
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", t->pid);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (pread(fd, &entry, sizeof(entry), (off_t)(at / PAGE_SIZE * sizeof(entry))) != sizeof(entry))
+	if (pread(fd, &entry, sizeof(entry), (off_t)(at / page_size() * sizeof(entry))) != sizeof(entry))
 		entry = TOUCHED;
 	if (fd >= 0)
 		close(fd);
 	return !(entry & TOUCHED);
 }
 
-static void fill_with_marks(unsigned char *page)
+static void fill_with_marks(unsigned char *block)
 {
-	for (size_t at = 0; at < PAGE_SIZE; at += MARK_LEN)
-		memcpy(page + at, MARK, MARK_LEN);
+	for (size_t at = 0; at < BLOCK; at += MARK_LEN)
+		memcpy(block + at, MARK, MARK_LEN);
 }
 
-/* Whether a page is as an earlier frame left it: full of marks. */
+/* Whether a block is as an earlier frame left it: full of marks. */
 static bool is_marked(const struct tracee *t, uint64_t at)
 {
-	unsigned char page[PAGE_SIZE], marks[PAGE_SIZE];
+	unsigned char block[BLOCK], marks[BLOCK];
 
 	fill_with_marks(marks);
-	return read_from(t, at, page, sizeof(page)) && !memcmp(page, marks, sizeof(page));
+	return read_from(t, at, block, sizeof(block)) && !memcmp(block, marks, sizeof(block));
 }
 
 static enum inject_error place(struct tracee *t, uint64_t *top)
 {
-	size_t need = arch_frame_size(t);
+	uint64_t sp = get_register(&t->regs, arch_registers.sp);
+	uint64_t need = arch_frame_size(t), page = page_size();
 	struct map m;
 
 	if (!find_stack(t, &m) || m.perms[1] != 'w')
 		return INJECT_NO_STACK;
-	*top = arch_stack_free(t);
+	*top = sp - arch_red_zone;
 	t->low = 0;
-	if (t->regs.rsp > m.start && t->regs.rsp <= m.end)
+	if (sp > m.start && sp <= m.end)
 		return *top > m.start && *top - m.start >= need ? INJECT_OK : INJECT_NO_STACK;
-	*top = m.start + ((need + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1));
+	*top = m.start + (need + page - 1) / page * page;
 	if (*top >= m.end)
 		return INJECT_NO_STACK;
-	for (uint64_t at = m.start; at < *top; at += PAGE_SIZE)
+	for (uint64_t at = m.start; at < *top; at += BLOCK)
 		if (!is_untouched(t, at) && !is_marked(t, at))
 			return INJECT_NO_STACK;
 	t->low = m.start;
@@ -193,7 +201,7 @@ static enum inject_error place(struct tracee *t, uint64_t *top)
 enum inject_error put_frame(struct tracee *t)
 {
 	uint64_t top;
-	enum inject_error err = arch_verify(t) ? place(t, &top) : INJECT_BUSY;
+	enum inject_error err = verify_code(t) ? place(t, &top) : INJECT_BUSY;
 
 	if (!err)
 		err = arch_frame(t, top);
@@ -205,7 +213,7 @@ enum inject_error put_frame(struct tracee *t)
 
 void remove_frame(struct tracee *t)
 {
-	unsigned char marks[PAGE_SIZE];
+	unsigned char marks[BLOCK];
 
 	if (!t->low) {
 		if (t->before)
@@ -213,6 +221,6 @@ void remove_frame(struct tracee *t)
 		return;
 	}
 	fill_with_marks(marks);
-	for (uint64_t at = t->low; at < t->low_end; at += PAGE_SIZE)
+	for (uint64_t at = t->low; at < t->low_end; at += BLOCK)
 		write_to(t, at, marks, sizeof(marks));
 }

@@ -23,7 +23,8 @@
  *   is looked at while it is held: by then it may have executed another program, or put itself under a seccomp filter.
  *
  * Each operation runs on a thread of its own: when that thread ends, the kernel detaches what it traced. What depends
- * on x86-64 is in arch/x86_64/: the registers' names, the frame, and the instructions.
+ * on the processor is in arch/: a table of its registers and instructions, what its kernel shows of a thread that was
+ * stopped in a call, and the signal frame. No file elsewhere names a register.
  */
 #ifndef SAMEPAGE_INJECT_H
 #define SAMEPAGE_INJECT_H
@@ -61,12 +62,20 @@ struct inject_call {
 	int64_t ret;
 };
 
+/* The call that a thread waits in; nr is -1 if it is in none. */
+struct waits {
+	int64_t nr;
+	uint64_t arg[6], sp, pc;
+};
+
 /* The state of a thread when it was stopped, and all that leads back to it. */
 struct tracee {
 	pid_t pid;
 	int pidfd;
 	uint64_t program;	      /* where its stack begins, which every exec chooses anew */
 	struct user_regs_struct regs; /* to be restored */
+	struct waits waits;	      /* before it was stopped */
+	bool eintr;		      /* that call said EINTR, and is to be made again */
 	uint64_t mask;		      /* blocked signals */
 	unsigned char fp[16384];      /* arch_fp_regset */
 	size_t fp_len;
@@ -81,28 +90,63 @@ struct tracee {
 
 /* ---- arch/ ---- */
 
+/* Where a processor has what a call needs: offsets in struct user_regs_struct. */
+struct registers {
+	size_t pc, sp;
+	size_t nr, arg[6], result;
+	size_t interrupted; /* the call that the kernel would make again, if the tracer sees that; else NOWHERE */
+	size_t back;	    /* to where `ret` returns; NOWHERE: to what is on top of the stack */
+};
+
+#define NOWHERE SIZE_MAX
+
+/* Instructions, as they stand in memory. */
+struct code {
+	unsigned char bytes[9];
+	size_t len;
+};
+
+extern const struct registers arch_registers;
+extern const struct code arch_syscall_ret, arch_sigreturn[2];
+extern const size_t arch_alignment; /* of instructions */
 /* The register set of ptrace(2) that has everything in a signal frame that struct user_regs_struct has not. */
 extern const int arch_fp_regset;
 
 /* Whether the thread may be held where it was stopped. If it is in a call that returns EINTR for every stop, changes
  * t->regs so that the call goes on. */
 enum inject_error arch_check(struct tracee *t);
-/* The registers that make a call. */
-struct user_regs_struct arch_call(const struct tracee *t, const struct inject_call *call);
-int64_t arch_result(const struct user_regs_struct *regs);
+/* Whether the registers will be those that continue the interrupted call only after one more stop. */
+bool arch_stop_again(const struct tracee *t);
+/* What is left to do before t->regs are restored. */
+void arch_restore(struct tracee *t);
 /* Builds the frame in t->image. It must lie below `top`. */
 enum inject_error arch_frame(struct tracee *t, uint64_t top);
 /* How many bytes arch_frame() needs below `top`. */
 size_t arch_frame_size(const struct tracee *t);
-/* The first address below the stack that nobody uses. */
-uint64_t arch_stack_free(const struct tracee *t);
+/* How many bytes below the stack pointer belong to the thread. */
+extern const size_t arch_red_zone;
+
+/* ---- registers.c ---- */
+
+uint64_t get_register(const struct user_regs_struct *regs, size_t which);
+void set_register(struct user_regs_struct *regs, size_t which, uint64_t value);
+/* The registers that make a call. */
+struct user_regs_struct registers_for(const struct tracee *t, const struct inject_call *call);
 /* Looks for the instructions in `text`, which lies at `at` in the process. Those already found are kept. */
-void arch_find(struct tracee *t, const unsigned char *text, size_t len, uint64_t at);
-#define ARCH_LONGEST 9 /* length of the longest of these instructions */
+void find_code(struct tracee *t, const unsigned char *text, size_t len, uint64_t at);
 /* Whether the instructions still are where they were found. */
-bool arch_verify(const struct tracee *t);
-/* Which argument holds the timeout of a call that returns EINTR for every stop; -1: none. */
-int arch_timeout(int64_t nr, const uint64_t arg[6]);
+bool verify_code(const struct tracee *t);
+
+/* ---- stopped.c ---- */
+
+/* Whether it is in a restartable sequence. The kernel restarts the sequence of a thread that was stopped in it, going
+ * by the registers, and so by those that we set. */
+bool in_section(const struct tracee *t);
+bool is_dispatched(const struct tracee *t);
+/* Whether a call returns EINTR in a thread that was only stopped, although nothing was done yet. */
+bool may_be_made_again(int64_t nr);
+/* Which argument holds the timeout of such a call; -1: none. */
+int timeout_of(int64_t nr, const uint64_t arg[6]);
 
 /* ---- frame.c ---- */
 
@@ -124,6 +168,10 @@ void settle(pid_t pid);
 void note_program(struct tracee *t);
 /* Whether the process, which is held, still runs it, and may make calls. */
 enum inject_error check_program(const struct tracee *t);
+/* In which call a process waits. */
+struct waits call_of(pid_t pid);
+/* Whether a handler of the process runs as soon as it goes on. */
+bool is_signalled(pid_t pid);
 /* Reads a file of /proc/PID into `text`, which ends with a zero byte. */
 bool read_proc(pid_t pid, const char *name, char *text, size_t size);
 

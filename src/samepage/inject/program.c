@@ -9,6 +9,7 @@
 
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -60,4 +61,35 @@ enum inject_error check_program(const struct tracee *t)
 		return INJECT_GONE;
 	/* A kernel without seccomp has no such line. */
 	return !strstr(text, "\nSeccomp:") || strstr(text, "\nSeccomp:\t0") ? INJECT_OK : INJECT_FILTERED;
+}
+
+struct waits call_of(pid_t pid)
+{
+	struct waits w = {0};
+	uint64_t *arg = w.arg;
+	char text[256];
+
+	if (!read_proc(pid, "syscall", text, sizeof(text)) ||
+	    sscanf(text, "%ld %lx %lx %lx %lx %lx %lx %lx %lx", &w.nr, &arg[0], &arg[1], &arg[2], &arg[3], &arg[4],
+		   &arg[5], &w.sp, &w.pc) != 9)
+		w.nr = -1;
+	return w;
+}
+
+/* A mask of signals in the status of a process. */
+static uint64_t signals(const char *status, const char *name)
+{
+	const char *p = strstr(status, name);
+
+	return p ? strtoull(p + strlen(name), NULL, 16) : 0;
+}
+
+bool is_signalled(pid_t pid)
+{
+	char text[4096];
+
+	if (!read_proc(pid, "status", text, sizeof(text)))
+		return false;
+	return (signals(text, "\nSigPnd:\t") | signals(text, "\nShdPnd:\t")) & ~signals(text, "\nSigBlk:\t") &
+	       signals(text, "\nSigCgt:\t");
 }

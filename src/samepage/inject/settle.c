@@ -16,14 +16,9 @@
 
 static bool waits_for_a_time(pid_t pid)
 {
-	uint64_t arg[6];
-	char text[256];
-	long nr;
+	struct waits waits = call_of(pid);
 
-	return read_proc(pid, "syscall", text, sizeof(text)) &&
-	       sscanf(text, "%ld %lx %lx %lx %lx %lx %lx", &nr, &arg[0], &arg[1], &arg[2], &arg[3], &arg[4], &arg[5]) ==
-		       7 &&
-	       arch_timeout(nr, arg) >= 0;
+	return waits.nr >= 0 && timeout_of(waits.nr, waits.arg) >= 0;
 }
 
 /* How often the thread has gone to sleep. */

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "inject.h"
 
+#include "arch/arch.h"
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
@@ -19,6 +20,7 @@
 #define PATIENCE_NS 5000000000ULL /* how long to wait for a thread to come out of the kernel */
 #define TRIES 200		  /* for a thread that is at a place where it must not be held */
 #define LOOKS 20		  /* for a program's instructions */
+#define STOPS 3			  /* in a row, where one does not say all */
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 #ifndef PTRACE_EVENT_STOP
 #define PTRACE_EVENT_STOP 128
@@ -171,24 +173,43 @@ void forget(struct tracee *t)
 	t->image = t->before = NULL;
 }
 
+/* Waits for the stop that was asked for, and reads what the thread is then. */
+static enum inject_error stopped(struct tracee *t)
+{
+	int status;
+	enum inject_error err = until_event(t, PTRACE_CONT, &status);
+
+	if (!err && WSTOPSIG(status) != SIGTRAP)
+		err = INJECT_STOPPED;
+	if (!err && !is_same(t))
+		err = INJECT_GONE;
+	return err ? err : get_state(t);
+}
+
+static enum inject_error stop(struct tracee *t)
+{
+	return ptrace(PTRACE_INTERRUPT, t->pid, 0, 0) ? INJECT_GONE : stopped(t);
+}
+
+/* Lets it go on, for so long that it makes its call again, and stops it once more. */
+static enum inject_error stop_again(struct tracee *t)
+{
+	if (ptrace(PTRACE_CONT, t->pid, 0, 0))
+		return failed();
+	nap(50000);
+	return stop(t);
+}
+
 static enum inject_error seize(struct tracee *t)
 {
 	enum inject_error err;
-	int status;
 
+	t->waits = call_of(t->pid);
 	if (ptrace(PTRACE_SEIZE, t->pid, 0, PTRACE_O_TRACESYSGOOD))
 		return errno == ESRCH ? INJECT_GONE : INJECT_DENIED;
-	if (ptrace(PTRACE_INTERRUPT, t->pid, 0, 0))
-		return INJECT_GONE;
-	err = until_event(t, PTRACE_CONT, &status);
-	if (err)
-		return err;
-	if (WSTOPSIG(status) != SIGTRAP)
-		err = INJECT_STOPPED;
-	else if (!is_same(t))
-		err = INJECT_GONE;
-	else
-		err = get_state(t);
+	err = stop(t);
+	for (int stops = 1; !err && stops < STOPS && arch_stop_again(t); stops++)
+		err = stop_again(t);
 	if (!err)
 		err = check_program(t);
 	if (!err)
@@ -204,7 +225,7 @@ static enum inject_error seize(struct tracee *t)
 /* From here on the thread, if it is let go, makes `call` and returns by the frame. */
 static enum inject_error enter(struct tracee *t, const struct inject_call *call)
 {
-	struct user_regs_struct regs = arch_call(t, call);
+	struct user_regs_struct regs = registers_for(t, call);
 	enum inject_error err = set_regs(t, &regs);
 
 	if (!err && !t->entered)
@@ -279,7 +300,7 @@ enum inject_error make_call(struct tracee *t, struct inject_call *call)
 		err = until_syscall(t, &status);
 	if (!err)
 		err = get_regs(t, &regs);
-	call->ret = err ? 0 : arch_result(&regs);
+	call->ret = err ? 0 : (int64_t)get_register(&regs, arch_registers.result);
 	return err;
 }
 
@@ -298,6 +319,8 @@ enum inject_error end(struct tracee *t)
 		if (!err)
 			err = set_mask(t, t->mask);
 		if (!err)
+			arch_restore(t);
+		if (!err)
 			err = set_regs(t, &t->regs);
 		t->entered = false;
 	}
@@ -311,9 +334,9 @@ enum inject_error end(struct tracee *t)
 /* ---- a thread for it -------------------------------------------------------------------------------- */
 
 /* Until glibc 2.34 these were in libpthread. Those versions of them are in both. */
-__asm__(".symver pthread_create, pthread_create@GLIBC_2.2.5");
-__asm__(".symver pthread_join, pthread_join@GLIBC_2.2.5");
-__asm__(".symver pthread_sigmask, pthread_sigmask@GLIBC_2.2.5");
+__asm__(".symver pthread_create, pthread_create@" ARCH_LIBC);
+__asm__(".symver pthread_join, pthread_join@" ARCH_LIBC);
+__asm__(".symver pthread_sigmask, pthread_sigmask@" ARCH_LIBC);
 
 struct work {
 	enum inject_error (*work)(void *);

@@ -8,37 +8,34 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ptrace.h>
 #include <sys/syscall.h>
 
 #define USER_CS 0x33	      /* the code segment of 64-bit code */
 #define USER_END (1ULL << 56) /* with five levels of page tables; the vsyscall page lies above it */
-#define RED_ZONE 128
 #define SYSCALL_LEN 2
 #define RESTART_NO_INTR 513
 #define RESTART_BLOCK 516
-#define SYS_EPOLL_PWAIT2 441
-#define ENTER_EXT_ARG 8 /* IORING_ENTER_EXT_ARG: the fifth argument has a timeout */
 
-/* include/uapi/linux/ptrace.h: Linux 5.13 and 6.4. */
-#define GET_RSEQ 0x420f
-#define GET_DISPATCH 0x4211
+#define AT(name) offsetof(struct user_regs_struct, name)
 
-struct rseq_config {
-	uint64_t pointer;
-	uint32_t size, signature, flags, pad;
+const struct registers arch_registers = {
+	.pc = AT(rip),
+	.sp = AT(rsp),
+	.nr = AT(rax),
+	.arg = {AT(rdi), AT(rsi), AT(rdx), AT(r10), AT(r8), AT(r9)},
+	.result = AT(rax),
+	.interrupted = AT(orig_rax),
+	.back = NOWHERE,
 };
 
-struct dispatch_config {
-	uint64_t mode, selector, offset, len;
+const struct code arch_syscall_ret = {{0x0f, 0x05, 0xc3}, 3};
+/* mov $15, %rax; syscall, as glibc and musl write it, and as Go does */
+const struct code arch_sigreturn[] = {
+	{{0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05}, 9},
+	{{0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05}, 7},
 };
-
-/* What a thread announces in struct rseq while it is in a section that must not be interrupted. */
-struct section {
-	uint32_t version, flags;
-	uint64_t start, len, abort;
-};
-
+const size_t arch_alignment = 1;
+const size_t arch_red_zone = 128;
 const int arch_fp_regset = NT_X86_XSTATE;
 
 /* ---- where it was stopped --------------------------------------------------------------------------- */
@@ -57,72 +54,16 @@ static bool restarts(const struct user_regs_struct *regs)
 	       (ret == RESTART_SYSCALL || ret == RESTART_NO_INTR || ret == RESTART_NO_HANDLER || ret == RESTART_BLOCK);
 }
 
-/* Whether it is in a restartable sequence. The kernel restarts the sequence of a thread that was stopped in it, going
- * by the registers, and so by those that we set. */
-static bool in_section(const struct tracee *t)
-{
-	struct rseq_config config = {0};
-	struct section section;
-	uint64_t at;
-
-	if (ptrace(GET_RSEQ, t->pid, sizeof(config), &config) < 0 || !config.pointer)
-		return false;
-	if (!read_from(t, config.pointer + 8, &at, sizeof(at)) || !at)
-		return false;
-	return !read_from(t, at, &section, sizeof(section)) || t->regs.rip - section.start < section.len;
-}
-
-/* Calls that return EINTR in a thread that was only stopped (signal(7)), although nothing was done yet, so they may be
- * made again. `timeout` is the argument that holds the time to wait, if there is one. */
-static const struct {
-	int64_t nr;
-	int timeout;
-	bool pointer;
-} interrupted[] = {
-	{SYS_read, -1, false},		 {SYS_readv, -1, false},	 {SYS_write, -1, false},
-	{SYS_writev, -1, false},	 {SYS_recvfrom, -1, false}, /* with SO_RCVTIMEO */
-	{SYS_recvmsg, -1, false},	 {SYS_sendto, -1, false},	 {SYS_sendmsg, -1, false},
-	{SYS_recvmmsg, -1, false},	 {SYS_sendmmsg, -1, false},	 {SYS_connect, -1, false},
-	{SYS_accept, -1, false},	 {SYS_accept4, -1, false},	 {SYS_epoll_wait, 3, false},
-	{SYS_epoll_pwait, 3, false},	 {SYS_EPOLL_PWAIT2, 3, true},	 {SYS_semop, -1, false},
-	{SYS_semtimedop, 3, true},	 {SYS_rt_sigtimedwait, 2, true}, {SYS_io_getevents, 4, true},
-	{SYS_io_uring_enter, -1, false},
-};
-
-#define INTERRUPTED (sizeof(interrupted) / sizeof(*interrupted))
-
-int arch_timeout(int64_t nr, const uint64_t arg[6])
-{
-	if (nr == SYS_io_uring_enter && arg[3] & ENTER_EXT_ARG)
-		return 4;
-	for (size_t i = 0; i < INTERRUPTED; i++) {
-		int n = interrupted[i].timeout;
-
-		if (interrupted[i].nr == nr && n >= 0)
-			return (interrupted[i].pointer ? arg[n] != 0 : (int32_t)arg[n] > 0) ? n : -1;
-	}
-	return -1;
-}
-
-static bool may_be_made_again(int64_t nr)
-{
-	for (size_t i = 0; i < INTERRUPTED; i++)
-		if (interrupted[i].nr == nr)
-			return true;
-	return false;
-}
-
 enum inject_error arch_check(struct tracee *t)
 {
 	struct user_regs_struct *regs = &t->regs;
-	struct dispatch_config dispatch = {0};
 	unsigned char insn[SYSCALL_LEN];
 
 	if (regs->cs != USER_CS)
 		return INJECT_OTHER_BITS;
 	if (regs->rip >= USER_END || regs->rsp >= USER_END)
 		return INJECT_BUSY; /* in a vsyscall, which the kernel carries out for it */
-	if (!ptrace(GET_DISPATCH, t->pid, sizeof(dispatch), &dispatch) && dispatch.mode)
+	if (is_dispatched(t))
 		return INJECT_DISPATCHED;
 	if (in_syscall(regs)) {
 		/* If the call was made by `int $0x80`, the kernel has forgotten that by the time the thread goes on
@@ -137,64 +78,16 @@ enum inject_error arch_check(struct tracee *t)
 	return INJECT_OK;
 }
 
-/* ---- the call --------------------------------------------------------------------------------------- */
-
-struct user_regs_struct arch_call(const struct tracee *t, const struct inject_call *call)
+/* The kernel decides only when the thread goes on, by orig_rax and rax, what becomes of the call. */
+bool arch_stop_again(const struct tracee *t)
 {
-	struct user_regs_struct regs = t->regs;
-
-	regs.rax = (uint64_t)call->nr;
-	regs.orig_rax = ~0ULL; /* no call to make again */
-	regs.rdi = call->arg[0];
-	regs.rsi = call->arg[1];
-	regs.rdx = call->arg[2];
-	regs.r10 = call->arg[3];
-	regs.r8 = call->arg[4];
-	regs.r9 = call->arg[5];
-	regs.rip = t->syscall_ret;
-	regs.rsp = t->frame;
-	return regs;
+	(void)t;
+	return false;
 }
 
-int64_t arch_result(const struct user_regs_struct *regs)
+void arch_restore(struct tracee *t)
 {
-	return (int64_t)regs->rax;
-}
-
-/* ---- the instructions ------------------------------------------------------------------------------- */
-
-static const unsigned char syscall_ret[] = {0x0f, 0x05, 0xc3};
-/* mov $15, %rax; syscall, as glibc and musl write it, and as Go does */
-static const unsigned char sigreturn_long[] = {0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f, 0x05};
-static const unsigned char sigreturn_short[] = {0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05};
-
-static void look_for(uint64_t *found, const void *bytes, size_t n, const unsigned char *text, size_t len, uint64_t at)
-{
-	const unsigned char *p = *found ? NULL : memmem(text, len, bytes, n);
-
-	if (p)
-		*found = at + (uint64_t)(p - text);
-}
-
-void arch_find(struct tracee *t, const unsigned char *text, size_t len, uint64_t at)
-{
-	look_for(&t->syscall_ret, syscall_ret, sizeof(syscall_ret), text, len, at);
-	look_for(&t->sigreturn, sigreturn_long, sizeof(sigreturn_long), text, len, at);
-	look_for(&t->sigreturn, sigreturn_short, sizeof(sigreturn_short), text, len, at);
-}
-
-static bool stands(const struct tracee *t, uint64_t at, const unsigned char *bytes, size_t n)
-{
-	unsigned char there[ARCH_LONGEST];
-
-	return read_from(t, at, there, n) && !memcmp(there, bytes, n);
-}
-
-bool arch_verify(const struct tracee *t)
-{
-	return stands(t, t->syscall_ret, syscall_ret, sizeof(syscall_ret)) &&
-	       (stands(t, t->sigreturn, sigreturn_long, sizeof(sigreturn_long)) ||
-		stands(t, t->sigreturn, sigreturn_short, sizeof(sigreturn_short)));
+	(void)t;
 }
 
 /* ---- the frame -------------------------------------------------------------------------------------- */
@@ -244,11 +137,6 @@ static uint32_t xstate_size(const struct tracee *t)
 		if (mask >> i & 1 && __get_cpuid_count(0xd, i, &size, &offset, &c, &d) && offset + size > end)
 			end = offset + size;
 	return end;
-}
-
-uint64_t arch_stack_free(const struct tracee *t)
-{
-	return t->regs.rsp - RED_ZONE;
 }
 
 size_t arch_frame_size(const struct tracee *t)
