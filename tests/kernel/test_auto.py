@@ -236,6 +236,15 @@ def test_rows_of_all_engines_are_in_one_table_and_their_sums_in_one_for_cgroups(
     assert engines.by_engine() == {"user": {"pages_sharing": 2}, "kernel": {"pages_sharing": 1}}
 
 
+def test_who_joined_after_the_kernels_engine_looked_has_one_row() -> None:
+    engines = Engines(Fake("user", [1, 2]), [Fake("kernel", [2, 3])])  # type: ignore[arg-type,list-item]
+    expected = [(1, "user"), (2, "user"), (3, "kernel")]
+    assert [(row["pid"], row["engine"]) for row in engines.rows()] == expected
+    rows, groups = engines.commitments()
+    assert [(row["pid"], row["engine"]) for row in rows] == expected
+    assert groups[0]["processes"] == 3
+
+
 def test_each_engine_unmerges_its_own() -> None:
     user, kernel, engines = both("ENOMEM")
     done = engines.unmerge([3, 1], lambda _: None, lambda: False)

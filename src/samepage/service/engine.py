@@ -102,13 +102,21 @@ class Engines:
         return {engine.name: engine.counters(owner) for engine in self._all}
 
     def rows(self) -> list[Answer]:
-        return [_named(engine, row) for engine in self._all for row in engine.rows()]
+        return self._once(engine.rows() for engine in self._all)
 
     def commitments(self) -> tuple[list[Answer], list[Answer]]:
         """And a row for each cgroup: the bytes needed if all merged pages in it were written at once, and those
         available."""
-        rows = [_named(engine, row) for engine in self._all for row in engine.commitments()]
+        rows = self._once(engine.commitments() for engine in self._all)
         return rows, _cgroups(rows)
+
+    def _once(self, found: Iterable[list[Answer]]) -> list[Answer]:
+        """One row for each process. An engine that looks only now and then may still have one that has joined since."""
+        rows: dict[int, Answer] = {}
+        for engine, theirs in zip(self._all, found, strict=True):
+            for row in theirs:
+                rows.setdefault(row["pid"], _named(engine, row))
+        return list(rows.values())
 
     def row(self, pid: int) -> Answer | None:
         return next((row for engine in self._all if (row := engine.row(pid)) is not None), None)
