@@ -230,19 +230,31 @@ def wait_kernel_merged(workers: list[Worker]) -> None:
     wait_until(merged, "merged by the kernel")
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """MiB: of a worker, of what it has again and again, and of the cgroup of two of them."""
+
+    worker: int = WORKER_MIB
+    part: int = PART_MIB
+    limit: int = LIMIT // MIB
+
+
+SIZES = Sizes()
+
+
 @contextlib.contextmanager
-def merged_by_the_kernel(group: MemoryCgroup) -> Iterator[tuple[list[Worker], Neighbours]]:
-    """Two workers of 512 MiB, merged by the kernel, in a cgroup of 300 MiB that neighbours fill and empty."""
+def merged_by_the_kernel(group: MemoryCgroup, sizes: Sizes = SIZES) -> Iterator[tuple[list[Worker], Neighbours]]:
+    """Two workers, merged by the kernel, in a cgroup that is too small for one, and that neighbours fill and empty."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(kernel_ksm.borrowed(**kernel_ksm.FASTEST))
         group.set_limit(ROOMY)
-        workers = [Worker(group, None) for _ in range(2)]
+        workers = [Worker(group, None, sizes.worker, sizes.part) for _ in range(2)]
         for worker in workers:
             stack.callback(worker.end)
             worker.ask("advise")
         wait_kernel_merged(workers)
         kernel_ksm.write("run", 0)
-        group.set_limit(LIMIT)
+        group.set_limit(sizes.limit * MIB)
         neighbours = Neighbours(group)
         stack.callback(neighbours.end)
         yield workers, neighbours

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 
 import pytest
 
-from benchmarks import kernel_ksm
+from benchmarks import kernel_ksm, memory_cgroup, oom_kernel
 from benchmarks.memory_cgroup import MemoryCgroup
-from benchmarks.oom import MIB, PAGE_SIZE, ROOMY, merged_by_the_kernel
+from benchmarks.oom import MIB, ROOMY, merged_by_the_kernel, show
 from benchmarks.processes import wait_until
 from samepage import inject
 from samepage.kernel.rows import processes
@@ -20,35 +19,31 @@ from tests.oom.conftest import group
 __all__ = ["group"]
 
 pytestmark = needs_ksm
+needs_cgroups = pytest.mark.skipif(memory_cgroup.version() is None, reason="needs the memory controller")
 
 ROUNDS = int(os.environ.get("SAMEPAGE_TEST_UNMERGES", "12"))
 KERNEL_ROUNDS = int(os.environ.get("SAMEPAGE_TEST_KERNEL_UNMERGES", "1"))
 
 
-@pytest.mark.timeout(60 + 10 * ROUNDS)
-def test_in_a_cgroup_that_is_too_small_it_is_enomem_and_nobody_is_killed(group: MemoryCgroup) -> None:
+@needs_cgroups
+@pytest.mark.timeout(120 + 10 * ROUNDS)
+def test_in_a_cgroup_that_is_too_small_it_is_enomem_and_nobody_is_killed() -> None:
+    out = oom_kernel.under_a_limit(ROUNDS, oom_kernel.by_the_command)
+    show(out)
+    assert oom_kernel.is_good(out), out
+
+
+def test_what_the_command_says_and_that_the_rest_stays_mergeable(group: MemoryCgroup) -> None:
     with merged_by_the_kernel(group) as (workers, neighbours):
-        for n in range(ROUNDS):
-            worker = workers[n % 2]
-            done = samepage("unmerge", "--engine", "kernel", "--pid", str(worker.pid), "--json")
-            answer = json.loads(done.stdout)
-            (row,) = answer["processes"]
-            assert (done.returncode, answer["errno"]) == (1, "ENOMEM"), (n, done.stderr)
-            assert row["bytes_needed"] == row["pages_remaining"] * PAGE_SIZE > row["bytes_available"]
-            assert f"{row['pages_remaining']} remain merged" in done.stderr
-            assert group.killed() == 0, n
-            neighbours.wait_full()
-        assert all(worker.ask("verify") for worker in workers)
-        print(f"{neighbours.filled} times full, {group.refused()} refused")
+        answer = oom_kernel.by_the_command(workers[0])
+        (row,) = answer["processes"]
+        assert (answer["status"], answer["errno"]) == (1, "ENOMEM")
+        assert f"{row['pages_remaining']} remain merged" in answer["said"]
         neighbours.end()
         group.set_limit(ROOMY)
-        for worker in workers:
-            assert mergeable_mappings(worker.pid)
-            done = samepage("unmerge", "--engine", "kernel", "--pid", str(worker.pid))
-            assert (done.returncode, done.stderr) == (0, "")
-            assert mergeable_mappings(worker.pid)
-        assert all(worker.ask("verify") for worker in workers)
-        assert group.killed() == 0
+        answer = oom_kernel.by_the_command(workers[0])
+        assert (answer["status"], answer["said"]) == (0, "")
+        assert mergeable_mappings(workers[0].pid)
 
 
 def test_detach_in_a_cgroup_that_is_too_small_leaves_the_rest_mergeable_and_goes_on_later(group: MemoryCgroup) -> None:
@@ -67,18 +62,12 @@ def test_detach_in_a_cgroup_that_is_too_small_leaves_the_rest_mergeable_and_goes
         assert group.killed() == 0
 
 
+@needs_cgroups
 @pytest.mark.timeout(60 + 60 * KERNEL_ROUNDS)
-def test_the_kernels_own_run_2_kills_in_the_same_cgroup(group: MemoryCgroup) -> None:
-    killed = 0
-    for _ in range(KERNEL_ROUNDS):
-        before = group.killed()
-        with merged_by_the_kernel(group) as (_, neighbours):
-            with contextlib.suppress(OSError):
-                kernel_ksm.write("run", 2)
-            neighbours.look()
-        killed += group.killed() > before
-    print(f"killed in {killed} of {KERNEL_ROUNDS} rounds")
-    assert killed == KERNEL_ROUNDS
+def test_the_kernels_own_run_2_kills_in_the_same_cgroup() -> None:
+    out, deadly = oom_kernel.by_the_kernel(KERNEL_ROUNDS)
+    show(out)
+    assert deadly == KERNEL_ROUNDS
 
 
 def test_a_look_at_another_process_sees_its_cgroup(group: MemoryCgroup, start: StartHolder) -> None:

@@ -36,7 +36,8 @@ def check(
 ) -> dict[str, Row]:
     """What was said of each way to swap pages."""
     kernel = unpack(archive, package, FOLDER / Path(package).name.removesuffix(".deb"))
-    command = ["env", f"KERNELS_PARSER={apparmor_parser(archive)}", *job(FOLDER)]
+    asked = [f"{name}={os.environ[name]}" for name in ("KERNELS_UNMERGES", "KERNELS_RUN_2") if name in os.environ]
+    command = ["env", f"KERNELS_PARSER={apparmor_parser(archive)}", *asked, *job(FOLDER)]
     results: dict[str, Row] = {}
     for way in ways:
         words = " ".join(f"'{word}'" for word in [*command, way, *checks])

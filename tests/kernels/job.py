@@ -25,6 +25,7 @@ from typing import Any
 
 from tests.kernels.apparmor import apparmor
 from tests.kernels.barrier import barrier
+from tests.kernels.kernel_engine import kernel_engine
 from tests.kernels.network import network_file_system
 from tests.kernels.patience import SLOW, WrongError, must, until
 
@@ -374,11 +375,12 @@ CHECKS: dict[str, Callable[[str], str | None]] = {
     "writers from outside": barrier,
     "NFS": network_file_system,
     "AppArmor": apparmor,
+    "kernel engine": kernel_engine,
 }
 TOO_LONG = 15.0
 """Seconds that no check takes on a machine that is as fast as machines are."""
 
-NEEDS_V2 = {"memory.max", "memory.high", "nested", "memory.swap.max 0", "pressure", "no swap"}
+NEEDS_V2 = {"memory.max", "memory.high", "nested", "memory.swap.max 0", "pressure", "no swap", "kernel engine"}
 
 
 def look_around() -> None:
