@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -132,6 +133,7 @@ def main() -> int:
         parser.add_argument(f"--{field}", type=int, metavar="MIB", default=getattr(SIZES, field), help=f"of {of}")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # everything is put back
     sizes = Sizes(args.worker, args.part, args.limit)
     ours = under_a_limit(args.rounds, in_process if args.in_process else by_the_command, sizes)
     show(ours)

@@ -9,6 +9,7 @@ a checksum. As root; the kernel's KSM is put back as it was. Needs QEMU, busybox
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do cat /bin/busybox >> /data; d
 echo ready
 while read line; do echo "answer $(echo "$line" | cat - /data | sha256sum)"; done
 """
+PACE = {"pages_to_scan": "20000", "sleep_millisecs": "1", "smart_scan": "0"}
 STILL = 3
 """Passes without anything more saved, after which that is all."""
 
@@ -54,13 +57,10 @@ def image(folder: Path) -> Path:
     return folder / "initrd.gz"
 
 
-class Machine:
-    """A guest, which is spoken to over its serial line."""
+class Spoken:
+    """A process that answers lines."""
 
-    def __init__(self, kernel: Path, initrd: Path, memory: int, kvm: bool) -> None:
-        command = ["qemu-system-x86_64", "-m", str(memory), "-nographic", "-no-reboot", "-kernel", str(kernel)]
-        command += ["-accel", "kvm"] if kvm else ["-accel", "tcg"]
-        command += ["-initrd", str(initrd), "-append", "console=ttyS0 quiet panic=-1", "-net", "none"]
+    def __init__(self, command: list[str]) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
 
@@ -69,7 +69,7 @@ class Machine:
         for line in self._process.stdout:
             if word in line:  # the firmware ends no line
                 return line[line.index(word) :].strip()
-        raise EOFError("the guest ended")
+        raise EOFError("it ended")
 
     def ask(self, what: str) -> str:
         assert self._process.stdin is not None
@@ -80,6 +80,16 @@ class Machine:
     def end(self) -> None:
         self._process.kill()
         self._process.communicate()
+
+
+class Machine(Spoken):
+    """A guest, which is spoken to over its serial line."""
+
+    def __init__(self, kernel: Path, initrd: Path, memory: int, kvm: bool) -> None:
+        command = ["qemu-system-x86_64", "-m", str(memory), "-nographic", "-no-reboot", "-kernel", str(kernel)]
+        command += ["-accel", "kvm"] if kvm else ["-accel", "tcg"]
+        command += ["-initrd", str(initrd), "-append", "console=ttyS0 quiet panic=-1", "-net", "none"]
+        super().__init__(command)
 
 
 def samepage(*arguments: str) -> str:
@@ -106,9 +116,9 @@ def wait_still(limit: float) -> None:
         time.sleep(0.2)
 
 
-def measure(machines: list[Machine], limit: float) -> dict[str, Any]:
-    pids = [machine.pid for machine in machines]
-    before = [machine.ask("one") for machine in machines]
+def measure(processes: Sequence[Spoken], limit: float) -> dict[str, Any]:
+    pids = [process.pid for process in processes]
+    before = [process.ask("one") for process in processes]
     time.sleep(2)
     record: dict[str, Any] = {"scan": predicted(pids), "pss": meters.pss(pids)}
     samepage("attach", *map(str, pids))
@@ -119,10 +129,26 @@ def measure(machines: list[Machine], limit: float) -> dict[str, Any]:
     record["merging_pages"] = [kernel_ksm.merging_pages(pid) for pid in pids]
     kernel_ksm.write("run", 0)
     record["scan_again"] = predicted(pids)
-    record["same_answers"] = before == [machine.ask("one") for machine in machines]
+    record["same_answers"] = before == [process.ask("one") for process in processes]
     samepage("detach", *map(str, pids))
-    record["same_answers_detached"] = before == [machine.ask("one") for machine in machines]
+    record["pss_detached"] = meters.pss(pids)
+    record["left"] = [Path(f"/proc/{pid}/ksm_stat").read_text() for pid in pids]
+    record["same_answers_detached"] = before == [process.ask("one") for process in processes]
     return record
+
+
+@contextlib.contextmanager
+def borrowed() -> Iterator[None]:
+    """The kernel's KSM, still; it is put back also after SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with kernel_ksm.borrowed(run=0, **(kernel_ksm.DEFAULTS | PACE)):
+        yield
+
+
+def report(record: dict[str, Any], file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(record, indent=1))
+    print(json.dumps({name: value for name, value in record.items() if not name.startswith("scan")}, indent=1))
 
 
 def main() -> None:
@@ -134,9 +160,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds that merging may take")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # everything is put back
-    knobs = kernel_ksm.DEFAULTS | {"pages_to_scan": "20000", "sleep_millisecs": "1", "smart_scan": "0"}
-    with tempfile.TemporaryDirectory() as folder, kernel_ksm.borrowed(run=0, **knobs):
+    with tempfile.TemporaryDirectory() as folder, borrowed():
         initrd = image(Path(folder))
         machines = [Machine(args.kernel, initrd, args.memory, args.kvm) for _ in range(args.machines)]
         try:
@@ -146,9 +170,7 @@ def main() -> None:
         finally:
             for machine in machines:
                 machine.end()
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1))
-    print(json.dumps({name: value for name, value in record.items() if not name.startswith("scan")}, indent=1))
+    report(record, args.json)
 
 
 if __name__ == "__main__":

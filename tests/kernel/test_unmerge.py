@@ -12,8 +12,10 @@ from benchmarks.memory_cgroup import MemoryCgroup
 from benchmarks.oom import MIB, ROOMY, merged_by_the_kernel, show
 from benchmarks.processes import wait_until
 from samepage import inject
+from samepage.kernel.attach import attach
 from samepage.kernel.rows import processes
-from tests.kernel.conftest import StartHolder, mergeable_mappings, needs_ksm, samepage
+from samepage.kernel.target import TargetError
+from tests.kernel.conftest import StartHolder, mergeable, mergeable_mappings, needs_ksm, samepage
 from tests.oom.conftest import group
 
 __all__ = ["group"]
@@ -79,6 +81,20 @@ def test_a_look_at_another_process_sees_its_cgroup(group: MemoryCgroup, start: S
     near, unseen = inject.headroom(holder.pid)
     assert not unseen
     assert near <= 64 * MIB < far
+
+
+def test_a_process_in_a_full_cgroup_is_left_alone(group: MemoryCgroup, start: StartHolder) -> None:
+    """To hold it may take a page of its stack, for which the OOM killer would wake."""
+    holder = start(16)
+    (group.path / "cgroup.procs").write_text(str(holder.pid))
+    assert holder.ask("write") == "0\n"
+    group.set_limit(group.usage() + (128 << 10))
+    with pytest.raises(TargetError, match="its memory cgroup is full"):
+        attach(holder.pid)
+    assert not mergeable(holder.pid)
+    group.set_limit(ROOMY)
+    attach(holder.pid)
+    assert (group.killed(), mergeable(holder.pid), holder.intact()) == (0, True, True)
 
 
 def test_with_memory_enough_all_is_unmerged_and_stays_mergeable(start: StartHolder) -> None:

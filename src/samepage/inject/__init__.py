@@ -19,7 +19,8 @@ NAME = "libsamepage_inject.so"
 class Error(IntEnum):
     """`enum inject_error`."""
 
-    OK, GONE, DENIED, STOPPED, OTHER_BITS, SILENT, BUSY, NO_WAY_BACK, NO_STACK, DISPATCHED, FILTERED, FAILED = range(12)
+    (OK, GONE, DENIED, STOPPED, OTHER_BITS, SILENT, BUSY) = range(7)
+    (NO_WAY_BACK, NO_STACK, DISPATCHED, FILTERED, NO_MEMORY, FAILED) = range(7, 13)
 
 
 REASONS = {
@@ -33,6 +34,7 @@ REASONS = {
     Error.NO_STACK: "there is no room below the stack of its first thread",
     Error.DISPATCHED: "it handles its own system calls (PR_SET_SYSCALL_USER_DISPATCH), as Wine does",
     Error.FILTERED: "it is under seccomp, which could kill it for the call",
+    Error.NO_MEMORY: "there is no memory for it: its memory cgroup is full, or the machine is",
     Error.FAILED: "ptrace failed",
 }
 

@@ -8,6 +8,9 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
+/* More than a page of the stack and what the kernel takes for the calls: it charges 64 pages ahead on each CPU. */
+#define ROOM (512UL << 10)
+
 struct calls {
 	pid_t pid;
 	int pidfd;
@@ -38,6 +41,9 @@ static enum inject_error make_calls(void *arg)
 EXPORT int samepage_inject_calls(pid_t pid, int pidfd, struct inject_call *call, size_t n)
 {
 	struct calls c = {pid, pidfd, call, n};
+	bool unseen;
 
+	if (headroom_of(pid, &unseen) < ROOM && !unseen)
+		return INJECT_NO_MEMORY;
 	return (int)on_own_thread(make_calls, &c);
 }

@@ -52,6 +52,7 @@ enum inject_error {
 	INJECT_NO_STACK,    /* no room below its stack */
 	INJECT_DISPATCHED,  /* it handles its system calls itself: prctl(PR_SET_SYSCALL_USER_DISPATCH) */
 	INJECT_FILTERED,    /* it is under seccomp, which could kill it for the call */
+	INJECT_NO_MEMORY,   /* to hold it takes a page of its stack, and there is none to be had */
 	INJECT_FAILED,	    /* a ptrace call failed that never should */
 };
 
@@ -110,7 +111,7 @@ extern const struct registers arch_registers;
 extern const struct code arch_syscall_ret, arch_sigreturn[2];
 extern const size_t arch_alignment; /* of instructions */
 /* The register set of ptrace(2) that has everything in a signal frame that struct user_regs_struct has not. */
-extern const int arch_fp_regset;
+int arch_fp_regset(void);
 
 /* Whether the thread may be held where it was stopped. If it is in a call that returns EINTR for every stop, changes
  * t->regs so that the call goes on. */

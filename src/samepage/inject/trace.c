@@ -146,7 +146,7 @@ static enum inject_error get_state(struct tracee *t)
 
 	if (err)
 		return err;
-	if (ptrace(PTRACE_GETREGSET, t->pid, arch_fp_regset, &fp) ||
+	if (ptrace(PTRACE_GETREGSET, t->pid, arch_fp_regset(), &fp) ||
 	    ptrace(PTRACE_GETSIGMASK, t->pid, sizeof(t->mask), &t->mask))
 		return failed();
 	t->fp_len = fp.iov_len;

@@ -50,7 +50,11 @@ const struct code arch_sigreturn[] = {
 };
 const size_t arch_alignment = 4;
 const size_t arch_red_zone = 0;
-const int arch_fp_regset = NT_PRFPREG;
+
+int arch_fp_regset(void)
+{
+	return NT_PRFPREG;
+}
 
 /* ---- what a frame cannot restore -------------------------------------------------------------------- */
 

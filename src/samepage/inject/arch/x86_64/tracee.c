@@ -36,7 +36,19 @@ const struct code arch_sigreturn[] = {
 };
 const size_t arch_alignment = 1;
 const size_t arch_red_zone = 128;
-const int arch_fp_regset = NT_X86_XSTATE;
+
+/* Whether the kernel saves vectors by XSAVE, and not by FXSAVE as it does on older processors, and with "noxsave". */
+static bool has_xsave(void)
+{
+	unsigned int a, b, c, d;
+
+	return __get_cpuid(1, &a, &b, &c, &d) && c & bit_OSXSAVE;
+}
+
+int arch_fp_regset(void)
+{
+	return has_xsave() ? NT_X86_XSTATE : NT_PRFPREG;
+}
 
 /* ---- where it was stopped --------------------------------------------------------------------------- */
 
@@ -92,6 +104,7 @@ void arch_restore(struct tracee *t)
 
 /* ---- the frame -------------------------------------------------------------------------------------- */
 
+#define FXSAVE_SIZE 512
 #define SW_RESERVED 464 /* in the FXSAVE area: struct _fpx_sw_bytes */
 #define XSTATE_BV 512	/* the first word of the XSAVE header */
 #define MAGIC1 0x46505853U
@@ -133,6 +146,8 @@ static uint32_t xstate_size(const struct tracee *t)
 	uint64_t mask = xfeatures(t);
 	uint32_t end = XSTATE_BV + 64, size, offset, c, d;
 
+	if (!has_xsave())
+		return FXSAVE_SIZE;
 	for (unsigned int i = 2; i < 63; i++)
 		if (mask >> i & 1 && __get_cpuid_count(0xd, i, &size, &offset, &c, &d) && offset + size > end)
 			end = offset + size;
@@ -194,14 +209,23 @@ static struct sigcontext context(const struct tracee *t, uint64_t fp)
 	};
 }
 
+/* What says that an image at `fp` is one of XSAVE's. */
+static void mark_xstate(const struct tracee *t, unsigned char *fp, uint32_t size)
+{
+	uint32_t magic2 = MAGIC2;
+	struct sw_bytes sw = {MAGIC1, size + (uint32_t)sizeof(magic2), xfeatures(t), size, {0}};
+
+	memcpy(fp + SW_RESERVED, &sw, sizeof(sw));
+	memcpy(fp + size, &magic2, sizeof(magic2));
+}
+
 enum inject_error arch_frame(struct tracee *t, uint64_t top)
 {
-	uint32_t size = xstate_size(t), magic2 = MAGIC2;
-	struct sw_bytes sw = {MAGIC1, size + (uint32_t)sizeof(magic2), xfeatures(t), size, {0}};
-	uint64_t fp = (top - size - sizeof(magic2)) & ~63ULL;
+	uint32_t size = xstate_size(t), past = size + (uint32_t)sizeof(uint32_t);
+	uint64_t fp = (top - past) & ~63ULL;
 	struct frame f = {
 		.pretcode = t->sigreturn,
-		.flags = UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS,
+		.flags = (has_xsave() ? UC_FP_XSTATE : 0) | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS,
 		.stack = {.ss_flags = NO_SUCH_MODE},
 		.mc = context(t, fp),
 		.mask = t->mask,
@@ -210,14 +234,14 @@ enum inject_error arch_frame(struct tracee *t, uint64_t top)
 	if (t->fp_len < size)
 		return INJECT_FAILED;
 	t->frame = (fp - sizeof(f)) & ~15ULL;
-	t->frame_len = (size_t)(fp - t->frame) + size + sizeof(magic2);
+	t->frame_len = (size_t)(fp - t->frame) + past;
 	t->image = calloc(1, t->frame_len);
 	t->before = malloc(t->frame_len);
 	if (!t->image || !t->before)
 		return INJECT_FAILED;
 	memcpy(t->image, &f, sizeof(f));
 	memcpy(t->image + (fp - t->frame), t->fp, size);
-	memcpy(t->image + (fp - t->frame) + SW_RESERVED, &sw, sizeof(sw));
-	memcpy(t->image + (fp - t->frame) + size, &magic2, sizeof(magic2));
+	if (has_xsave())
+		mark_xstate(t, t->image + (fp - t->frame), size);
 	return INJECT_OK;
 }
