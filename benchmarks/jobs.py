@@ -21,7 +21,7 @@ public class Main {
     public static void main(String[] a) {
         Node kept = tree(20);
         int sum = 0;
-        for (int i = 0; i < 400; i++) sum += count(tree(16));
+        for (int i = 0; i < 1600; i++) sum += count(tree(16));
         Map<Integer, String> map = new HashMap<>();
         for (int i = 0; i < 2_000_000; i++) map.put(i % 300_000, "user " + i);
         List<String> sorted = new ArrayList<>(map.values());
@@ -61,7 +61,7 @@ EOF"""
 
 REDIS = """redis-server --port 0 --unixsocket $PWD/s --save '' --appendonly no >log 2>&1 & pid=$!
 while ! redis-cli -s $PWD/s ping >/dev/null 2>&1; do sleep 0.1; done
-redis-benchmark -s $PWD/s -n 300000 -c 20 -t set,get,lpush -r 100000 -d 200 -q >/dev/null
+redis-benchmark -s $PWD/s -n 150000 -c 20 -t set,get,lpush -r 100000 -d 200 -q >/dev/null
 kill $pid; wait $pid"""
 
 AS_POSTGRES = "setpriv --reuid postgres --regid postgres --clear-groups"
@@ -74,7 +74,7 @@ pgbench -h $PWD -iqs 10 postgres 2>/dev/null
 pgbench -h $PWD -c 4 -t 1500 postgres >/dev/null 2>&1
 kill -INT $pid; wait $pid'"""
 
-GCC = """for n in $(seq 40); do {
+GCC = """for n in $(seq 10); do {
     printf '#include <stdio.h>\\n#include <stdlib.h>\\n#include <string.h>\\n'
     for f in $(seq 60); do
         echo "int f${n}_$f(int x, const char *s) { char b[99]; int r = $f;"

@@ -26,8 +26,9 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import kernel_ksm
-from benchmarks.bench import disturbances, growth, measures, meters, mixed, neighbour, pacing, report
-from benchmarks.bench.measures import FULL, MIB, QUICK, Bench, Record, Sizes, Skipped
+from benchmarks.bench import crowd, disturbances, growth, measures, meters, mixed, neighbour, pacing, report
+from benchmarks.bench.measures import MIB, Bench, Record, Skipped
+from benchmarks.bench.sizes import FULL, QUICK, Sizes
 
 
 def machine() -> dict[str, Any]:
@@ -51,7 +52,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-MODULES = (measures, growth, mixed, disturbances, neighbour, pacing)
+MODULES = (measures, growth, crowd, mixed, disturbances, neighbour, pacing)
 EXPERIMENTS = {name: run for module in MODULES for name, run in module.EXPERIMENTS.items()}
 
 

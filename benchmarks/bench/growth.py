@@ -45,20 +45,21 @@ def growth(bench: Bench) -> Iterator[Record]:
 
 def _merge_all(side: Side, command: list[str], count: int, at_once: int, size: int) -> float:
     """Seconds of CPU for having all of it merged."""
-    before = _cpu(side)
+    before = merging_cpu(side)
     for first in range(0, count, at_once):
         side.start_programs([command] * min(at_once, count - first))
         side.run(1)
         goal = NEARLY_ALL * (len(side.workers) - 1) * size
         wait_until(lambda: side.saved() >= goal, "merged", PATIENCE, 0.05)  # noqa: B023
-    return _cpu(side) - before
+    return merging_cpu(side) - before
 
 
-def _cpu(side: Side) -> float:
-    """Spent by all that merges: workers come while it works, so an agent counts from its start."""
+def merging_cpu(side: Side) -> float:
+    """Spent by all that merges: workers come while it works, and fork, so an agent counts from its start."""
     if not isinstance(side, Samepage):
         return side.cpu_seconds()
-    agents = meters.AgentCpu(side.pids())
+    pids = side.pids()
+    agents = meters.AgentCpu(pids + meters.children(pids))
     try:
         return meters.process_cpu(side.pid) + agents.seconds()
     finally:

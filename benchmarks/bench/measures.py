@@ -30,6 +30,7 @@ from benchmarks.bench import meters, sides
 from benchmarks.bench.floor import floor
 from benchmarks.bench.process import PAGE_SIZE, WORDS, Run, fill, numbers
 from benchmarks.bench.sides import Side
+from benchmarks.bench.sizes import Sizes
 from benchmarks.memory_cgroup import MemoryCgroup
 
 MIB = 1 << 20
@@ -49,71 +50,6 @@ Record = dict[str, Any]
 
 class Skipped(Exception):
     """An experiment, or a side of it, cannot be had here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large everything is: in MiB a process, in seconds, in processes."""
-
-    same: int = 512
-    scattered: int = 256
-    runs: int = 256
-    models: int = 8
-    nothing: int = 256
-    rounds: int = 6
-    window: float = 0.25
-    """Seconds of the application's throughput in one look,"""
-    turns: int = 8
-    """of so many;"""
-    nothing_window: float = 5.0
-    """and where nothing is in common, and passes are seconds apart."""
-    unchanged: tuple[int, ...] = (1024, 4096, 8192)
-    passes: int = 5
-    throughput: int = 512
-    stall: int = 256
-    merging: float = 1.5
-    """Seconds of merging during which stalls and holes are recorded, at least."""
-    served: int = 128
-    """Of a server whose answers are timed."""
-    copy: int = 64
-    copies: tuple[int, ...] = (2, 8, 32, 128, 400)
-    """So many processes with the same `copy`;"""
-    large: tuple[int, ...] = (1024, 4096, 8192)
-    """and two, with so much."""
-    mixed: int = 512
-    mixed_seconds: float = 60.0
-    guest: int = 128
-    guest_seconds: int = 12
-    defaults_limit: float = 60.0
-    """Seconds that ksmd at its defaults is given."""
-    limit: float = 60.0
-
-
-FULL = Sizes()
-QUICK = Sizes(
-    same=128,
-    scattered=64,
-    runs=64,
-    models=3,
-    nothing=64,
-    rounds=3,
-    turns=3,
-    nothing_window=0.4,
-    unchanged=(256, 1024),
-    passes=2,
-    throughput=128,
-    stall=128,
-    merging=0.5,
-    served=64,
-    copy=8,
-    copies=(2, 8),
-    large=(64, 128),
-    mixed=64,
-    mixed_seconds=5.0,
-    guest=32,
-    guest_seconds=4,
-    defaults_limit=15.0,
-)
 
 
 @dataclass

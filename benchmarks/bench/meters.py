@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,11 @@ def threads(pid: int, name: str) -> list[Path]:
             if (task / "comm").read_text().strip() == name:
                 found.append(task)
     return found
+
+
+def children(pids: Iterable[int]) -> list[int]:
+    """Those that the first threads of processes have forked."""
+    return [int(child) for pid in pids for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class AgentCpu:
@@ -55,6 +61,12 @@ class AgentCpu:
     def close(self) -> None:
         for file in self._threads + self._processes:
             os.close(file)
+
+
+def waited_for() -> float:
+    """Seconds of CPU of the children of this process that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _bytes(pid: int, file: str, field: str) -> int:

@@ -6,7 +6,6 @@ What differs between the sides is the knobs of /sys/kernel/mm/ksm alone, and who
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,12 +17,15 @@ from benchmarks import kernel_ksm
 from benchmarks.bench import meters, sides
 from benchmarks.bench.measures import Bench, Record, Skipped, memory_worker, pages_of, watch
 from benchmarks.bench.process import PAGE_SIZE
-from benchmarks.bench.report import ADVISOR, PACED, TUNED
+from benchmarks.bench.rows import ADVISOR, PACED, TUNED
 from benchmarks.bench.sides import Kernel
 from benchmarks.processes import environment, service
 
 AFTERWARDS = 10.0
 """Seconds over which is looked what ksmd goes on to take."""
+
+REPEATS = 3
+"""Of the larger size, at most."""
 
 
 class Paced(Kernel):
@@ -34,7 +36,7 @@ class Paced(Kernel):
 
     def __enter__(self) -> Paced:
         super().__enter__()
-        self._before = self._children()
+        self._before = meters.waited_for()
         return self
 
     def register(self) -> None:
@@ -49,11 +51,7 @@ class Paced(Kernel):
             subprocess.run([sys.executable, "-m", "samepage", *arguments], env=environment(), check=True)
 
     def cpu_seconds(self) -> float:
-        return super().cpu_seconds() + meters.process_cpu(self._daemon) + self._children() - self._before
-
-    def _children(self) -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+        return super().cpu_seconds() + meters.process_cpu(self._daemon) + meters.waited_for() - self._before
 
 
 def advisor() -> Kernel:
@@ -71,31 +69,38 @@ def tuned() -> Kernel:
 
 
 def paced(bench: Bench) -> Iterator[Record]:
-    """Two processes with the same pages, merged by the kernel."""
+    """Two processes with the same pages, merged by the kernel, of two sizes."""
     if not bench.kernel():
         raise Skipped("needs the kernel's KSM")
-    npages = pages_of(bench.sizes.same)
-    makers: list[Callable[[], Kernel]] = [Paced, sides.fastest, tuned]
-    slow = [sides.defaults]  # once: each takes as long as it may
+    slow: list[Callable[[], Kernel]] = [sides.defaults]  # once: each takes as long as it may
     if (kernel_ksm.KSM / "advisor_mode").exists():
         slow.append(advisor)
     for repeat in range(bench.repeats):
-        for make in makers if repeat else makers + slow:
-            side = make()
-            limit = 4 * bench.sizes.defaults_limit
-            with sides.switches(bench.say), bench.group() as group, side:
-                side.start([memory_worker([(0, npages, 0)])] * 2, group, NUMPY_MADVISE_HUGEPAGE="0")
-                side.register()
-                curve = watch(side, meters.Memory(group, side.pids()), npages * PAGE_SIZE, limit)
-                cpu = side.cpu_seconds()
-                time.sleep(AFTERWARDS)
-                afterwards = (side.cpu_seconds() - cpu) / AFTERWARDS
-                saved = side.saved()
-                side.run(0)
-            bench.say(f"paced, {side.name}, {repeat + 1} of {bench.repeats}: {curve.seconds[-1]:.1f} s")
-            record: Record = {"experiment": "paced", "side": side.name, "repeat": repeat, "goal": npages * PAGE_SIZE}
-            record |= {"curve": vars(curve), "finished": curve.finished, "saved_counters": saved}
-            yield record | {"cpu_share_afterwards": afterwards}
+        for make in (Paced, sides.fastest, tuned, *(() if repeat else slow)):
+            yield _measured(bench, make(), bench.sizes.same, repeat)
+    for repeat in range(min(bench.repeats, REPEATS)):
+        for make in (Paced, sides.fastest):
+            yield _measured(bench, make(), bench.sizes.paced, repeat)
+
+
+def _measured(bench: Bench, side: Kernel, mib: int, repeat: int) -> Record:
+    """All memory of the processes is mergeable on every side, as `samepage attach` has it: all have the same work."""
+    npages = pages_of(mib)
+    limit = 4 * bench.sizes.defaults_limit
+    side.advice = "advise_all"
+    with sides.switches(bench.say), bench.group() as group, side:
+        side.start([memory_worker([(0, npages, 0)])] * 2, group, NUMPY_MADVISE_HUGEPAGE="0")
+        side.register()
+        curve = watch(side, meters.Memory(group, side.pids()), npages * PAGE_SIZE, limit)
+        cpu = side.cpu_seconds()
+        time.sleep(AFTERWARDS)
+        afterwards = (side.cpu_seconds() - cpu) / AFTERWARDS
+        saved = side.saved()
+        side.run(0)
+    bench.say(f"paced, {side.name}, {mib} MiB, {repeat + 1}: {curve.seconds[-1]:.1f} s")
+    record: Record = {"experiment": "paced", "side": side.name, "repeat": repeat, "mib": mib}
+    record |= {"goal": npages * PAGE_SIZE, "curve": vars(curve), "finished": curve.finished, "saved_counters": saved}
+    return record | {"cpu_share_afterwards": afterwards}
 
 
 EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Record]]] = {"paced": paced}

@@ -11,7 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.bench.measures import MIB, Record
-from benchmarks.bench.report import DEFAULTS, KERNEL, LARGE, SAMEPAGE, TITLES, Row
+from benchmarks.bench.report import TITLES
+from benchmarks.bench.rows import DEFAULTS, KERNEL, LARGE, SAMEPAGE, Row
 
 COLOURS = {SAMEPAGE: "tab:blue", LARGE: "tab:green", KERNEL: "tab:orange", DEFAULTS: "tab:red"}
 

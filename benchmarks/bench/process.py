@@ -85,6 +85,10 @@ def advise(array: npt.NDArray[Any]) -> int:
     return max(0, npages)
 
 
+PR_SET_MEMORY_MERGE = 67
+"""include/uapi/linux/prctl.h (Linux 6.4)."""
+
+
 class Application(threading.Thread):
     """Sums up the pages of `read`, 4 MiB at a time, and in turn writes to pages at random of `written`; notes when."""
 
@@ -198,6 +202,12 @@ class Memory(Worker):
     def advise(self) -> int:
         """MADV_MERGEABLE for all of them."""
         return advise(self._words)
+
+    def advise_all(self) -> None:
+        """PR_SET_MEMORY_MERGE: the same for all memory of the process, and what it has later."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "PR_SET_MEMORY_MERGE")
 
     def address(self) -> int:
         """Of the first of them."""

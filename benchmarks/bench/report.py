@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.bench import report_scale
 from benchmarks.bench.measures import MIB, NEARLY_ALL, Record
-
-FLOOR = "floor"
-SAMEPAGE, KERNEL, DEFAULTS = "samepage", "ksmd fastest", "ksmd defaults"
-LARGE = "samepage, large folios"
-UNSKIPPING = "ksmd fastest, smart_scan 0"
-PACED, TUNED, ADVISOR = "kernel, by samepage", "ksmtuned's", "kernel's advisor"
-COLUMNS = (SAMEPAGE, LARGE, PACED, KERNEL, TUNED, ADVISOR, DEFAULTS, "shared_memory", "mapped file", FLOOR, "alone")
+from benchmarks.bench.rows import (
+    COLUMNS,
+    DEFAULTS,
+    FLOOR,
+    KERNEL,
+    PACED,
+    SAMEPAGE,
+    UNSKIPPING,
+    Row,
+    by_side,
+    row,
+    without_ratio,
+)
 
 PASSES = "CPU of a pass over memory that was seen before"
 NOTHING = "two processes with nothing in common"
@@ -27,8 +34,6 @@ STALLS = "a write to a page while pages are merged"
 SERVERS = "answers of a server whose memory is merged with a second one's"
 HOLES = "pages away from their place, seen from outside"
 BY_THE_KERNEL = "two processes, the same pages, merged by the kernel"
-GROWTH = "CPU for merging a page, as it grows"
-MIXED = "two processes, a tenth equal, the rest changing"
 GUESTS = "a guest of KVM while it is merged with another"
 TITLES = {
     "same": "two processes, the same pages",
@@ -36,59 +41,6 @@ TITLES = {
     "scattered": "the same pages, each elsewhere",
     "runs": "the same, in runs of 16 pages",
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. `values` are by column: medians, or words where there is no number."""
-
-    group: str
-    name: str
-    unit: str
-    values: dict[str, float | str]
-    ratio: float | None = None
-    """The kernel's (at its fastest) by samepage's, the median of the repeats': how many times less it is."""
-    target: str = ""
-    reached: bool | None = None
-    spread: dict[str, list[float]] = field(default_factory=dict)
-    """Least and most, where there is more than one."""
-
-
-def by_side(records: Iterable[Record], read: Callable[[Record], float | None]) -> dict[str, dict[int, float]]:
-    """A number from every record that has it, by side and repeat."""
-    found: dict[str, dict[int, float]] = {}
-    for record in records:
-        value = read(record)
-        if value is not None:
-            found.setdefault(record["side"], {})[record["repeat"]] = value
-    return found
-
-
-def row(
-    group: str,
-    name: str,
-    unit: str,
-    numbers: dict[str, dict[int, float]],
-    at_least: float | None = None,
-    at_most: float | None = None,
-    other: str = KERNEL,
-    one: str = SAMEPAGE,
-) -> Row:
-    """A row of what each repeat gave. A target is of the ratio (`at_least`) or of samepage's own value (`at_most`);
-    `other` is who the ratio is to, and stands in the kernel's column; `one` is whose it is."""
-    values: dict[str, float | str] = {side: statistics.median(of.values()) for side, of in numbers.items()}
-    ours, theirs = numbers.get(one, {}), numbers.get(other, {})
-    pairs = [theirs[repeat] / ours[repeat] for repeat in ours if repeat in theirs and ours[repeat] > 0]
-    ratio = statistics.median(pairs) if pairs else None
-    target, reached = "", None
-    if at_least is not None:
-        target, reached = f"{at_least:g} times less", None if ratio is None else ratio >= at_least
-    if at_most is not None and SAMEPAGE in values:
-        target, reached = f"at most {at_most:g} {unit}", float(values[SAMEPAGE]) <= at_most
-    if other != KERNEL:
-        values[KERNEL] = values.pop(other, "")
-    spread = {side: [min(of.values()), max(of.values())] for side, of in numbers.items() if len(of) > 1}
-    return Row(group, name, unit, values, ratio, target, reached, spread)
 
 
 def rows(records: list[Record]) -> list[Row]:
@@ -99,8 +51,11 @@ def rows(records: list[Record]) -> list[Row]:
             found += _merging(name, of)
     for name, build in (
         ("unchanged", _passes),
-        ("growth", _growth),
-        ("mixed", _mixed),
+        ("growth", report_scale.growth),
+        ("areas", report_scale.areas),
+        ("forks", report_scale.forks),
+        ("comings", report_scale.comings),
+        ("mixed", report_scale.mixed),
         ("nothing", _nothing),
         ("throughput", _throughput),
         ("stall", _stalls),
@@ -165,9 +120,9 @@ def _merging(name: str, records: list[Record]) -> list[Row]:
     goal = max(r["goal"] for r in records if "goal" in r)
     numbers = by_side(records, lambda r: r["saved_pss"] / MIB if "saved_pss" in r else None)
     found.append(row(title, f"memory saved (PSS), of {goal / MIB:.0f} MiB", "MiB", numbers))
-    found[-1] = _without_ratio(found[-1])
+    found[-1] = without_ratio(found[-1])
     taken = by_side(records, lambda r: -min(r["curve"]["saved"]) / MIB if r.get("finished") else None)
-    found.append(_without_ratio(row(title, "memory taken for it meanwhile, at most", "MiB", taken)))
+    found.append(without_ratio(row(title, "memory taken for it meanwhile, at most", "MiB", taken)))
     if name in ("same", "scattered"):
         bytes_a_page = by_side(
             records, lambda r: r["metadata"]["bytes"] / r["metadata"]["pages"] if r.get("finished") else None
@@ -182,7 +137,7 @@ def _merging(name: str, records: list[Record]) -> list[Row]:
         left = by_side(records, lambda r: r["counters"].get("pages_unmerged_vma"))
         found.append(row(title, "left unmerged for want of mappings", "pages", left))
         added = by_side(records, lambda r: float(r["mappings_added"]))
-        found.append(_without_ratio(row(title, "mappings more than before", "", added)))
+        found.append(without_ratio(row(title, "mappings more than before", "", added)))
     return found
 
 
@@ -190,13 +145,9 @@ def _of_the_floor(title: str, words: str, numbers: dict[str, dict[int, float]]) 
     """How many times as much as the system calls alone take for all of it."""
     floor = numbers.pop(FLOOR)
     times = {side: {n: of[n] / floor[n] for n in of if n in floor} for side, of in numbers.items()}
-    return _without_ratio(
+    return without_ratio(
         row(title, f"{words}, of the floor's", "×", {k: v for k, v in times.items() if v}, at_most=1.3)
     )
-
-
-def _without_ratio(one: Row) -> Row:
-    return replace(one, ratio=None)
 
 
 # ---- passes ----------------------------------------------------------------------------------------------------------
@@ -263,7 +214,7 @@ def _throughput(records: list[Record]) -> list[Row]:
     for when, read in (("while pages are merged", _meanwhile), ("afterwards", _afterwards)):
         for what, title in WORK:
             numbers = by_side(records, functools.partial(read, what))
-            found.append(_without_ratio(row(THROUGHPUT, f"{title} {when}, of before", "%", numbers)))
+            found.append(without_ratio(row(THROUGHPUT, f"{title} {when}, of before", "%", numbers)))
     return found
 
 
@@ -311,17 +262,17 @@ def _servers(records: list[Record]) -> list[Row]:
         where = f"{kind}, {'a free core' if free else 'no free core'}"
         for name, share in (("median", 0.5), ("99th percentile", 0.99), ("99.9th percentile", 0.999)):
             numbers = by_side(of, functools.partial(_answered, share=share))
-            found.append(_without_ratio(row(SERVERS, f"{where}: {name} before", "µs", numbers)))
+            found.append(without_ratio(row(SERVERS, f"{where}: {name} before", "µs", numbers)))
             for when, words in (("merging", "while merging"), ("merged", "merged")):
                 numbers = by_side(of, functools.partial(_times_slower, share=share, when=when))
                 limit = (1.1 if free else 1.3) if share == 0.99 else None
                 found.append(
-                    _without_ratio(row(SERVERS, f"{where}: {name} {words}, of before", "×", numbers, None, limit))
+                    without_ratio(row(SERVERS, f"{where}: {name} {words}, of before", "×", numbers, None, limit))
                 )
         saved = by_side(of, lambda r: r["saved"] / MIB if r["side"] != "alone" else None)
-        found.append(_without_ratio(row(SERVERS, f"{where}: saved once merged", "MiB", saved)))
+        found.append(without_ratio(row(SERVERS, f"{where}: saved once merged", "MiB", saved)))
         longest = by_side(of, lambda r: r["merging"]["longest_us"])
-        found.append(_without_ratio(row(SERVERS, f"{where}: longest while merging", "µs", longest)))
+        found.append(without_ratio(row(SERVERS, f"{where}: longest while merging", "µs", longest)))
     return found
 
 
@@ -373,75 +324,30 @@ def _guests(records: list[Record]) -> list[Row]:
 
 
 def _paced(records: list[Record]) -> list[Row]:
-    """The first ratio is of ksmd's defaults, or of the time that it was given; the others are of it at its fastest."""
+    """The ratio of the time is to ksmd's defaults, or to the time that they were given, where there are these; the
+    others are to it at its fastest."""
+    found = []
+    for mib in dict.fromkeys(record["mib"] for record in records):
+        of = [record for record in records if record["mib"] == mib]
+        found += [_paced_time(f"{mib} MiB: time until 95% is saved", of)]
+        cpu = by_side(of, lambda r: at_level(r, NEARLY_ALL * r["goal"], "cpu_seconds"))
+        found.append(row(BY_THE_KERNEL, f"{mib} MiB: CPU until 95% is saved", "s", cpu, 1.0, one=PACED))
+        after = by_side(of, lambda r: 100 * r["cpu_share_afterwards"])
+        found.append(row(BY_THE_KERNEL, f"{mib} MiB: CPU afterwards, of a core", "%", after, one=PACED))
+    return found
 
-    def when(what: str) -> Callable[[Record], float | None]:
-        return lambda r: at_level(r, NEARLY_ALL * r["goal"], what)
 
-    times, first = by_side(records, when("seconds")), [r for r in records if r["repeat"] == 0]
-    given = {r["side"]: r["curve"]["seconds"][-1] for r in first if r["side"] == DEFAULTS}
-    time = row(BY_THE_KERNEL, "time until 95% is saved", "s", times)
+def _paced_time(name: str, records: list[Record]) -> Row:
+    times = by_side(records, lambda r: at_level(r, NEARLY_ALL * r["goal"], "seconds"))
+    time = row(BY_THE_KERNEL, name, "s", times, one=PACED)
+    given = {r["side"]: r["curve"]["seconds"][-1] for r in records if r["repeat"] == 0}
     ours = list(times.get(PACED, {}).values())
-    ratio = times.get(DEFAULTS, {}).get(0, given.get(DEFAULTS, 0.0)) / statistics.median(ours) if ours else None
-    time = replace(time, ratio=ratio, target="10 times less", reached=None if ratio is None else ratio >= 10)
+    if DEFAULTS in given and ours:
+        ratio = times.get(DEFAULTS, {}).get(0, given[DEFAULTS]) / statistics.median(ours)
+        time = replace(time, ratio=ratio, target="10 times less", reached=ratio >= 10)
     for side, seconds in given.items():
         time.values.setdefault(side, f"not within {seconds:.0f} s")
-    cpu = row(BY_THE_KERNEL, "CPU until 95% is saved", "s", by_side(records, when("cpu_seconds")), 1.0, one=PACED)
-    after = by_side(records, lambda r: 100 * r["cpu_share_afterwards"])
-    return [time, cpu, row(BY_THE_KERNEL, "CPU afterwards, of a core", "%", after, one=PACED)]
-
-
-def _growth(records: list[Record]) -> list[Row]:
-    """What a page costs at each size; and how much dearer the dearest is than the cheapest, where only the number of
-    processes grows, or only their memory."""
-    found = []
-    many, large = (
-        _sizes(records, lambda r: r["mib"] == records[0]["mib"]),
-        _sizes(records, lambda r: r["processes"] == 2),
-    )
-    for name, sizes in (("processes", many), ("memory", large)):
-        of = {size: by_side([r for r in records if (r["processes"], r["mib"]) == size], _cpu_us) for size in sizes}
-        found += [row(GROWTH, f"{count} processes of {mib} MiB", "µs", of[count, mib]) for count, mib in sizes]
-        dearer: dict[str, dict[int, float]] = {}
-        for side in {side for numbers in of.values() for side in numbers}:
-            costs = [statistics.median(numbers[side].values()) for numbers in of.values() if side in numbers]
-            dearer[side] = {0: max(costs) / min(costs)}
-        found.append(row(GROWTH, f"dearest by cheapest, {name}", "times", dearer, at_most=1.5))
-    return found
-
-
-def _mixed(records: list[Record]) -> list[Row]:
-    """The last row: what was saved by the time that as much was spent as samepage spent in all."""
-    spent = by_side(records, lambda r: r["cpu_seconds"][-1])
-    saved = by_side(records, lambda r: r["saved"][-1] / MIB)
-
-    def for_the_same(record: Record) -> float | None:
-        cpu = spent.get(SAMEPAGE, {}).get(record["repeat"], -1.0)
-        by_then = [saved for saved, so_far in zip(record["saved"], record["cpu_seconds"], strict=True) if so_far <= cpu]
-        return float(max(by_then)) / MIB if by_then else None
-
-    window = f"{records[0]['seconds'][-1]:.0f} s"
-    found = [_without_ratio(row(MIXED, f"memory saved after {window}", "MiB", saved))]
-    found.append(row(MIXED, f"CPU in these {window}", "s", spent))
-    each = by_side(records, lambda r: r["cpu_seconds"][-1] * MIB / s if (s := r["saved"][-1]) > MIB else None)
-    for other, setting in ((UNSKIPPING, "smart_scan 0"), (KERNEL, "smart_scan 1")):
-        pair = {side: of for side, of in each.items() if side in (SAMEPAGE, DEFAULTS, other)}
-        if other in pair:
-            name = f"CPU for each MiB saved, {setting} for ksmd"
-            found.append(row(MIXED, name, "s", pair, at_least=5.0, other=other))
-    one = row(MIXED, "memory saved for the CPU that samepage takes", "MiB", by_side(records, for_the_same))
-    ours, theirs = one.values.get(SAMEPAGE), one.values.get(KERNEL)
-    reached = None if ours is None or theirs is None else float(ours) >= 5 * float(theirs)
-    found.append(replace(one, ratio=None, target="5 times more", reached=reached))
-    return found
-
-
-def _sizes(records: list[Record], which: Callable[[Record], bool]) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((r["processes"], r["mib"]) for r in records if which(r)))
-
-
-def _cpu_us(record: Record) -> float:
-    return float(record["cpu_us"])
+    return time
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -258,6 +258,9 @@ def who_listens(path: str) -> int:
 class Kernel(Side):
     """The kernel's KSM with these knobs; the workers ask for it with madvise(2)."""
 
+    advice = "advise"
+    """What they are told for that."""
+
     def __init__(self, name: str, knobs: dict[str, str]) -> None:
         super().__init__()
         self.name = name
@@ -278,7 +281,7 @@ class Kernel(Side):
 
     def register(self) -> None:
         for worker in self.workers:
-            worker.ask("advise")
+            worker.ask(self.advice)
 
     def run(self, value: int) -> None:
         if value == 1:

@@ -12,7 +12,8 @@ from rich.console import Console
 from benchmarks import kernel_ksm
 from benchmarks.bench import report
 from benchmarks.bench.__main__ import main, run
-from benchmarks.bench.measures import MIB, Record, Sizes
+from benchmarks.bench.measures import MIB, Record
+from benchmarks.bench.sizes import Sizes
 from samepage import agent
 
 needs_agent = pytest.mark.skipif(

@@ -97,32 +97,66 @@ static int search(struct tracee *t, const struct map *m, unsigned char *buffer)
 	return got < 0 ? errno : 0;
 }
 
-enum inject_error find_instructions(struct tracee *t)
+/* Where there is code, in the order of the addresses; the caller frees it. -1: there is no memory for that. */
+static ssize_t code_of(FILE *maps, struct map **code)
 {
-	FILE *maps = open_maps(t->pid);
+	size_t n = 0, room = 0;
+	struct map m, *more;
+
+	*code = NULL;
+	while (next_map(maps, &m)) {
+		if (!is_code(&m))
+			continue;
+		if (n == room) {
+			room = room ? 2 * room : 32;
+			more = realloc(*code, room * sizeof(m));
+			if (!more)
+				return -1;
+			*code = more;
+		}
+		(*code)[n++] = m;
+	}
+	return (ssize_t)n;
+}
+
+/* Looks from the highest address down: libc, which has both, lies above most of what a program loads after it. */
+static enum inject_error search_all(struct tracee *t, const struct map *code, size_t n)
+{
 	unsigned char *buffer = malloc(CHUNK);
 	uint64_t searched = 0;
-	struct map m;
 	int err = 0;
 
 	t->syscall_ret = t->sigreturn = 0;
-	while (maps && buffer && searched < TEXT_MAX && next_map(maps, &m)) {
-		if (!is_code(&m))
-			continue;
-		err = search(t, &m, buffer);
-		searched += m.end - m.start;
+	if (!buffer)
+		return INJECT_FAILED;
+	while (n && searched < TEXT_MAX && !(t->syscall_ret && t->sigreturn)) {
+		const struct map *m = &code[--n];
+
+		err = search(t, m, buffer);
+		searched += m->end - m->start;
 	}
 	free(buffer);
-	if (!maps)
-		return errno == ENOENT || errno == ESRCH ? INJECT_GONE : INJECT_DENIED;
-	fclose(maps);
-	if (!searched) /* the file of a process that has ended is empty */
-		return INJECT_GONE;
 	if (t->syscall_ret && t->sigreturn)
 		return INJECT_OK;
-	if (err == ESRCH)
+	if (!searched || err == ESRCH) /* the file of a process that has ended is empty */
 		return INJECT_GONE;
 	return err == EPERM ? INJECT_DENIED : INJECT_NO_WAY_BACK;
+}
+
+enum inject_error find_instructions(struct tracee *t)
+{
+	FILE *maps = open_maps(t->pid);
+	enum inject_error error;
+	struct map *code;
+	ssize_t n;
+
+	if (!maps)
+		return errno == ENOENT || errno == ESRCH ? INJECT_GONE : INJECT_DENIED;
+	n = code_of(maps, &code);
+	fclose(maps);
+	error = n < 0 ? INJECT_FAILED : search_all(t, code, (size_t)n);
+	free(code);
+	return error;
 }
 
 /* ---- the frame -------------------------------------------------------------------------------------- */
