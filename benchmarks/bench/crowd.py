@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.bench import meters, sides
 from benchmarks.bench.growth import PATIENCE, merging_cpu
-from benchmarks.bench.measures import NEARLY_ALL, Bench, Record, compiled
+from benchmarks.bench.measures import MIB, NEARLY_ALL, Bench, Record, compiled
 from benchmarks.bench.process import PAGE_SIZE
 from benchmarks.bench.sides import Side
 from benchmarks.processes import Commanded, wait_until
@@ -44,7 +44,7 @@ def areas(bench: Bench) -> Iterator[Record]:
                     side = make()
                     with sides.switches(bench.say), side:
                         side.start_programs([[program, "areas", str(count)]] * 2)
-                        seconds, cpu = _until_saved(side, count)
+                        seconds, cpu = _until(side, side.saved, NEARLY_ALL * count * PAGE_SIZE)
                     bench.say(f"areas, {side.name}, {count:,} each: {cpu:.2f} s of CPU")
                     record: Record = {"experiment": "areas", "side": side.name, "repeat": repeat, "size": count}
                     yield record | {"seconds": seconds, "cpu_us": 1e6 * cpu / (2 * count)}
@@ -60,11 +60,11 @@ def _may_have(mappings: int, stack: contextlib.ExitStack) -> bool:
     return int(MAX_MAP_COUNT.read_text()) >= mappings
 
 
-def _until_saved(side: Side, npages: int) -> tuple[float, float]:
-    """Merge until nearly so many pages more are saved; seconds of time, and of CPU."""
-    goal, cpu, started = side.saved() + NEARLY_ALL * npages * PAGE_SIZE, merging_cpu(side), time.monotonic()
+def _until(side: Side, done: Callable[[], int], goal: float) -> tuple[float, float]:
+    """Merge until something is as large as that; seconds of time, and of CPU."""
+    cpu, started = merging_cpu(side), time.monotonic()
     side.run(1)
-    wait_until(lambda: side.saved() >= goal, "merged", PATIENCE, 0.05)
+    wait_until(lambda: done() >= goal, "merged", PATIENCE, 0.05)
     return time.monotonic() - started, merging_cpu(side) - cpu
 
 
@@ -72,8 +72,8 @@ def _until_saved(side: Side, npages: int) -> tuple[float, float]:
 
 
 def forks(bench: Bench) -> Iterator[Record]:
-    """A process whose pages are merged with another's, every second one by itself, forks workers: what the first cost,
-    and the last. They have all that the parent has, so a page that a child shares counts as saved."""
+    """A process whose pages are merged with another's, every second one by itself, forks workers: what the first cost
+    until it is known that they share these pages, and the last. The other pages are shared by fork."""
     extents, children = bench.sizes.extents, bench.sizes.children
     with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder:
         program = compiled("crowd.c", Path(folder) / "crowd")
@@ -82,10 +82,12 @@ def forks(bench: Bench) -> Iterator[Record]:
                 side = make()
                 with sides.switches(bench.say), side:
                     parent, _ = side.start_programs([[program, "forks", str(extents)]] * 2)
-                    _until_saved(side, extents)
+                    sharing = NEARLY_ALL * 2 * extents
+                    _until(side, side.pages_merged, sharing)
                     for name, count in ("first", AT_ONCE), ("rest", children - 2 * AT_ONCE), ("last", AT_ONCE):
                         parent.ask(count)
-                        seconds, cpu = _until_saved(side, count * extents)
+                        sharing += NEARLY_ALL * count * extents
+                        seconds, cpu = _until(side, side.pages_merged, sharing)
                         cost = 1e6 * cpu / (count * extents)
                         bench.say(f"forks, {side.name}, {name} {count} children: {cost:.2f} µs of CPU for each page")
                         record: Record = {"experiment": "forks", "side": side.name, "repeat": repeat, "which": name}
@@ -106,7 +108,7 @@ def comings(bench: Bench) -> Iterator[Record]:
                     with sides.switches(bench.say), side:
                         side.start_programs([command] * staying)
                         if side.name != sides.defaults().name:
-                            _until_saved(side, (staying - 1) * 256)
+                            _until(side, side.saved, NEARLY_ALL * (staying - 1) * MIB)
                         side.run(1)
                         merging = merging_cpu(side)
                         count, own = _come_and_go(command, side.socket, bench.sizes.coming_seconds)

@@ -101,5 +101,6 @@ def _dearest(group: str, what: str, costs: dict[str, dict[str, dict[int, float]]
     dearer: dict[str, dict[int, float]] = {}
     for side in {side for numbers in costs.values() for side in numbers}:
         medians = [statistics.median(numbers[side].values()) for numbers in costs.values() if side in numbers]
-        dearer[side] = {0: max(medians) / min(medians)}
+        if min(medians) > 0:
+            dearer[side] = {0: max(medians) / min(medians)}
     return row(group, f"dearest by cheapest{what}", "times", dearer, at_most=FLAT)

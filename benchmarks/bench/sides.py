@@ -119,6 +119,10 @@ class Side:
         """Bytes saved, as the side's own counters have it."""
         return 0
 
+    def pages_merged(self) -> int:
+        """Pages of all processes that stand for others' or for which others' stand."""
+        return 0
+
     def counters(self) -> dict[str, Any]:
         """All that the side counts."""
         return {}
@@ -181,6 +185,9 @@ class Samepage(Side):
 
     def saved(self) -> int:
         return int(self.counters()["bytes_saved"])
+
+    def pages_merged(self) -> int:
+        return sum(row["ksm_merging_pages"] for row in self._rows())
 
     def counters(self) -> dict[str, Any]:
         found: dict[str, Any] = self._ask("stats")["counters"]
@@ -297,6 +304,9 @@ class Kernel(Side):
 
     def saved(self) -> int:
         return (kernel_ksm.read("pages_sharing") + kernel_ksm.read("ksm_zero_pages")) * PAGE_SIZE
+
+    def pages_merged(self) -> int:
+        return kernel_ksm.read("pages_shared") + kernel_ksm.read("pages_sharing")
 
     def counters(self) -> dict[str, Any]:
         return kernel_ksm.counters()

@@ -44,6 +44,21 @@ for line in sys.stdin:
             libc._exit(0)
         print("forked", flush=True)
         continue
+    if how[0] == "stay":
+        child = libc.fork()
+        if child == 0:
+            libc.pause()
+        print("forked", flush=True)
+        continue
+    if how[0] == "leave":
+        libc.kill(child, 9)
+        libc.waitpid(child, None, 0)
+        print("left", flush=True)
+        continue
+    if how[0] == "fill":
+        fill(*map(int, how[1:]))
+        print("filled", flush=True)
+        continue
     if how[0] == "second":
         first, address = address, map_at(0, 0)
         advise(15)
@@ -138,6 +153,16 @@ def test_a_look_tells_of_a_fork(process: Process, how: str) -> None:
     first = process.space.scan(0, 1 << 20).forked
     assert first < 10
     assert process.space.scan(0, 1 << 20).forked >= first
+
+
+def test_pages_that_a_fork_shares_are_looked_at_when_they_are_no_longer_shared(process: Process) -> None:
+    assert process.tell("stay") == "forked\n"
+    assert look(process, 1 << 20) == NOTHING
+    assert process.tell("fill 3 10 600") == "filled\n"
+    assert look(process, 1 << 20) == NOTHING | {RunKind.HASHED: list(range(10, 610))}
+    assert process.tell("leave") == "left\n"
+    assert look(process, 1 << 20) == NOTHING | {RunKind.HASHED: [*range(10), *range(610, PAGES)]}
+    assert look(process, 1 << 20) == NOTHING
 
 
 def test_what_is_moved_over_merged_pages_is_found_there(process: Process) -> None:

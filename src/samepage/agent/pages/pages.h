@@ -15,6 +15,8 @@ enum page_status { DONE, DIFFERENT, BUSY, GONE, NOMEM, NOMAP, REFUSED }; /* Page
 /* Looks at pages from req->vpn on. Fills `runs` and `sums`, which both have room for as much as a packet can carry. */
 void scan_step(const struct sp_scan *req, struct sp_scanned *head, struct sp_run *runs, uint32_t max_runs,
 	       uint64_t *sums, uint32_t max_sums);
+/* From now on, looks leave out pages that are shared with a parent or a child. */
+void scan_forked(void);
 uint64_t page_checksum(const void *page); /* hash.c */
 
 /* Copies pages to a new sealed memfd. Returns its descriptor; -1: no page could be copied. Sets one PageStatus a

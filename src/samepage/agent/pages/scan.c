@@ -19,7 +19,8 @@
 #define STEP_PAGES 512UL       /* hashed under one hold of the lock, or up to twice as many: 2 MiB, some 200 us */
 #define WALK_PAGES (1UL << 20) /* walked under one hold of the lock: 4 GiB, some 2 ms if nothing changed */
 #define NR_REGIONS 64
-#define PASS_OVER 256 /* areas, under one hold of the lock */
+#define PASS_OVER 256		/* areas, under one hold of the lock */
+#define PASS_FORKED (1UL << 16) /* pages that a fork still shares, under one hold of the lock: some 1 ms */
 
 struct out {
 	struct sp_run *runs;
@@ -100,6 +101,32 @@ static uintptr_t whole_pages(const struct out *o, const struct page_region *v, i
 	return last->start > start || o->nsums ? last->start : walked;
 }
 
+static atomic_bool forks_share; /* pages may be shared with a parent or a child */
+
+void scan_forked(void)
+{
+	atomic_store(&forks_share, true);
+}
+
+/* Pages that are still shared by fork can be swapped for no others, and sharing them once more would save nothing. So
+ * they are not looked at, and go on to count as written: when they are ours alone, the next look finds them.
+ * Returns where pages end that are all shared, or all not, as *forked says. */
+static uintptr_t same_kind(uintptr_t start, uintptr_t end, bool *forked)
+{
+	size_t n = (end - start) / PAGE_SIZE, i = 1;
+	uint8_t kind[SECTION_MAX];
+
+	*forked = false;
+	if (n > SECTION_MAX)
+		n = SECTION_MAX;
+	if (!atomic_load(&forks_share) || page_kinds(start, n, kind))
+		return end;
+	*forked = kind[0] == PAGE_FORKED;
+	while (i < n && (kind[i] == PAGE_FORKED) == *forked)
+		i++;
+	return i < n || *forked ? start + i * PAGE_SIZE : end;
+}
+
 /* Hashes pages of anonymous memory [start, end), at most STEP_PAGES, and follows writes to them from now on. Returns
  * how far it came. */
 static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
@@ -142,6 +169,7 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	uintptr_t start = vpn << PAGE_SHIFT, stop, walked;
 	struct page_region v[NR_REGIONS];
 	uint32_t before = o->nsums;
+	size_t passed = 0;
 	struct vma vma;
 	int n = 1;
 
@@ -177,9 +205,16 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 		v[n - 1].end = walked = min_addr((walked + WINDOW - 1) & ~(WINDOW - 1), stop);
 	for (int i = 0; i < n; i++)
 		for (uintptr_t at = v[i].start, next; at < v[i].end; at = next) {
-			if (full(o) || o->nsums - before >= STEP_PAGES)
+			bool forked;
+
+			if (full(o) || o->nsums - before >= STEP_PAGES || passed >= PASS_FORKED)
 				return at >> PAGE_SHIFT;
-			next = look_at(o, at, v[i].end);
+			next = same_kind(at, v[i].end, &forked);
+			if (forked) {
+				passed += (next - at) / PAGE_SIZE;
+				continue;
+			}
+			next = look_at(o, at, next);
 			if (next == at)
 				return at >> PAGE_SHIFT;
 		}

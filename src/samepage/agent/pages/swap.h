@@ -69,6 +69,8 @@ static inline size_t row_end(const struct chunk *c, size_t i, size_t j)
 /* The status of a page that cannot be swapped because it is of this kind. */
 static inline uint8_t status_of(uint8_t kind)
 {
+	if (kind == PAGE_FORKED) /* not every fork passes a wrapper */
+		scan_forked();
 	return kind == PAGE_FORKED ? BUSY : kind == PAGE_FILE ? REFUSED : GONE;
 }
 

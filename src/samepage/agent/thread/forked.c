@@ -13,6 +13,7 @@ static _Atomic int64_t fork_ms; /* when the last fork was; 0: never */
 void note_fork(void)
 {
 	atomic_store(&fork_ms, now_ms());
+	scan_forked();
 }
 
 uint32_t ms_since_fork(void)
@@ -63,6 +64,7 @@ void forked(bool plain)
 {
 	mmap_lock_reinit();
 	atomic_store(&fork_ms, 0);
+	scan_forked();
 	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* the thread that was unmerging stayed in the parent */
 	inherit_areas();
 	begin_anew(!plain);
