@@ -163,13 +163,35 @@ static uintptr_t look_at(struct out *o, uintptr_t start, uintptr_t end)
 	return walked;
 }
 
+/* The same in several regions, for one hold of the lock. False: it did not come through; *walked is where it stopped. */
+static bool look_at_regions(struct out *o, const struct page_region *v, int n, uintptr_t *walked)
+{
+	uint32_t before = o->nsums;
+	size_t passed = 0;
+	bool forked;
+
+	for (int i = 0; i < n; i++)
+		for (uintptr_t at = v[i].start, next; at < v[i].end; at = next) {
+			bool enough = full(o) || o->nsums - before >= STEP_PAGES || passed >= PASS_FORKED;
+
+			next = enough ? at : same_kind(at, v[i].end, &forked);
+			if (!enough && forked)
+				passed += (next - at) / PAGE_SIZE;
+			else if (!enough)
+				next = look_at(o, at, next);
+			if (next == at) {
+				*walked = at;
+				return false;
+			}
+		}
+	return true;
+}
+
 static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn, uint64_t end)
 {
 	const struct pm_walk written = {.must = PAGE_IS_WRITTEN, .max_pages = STEP_PAGES};
 	uintptr_t start = vpn << PAGE_SHIFT, stop, walked;
 	struct page_region v[NR_REGIONS];
-	uint32_t before = o->nsums;
-	size_t passed = 0;
 	struct vma vma;
 	int n = 1;
 
@@ -203,21 +225,8 @@ static uint64_t scan_anonymous(struct out *o, const struct area *a, uint64_t vpn
 	/* The walk may have stopped in the middle of a huge page. */
 	if (n > 0 && v[n - 1].end == walked)
 		v[n - 1].end = walked = min_addr((walked + WINDOW - 1) & ~(WINDOW - 1), stop);
-	for (int i = 0; i < n; i++)
-		for (uintptr_t at = v[i].start, next; at < v[i].end; at = next) {
-			bool forked;
-
-			if (full(o) || o->nsums - before >= STEP_PAGES || passed >= PASS_FORKED)
-				return at >> PAGE_SHIFT;
-			next = same_kind(at, v[i].end, &forked);
-			if (forked) {
-				passed += (next - at) / PAGE_SIZE;
-				continue;
-			}
-			next = look_at(o, at, next);
-			if (next == at)
-				return at >> PAGE_SHIFT;
-		}
+	if (!look_at_regions(o, v, n, &walked))
+		return walked >> PAGE_SHIFT;
 	return (n < 0 ? stop : walked) >> PAGE_SHIFT;
 }
 
