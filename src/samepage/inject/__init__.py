@@ -20,7 +20,7 @@ class Error(IntEnum):
     """`enum inject_error`."""
 
     (OK, GONE, DENIED, STOPPED, OTHER_BITS, SILENT, BUSY) = range(7)
-    (NO_WAY_BACK, NO_STACK, DISPATCHED, FILTERED, NO_MEMORY, FAILED) = range(7, 13)
+    (NO_WAY_BACK, NO_STACK, DISPATCHED, FILTERED, NO_MEMORY, STUCK, FAILED) = range(7, 14)
 
 
 REASONS = {
@@ -35,6 +35,7 @@ REASONS = {
     Error.DISPATCHED: "it handles its own system calls (PR_SET_SYSCALL_USER_DISPATCH), as Wine does",
     Error.FILTERED: "it is under seccomp, which could kill it for the call",
     Error.NO_MEMORY: "there is no memory for it: its memory cgroup is full, or the machine is",
+    Error.STUCK: "samepage waited too long for memory of it, which another process serves (FUSE, userfaultfd)",
     Error.FAILED: "ptrace failed",
 }
 

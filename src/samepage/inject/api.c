@@ -14,8 +14,8 @@
 struct calls {
 	pid_t pid;
 	int pidfd;
-	struct inject_call *call;
 	size_t n;
+	struct inject_call call[];
 };
 
 static enum inject_error make_calls(void *arg)
@@ -40,10 +40,21 @@ static enum inject_error make_calls(void *arg)
 /* Makes calls in the name of a process, in order, until one fails. Returns an enum inject_error. */
 EXPORT int samepage_inject_calls(pid_t pid, int pidfd, struct inject_call *call, size_t n)
 {
-	struct calls c = {pid, pidfd, call, n};
+	struct calls *c;
+	enum inject_error err;
 	bool unseen;
 
 	if (headroom_of(pid, &unseen) < ROOM && !unseen)
 		return INJECT_NO_MEMORY;
-	return (int)on_own_thread(make_calls, &c);
+	c = malloc(sizeof(*c) + n * sizeof(*call));
+	if (!c)
+		return INJECT_FAILED;
+	*c = (struct calls){pid, pidfd, n};
+	memcpy(c->call, call, n * sizeof(*call));
+	err = on_own_thread(make_calls, c);
+	if (err == INJECT_STUCK)
+		return err;
+	memcpy(call, c->call, n * sizeof(*call));
+	free(c);
+	return err;
 }

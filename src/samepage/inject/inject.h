@@ -53,6 +53,7 @@ enum inject_error {
 	INJECT_DISPATCHED,  /* it handles its system calls itself: prctl(PR_SET_SYSCALL_USER_DISPATCH) */
 	INJECT_FILTERED,    /* it is under seccomp, which could kill it for the call */
 	INJECT_NO_MEMORY,   /* to hold it takes a page of its stack, and there is none to be had */
+	INJECT_STUCK,	    /* the kernel waited too long for memory of it: somebody serves that, and does not answer */
 	INJECT_FAILED,	    /* a ptrace call failed that never should */
 };
 
@@ -185,8 +186,14 @@ enum inject_error make_call(struct tracee *t, struct inject_call *call);
 enum inject_error end(struct tracee *t);
 /* Frees what the others allocated; call it last. */
 void forget(struct tracee *t);
-/* Runs `work` on a thread that ends afterwards. */
+
+/* ---- thread.c ---- */
+
+/* Runs `work` on a thread that ends afterwards. INJECT_STUCK: it did not end in time, and still has `what`. */
 enum inject_error on_own_thread(enum inject_error (*work)(void *), void *what);
+/* Whether this thread was given up. */
+bool given_up(void);
+uint64_t now_ns(void);
 
 /* ---- headroom.c ---- */
 

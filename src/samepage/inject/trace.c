@@ -3,9 +3,7 @@
 #define _GNU_SOURCE
 #include "inject.h"
 
-#include "arch/arch.h"
 #include <errno.h>
-#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -25,14 +23,6 @@
 #ifndef PTRACE_EVENT_STOP
 #define PTRACE_EVENT_STOP 128
 #endif
-
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
 
 static void nap(long ns)
 {
@@ -293,6 +283,8 @@ enum inject_error make_call(struct tracee *t, struct inject_call *call)
 	enum inject_error err;
 	int status = PTRACE_EVENT_STOP << 16 | SIGTRAP << 8 | 0x7f; /* a stop that brings no signal */
 
+	if (given_up())
+		return INJECT_STUCK;
 	err = enter(t, call);
 	if (!err)
 		err = until_syscall(t, &status);
@@ -329,41 +321,4 @@ enum inject_error end(struct tracee *t)
 	if (!err)
 		let_go(t);
 	return err;
-}
-
-/* ---- a thread for it -------------------------------------------------------------------------------- */
-
-/* Until glibc 2.34 these were in libpthread. Those versions of them are in both. */
-__asm__(".symver pthread_create, pthread_create@" ARCH_LIBC);
-__asm__(".symver pthread_join, pthread_join@" ARCH_LIBC);
-__asm__(".symver pthread_sigmask, pthread_sigmask@" ARCH_LIBC);
-
-struct work {
-	enum inject_error (*work)(void *);
-	void *what;
-	enum inject_error err;
-};
-
-static void *do_work(void *arg)
-{
-	struct work *w = arg;
-
-	w->err = w->work(w->what);
-	return NULL;
-}
-
-enum inject_error on_own_thread(enum inject_error (*work)(void *), void *what)
-{
-	struct work w = {work, what, INJECT_FAILED};
-	sigset_t all, saved;
-	pthread_t thread;
-	int failed;
-
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &saved);
-	failed = pthread_create(&thread, NULL, do_work, &w);
-	pthread_sigmask(SIG_SETMASK, &saved, NULL);
-	if (!failed)
-		pthread_join(thread, NULL);
-	return w.err;
 }

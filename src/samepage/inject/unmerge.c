@@ -37,7 +37,7 @@ struct unmerging {
 	/* asked */
 	pid_t pid;
 	int pidfd;
-	const struct range *range;
+	struct range *range;
 	uint64_t n, reserve, hold_ns;
 	uint64_t keep;
 	/* answered */
@@ -46,14 +46,6 @@ struct unmerging {
 	int64_t error; /* an errno; EAGAIN: the process was held long enough, call again with the rest */
 	uint64_t unseen;
 };
-
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
 
 /* Whether there is memory for a batch. Returns 0 or ENOMEM. *near: others could take the memory during the copy. */
 static int look(struct unmerging *u, uint64_t bytes, bool *near)
@@ -137,6 +129,26 @@ static enum inject_error unmerge(void *arg)
 	return err;
 }
 
+/* As unmerge(), of a copy that stays when it is given up. */
+static enum inject_error unmerge_copy(struct unmerging *u)
+{
+	struct unmerging *copy = malloc(sizeof(*copy) + u->n * sizeof(*u->range));
+	struct range *range = u->range;
+	enum inject_error err;
+
+	if (!copy)
+		return INJECT_FAILED;
+	*copy = *u;
+	copy->range = memcpy(copy + 1, range, u->n * sizeof(*range));
+	err = on_own_thread(unmerge, copy);
+	if (err == INJECT_STUCK)
+		return err;
+	*u = *copy;
+	u->range = range;
+	free(copy);
+	return err;
+}
+
 /* Returns an enum inject_error; the rest of the answer is in *u. */
 EXPORT int samepage_inject_unmerge(struct unmerging *u)
 {
@@ -145,7 +157,7 @@ EXPORT int samepage_inject_unmerge(struct unmerging *u)
 	u->done = 0;
 	/* Holding a process may take a page of its stack. */
 	u->error = look(u, 0, &near);
-	return u->error ? INJECT_OK : (int)on_own_thread(unmerge, u);
+	return u->error ? INJECT_OK : unmerge_copy(u);
 }
 
 /* How much memory there is for a process, and whether that is known. */
