@@ -63,7 +63,7 @@ bench: $(VENV)/installed $(VENV)/development
 
 # What real applications save; those from Debian that are not installed are told.
 bench-apps: $(VENV)/installed $(VENV)/development
-	$(INSTALL) pandas pyarrow polars scikit-learn
+	$(INSTALL) pandas pyarrow polars scikit-learn django gunicorn
 	python -m benchmarks.apps --json build/apps.json
 
 # Root's: memory cgroups, and the kernel's KSM to compare with.

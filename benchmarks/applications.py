@@ -135,6 +135,66 @@ turns(work)
 os.killpg(0, signal.SIGTERM)
 """
 
+JOBLIB = """
+import builtins
+import time
+import numpy as np
+from joblib.externals.loky import get_reusable_executor
+def hold(n):
+    rows = [{"id": i, "name": f"user {i}", "score": i / 7} for i in range(40_000)]
+    builtins.held = rows, np.random.default_rng(1).normal(size=1_000_000)
+    time.sleep(0.5)  # so that each worker takes one
+def sort(n):
+    rows, array = builtins.held
+    for k in range(3):
+        sorted(rows, key=lambda row: row["score"] % (n + 2))
+        np.sort(array + k)
+pool = get_reusable_executor(max_workers=2, timeout=100)
+def both(task):
+    list(pool.map(task, range(2)))
+both(hold)
+turns(lambda: both(sort))
+pool.shutdown()
+"""
+
+DJANGO = """cat >app.py <<'EOF'
+import json
+import django
+from django.conf import settings
+from django.core.wsgi import get_wsgi_application
+from django.http import HttpResponse
+from django.template import Context, Engine
+from django.urls import path
+
+settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], INSTALLED_APPS=[
+    "django.contrib.auth", "django.contrib.contenttypes", "django.contrib.admin", "django.contrib.sessions",
+    "django.contrib.messages",
+], DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
+application = get_wsgi_application()
+template = Engine().from_string("{% for row in rows %}{{ row.name }} {{ row.score|floatformat:2 }}, {% endfor %}")
+rows = []
+def page(request):
+    if not rows:
+        rows.extend({"id": i, "name": f"user {i}", "score": i / 7} for i in range(40_000))
+    return HttpResponse(template.render(Context({"rows": rows[:2000]})) + json.dumps(rows[:2000]))
+urlpatterns = [path("", page)]
+EOF
+cat >ask.py <<'EOF'
+import socket, sys
+for _ in range(int(sys.argv[1])):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect("s")
+        s.sendall(b"GET / HTTP/1.0\\r\\nHost: a\\r\\n\\r\\n")
+        while s.recv(1 << 16):
+            pass
+EOF"""
+
+GUNICORN = """trap 'kill $pid' EXIT
+$PYTHON -m gunicorn -w 3 -b unix:s app >log 2>&1 & pid=$!
+until test -S s; do sleep 0.1; done
+$PYTHON ask.py 30; echo ready; read line
+$PYTHON ask.py 60; echo done; cat >/dev/null"""
+
 NODE = """cat >main.js <<'EOF'
 const rows = [];
 for (let i = 0; i < 120000; i++) rows.push({ id: i, name: "user " + i, tags: [i % 7, i % 11], score: i / 7 });
@@ -314,6 +374,8 @@ APPLICATIONS = [
     python_script("scikit-learn", SKLEARN, "sklearn", explained=NOT_LIBC),
     python_script("Python, JSON", OBJECTS),
     python_script("Python, forked workers", FORKED),
+    python_script("joblib, loky workers", JOBLIB, "joblib", "numpy"),
+    Application("Django, gunicorn", GUNICORN, imports=["django", "gunicorn"], prepare=DJANGO),
     Application("node", "exec node main.js", needs=["node"], prepare=NODE),
     *(
         Application(f"JVM, {gc}", f"exec java -Xmx200m -XX:+Use{gc}GC Main", needs=["javac"], prepare=JAVA)

@@ -31,8 +31,11 @@ from samepage import agent
 COPIES = 3
 MIB = 1 << 20
 MEMORY = ("large", "mapped", "all")
-STEADY_SECONDS = 2.0
-PATIENCE_SECONDS = 20.0
+STEADY_SECONDS, STEADY_SCANS = 5.0, 4
+"""No more is saved when it grew for no longer than that, and in no pass that looked at everything: memory that nobody
+named is looked at when its process rests."""
+
+PATIENCE_SECONDS = 60.0
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -134,13 +137,16 @@ def _samepage(*arguments: str) -> Any:
 
 def _steady(socket: str) -> int:
     """Bytes saved, once they grow no more."""
-    best, since = 0, time.monotonic()
+    best, since, scans = 0, time.monotonic(), 0
     deadline = since + PATIENCE_SECONDS
-    while (now := time.monotonic()) < deadline and now - since < STEADY_SECONDS:
-        saved = int(_samepage("status", "--socket", socket, "--json")["bytes_saved"])
-        if saved > best * 1.01 + 65536:
-            best, since = saved, now
-        time.sleep(0.1)
+    while (now := time.monotonic()) < deadline:
+        status = _samepage("status", "--socket", socket, "--json")
+        if status["bytes_saved"] > best * 1.01 + 65536:
+            best, since, scans = int(status["bytes_saved"]), now, int(status["full_scans"])
+        seen = status["full_scans"] >= scans + STEADY_SCANS or not status["processes"]
+        if seen and now - since >= STEADY_SECONDS:
+            break
+        time.sleep(0.3)
     return best
 
 

@@ -278,18 +278,27 @@ SP_EXPORT void *calloc(size_t n, size_t size)
 	return p || !relieve(bytes) ? p : next.calloc(n, size);
 }
 
-SP_EXPORT void free(void *p)
+static __attribute__((noinline)) void free_carefully(void *p)
 {
 	int saved = errno;
 
 	if (!p || is_early(p))
 		return;
-	need_next();
 	if (!large_free(p)) {
 		end_advice(p);
 		next.free(p);
 	}
 	errno = saved;
+}
+
+/* Programs free small blocks all the time, and each call on the way shows: so theirs is a jump. */
+SP_EXPORT void free(void *p)
+{
+	need_next();
+	if (!p || is_early(p) || maybe_ours(p) || within(&advised_bounds, p))
+		free_carefully(p);
+	else
+		next.free(p);
 }
 
 SP_EXPORT void cfree(void *p) /* until glibc 2.26 */
