@@ -14,13 +14,11 @@ KERNEL_ROUNDS = int(os.environ.get("KERNELS_RUN_2", "2"))
 
 def kernel_engine(way: str) -> str:
     """Each time ENOMEM, nobody is killed, no byte is wrong, and with the limit raised the next call finishes. What
-    writing 2 to `run` does there is counted, and need not be anything."""
+    writing 2 to `run` does there is counted, and need not be anything. How the agent swaps pages has no part in it."""
     from benchmarks import kernel_ksm
     from benchmarks.oom import Sizes, show
     from benchmarks.oom_kernel import by_the_kernel, in_process, is_good, under_a_limit
 
-    if way != "wp":
-        return "left alone: whatever way the agent swaps pages, it is the same"
     if not kernel_ksm.available():
         return "left alone: this kernel has no KSM"
     sizes = Sizes(worker=160, part=24, limit=120)
