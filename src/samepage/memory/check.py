@@ -29,8 +29,8 @@ from samepage.memory import (
     ScanResult,
 )
 
-AREAS_MAX = 1 << 18
-"""The most areas of one process: four times the mappings that it may have unless vm.max_map_count was raised."""
+AREAS_MAX = 1 << 20
+"""The most areas of one process: sixteen times the mappings that it may have unless vm.max_map_count was raised."""
 
 AREA_PAGES_MAX = 1 << 31
 """The most pages that one process may register (8 TiB)."""

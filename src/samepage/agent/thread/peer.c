@@ -27,8 +27,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define REJOIN_MS 200	   /* between two attempts to join; doubled after each refusal, */
-#define REJOIN_MAX_MS 3200 /* up to this */
+#define REJOIN_MS 200 /* between two attempts to join; doubled each time that we are refused, or sent away within */
+#define REJOIN_MAX_MS 3200 /* this, up to this */
 #define SERVED_MS 1000	   /* how long to wait for a request before looking around */
 #define FORK_DELAY_MS 50   /* most forked children exec at once, and are not worth a connection */
 
@@ -184,10 +184,11 @@ static void disconnect(void)
 	peer.sock = -1;
 }
 
-/* When to try next to join, and how long after that to try once more, in ms. */
+/* When to try next to join, and how long after that to try once more; and when it was tried last. In ms. */
 static struct {
 	int64_t at;
 	int after;
+	int64_t last;
 } next_try;
 
 /* Connects if it is time to. Returns how many ms may pass until there is something to do here. */
@@ -196,6 +197,7 @@ static int stay_connected(void)
 	int64_t now = now_ms();
 
 	if (peer.sock < 0 && now >= next_try.at) {
+		next_try.last = now;
 		if (!connect_service()) {
 			disconnect();
 			next_try.after = REJOIN_MS; /* nobody is there: keep trying often, to notice soon when somebody
@@ -232,7 +234,8 @@ static bool attend(void)
 		return finish_handshake();
 	if (!serve())
 		return false;
-	next_try.after = REJOIN_MS; /* it was not refused */
+	if (now_ms() - next_try.last > REJOIN_MAX_MS)
+		next_try.after = REJOIN_MS; /* we were not refused */
 	return true;
 }
 
