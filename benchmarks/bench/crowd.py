@@ -36,7 +36,7 @@ def areas(bench: Bench) -> Iterator[Record]:
     with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder, contextlib.ExitStack() as stack:
         program = compiled("crowd.c", Path(folder) / "crowd")
         for count in bench.sizes.areas:
-            if not _may_have(4 * count, stack):
+            if not _may_have(8 * count, stack):
                 bench.skip(f"{count:,} areas", f"needs root, to raise {MAX_MAP_COUNT}")
                 continue
             for repeat in range(min(bench.repeats, REPEATS)):
