@@ -27,11 +27,14 @@ WAYS = {
 }
 
 
-def torture(preload: Preload, directory: Path, flags: list[str], seconds: int, seed: int) -> dict[str, int]:
+def torture(
+    preload: Preload, directory: Path, flags: list[str], seconds: int, seed: int, **environment: str
+) -> dict[str, int]:
     """Run it against a storm; what the storm did, when not a byte was wrong."""
     program = compile_c(ROOT / "tests" / "agent" / "torture.c", directory / "torture", "-pthread")
     options = ["huge"] if "HUGE" in flags else []
-    return storm(preload, directory, flags, [str(program), str(seconds), str(directory), str(seed), *options], seconds)
+    command = [str(program), str(seconds), str(directory), str(seed), *options]
+    return storm(preload, directory, flags, command, seconds, **environment)
 
 
 def crowd(preload: Preload, directory: Path, flags: list[str], seconds: int, seed: int) -> dict[str, int]:
@@ -88,6 +91,15 @@ def test_no_byte_is_wrong_while_memory_is_merged_and_broken_without_end(
     assert tally[f"{kind} DIFFERENT"] > 50, "no writer was met on the way, so nothing was tested"
     assert tally["break"] > 0
     # Nobody left but those that ended.
+    assert not [k for k in tally if k.startswith("left") and ("nonsense" in k or "time" in k)], tally
+
+
+@pytest.mark.parametrize(("memory", "way"), [("mapped", "move"), ("all", "move"), ("all", "write-protect")])
+def test_nor_is_one_where_what_nobody_named_is_merged_too(
+    preload: Preload, tmp_path: Path, memory: str, way: str
+) -> None:
+    tally = torture(preload, tmp_path, WAYS[way], seconds=8, seed=len(memory), SAMEPAGE_MEMORY=memory)
+    assert tally["merge DONE"] > 500, "hardly anything was merged, so nothing was tested"
     assert not [k for k in tally if k.startswith("left") and ("nonsense" in k or "time" in k)], tally
 
 

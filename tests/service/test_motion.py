@@ -28,12 +28,12 @@ pytestmark = pytest.mark.skipif(
 class Pair:
     """Two processes that do the same, and the service that they join."""
 
-    def __init__(self, program: Path, keep: int, scanner: Scanner, socket: Path) -> None:
+    def __init__(self, program: Path, keep: int, scanner: Scanner, socket: Path, **more: str) -> None:
         self._scanner = scanner
         preload = {"LD_PRELOAD": str(agent.library_path()), "SAMEPAGE_SOCKET": str(socket), "SAMEPAGE_MEMORY": "mapped"}
         self._processes = [
             subprocess.Popen(
-                [program, str(keep)], env=preload, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [program, str(keep)], env=preload | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
             for _ in range(2)
         ]
@@ -72,13 +72,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pair(program: Path, tmp_path: Path) -> Iterator[Callable[[int], Pair]]:
+def pair(program: Path, tmp_path: Path) -> Iterator[Callable[..., Pair]]:
     """Start two processes; each keeps so many MiB."""
     pairs = []
     with serving(str(tmp_path / "socket")) as scanner:
 
-        def start(keep: int) -> Pair:
-            pairs.append(Pair(program, keep, scanner, tmp_path / "socket"))
+        def start(keep: int, **more: str) -> Pair:
+            pairs.append(Pair(program, keep, scanner, tmp_path / "socket", **more))
             return pairs[-1]
 
         yield start
@@ -86,7 +86,7 @@ def pair(program: Path, tmp_path: Path) -> Iterator[Callable[[int], Pair]]:
             one.end()
 
 
-def test_a_process_that_fills_memory_is_merged_when_it_rests_and_not_before(pair: Callable[[int], Pair]) -> None:
+def test_a_process_that_fills_memory_is_merged_when_it_rests_and_not_before(pair: Callable[..., Pair]) -> None:
     two = pair(128)
     two.tell("work", "keep")
     time.sleep(1.5)
@@ -95,23 +95,23 @@ def test_a_process_that_fills_memory_is_merged_when_it_rests_and_not_before(pair
     two.await_saved(128 * MIB // PAGE_SIZE, 5)
 
 
-@pytest.mark.parametrize("how", ["malloc", "advise"])
+@pytest.mark.parametrize(("how", "more"), [("malloc", {}), ("malloc", {"SAMEPAGE_MIN_ALLOC": "65536"}), ("advise", {})])
 def test_what_a_process_named_is_merged_at_once_while_it_fills_other_memory(
-    pair: Callable[[int], Pair], how: str
+    pair: Callable[..., Pair], how: str, more: dict[str, str]
 ) -> None:
-    two = pair(128)
+    two = pair(128, **more)
     two.tell("work", "keep", how)
     assert two.await_saved(MORE, 5) < 3
     assert two.saved() < 2 * MORE  # of the rest, nothing
 
 
-def test_a_process_that_never_rests_is_merged_all_the_same(pair: Callable[[int], Pair]) -> None:
+def test_a_process_that_never_rests_is_merged_all_the_same(pair: Callable[..., Pair]) -> None:
     two = pair(32)
     two.tell("work", "keep")
     two.await_saved(32 * MIB // PAGE_SIZE, 20)
 
 
-def test_a_process_that_fills_huge_pages_seems_to_rest_and_is_merged(pair: Callable[[int], Pair]) -> None:
+def test_a_process_that_fills_huge_pages_seems_to_rest_and_is_merged(pair: Callable[..., Pair]) -> None:
     two = pair(128)
     two.tell("huge", "work", "keep")
     two.await_saved(128 * MIB // PAGE_SIZE, 10)

@@ -248,7 +248,7 @@ __attribute__((constructor)) static void initialise(void)
 	}
 	if (least && *least)
 		bytes = strtoul(least, NULL, 10);
-	small_allocs = bytes < MIN_ALLOC_DEFAULT;
+	small_allocs = all && bytes < MIN_ALLOC_DEFAULT;
 	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
 	if (all)
 		heap_enable();
