@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from samepage.ksmd import Ksmd
+from samepage.ksmd.advisor import FAULT_SECONDS
 from samepage.ksmd.motion import GLANCE_SECONDS, MOST_SECONDS, PAGE_SECONDS, Motion
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
@@ -146,6 +147,19 @@ def test_what_was_named_counts_as_the_same_only_if_it_was_looked_at_twice() -> N
             space.write(2 * BASE, *range(10_000 + 64 * turn, 10_064 + 64 * turn))
         run_for(ksmd, clock, GLANCE_SECONDS, *spaces)
     assert not ksmd.counters().pages_sharing
+
+
+def test_looks_at_what_was_named_cost_no_more_than_their_share_where_all_of_it_is_hashed_each_time() -> None:
+    clock, machine = Clock(), SimulatedMachine()
+    ksmd = new_ksmd(clock)
+    space = SimulatedAddressSpace(machine, 100, tracking=False)
+    space.map_area(BASE, 20_000)
+    space.write(BASE, *range(1, 20_001))
+    space.stirred = int(100 * MANY), 1 << 30
+    ksmd.enter(space)
+    run_for(ksmd, clock, 20.0, space)
+    most = 20.0 * SHARE / FAULT_SECONDS
+    assert 2 * 20_000 < space.pages_hashed < 1.2 * most + 2 * 20_000
 
 
 def test_memory_that_stays_the_same_is_merged_although_its_processes_never_rest() -> None:

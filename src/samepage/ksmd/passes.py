@@ -123,9 +123,10 @@ class Passes:
 
     def _newcomers(self) -> list[MmSlot]:
         """Who was never looked at, and whose turn it is: they are looked at alone while looks at all are not due. So
-        what a process costs that comes and goes does not grow with the number of the others."""
+        what a process costs that comes and goes does not grow with the number of the others. Of those that fill their
+        memory, what was named is looked at ahead of the others only once."""
         slots = [slot for slot in self.mm_list.for_a_pass() if not slot.passes and not slot.is_put_off]
-        slots = [slot for slot in slots if self._is_due(slot)]
+        slots = [slot for slot in slots if self._is_due(slot) and (slot.areas_seq is None or not slot.is_left_out)]
         if self._others_had_their_turn():
             slots = [slot for slot in slots if not slot.domain.is_foreign]
         return slots
