@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from samepage.ksmd import Ksmd
 from samepage.ksmd.advisor import FAULT_SECONDS
+from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.motion import GLANCE_SECONDS, MOST_SECONDS, PAGE_SECONDS, Motion
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
-from tests.ksmd.simulation import BASE, SAME, Clock, new_ksmd, process
+from tests.ksmd.simulation import BASE, SAME, Clock, check, new_ksmd, process
 
 SHARE = 0.02
 MANY = 100_000
@@ -171,6 +174,35 @@ def test_memory_that_stays_the_same_is_merged_although_its_processes_never_rest(
     ksmd.enter(spaces[1])
     run_for(ksmd, clock, 2.2 * MOST_SECONDS, *spaces)
     assert ksmd.counters().pages_sharing == len(SAME)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_books_agree_whatever_was_left_out(seed: int) -> None:
+    rng, clock, machine, faults = random.Random(seed), Clock(), SimulatedMachine(), 0
+    ksmd = new_ksmd(clock)
+    spaces: dict[MmSlot, SimulatedAddressSpace] = {}
+    for turn in range(150):
+        if len(spaces) < 4 and rng.random() < 0.2:
+            space = filling(machine, 100 + turn)
+            space.map_area(2 * BASE, 64)
+            spaces[ksmd.enter(space)] = space
+        for slot, space in list(spaces.items()):
+            faults += rng.choice([0, 0, MANY])
+            space.stirred = faults, rng.choice([1000, 1 << 30])
+            here = [at for at in (BASE, 2 * BASE) if space._mergeable(at)]
+            if rng.random() < 0.05:
+                space.exit()
+                del spaces[slot]
+            elif here and rng.random() < 0.1:
+                space.unmap(rng.choice(here), 64)
+            elif here:
+                space.write(rng.choice(here) + rng.randrange(40), *rng.choices(range(1, 20), k=20))
+        for _ in range(rng.randrange(1, 6)):
+            clock.now += rng.choice([0.02, 0.1, 1.0])
+            ksmd.do_scan()
+        if turn % 50 == 49:
+            ksmd.unmerge()
+        check(ksmd, machine, spaces)
 
 
 @pytest.mark.parametrize("mode", ["none", "scan-time"])
