@@ -53,6 +53,8 @@ static uint64_t now_us(void)
 
 /* ---- computing -------------------------------------------------------------------------------------- */
 
+#ifdef __x86_64__
+
 struct held {
 	uint64_t in[12], out[12], intact, moved;
 	uint8_t x[10][32] __attribute__((aligned(32))), y[10][32] __attribute__((aligned(32)));
@@ -103,6 +105,41 @@ static void registers(void)
 	CHECK(!memcmp(h.in, h.out, sizeof(h.in)));
 	CHECK(!memcmp(h.x, h.y, sizeof(h.x)));
 }
+
+#else /* aarch64 */
+
+struct held {
+	uint64_t in[12], out[12];
+	uint8_t x[6][16] __attribute__((aligned(16))), y[6][16] __attribute__((aligned(16)));
+};
+
+/* Every kind of register holds numbers of its own for a while. */
+static void registers(void)
+{
+	struct held h = {0};
+	register struct held *p __asm__("x20") = &h;
+
+	for (size_t i = 0; i < 12; i++)
+		h.in[i] = 0x0101010101010101ULL * (uint64_t)(i + 1) ^ now_us();
+	for (size_t i = 0; i < sizeof(h.x); i++)
+		h.x[i / 16][i % 16] = (uint8_t)(i * 7 + 1);
+	__asm__ volatile("ldp x0, x1, [x20, #0]\n\tldp x3, x4, [x20, #16]\n\tldp x7, x8, [x20, #32]\n\t"
+			 "ldp x9, x15, [x20, #48]\n\tldp x16, x19, [x20, #64]\n\tldp x28, x30, [x20, #80]\n\t"
+			 "ldp q0, q1, [x20, #192]\n\tldp q7, q8, [x20, #224]\n\tldp q16, q31, [x20, #256]\n\t"
+			 "movz x10, #0x4240\n\tmovk x10, #0xf, lsl #16\n"
+			 "1:\tsubs x10, x10, #1\n\tb.ne 1b\n\t"
+			 "stp x0, x1, [x20, #96]\n\tstp x3, x4, [x20, #112]\n\tstp x7, x8, [x20, #128]\n\t"
+			 "stp x9, x15, [x20, #144]\n\tstp x16, x19, [x20, #160]\n\tstp x28, x30, [x20, #176]\n\t"
+			 "stp q0, q1, [x20, #288]\n\tstp q7, q8, [x20, #320]\n\tstp q16, q31, [x20, #352]\n\t"
+			 :
+			 : "r"(p)
+			 : "memory", "cc", "x0", "x1", "x3", "x4", "x7", "x8", "x9", "x10", "x15", "x16", "x19", "x28",
+			   "x30", "v0", "v1", "v7", "v8", "v16", "v31");
+	CHECK(!memcmp(h.in, h.out, sizeof(h.in)));
+	CHECK(!memcmp(h.x, h.y, sizeof(h.x)));
+}
+
+#endif
 
 /* ---- waiting ---------------------------------------------------------------------------------------- */
 

@@ -194,9 +194,9 @@ static enum inject_error seize(struct tracee *t)
 {
 	enum inject_error err;
 
-	t->waits = call_of(t->pid);
 	if (ptrace(PTRACE_SEIZE, t->pid, 0, PTRACE_O_TRACESYSGOOD))
 		return errno == ESRCH ? INJECT_GONE : INJECT_DENIED;
+	t->waits = call_of(t->pid);
 	err = stop(t);
 	for (int stops = 1; !err && stops < STOPS && arch_stop_again(t); stops++)
 		err = stop_again(t);

@@ -9,8 +9,8 @@
  *   when the thread goes on from its first stop, so there is a second one (arch_stop_again()).
  * - If a handler runs before the call is made again, some calls end with EINTR (arch_restore()). Those that do so only
  *   for a handler without SA_RESTART are made again.
- * - The first argument of a call that returned EINTR is lost. It is what /proc said of the call before the thread was
- *   stopped.
+ * - Nothing says whether a thread that has EINTR has it from a stop. It has if /proc said that it waited in that call
+ *   just before. A call that began only after that look keeps its EINTR, as after SIGSTOP and SIGCONT.
  */
 #define _GNU_SOURCE
 #include "inject.h"
@@ -114,9 +114,25 @@ static bool waited(const struct tracee *t, uint64_t pc)
 	return t->waits.nr >= 0 && t->waits.pc == pc && t->waits.sp == t->regs.sp;
 }
 
+/* The first argument of the call that has just returned. The kernel keeps it, and shows it of a thread that is in a
+ * call, so it is told that the thread is. */
+static bool first_argument(const struct tracee *t, uint64_t *arg)
+{
+	int nr = (int)t->waits.nr, none = -1;
+	struct iovec in = {&nr, sizeof(nr)}, out = {&none, sizeof(none)};
+	struct waits now;
+
+	if (ptrace(PTRACE_SETREGSET, t->pid, NT_ARM_SYSTEM_CALL, &in))
+		return false;
+	now = call_of(t->pid);
+	*arg = now.arg[0];
+	return !ptrace(PTRACE_SETREGSET, t->pid, NT_ARM_SYSTEM_CALL, &out) && now.nr == t->waits.nr;
+}
+
 enum inject_error arch_check(struct tracee *t)
 {
 	struct user_regs_struct *regs = &t->regs;
+	uint64_t first;
 
 	if (has_shadow_stack(t))
 		return INJECT_NO_WAY_BACK;
@@ -124,9 +140,10 @@ enum inject_error arch_check(struct tracee *t)
 		return INJECT_DISPATCHED;
 	if (in_section(t) || has_vectors(t) || regs->pstate & BTYPE)
 		return INJECT_BUSY;
-	t->eintr = (int64_t)regs->regs[0] == -EINTR && waited(t, regs->pc) && may_be_made_again(t->waits.nr);
+	t->eintr = (int64_t)regs->regs[0] == -EINTR && waited(t, regs->pc) && may_be_made_again(t->waits.nr) &&
+		   first_argument(t, &first);
 	if (t->eintr) {
-		regs->regs[0] = t->waits.arg[0];
+		regs->regs[0] = first;
 		regs->pc -= SVC_LEN;
 	}
 	return INJECT_OK;
