@@ -28,7 +28,7 @@ NOBODY_JOINED = (
     "is statically linked, or is setuid"
 )
 
-MEMORY = "large"
+MEMORY = "mapped"
 """What of a program's memory is taken unless --memory says otherwise ($SAMEPAGE_MEMORY, agent/hooks/wrappers.c)."""
 
 

@@ -293,9 +293,9 @@ class ByExtent:
     """Pages an extent, on average."""
 
 
-def by_extent(look: Look, host: Host, limit: int, among: Bools | None = None, taken_only: bool = False) -> ByExtent:
+def by_extent(look: Look, host: Host, limit: int, among: Bools | None = None, large_only: bool = False) -> ByExtent:
     """What samepage would merge, `limit` pages with one copy, users apart from each other. `among`: only these rows
-    count. `taken_only`: only what `samepage run` would take."""
+    count. `large_only`: only what `samepage run --memory large` would take."""
     checksum = look.checksum
     member = np.empty(look.rows, np.bool_)
     zeros = 0
@@ -304,7 +304,7 @@ def by_extent(look: Look, host: Host, limit: int, among: Bools | None = None, ta
         own = representative(look.flags[part])
         if among is not None:
             own &= among[part]
-        if taken_only:
+        if large_only:
             own &= look.flags[part] & PageFlag.TAKEN != 0
         zero = own & (checksum[part] == np.uint64(zero_checksum()))
         zeros += int(np.count_nonzero(zero))

@@ -216,9 +216,10 @@ class Report(msgspec.Struct):
     by_extent: ByExtent
     """samepage, if all of the memory were registered with it."""
     samepage_run: ByExtent
-    """samepage, as `samepage run` does it: large allocations, and what is advised MADV_MERGEABLE."""
-    samepage_run_mapped: ByExtent
-    """samepage, as `samepage run --memory mapped` does it: what programs map themselves as well."""
+    """samepage, as `samepage run` does it: large allocations, what programs map themselves, and what is advised
+    MADV_MERGEABLE."""
+    samepage_run_large: ByExtent
+    """samepage, as `samepage run --memory large` does it: without what programs map themselves."""
     left_alone: list[LeftAlone]
     """What `samepage run` would not take, by reason, most duplicates first."""
     sources: list[SourceReport]
@@ -230,8 +231,8 @@ class Report(msgspec.Struct):
 def build(look: Look, host: predict.Host, analysis: predict.Analysis, watch: Watch | None, version: str) -> Report:
     """The report of a look."""
     all_memory = predict.by_extent(look, host, Knobs().max_page_sharing)
-    taken = predict.by_extent(look, host, Knobs().max_page_sharing, taken_only=True)
-    mapped = predict.by_extent(look, host, Knobs().max_page_sharing, _mapped(look))
+    run = predict.by_extent(look, host, Knobs().max_page_sharing, _taken(look))
+    large = predict.by_extent(look, host, Knobs().max_page_sharing, large_only=True)
     rate = look.pages_read / look.cpu_seconds if look.cpu_seconds and look.pages_read else 1e6
     sources, shared = [], np.zeros(4, np.int64)
     for rows in look.sources:
@@ -263,8 +264,8 @@ def build(look: Look, host: predict.Host, analysis: predict.Analysis, watch: Wat
         already_shared=AlreadyShared(*shared.tolist()),
         by_page=_by_page(analysis.by_page, host),
         by_extent=_by_extent(all_memory, rate),
-        samepage_run=_by_extent(taken, rate),
-        samepage_run_mapped=_by_extent(mapped, rate),
+        samepage_run=_by_extent(run, rate),
+        samepage_run_large=_by_extent(large, rate),
         left_alone=_left_alone(sources, look, int(shared[0])),
         sources=sources,
         pairs=_pairs(analysis),
@@ -412,8 +413,8 @@ def _source(look: Look, rows: SourceRows, classes: U8) -> tuple[SourceReport, In
     return report, shared
 
 
-def _mapped(look: Look) -> Bools:
-    """The rows that `samepage run --memory mapped` would take."""
+def _taken(look: Look) -> Bools:
+    """The rows that `samepage run` would take."""
     taken = np.zeros(look.rows, np.bool_)
     for rows in look.sources:
         for part, first, end in _ranges(rows):
@@ -426,7 +427,7 @@ def _left_alone(sources: list[SourceReport], look: Look, forked: int) -> list[Le
     found = {FORKED: LeftAlone(FORKED, forked, 0)} if forked else {}
     for source, rows in zip(sources, look.sources, strict=True):
         for report, part in zip(source.mappings, rows.mappings, strict=True):
-            if part.mapping.left is not None:
+            if part.mapping.left not in (None, Left.MAPPED):
                 row = found.setdefault(part.mapping.left, LeftAlone(part.mapping.left, 0, 0))
                 pages = report.pages
                 row.pages += pages.total - pages.already_shared

@@ -80,7 +80,7 @@ class Left(StrEnum):
     STACK = "stacks"
     FILE = "data of programs and libraries"
     STATIC = "statically linked programs"
-    MAPPED = "mapped by programs themselves; --memory mapped takes it"
+    MAPPED = "mapped by programs themselves; --memory large leaves it"
 
 
 @dataclass(slots=True, frozen=True)
@@ -92,7 +92,7 @@ class Mapping:
     kind: Kind
     name: str
     taken: bool = False
-    """`samepage run` takes all of it."""
+    """`samepage run --memory large` takes all of it."""
     left: Left | None = None
     """Why it does not, where that is known."""
     stretch: int = 0

@@ -152,7 +152,7 @@ def _methods(report: Report) -> Table:
     for name, extent in (
         ("by extent, samepage", report.by_extent),
         ("samepage run", report.samepage_run),
-        ("  with --memory mapped", report.samepage_run_mapped),
+        ("  with --memory large", report.samepage_run_large),
     ):
         table.add_row(
             name,
