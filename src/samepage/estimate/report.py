@@ -19,7 +19,7 @@ from samepage.estimate.source import Kind, Left, PageFlag
 from samepage.ksmd.knobs import Knobs
 from samepage.memory import PAGE_SIZE, U8
 
-SCHEMA = 1
+SCHEMA = 2
 """Goes up when a field changes its meaning or is removed."""
 
 KSM_RMAP_ITEM_BYTES = 64

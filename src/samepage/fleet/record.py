@@ -21,7 +21,7 @@ from samepage.estimate.look import Look, MappingRows, SourceRows, look
 from samepage.estimate.pages import zero_checksum
 from samepage.estimate.process import Process
 from samepage.estimate.selection import Selection
-from samepage.estimate.source import Batch, Kind, Opened, PageFlag, Source
+from samepage.estimate.source import Batch, Kind, Left, Opened, PageFlag, Source
 from samepage.fleet import schema
 from samepage.fleet.key import Key
 from samepage.memory import PAGE_SIZE
@@ -163,7 +163,7 @@ def _mappings_table(mappings: list[tuple[SourceRows, MappingRows]], head: schema
                 "image": image,
                 "kind": str(mapping.kind),
                 "library": mapping.name if mapping.kind is Kind.FILE else "",
-                "taken": mapping.taken or mapping.kind is Kind.SEGMENT,
+                "taken": mapping.taken or mapping.left is Left.MAPPED or mapping.kind is Kind.SEGMENT,
                 "vpn": mapping.start // PAGE_SIZE,
                 "end": -(-mapping.end // PAGE_SIZE),
                 "pages": part.npages,
