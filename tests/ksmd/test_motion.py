@@ -10,6 +10,7 @@ from samepage.ksmd import Ksmd
 from samepage.ksmd.advisor import FAULT_SECONDS
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.motion import GLANCE_SECONDS, MOST_SECONDS, PAGE_SECONDS, Motion
+from samepage.memory import Stirring
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, SAME, Clock, check, new_ksmd, process
@@ -28,7 +29,7 @@ def faults(clock: Clock) -> int:
 def wait_until_due(motion: Motion, clock: Clock, before: int, pages: int, rate: int) -> float:
     """Seconds until the process is looked at, if it has so many page faults a second."""
     began = clock.now
-    while not motion.is_due(clock.now, before + int((clock.now - began) * rate), pages, SHARE):
+    while not motion.is_due(clock.now, before + int((clock.now - began) * rate), pages, 0.0, SHARE):
         clock.now += 0.02
     return clock.now - began
 
@@ -40,7 +41,7 @@ def test_a_process_rests_for_as_long_as_it_was_in_motion_but_no_longer_than_a_se
     clock = Clock()
     motion, ends = Motion(clock.now), clock.now + moved
     while clock.now < ends:
-        assert not motion.is_due(clock.now, faults(clock), 1 << 30, SHARE)
+        assert not motion.is_due(clock.now, faults(clock), 1 << 30, 0.0, SHARE)
         clock.now += 0.02
     assert wait_until_due(motion, clock, faults(clock), 1 << 30, 0) == pytest.approx(rests, abs=0.05)
 
@@ -56,13 +57,28 @@ def test_a_large_process_that_never_rests_is_looked_at_all_the_same() -> None:
     assert wait_until_due(Motion(clock.now), clock, START, 1 << 30, MANY) == pytest.approx(MOST_SECONDS, abs=0.05)
 
 
+def test_a_process_that_works_in_memory_it_has_is_not_at_rest() -> None:
+    clock = Clock()
+    motion, began = Motion(clock.now), clock.now
+
+    def waited(works_for: float) -> float:
+        start = clock.now
+        while not motion.is_due(clock.now, 20_000, 1 << 30, min(clock.now, began + works_for), SHARE):
+            clock.now += 0.02
+        return clock.now - start
+
+    assert waited(10.0) == pytest.approx(20_000 * PAGE_SECONDS / SHARE, rel=0.05)
+    clock.now, motion = began, Motion(began)
+    assert waited(1.5) == pytest.approx(1.5 + 1.0, abs=0.25)
+
+
 def run_for(ksmd: Ksmd, clock: Clock, seconds: float, *movers: SimulatedAddressSpace) -> int:
     """Call ksmd whenever it wants to be. Returns how often that was."""
     ends, calls = clock.now + seconds, 0
     while clock.now + (wait := ksmd.next_wait()) < ends:
         clock.now += max(wait, 0.001)
         for space in movers:
-            space.stirred = int(clock.now * MANY), 1 << 30
+            space.stirred = Stirring(int(clock.now * MANY), 1 << 30, 0.0)
         ksmd.do_scan()
         calls += 1
     clock.now = ends
@@ -73,7 +89,7 @@ def filling(machine: SimulatedMachine, pid: int) -> SimulatedAddressSpace:
     space = SimulatedAddressSpace(machine, pid)
     space.map_area(BASE, 256, named=False)
     space.write(BASE, *SAME)
-    space.stirred = int(100 * MANY), 1 << 30
+    space.stirred = Stirring(int(100 * MANY), 1 << 30, 0.0)
     return space
 
 
@@ -158,7 +174,7 @@ def test_looks_at_what_was_named_cost_no_more_than_their_share_where_all_of_it_i
     space = SimulatedAddressSpace(machine, 100, tracking=False)
     space.map_area(BASE, 20_000)
     space.write(BASE, *range(1, 20_001))
-    space.stirred = int(100 * MANY), 1 << 30
+    space.stirred = Stirring(int(100 * MANY), 1 << 30, 0.0)
     ksmd.enter(space)
     run_for(ksmd, clock, 20.0, space)
     most = 20.0 * SHARE / FAULT_SECONDS
@@ -188,7 +204,7 @@ def test_the_books_agree_whatever_was_left_out(seed: int) -> None:
             spaces[ksmd.enter(space)] = space
         for slot, space in list(spaces.items()):
             faults += rng.choice([0, 0, MANY])
-            space.stirred = faults, rng.choice([1000, 1 << 30])
+            space.stirred = Stirring(faults, rng.choice([1000, 1 << 30]), 0.0)
             here = [at for at in (BASE, 2 * BASE) if space._mergeable(at)]
             if rng.random() < 0.05:
                 space.exit()

@@ -361,12 +361,12 @@ def test_who_asks_without_end_has_little_made_for_it(tmp_path: Path) -> None:
     assert len(made) == 1
 
 
-def test_a_mistake_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_ends_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     server = Exposition(exposition.listen(str(tmp_path / "m")), lambda: b"%d\n" % (1 // 0))
     assert b" 500 " in ask(str(tmp_path / "m"))
     assert b" 500 " in ask(str(tmp_path / "m"))
     server.stop()
-    assert "mistake" in capsys.readouterr().err
+    assert "mistake" in capfd.readouterr().err
 
 
 def test_metrics_do_not_wait_for_ksmd(scanner: Scanner) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from typing import TextIO
+
+from samepage.service.log import log
 
 _AGAINST = (os.O_WRONLY, os.O_RDONLY, os.O_RDONLY)
 
@@ -28,9 +29,7 @@ def occupy() -> None:
 
 def say(message: str) -> None:
     """One line on stderr. When it does not get there, there is nobody to tell."""
-    # Not print(): what it could not write Python would write again at exit, and exit with 120.
-    with contextlib.suppress(OSError):
-        os.write(2, os.fsencode(f"samepage: {message}\n"))
+    log(message)
 
 
 def flush() -> OSError | None:

@@ -159,10 +159,10 @@ class Passes:
             stirring = slot.space.stirring()
         slot.scope = Scope.ALL
         if stirring is not None:
-            now, (faults, pages) = self.clock(), stirring
+            now, cpu = self.clock(), stirring.cpu_seconds - slot.cpu_ns / 1e9
             slot.motion = slot.motion or Motion(now)
-            if slot.motion.is_due(now, faults, pages, self.knobs.cpu_share):
-                slot.motion.looked_at(now, faults)
+            if slot.motion.is_due(now, stirring.faults, stirring.pages, cpu, self.knobs.cpu_share):
+                slot.motion.looked_at(now, stirring.faults)
             else:
                 slot.scope = Scope.NAMED if slot.motion.is_glance_due(now) else Scope.NOTHING
         return slot.scope is not Scope.NOTHING

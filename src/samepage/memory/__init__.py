@@ -230,6 +230,16 @@ class RestoreResult:
     cpu_ns: int = 0
 
 
+@dataclass(slots=True, frozen=True)
+class Stirring:
+    """By what a process shows that it works, by proc_pid_stat(5): page faults so far, pages that it has, seconds of CPU
+    so far."""
+
+    faults: int
+    pages: int
+    cpu_seconds: float
+
+
 class AddressSpaceGone(OSError):
     """The process is gone (`ended`), hung past the timeout, or talked nonsense. Its mm_slot has to be dropped."""
 
@@ -270,9 +280,9 @@ class AddressSpace(Protocol):
         """This process's checksum of a page of zeros."""
         ...
 
-    def stirring(self) -> tuple[int, int] | None:
-        """How many page faults it had so far, and how many pages it has, if memory that nobody named is merged. None:
-        only what was named is, or it is not known. The process itself is not asked."""
+    def stirring(self) -> Stirring | None:
+        """How it moves, if memory that nobody named is merged. None: only what was named is, or it is not known. The
+        process itself is not asked."""
         ...
 
     def is_there(self) -> bool:

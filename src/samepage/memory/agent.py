@@ -33,6 +33,7 @@ from samepage.memory import (
     ScanFlag,
     ScanResult,
     Segment,
+    Stirring,
     answers,
     check,
     handshake,
@@ -46,7 +47,7 @@ from samepage.memory.pagemap import occupied
 from samepage.memory.segments import OPEN, MemfdSegment
 from samepage.memory.wire import Op, Packet, Swap
 from samepage.process.halt import cgroups_of
-from samepage.process.identity import Identity, memory_of
+from samepage.process.identity import TICKS, Identity, memory_of
 from samepage.process.merge_domain import MergeDomain
 
 BREAK_RATE = 64 << 20
@@ -130,14 +131,14 @@ class AgentAddressSpace(Conversation):
         self.verify()
         return kib * 1024 // PAGE_SIZE
 
-    def stirring(self) -> tuple[int, int] | None:
+    def stirring(self) -> Stirring | None:
         if not self._unnamed:
             return None
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b")")[2].split()
         except OSError:
             return None
-        return int(fields[7]), int(fields[21])
+        return Stirring(int(fields[7]), int(fields[21]), (int(fields[11]) + int(fields[12])) / TICKS)
 
     def areas(self) -> Areas:
         """As the protocol says. A process with many areas may change them all the time: when the list changed between

@@ -35,6 +35,7 @@ from samepage.memory import (
     ScanFlag,
     ScanResult,
     Segment,
+    Stirring,
 )
 from samepage.memory.simulated_memory import Page, SimulatedMachine, SimulatedMemory, SimulatedSegment, within
 
@@ -73,7 +74,7 @@ class SimulatedProcess(SimulatedMemory):
         super().__init__(machine, pid, **how)
         self.script: Script | None = None
         self.calls: list[str] = []
-        self.stirred: tuple[int, int] | None = None
+        self.stirred: Stirring | None = None
         """What `stirring` says."""
         self.elsewhere = ""
         """What `misplaced` says."""
@@ -94,7 +95,7 @@ class SimulatedProcess(SimulatedMemory):
     def verify(self) -> None:
         self._called("verify")
 
-    def stirring(self) -> tuple[int, int] | None:
+    def stirring(self) -> Stirring | None:
         return self.stirred
 
     def misplaced(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import os
 import threading
 import time
 
@@ -16,8 +16,9 @@ _said: dict[str, tuple[float, int]] = {}  # by kind: when it was last logged, an
 
 def log(message: str) -> None:
     """Log one line on stderr."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"samepage: {message}", file=sys.stderr, flush=True)
+    # Not print(): what it could not write Python would write again at exit, and exit with 120.
+    with contextlib.suppress(OSError):
+        os.write(2, os.fsencode(f"samepage: {message}\n"))
 
 
 def log_once(kind: str, message: str) -> None:
