@@ -7,6 +7,8 @@ returns the exit status.
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -33,12 +35,33 @@ class Command(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
+COMMANDS = {
+    "run": "run:Run",
+    "daemon": "daemon:Daemon",
+    "status": "status:Status",
+    "top": "top:Top",
+    "get": "knobs:Get",
+    "set": "knobs:Set",
+    "unmerge": "unmerge:Unmerge",
+    "attach": "attach:Attach",
+    "detach": "attach:Detach",
+    "scan": "scan:Scan",
+    "record": "record:Record",
+    "simulate": "simulate:Simulate",
+    "fleet": "fleet:Fleet",
+    "policy": "policy:PolicyCommand",
+    "doctor": "doctor:Doctor",
+}
+"""Each command: its module here, and its class there."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's); returns the exit status."""
     streams.occupy()
+    argv = sys.argv[1:] if argv is None else argv
     error: CommandError | OSError | None = None
     try:
-        args = parser().parse_args(argv)
+        args = parser(argv[0] if argv else None).parse_args(argv)
         command: Command = args.command
         status = command.run(args)
     except SystemExit as e:  # argparse has said why
@@ -61,47 +84,19 @@ def _in_one_line(error: CommandError | OSError) -> str:
     return (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
 
 
-def parser() -> argparse.ArgumentParser:
-    """That of the whole command line."""
-    from samepage.commands.attach import Attach, Detach
-    from samepage.commands.daemon import Daemon
-    from samepage.commands.doctor import Doctor
-    from samepage.commands.fleet import Fleet
-    from samepage.commands.knobs import Get, Set
-    from samepage.commands.policy import PolicyCommand
-    from samepage.commands.record import Record
-    from samepage.commands.run import Run
-    from samepage.commands.scan import Scan
-    from samepage.commands.simulate import Simulate
-    from samepage.commands.status import Status
-    from samepage.commands.top import Top
-    from samepage.commands.unmerge import Unmerge
-
-    commands: dict[str, Command] = {
-        "run": Run(),
-        "daemon": Daemon(),
-        "status": Status(),
-        "top": Top(),
-        "get": Get(),
-        "set": Set(),
-        "unmerge": Unmerge(),
-        "attach": Attach(),
-        "detach": Detach(),
-        "scan": Scan(),
-        "record": Record(),
-        "simulate": Simulate(),
-        "fleet": Fleet(),
-        "policy": PolicyCommand(),
-        "doctor": Doctor(),
-    }
+def parser(name: str | None = None) -> argparse.ArgumentParser:
+    """That of the whole command line; if `name` is that of a command, of this one alone: to load the others takes
+    longer than most commands do."""
     whole = argparse.ArgumentParser(
         prog="samepage", description="Same-page merging in user space: equal memory pages of processes share one copy."
     )
     whole.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     subparsers = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, command in commands.items():
+    for each in [name] if name in COMMANDS else COMMANDS:
+        module, _, kind = COMMANDS[each].partition(":")
+        command: Command = getattr(importlib.import_module(f"samepage.commands.{module}"), kind)()
         doc = command.__doc__ or ""
-        subparser = subparsers.add_parser(name, help=doc.partition("\n")[0].rstrip("."), description=doc)
+        subparser = subparsers.add_parser(each, help=doc.partition("\n")[0].rstrip("."), description=doc)
         command.prepare_parser(subparser)
         subparser.set_defaults(command=command)
     return whole
