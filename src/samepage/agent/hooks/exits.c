@@ -28,11 +28,14 @@ void left_in_place(const void *p, size_t len)
 
 SP_EXPORT int pthread_mutex_init(pthread_mutex_t *mutex, const pthread_mutexattr_t *attr)
 {
-	int robust = PTHREAD_MUTEX_STALLED;
+	int robust = PTHREAD_MUTEX_STALLED, protocol = PTHREAD_PRIO_NONE;
 
 	need_next();
 	if (attr && next.pthread_mutexattr_getrobust && !next.pthread_mutexattr_getrobust(attr, &robust) &&
 	    robust == PTHREAD_MUTEX_ROBUST)
+		left_in_place(mutex, sizeof(*mutex));
+	else if (attr && next.pthread_mutexattr_getprotocol && !next.pthread_mutexattr_getprotocol(attr, &protocol) &&
+		 protocol == PTHREAD_PRIO_INHERIT) /* whose word the kernel writes: sp_futex() in wrappers.c */
 		left_in_place(mutex, sizeof(*mutex));
 	return next.pthread_mutex_init(mutex, attr);
 }

@@ -59,6 +59,7 @@ static const struct {
 	{&next.capset, "capset"},
 	{&next.pthread_mutex_init, "pthread_mutex_init"},
 	{&next.pthread_mutexattr_getrobust, "pthread_mutexattr_getrobust"},
+	{&next.pthread_mutexattr_getprotocol, "pthread_mutexattr_getprotocol"},
 	{&next.pthread_attr_setstack, "pthread_attr_setstack"},
 };
 

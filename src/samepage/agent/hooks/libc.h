@@ -66,6 +66,7 @@ extern struct next {
 	int (*capset)(void *, void *);
 	int (*pthread_mutex_init)(pthread_mutex_t *, const pthread_mutexattr_t *);
 	int (*pthread_mutexattr_getrobust)(const pthread_mutexattr_t *, int *);
+	int (*pthread_mutexattr_getprotocol)(const pthread_mutexattr_t *, int *);
 	int (*pthread_attr_setstack)(pthread_attr_t *, void *, size_t);
 } next;
 

@@ -9,6 +9,7 @@
 #include "kernel/holders.h"
 #include "kernel/kernel.h"
 
+#include <linux/futex.h>
 #include <linux/kvm.h>
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
@@ -19,6 +20,9 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 
+#ifndef FUTEX_LOCK_PI2
+#define FUTEX_LOCK_PI2 13 /* 5.14 */
+#endif
 #define MIN_ALLOC_DEFAULT (1UL << 20)
 #define MIN_ALLOC_LEAST (64UL << 10)
 
@@ -115,11 +119,31 @@ static int leave_to_userfaultfd(struct uffdio_range *range)
 	return 0;
 }
 
+/* struct uffdio_move (Linux 6.8). */
+struct uffd_move {
+	uint64_t dst, src, len, mode;
+	int64_t move;
+};
+#define UFFD_MOVE _IOWR(UFFDIO, 0x05, struct uffd_move)
+
+/* The application moves pages itself, which the kernel does from anonymous mappings alone, and from where the pages are in
+ * their place. */
+static int leave_to_move(const struct uffd_move *move)
+{
+	struct uffdio_range src = {move->src, move->len};
+
+	return leave_to_userfaultfd(&src);
+}
+
 static int sp_ioctl(int fd, unsigned long request, void *arg)
 {
 	int ret;
 
 	need_next();
+	if (request == UFFD_MOVE && arg && leave_to_move(arg)) {
+		errno = ENOMEM;
+		return -1;
+	}
 	if (request == UFFDIO_REGISTER && arg && leave_to_userfaultfd(&((struct uffdio_register *)arg)->range)) {
 		errno = ENOMEM;
 		return -1;
@@ -136,6 +160,38 @@ SP_EXPORT int ioctl(int fd, unsigned long request, ...)
 
 	ARGUMENTS(a, request);
 	return sp_ioctl(fd, request, (void *)a[0]);
+}
+
+/* ---- futex ---- */
+
+/* Operations by which the kernel itself writes the word. It does not wait for a page there (fixup_user_fault() without
+ * FAULT_FLAG_ALLOW_RETRY), but says EFAULT, when nothing is done yet. */
+static bool writes_futex(int op)
+{
+	switch (op & FUTEX_CMD_MASK) {
+	case FUTEX_WAKE_OP:
+	case FUTEX_LOCK_PI:
+	case FUTEX_LOCK_PI2:
+	case FUTEX_UNLOCK_PI:
+	case FUTEX_TRYLOCK_PI:
+	case FUTEX_CMP_REQUEUE_PI:
+		return true;
+	default:
+		return false;
+	}
+}
+
+static long sp_futex(const long *a)
+{
+	int op = (int)a[1];
+	long ret = next.syscall(SYS_futex, a[0], a[1], a[2], a[3], a[4], a[5]);
+
+	if (ret >= 0 || errno != EFAULT || !writes_futex(op) || no_areas())
+		return ret;
+	left_in_place((void *)a[0], sizeof(uint32_t));
+	if ((op & FUTEX_CMD_MASK) == FUTEX_WAKE_OP || (op & FUTEX_CMD_MASK) == FUTEX_CMP_REQUEUE_PI)
+		left_in_place((void *)a[4], sizeof(uint32_t));
+	return next.syscall(SYS_futex, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
 /* ---- syscall(2) ------------------------------------------------------------------------------------------ */
@@ -195,6 +251,8 @@ SP_EXPORT long syscall(long number, ...)
 		return sp_unshare((int)a[0]);
 	case SYS_setns:
 		return sp_setns((int)a[0], (int)a[1]);
+	case SYS_futex:
+		return sp_futex(a);
 	case SYS_set_tid_address:
 		left_in_place((void *)a[0], sizeof(pid_t));
 		break;
