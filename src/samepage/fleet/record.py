@@ -145,9 +145,12 @@ def tables(seen: Look, head: schema.Head, key: Key) -> tuple[Any, Any]:
 def _mappings_table(mappings: list[tuple[SourceRows, MappingRows]], head: schema.Head) -> Any:
     host_bytes = os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE
     who: dict[int, tuple[str, str]] = {}
+    # What an agent has not taken of a process, it was told to leave.
+    has_agent = {id(rows.source) for rows, part in mappings if part.mapping.name.endswith("/libsamepage.so")}
     rows = []
     for number, (source_rows, part) in enumerate(mappings):
         source, mapping = source_rows.source, part.mapping
+        mapped = mapping.left is Left.MAPPED and id(source) not in has_agent
         if id(source) not in who:
             who[id(source)] = _who(source)
         service, image = who[id(source)]
@@ -163,7 +166,7 @@ def _mappings_table(mappings: list[tuple[SourceRows, MappingRows]], head: schema
                 "image": image,
                 "kind": str(mapping.kind),
                 "library": mapping.name if mapping.kind is Kind.FILE else "",
-                "taken": mapping.taken or mapping.left is Left.MAPPED or mapping.kind is Kind.SEGMENT,
+                "taken": mapping.taken or mapped or mapping.kind is Kind.SEGMENT,
                 "vpn": mapping.start // PAGE_SIZE,
                 "end": -(-mapping.end // PAGE_SIZE),
                 "pages": part.npages,
