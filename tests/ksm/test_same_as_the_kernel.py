@@ -36,10 +36,12 @@ Counters = dict[str, int]
 
 @dataclass(frozen=True)
 class Image:
-    """Processes of image.c, what the first of them is told when all has settled, and knobs."""
+    """Processes of image.c, what the first of them is told when all has settled, and knobs. `shared`: pages of children
+    that a fork still shares after each step; the kernel counts them as volatile, and samepage does not look at them."""
 
     processes: list[str]
     steps: list[str] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
     knobs: dict[str, int] = field(default_factory=dict)
 
 
@@ -48,9 +50,9 @@ IMAGES = {
     "mostly the same": Image(["d300@1 d100@2", "d300@1 d50@3", "d10@1"]),
     "zeros, as the zero page": Image(["z400 d100@1", "z50 d100@1 d30@2"], knobs={"use_zero_pages": 1}),
     "zeros, as pages like others": Image(["z400 d100@1", "z50 d100@1 d30@2"], knobs={"use_zero_pages": 0}),
-    "forked": Image(["d200@1"], ["fork", "fork"]),
-    "merged, then forked": Image(["d200@1 c50@2", "d100@1"], ["fork"]),
-    "forked, then rewritten": Image(["d200@1"], ["fork", "rewrite 120"]),
+    "forked": Image(["d200@1"], ["fork", "fork"], [200, 400]),
+    "merged, then forked": Image(["d200@1 c50@2", "d100@1"], ["fork"], [100]),
+    "forked, then rewritten": Image(["d200@1"], ["fork", "rewrite 120"], [200, 80]),
     "volatile": Image(["v100 d200@1", "d200@1 v50"]),
     "many copies": Image(["c1000@1", "c700@1 c257@2 c513@3"]),
     "many copies, few to a page": Image(["c1001@1 c11@2", "c5@2 c21@3"], knobs={"max_page_sharing": 10}),
@@ -136,11 +138,13 @@ def run(program: Path, image: Image, ksm: Kernel | Samepage) -> list[Counters]:
         assert [p.stdout.readline() for p in processes if p.stdout] == ["ready\n"] * len(processes)
         pages = [sum(int(word[1:].partition("@")[0]) for word in words.split()) for words in image.processes]
         found = [settled(ksm.counters, sum(pages))]
-        for step in image.steps:
+        for step, shared in zip(image.steps, image.shared or [0] * len(image.steps), strict=True):
             print(step, file=first.stdin, flush=True)
             assert first.stdout.readline() == "done\n"
             pages += [pages[0]] if step == "fork" else []
-            found.append(settled(ksm.counters, sum(pages)))
+            unseen = shared if isinstance(ksm, Samepage) else 0
+            found.append(settled(ksm.counters, sum(pages) - unseen))
+            found[-1]["pages_volatile"] += unseen
         return found
 
 

@@ -16,7 +16,7 @@ from benchmarks import memory_cgroup
 from benchmarks.memory_cgroup import MemoryCgroup
 from tests.oom.conftest import needs_agent
 
-PROGRAM = "import os, time; a = bytes(range(256)) * 16 * 1024; time.sleep(3)"
+PROGRAM = "import os, time; a = bytes(range(256)) * 16 * 1024; time.sleep(6)"
 TWO = f'"{sys.executable}" -c "{PROGRAM}" & "{sys.executable}" -c "{PROGRAM}"; wait'
 
 pytestmark = [needs_agent, pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare(1)")]

@@ -318,7 +318,7 @@ def _saved(summary: dict[str, Any] | None) -> str:
         return NOBODY_JOINED
     if not summary["bytes_saved_peak"] and (why := not_swapped(summary["swap"])):
         return f"nothing was saved: {why}"
-    if not summary["bytes_saved_peak"] and summary["merge_failures"]["NOMEM"]:
+    if not summary["bytes_saved_peak"] and summary["merge_failures"].get("NOMEM"):
         return (
             "nothing was saved: the machine or a memory cgroup has not enough memory left for the copies, or "
             f"{agent.UNSEEN}"
