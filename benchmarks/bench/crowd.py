@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.bench import meters, sides
 from benchmarks.bench.growth import PATIENCE, merging_cpu
-from benchmarks.bench.measures import MIB, NEARLY_ALL, Bench, Record, compiled
+from benchmarks.bench.measures import MIB, NEARLY_ALL, Bench, Record, Skipped, compiled
 from benchmarks.bench.process import PAGE_SIZE
 from benchmarks.bench.sides import Side
 from benchmarks.processes import Commanded, wait_until
@@ -75,7 +75,9 @@ def forks(bench: Bench) -> Iterator[Record]:
     """A process whose pages are merged with another's, every second one by itself, forks workers: what the first cost
     until it is known that they share these pages, and the last. The other pages are shared by fork."""
     extents, children = bench.sizes.extents, bench.sizes.children
-    with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="samepage-bench-") as folder, contextlib.ExitStack() as stack:
+        if not _may_have(8 * extents, stack):
+            raise Skipped(f"needs root, to raise {MAX_MAP_COUNT}")
         program = compiled("crowd.c", Path(folder) / "crowd")
         for repeat in range(min(bench.repeats, REPEATS)):
             for make in bench.both():
