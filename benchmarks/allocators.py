@@ -18,8 +18,7 @@ from pathlib import Path
 
 from benchmarks.applications import LIBRARIES
 from benchmarks.apps import MEMORY, table_line
-from benchmarks.overhead import Daemon
-from benchmarks.processes import environment
+from benchmarks.processes import environment, service
 from samepage import agent
 
 SOURCE = Path(__file__).parent / "bench" / "blocks.c"
@@ -57,10 +56,9 @@ def main() -> None:
         folder = Path(place)
         program = folder / "blocks"
         subprocess.run([os.environ.get("CC", "cc"), "-O2", "-fno-builtin", SOURCE, "-o", program], check=True)
-        daemon = Daemon(folder)
-        try:
+        with service(folder) as socket:
             wanted = args.only.split(",")
-            sides = {name: more for name, more in _sides(daemon.path).items() if any(part in name for part in wanted)}
+            sides = {name: more for name, more in _sides(socket).items() if any(part in name for part in wanted)}
             table_line(["ns; MiB at most", *STEPS])
             table_line(["---"] * (len(STEPS) + 1))
             found: dict[tuple[str, str], list[tuple[float, float]]]
@@ -71,8 +69,6 @@ def main() -> None:
             for name in sides:
                 medians = [[statistics.median(x) for x in zip(*found[name, step], strict=True)] for step in STEPS]
                 table_line([name, *(f"{ns:,.0f}; {mib:.0f}" for ns, mib in medians)])
-        finally:
-            daemon.end()
 
 
 if __name__ == "__main__":

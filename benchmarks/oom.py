@@ -172,6 +172,47 @@ class Outcome:
     seconds: float = 0.0
 
 
+def is_refused(answer: Answer) -> bool:
+    return bool(answer["errno"] == "ENOMEM")
+
+
+def unmerge_in_turn(
+    out: Outcome,
+    group: MemoryCgroup,
+    workers: list[Worker],
+    neighbours: Neighbours,
+    rounds: int,
+    unmerge: Callable[[Worker], Answer],
+    refused: Callable[[Answer], bool] = is_refused,
+    first: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Unmerge one worker after the other while the neighbours fill the cgroup, then both when its limit is raised.
+    `first` is called before each round, with its number."""
+    before, started = group.refused(), time.monotonic()
+    try:
+        for i in range(rounds):
+            first(i)
+            answer = unmerge(workers[i % 2])
+            out.rounds += 1
+            out.enomem += refused(answer)
+            out.other += [] if refused(answer) else [str(answer)]
+            out.pages_unmerged += answer.get("pages_unmerged", 0)
+            neighbours.wait_full()
+            if i % 50 == 49:
+                out.intact &= all(worker.ask("verify") for worker in workers)
+    except EOFError as e:
+        out.other.append(str(e))
+    out.seconds = time.monotonic() - started
+    neighbours.look()
+    out.times_full, out.refused, out.killed = neighbours.filled, group.refused() - before, group.killed()
+    neighbours.end()
+    if not out.killed:
+        group.set_limit(ROOMY)
+        out.finished_when_raised = all(unmerge(worker)["errno"] is None for worker in workers)
+        out.intact &= all(worker.ask("verify") for worker in workers)
+        out.killed = group.killed()
+
+
 def under_a_limit(surface: str, rounds: int, folder: Path, reserve: int = 16 * MIB) -> Outcome:
     """Unmerge by one surface again and again in a cgroup that is too small for it."""
     how, unmerge = SURFACES[surface]
@@ -190,31 +231,7 @@ def under_a_limit(surface: str, rounds: int, folder: Path, reserve: int = 16 * M
         group.set_limit(LIMIT)
         neighbours = Neighbours(group)
         stack.callback(neighbours.end)
-        refused = group.refused()
-        started = time.monotonic()
-        try:
-            for i in range(rounds):
-                answer = unmerge(workers[i % 2], socket)
-                out.rounds += 1
-                out.enomem += answer["errno"] == "ENOMEM"
-                if answer["errno"] != "ENOMEM":
-                    out.other.append(str(answer["errno"]))
-                out.pages_unmerged += answer.get("pages_unmerged", 0)
-                neighbours.wait_full()
-                if i % 50 == 49:
-                    out.intact &= all(worker.ask("verify") for worker in workers)
-        except EOFError as e:
-            out.other.append(str(e))
-        out.seconds = time.monotonic() - started
-        neighbours.look()
-        out.times_full = neighbours.filled
-        out.refused = group.refused() - refused
-        out.killed = group.killed()
-        neighbours.end()
-        if not out.killed:
-            group.set_limit(ROOMY)
-            out.finished_when_raised = all(unmerge(worker, socket)["errno"] is None for worker in workers)
-            out.intact &= all(worker.ask("verify") for worker in workers)
+        unmerge_in_turn(out, group, workers, neighbours, rounds, lambda worker: unmerge(worker, socket))
     return out
 
 

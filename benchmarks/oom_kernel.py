@@ -27,7 +27,18 @@ from pathlib import Path
 
 from benchmarks import kernel_ksm
 from benchmarks.memory_cgroup import MemoryCgroup
-from benchmarks.oom import MIB, PAGE_SIZE, ROOMY, SIZES, Answer, Outcome, Sizes, Worker, merged_by_the_kernel, show
+from benchmarks.oom import (
+    MIB,
+    PAGE_SIZE,
+    SIZES,
+    Answer,
+    Outcome,
+    Sizes,
+    Worker,
+    merged_by_the_kernel,
+    show,
+    unmerge_in_turn,
+)
 from benchmarks.processes import environment, wait_until
 from samepage.kernel.engine import KernelEngine
 from samepage.kernel.settings import Settings
@@ -68,34 +79,16 @@ def merge_again() -> None:
     kernel_ksm.write("run", 0)
 
 
+def merge_every_tenth_time(i: int) -> None:
+    if i % AGAIN == 0:
+        merge_again()
+
+
 def under_a_limit(rounds: int, unmerge: Unmerge, sizes: Sizes = SIZES) -> Outcome:
     """Unmerge again and again in a cgroup that is too small for it."""
     out = Outcome("samepage unmerge --engine kernel")
     with MemoryCgroup("oom") as group, merged_by_the_kernel(group, sizes) as (workers, neighbours):
-        refused, started = group.refused(), time.monotonic()
-        try:
-            for i in range(rounds):
-                if i % AGAIN == 0:
-                    merge_again()
-                answer = unmerge(workers[i % 2])
-                out.rounds += 1
-                out.enomem += is_refused(answer)
-                out.other += [] if is_refused(answer) else [str(answer)]
-                out.pages_unmerged += answer.get("pages_unmerged", 0)
-                neighbours.wait_full()
-                if i % 50 == 49:
-                    out.intact &= all(worker.ask("verify") for worker in workers)
-        except EOFError as e:
-            out.other.append(str(e))
-        out.seconds = time.monotonic() - started
-        neighbours.look()
-        out.times_full, out.refused, out.killed = neighbours.filled, group.refused() - refused, group.killed()
-        neighbours.end()
-        if not out.killed:
-            group.set_limit(ROOMY)
-            out.finished_when_raised = all(unmerge(worker)["errno"] is None for worker in workers)
-            out.intact &= all(worker.ask("verify") for worker in workers)
-            out.killed = group.killed()
+        unmerge_in_turn(out, group, workers, neighbours, rounds, unmerge, is_refused, merge_every_tenth_time)
     return out
 
 

@@ -23,8 +23,9 @@ from typing import Any
 from benchmarks.applications import Application
 from benchmarks.apps import arguments, chosen, table_line
 from benchmarks.bench.meters import process_cpu
+from benchmarks.bench.sides import who_listens
 from benchmarks.jobs import JOBS
-from benchmarks.processes import environment
+from benchmarks.processes import environment, service
 from samepage import agent
 
 BARE = "bare"
@@ -32,29 +33,12 @@ Run = tuple[float, float]
 """Seconds, and of CPU."""
 
 
-class Daemon:
-    """`samepage daemon`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder / "socket")
-        command = [sys.executable, "-m", "samepage", "daemon", "--socket", self.path]
-        self._process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        assert "listening" in self._process.stdout.readline()
-
-    def cpu(self) -> float:
-        return process_cpu(self._process.pid)
-
-    def end(self) -> None:
-        self._process.terminate()
-        self._process.communicate()
-
-
-def _run(job: Application, folder: Path, how: str, daemon: Daemon) -> Run:
+def _run(job: Application, folder: Path, how: str, socket: str, daemon: int) -> Run:
+    """`daemon`: the pid of who listens at `socket`."""
     more = {"PYTHON": sys.executable}
     if how != BARE:
-        more |= {"LD_PRELOAD": str(agent.library_path()), "SAMEPAGE_SOCKET": daemon.path, "SAMEPAGE_MEMORY": how}
-    before, began = daemon.cpu(), time.monotonic()
+        more |= {"LD_PRELOAD": str(agent.library_path()), "SAMEPAGE_SOCKET": socket, "SAMEPAGE_MEMORY": how}
+    before, began = process_cpu(daemon), time.monotonic()
     # The agent is for the job, not for the shell that begins it.
     prefix = ["env", *(f"{name}={value}" for name, value in more.items())]
     process = subprocess.Popen(
@@ -65,7 +49,7 @@ def _run(job: Application, folder: Path, how: str, daemon: Daemon) -> Run:
     seconds, cpu = time.monotonic() - began, used.ru_utime + used.ru_stime
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, job.command)
-    return seconds, cpu + (daemon.cpu() - before if how != BARE else 0.0)
+    return seconds, cpu + (process_cpu(daemon) - before if how != BARE else 0.0)
 
 
 def _measure(job: Application, rounds: int, memories: list[str]) -> dict[str, list[Run]]:
@@ -74,19 +58,17 @@ def _measure(job: Application, rounds: int, memories: list[str]) -> dict[str, li
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         folder.chmod(0o755)  # for jobs of other users
-        daemon = Daemon(folder)
         work = folder / "work"
         work.mkdir()
-        try:
+        with service(folder) as socket:
+            daemon = who_listens(socket)
             subprocess.run(
                 ["sh", "-e", "-c", job.prepare], cwd=work, env=environment(), check=True, stderr=subprocess.DEVNULL
             )
-            _run(job, work, BARE, daemon)  # what it reads is then in the page cache
+            _run(job, work, BARE, socket, daemon)  # what it reads is then in the page cache
             for turn in range(rounds):
                 for how in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
-                    runs[how].append(_run(job, work, how, daemon))
-        finally:
-            daemon.end()
+                    runs[how].append(_run(job, work, how, socket, daemon))
     return runs
 
 

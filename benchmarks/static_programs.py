@@ -17,11 +17,6 @@ from pathlib import Path
 from benchmarks.virtual_machines import Spoken, borrowed, measure, report
 
 
-class Program(Spoken):
-    def __init__(self, program: Path, mib: int) -> None:
-        super().__init__([str(program), str(mib)])
-
-
 def build(folder: Path) -> Path:
     """Without cgo, so it is linked statically."""
     environment = os.environ | {"CGO_ENABLED": "0", "GOCACHE": str(folder / "cache"), "GOFLAGS": "-mod=mod"}
@@ -39,14 +34,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, borrowed():
         program = build(Path(folder))
-        programs: list[Spoken] = [Program(program, args.memory) for _ in range(args.programs)]
-        try:
-            for each in programs:
-                each.wait_for("ready")
-            record = measure(programs, args.limit)
-        finally:
-            for each in programs:
-                each.end()
+        programs = [Spoken([str(program), str(args.memory)]) for _ in range(args.programs)]
+        record = measure(programs, args.limit)
     report(record, args.json)
 
 

@@ -117,6 +117,17 @@ def wait_still(limit: float) -> None:
 
 
 def measure(processes: Sequence[Spoken], limit: float) -> dict[str, Any]:
+    """As soon as all of them are ready; then they end."""
+    try:
+        for process in processes:
+            process.wait_for("ready")
+        return _measure(processes, limit)
+    finally:
+        for process in processes:
+            process.end()
+
+
+def _measure(processes: Sequence[Spoken], limit: float) -> dict[str, Any]:
     pids = [process.pid for process in processes]
     before = [process.ask("one") for process in processes]
     time.sleep(2)
@@ -163,13 +174,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, borrowed():
         initrd = image(Path(folder))
         machines = [Machine(args.kernel, initrd, args.memory, args.kvm) for _ in range(args.machines)]
-        try:
-            for machine in machines:
-                machine.wait_for("ready")
-            record = measure(machines, args.limit)
-        finally:
-            for machine in machines:
-                machine.end()
+        record = measure(machines, args.limit)
     report(record, args.json)
 
 

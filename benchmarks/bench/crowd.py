@@ -13,6 +13,7 @@ from benchmarks.bench import meters, sides
 from benchmarks.bench.growth import PATIENCE, merging_cpu
 from benchmarks.bench.measures import MIB, NEARLY_ALL, Bench, Record, Skipped, compiled
 from benchmarks.bench.process import PAGE_SIZE
+from benchmarks.bench.rows import DEFAULTS
 from benchmarks.bench.sides import Side
 from benchmarks.processes import Commanded, wait_until
 
@@ -109,7 +110,7 @@ def comings(bench: Bench) -> Iterator[Record]:
                     side = make()
                     with sides.switches(bench.say), side:
                         side.start_programs([command] * staying)
-                        if side.name != sides.defaults().name:
+                        if side.name != DEFAULTS:
                             _until(side, side.saved, NEARLY_ALL * (staying - 1) * MIB)
                         side.run(1)
                         merging = merging_cpu(side)

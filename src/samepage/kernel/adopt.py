@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import socket
-import sys
 from typing import Any, NoReturn
 
 from samepage.kernel.attach import attach, release_unmerged
@@ -22,6 +21,7 @@ from samepage.kernel.rows import anonymous_pages, is_mergeable
 from samepage.kernel.settings import Settings, SettingsError, start_time
 from samepage.kernel.target import TargetError, has_agent
 from samepage.process.identity import identify
+from samepage.service.log import log
 from samepage.service.machine import is_marked
 from samepage.service.private import leave_the_terminal
 
@@ -88,7 +88,7 @@ class Adopter:
             pass
         except BaseException as e:
             with contextlib.suppress(BaseException):
-                print(f"samepage: no process is attached to any more: {e!r}", file=sys.stderr, flush=True)
+                log(f"no process is attached to any more: {e!r}")
         finally:
             os._exit(0)
 

@@ -38,8 +38,8 @@ class Motion:
 
     def __init__(self, now: float) -> None:
         self._looked, self._at_look = now, 0  # when it was last looked at, and its faults by then
-        self._glanced = -math.inf  # when its named memory was last looked at, and nothing else
         self._asked, self._faults = now, -1  # the same, when it was last asked for; -1: not yet
+        self._glanced = -math.inf  # when its named memory was last looked at, and nothing else
         self._clocked, self._cpu = now, math.inf  # when its CPU time was last asked for, and what it was
         self._began = self._moved = now  # when it began to move, and when it was last seen to
 

@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 
 from samepage.service import sockets
 from samepage.service.engine import Engine
+from samepage.service.log import log
 from samepage.service.sockets import ControlError
 
 PACKET_MAX = 64 << 10
@@ -122,7 +122,7 @@ class PrivateService:
             status = 0
         except BaseException as e:
             with contextlib.suppress(BaseException):
-                print(f"samepage: the service could not start: {e!r}", file=sys.stderr, flush=True)
+                log(f"the service could not start: {e!r}")
         finally:
             with contextlib.suppress(BaseException):
                 self._remove()

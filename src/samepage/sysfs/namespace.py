@@ -7,11 +7,11 @@ import ctypes
 import errno
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from samepage.service.log import log
 from samepage.service.sockets import ControlError
 
 KSM = "/sys/kernel/mm/ksm"
@@ -75,8 +75,7 @@ class Namespace:
                         os.close(fd)
             self._introduce(socket, told, said)
         except Exception as e:
-            with contextlib.suppress(OSError, ValueError):
-                print(f"samepage: processes that join are not shown in /proc: {e}", file=sys.stderr, flush=True)
+            log(f"processes that join are not shown in /proc: {e}")
         finally:
             os._exit(0)
 

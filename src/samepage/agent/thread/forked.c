@@ -64,7 +64,6 @@ void forked(bool plain)
 {
 	mmap_lock_reinit();
 	atomic_store(&fork_ms, 0);
-	scan_forked();
 	area_change(0, ADDRESS_END, 0, AREA_UNMERGING, -1); /* the thread that was unmerging stayed in the parent */
 	inherit_areas();
 	begin_anew(!plain);
@@ -72,5 +71,6 @@ void forked(bool plain)
 
 void forked_unseen(void)
 {
+	scan_forked(); /* note_fork() did not */
 	forked(true);
 }
