@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from samepage.ksmd import Ksmd
 from samepage.ksmd.advisor import FAULT_SECONDS
 from samepage.ksmd.mm_slot import MmSlot
 from samepage.ksmd.motion import GLANCE_SECONDS, MOST_SECONDS, PAGE_SECONDS, Motion
-from samepage.memory import Stirring
+from samepage.memory import ScanResult, Stirring
 from samepage.memory.simulated import SimulatedAddressSpace
 from samepage.memory.simulated_memory import SimulatedMachine
 from tests.ksmd.simulation import BASE, SAME, Clock, check, new_ksmd, process
@@ -105,6 +107,37 @@ def test_nothing_is_asked_of_a_process_while_it_fills_its_memory_and_ksmd_sleeps
     run_for(ksmd, clock, 4.0)
     assert ksmd.counters().pages_sharing == len(SAME)
     assert ksmd.counters().full_scans >= 2
+
+
+def takes_time(scan: Callable[..., ScanResult], clock: Clock, spent: list[float]) -> Callable[..., ScanResult]:
+    def slow(*args: Any) -> ScanResult:
+        clock.now += 0.003
+        spent[0] += 0.003
+        return scan(*args)
+
+    return slow
+
+
+@pytest.mark.parametrize("joins", [0.05, 0.5, 1.5])
+def test_a_newcomer_that_comes_to_rest_is_merged_soon_although_looks_take_time(joins: float) -> None:
+    clock, machine, spent = Clock(), SimulatedMachine(), [0.0]
+    ksmd = Ksmd(clock=clock, cpu_clock=lambda: spent[0])
+
+    def enter(pid: int) -> float:
+        space = filling(machine, pid)
+        space.scan = takes_time(space.scan, clock, spent)  # type: ignore[method-assign]
+        began = clock.now
+        moves = lambda: Stirring(START + int(min(clock.now - began, 0.02) * MANY), 1 << 30, 0.0)  # noqa: E731
+        space.stirring = moves  # type: ignore[method-assign]
+        ksmd.enter(space)
+        return began
+
+    run_for(ksmd, clock, joins - (clock.now - enter(100)))
+    began = enter(101)
+    while clock.now < began + 5.0 and not ksmd.counters().pages_sharing:
+        clock.now += max(ksmd.next_wait(), 0.001)
+        ksmd.do_scan()
+    assert clock.now - began < 0.5
 
 
 def test_a_process_that_fills_its_memory_keeps_no_other_from_being_merged() -> None:

@@ -55,12 +55,15 @@ class Advisor:
             return BURST_PAGES
         return self._knobs.pages_to_scan
 
-    def scanned(self, now: float, cpu: float, hashed: int, first_looks: int, broken: int = 0) -> None:
+    def scanned(
+        self, now: float, cpu: float, hashed: int, first_looks: int, broken: int = 0, known: float = 1.0
+    ) -> None:
         """A batch looked at `hashed` pages, at `first_looks` of them for the first time, for `cpu` seconds, and found
-        that the application wrote `broken` pages that were merged."""
+        that the application wrote `broken` pages that were merged. Of the processes that were asked, the share
+        `known` was asked before."""
         self._pass_pages += hashed
         self._pass_cpu += cpu
-        again = (cpu + hashed * FAULT_SECONDS) * (1 - first_looks / hashed) if hashed else cpu
+        again = (cpu + hashed * FAULT_SECONDS) * (1 - first_looks / hashed) if hashed else cpu * known
         # Bounded: that all memory was overwritten once is no reason to stay away for long.
         most = IDLE_SECONDS * self._knobs.advisor_max_cpu / 100
         self.spent_in_vain(now, again + min(broken * BREAK_SECONDS, most))
@@ -84,9 +87,10 @@ class Advisor:
         return self._knobs.advisor_mode != "cpu" or self.wait(now, urgent=False) <= 0
 
     def newcomers_seen(self, now: float) -> None:
-        """Called when those who joined were looked at alone: from that look to the next it is as long as between two
-        passes."""
-        self._rest_until = max(self._rest_until, now + self._knobs.sleep_millisecs / 1000)
+        """Called when those who joined were looked at alone, which ends idling: from that look to the next it is as
+        long as between two passes in which something happens."""
+        self._rest = 0.0
+        self._rest_until = now + self._knobs.sleep_millisecs / 1000
 
     def pass_over(self, now: float, quiet: bool) -> None:
         """Called at the end of a pass; `quiet`: nothing had changed, nothing was merged."""

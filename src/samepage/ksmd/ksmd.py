@@ -17,7 +17,7 @@ from functools import partial
 
 from samepage.ksmd import counters as show
 from samepage.ksmd import knobs as knob_rules
-from samepage.ksmd.advisor import IDLE_SECONDS, Advisor
+from samepage.ksmd.advisor import Advisor
 from samepage.ksmd.counters import Counters, ProcessRow, Snapshot
 from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.look import recount_zeros
@@ -248,8 +248,9 @@ class Ksmd:
         else:
             wait = self._advisor.wait(self._clock(), self._urgent or mm_list.is_joined)
         slots = mm_list.slots()
-        if any(slot.is_left_out and not slot.passes for slot in slots) and self._knobs.run == Run.MERGE:
-            wait = min(wait, IDLE_SECONDS)
+        if self._knobs.run == Run.MERGE:
+            now = self._clock()
+            wait = min([wait, *(slot.rests_in(now) for slot in slots)])
         return min(wait, LISTEN_EVERY) if any(slot.owed or slot.leaving for slot in slots) else wait
 
     def snapshot(self) -> Snapshot:

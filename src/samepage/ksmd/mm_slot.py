@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from samepage.arrays import Ints
 from samepage.ksmd.age import Ages
-from samepage.ksmd.motion import Motion
+from samepage.ksmd.motion import REST_LEAST, Motion
 from samepage.ksmd.patience import A_MOMENT, Patience
 from samepage.ksmd.pieces import Pieces, Stretches
 from samepage.ksmd.rmap import HAS_CHECKSUM, PageState
@@ -103,7 +103,8 @@ class MmSlot:
         # What of it the pass looks at. It fills its memory, as far as is known before the first pass that it is in.
         self.scope = Scope.ALL if space.stirring() is None else Scope.NOTHING
         self._saw_all = False  # the last look at it was at all its memory
-        self.passes = 0  # times all its areas were looked at
+        self.looks = 0  # times all its areas were looked at, or those that were named
+        self.passes = 0  # times all were
         self.stirred = False  # in this pass something of it was found changed
         self._still = 0  # passes for which its merged pages are taken to be so still
         self._quiet = 0  # looks at them in a row that found nothing
@@ -143,6 +144,17 @@ class MmSlot:
     def is_left_out(self) -> bool:
         """Whether the pass leaves memory of it out that nobody named, for it is filled."""
         return self.scope is not Scope.ALL
+
+    def rests_in(self, now: float) -> float:
+        """How many seconds until it may have come to rest, if it was left out of all passes; infinite: it was not."""
+        if self.passes or not self.is_left_out or self.motion is None:
+            return math.inf
+        return max(REST_LEAST / 2, self.motion.rests_at - now)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether what the pass looks at was all looked at before."""
+        return self.passes > 0 or (self.is_left_out and self.looks > 0)
 
     @property
     def is_put_off(self) -> bool:
@@ -187,6 +199,7 @@ class MmSlot:
             self._still = min(1 << self._quiet, STILL_MAX)
             self._quiet += 1
         self._saw_all = not self.is_left_out
+        self.looks += 1
         self.passes += self._saw_all
         self.idle_looks = 0
         self.stirred = False

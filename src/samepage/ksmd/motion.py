@@ -66,7 +66,12 @@ class Motion:
         self._moved = now
 
     def _is_at_rest(self, now: float) -> bool:
-        return now - self._moved >= min(max(self._moved - self._began, REST_LEAST), REST_MOST)
+        return now >= self.rests_at
+
+    @property
+    def rests_at(self) -> float:
+        """From when on it is at rest, unless it moves again."""
+        return self._moved + min(max(self._moved - self._began, REST_LEAST), REST_MOST)
 
     def is_glance_due(self, now: float) -> bool:
         """Whether to look at its named memory now; if so, it is noted."""

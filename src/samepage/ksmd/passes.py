@@ -80,6 +80,7 @@ class Passes:
                 return 0
         started = self.cpu_clock()
         scanned = list(mm_list.cursor)
+        known = sum(slot.is_known for slot in scanned) / max(1, len(scanned))
         spent_before = sum(slot.cpu_ns for slot in scanned)
         self._put_off()
         with self._in_the_pass_before() if self._belated else contextlib.nullcontext():
@@ -89,7 +90,7 @@ class Passes:
         self.found_work |= bool(total.changed)
         in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
         cpu = self.cpu_clock() - started + in_processes / 1e9
-        self.advisor.scanned(self.clock(), cpu, total.hashed, total.first_looks, total.broken)
+        self.advisor.scanned(self.clock(), cpu, total.hashed, total.first_looks, total.broken, known)
         if not mm_list.cursor and self._belated:
             mm_list.in_pass = False
             self.advisor.newcomers_seen(self.clock())
@@ -126,7 +127,7 @@ class Passes:
         what a process costs that comes and goes does not grow with the number of the others. Of those that fill their
         memory, what was named is looked at ahead of the others only once."""
         slots = [slot for slot in self.mm_list.for_a_pass() if not slot.passes and not slot.is_put_off]
-        slots = [slot for slot in slots if self._is_due(slot) and (slot.areas_seq is None or not slot.is_left_out)]
+        slots = [slot for slot in slots if self._is_due(slot, may_glance=not slot.looks)]
         if self._others_had_their_turn():
             slots = [slot for slot in slots if not slot.domain.is_foreign]
         return slots
@@ -152,8 +153,9 @@ class Passes:
             if slot.is_put_off or (is_new and not self._is_due(slot)):
                 del self.mm_list.cursor[slot]
 
-    def _is_due(self, slot: MmSlot) -> bool:
-        """Whether to look at a process in this pass. While it fills its memory, only what was named is looked at."""
+    def _is_due(self, slot: MmSlot, may_glance: bool = True) -> bool:
+        """Whether to look at a process in this pass. While it fills its memory, only what was named is looked at, if
+        that may be."""
         stirring = None
         if self.knobs.advisor_mode == "cpu":
             stirring = slot.space.stirring()
@@ -164,7 +166,7 @@ class Passes:
             if slot.motion.is_due(now, stirring.faults, stirring.pages, cpu, self.knobs.cpu_share):
                 slot.motion.looked_at(now, stirring.faults)
             else:
-                slot.scope = Scope.NAMED if slot.motion.is_glance_due(now) else Scope.NOTHING
+                slot.scope = Scope.NAMED if may_glance and slot.motion.is_glance_due(now) else Scope.NOTHING
         return slot.scope is not Scope.NOTHING
 
     def _steps(self, budget: int) -> Seen:
