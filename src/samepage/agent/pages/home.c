@@ -95,7 +95,7 @@ static bool copy_home(uintptr_t home, uintptr_t page)
 
 /* Gives the page a mapping at home. If there is a mapping that is not ours any more, the application made it after it
  * unmapped the page's old place. */
-static bool map_home(const struct chunk *c, uintptr_t home, uintptr_t page)
+static bool map_home(uintptr_t home, uintptr_t page)
 {
 	bool there = true;
 
@@ -109,7 +109,7 @@ static bool map_home(const struct chunk *c, uintptr_t home, uintptr_t page)
 		return false;
 	real.madvise((void *)home, PAGE_SIZE, MADV_DOFORK);
 	real.madvise((void *)home, PAGE_SIZE, MADV_DODUMP);
-	area_readvise(c->area, home, home + PAGE_SIZE);
+	area_readvise(area_next(home), home, home + PAGE_SIZE);
 	if (!window_fill(page, PAGE_SIZE, PROT_READ | PROT_WRITE, -1, 0) ||
 	    uffd_register(kernel.move, page, PAGE_SIZE, UFFDIO_REGISTER_MODE_WP))
 		window_lost();
@@ -117,7 +117,7 @@ static bool map_home(const struct chunk *c, uintptr_t home, uintptr_t page)
 }
 
 /* Tries once more to bring the page home. False: it is not known to be there. */
-static bool page_home(const struct chunk *c, uintptr_t home, uintptr_t page, int tries)
+static bool page_home(uintptr_t home, uintptr_t page, int tries)
 {
 	int err;
 
@@ -132,7 +132,7 @@ static bool page_home(const struct chunk *c, uintptr_t home, uintptr_t page, int
 		return true;
 	if (tries >= COPY_TRIES && copy_home(home, page))
 		return true;
-	return tries >= GIVE_AWAY_TRIES && map_home(c, home, page);
+	return tries >= GIVE_AWAY_TRIES && map_home(home, page);
 }
 
 bool bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n)
@@ -159,7 +159,7 @@ bool bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n)
 				continue;
 			}
 			for (; k < end; k++, home += PAGE_SIZE)
-				left |= !page_home(c, home, scratch + k * PAGE_SIZE, tries) || known;
+				left |= !page_home(home, scratch + k * PAGE_SIZE, tries) || known;
 		}
 		if (!left)
 			return empty;

@@ -175,11 +175,28 @@ static bool gather(struct chunk *c, struct segment *s, const struct cursor *from
 	}
 }
 
-/* Leaves out pages at `end` or above. */
-static void clip(struct chunk *c, uintptr_t end)
+/*
+ * Cuts the chunk short before a page that no area has, or whose area may not be swapped, or that lies in another area than the
+ * page before it in its row. Returns DONE; or, if that is the very first page, what its status is, and that of all that are left
+ * in the chunk.
+ */
+static enum page_status clip_to_areas(struct chunk *c)
 {
-	while (c->n && c->addr[c->n - 1] >= end)
-		c->n--;
+	const struct area *a = area_next(c->addr[0]);
+	enum page_status first = !a || a->start > c->addr[0] ? GONE : may_swap(a) ? DONE : REFUSED;
+	size_t i = 1;
+
+	for (; i < c->n && first != GONE; i++) {
+		if (c->addr[i] < a->end)
+			continue;
+		if (first == REFUSED || same_row(c, i))
+			break;
+		a = area_next(c->addr[i]);
+		if (!a || a->start > c->addr[i] || !may_swap(a))
+			break;
+	}
+	c->n = i;
+	return first;
 }
 
 /* Whether a mapping of a readable and writable page is what the books say: anonymous, or a segment's. */
@@ -220,6 +237,7 @@ static void clip_to_mappings(struct chunk *c)
 static size_t merge_some(struct segment *segment, const struct cursor *at, uint8_t *status, bool unpinned)
 {
 	static struct chunk c; /* static, because swap_recover() must find it */
+	enum page_status why_not;
 	size_t n;
 
 	c = (struct chunk){.status = status, .unpinned = unpinned};
@@ -228,25 +246,19 @@ static size_t merge_some(struct segment *segment, const struct cursor *at, uint8
 		memset(status, segment->refusal, at->extent->npages - at->at);
 		return at->extent->npages - at->at;
 	}
-	c.area = area_next(c.addr[0]);
-	if (!c.area || c.area->start > c.addr[0]) {
-		c.n = 1;
-		*status = GONE;
-	} else {
-		clip(&c, c.area->end);
-		n = c.n;
-		if (may_swap(c.area))
-			clip_to_mappings(&c);
-		else
-			c.n = 0;
+	why_not = clip_to_areas(&c);
+	n = c.n;
+	if (why_not == DONE) {
+		n = row_end(&c, 0, c.n);
+		clip_to_mappings(&c);
 		if (c.n) {
 			swap_chunk(&c);
-		} else {
-			c.n = n;
-			memset(status, REFUSED, n);
+			return c.n;
 		}
+		why_not = REFUSED;
 	}
-	return c.n;
+	memset(status, why_not, n);
+	return n;
 }
 
 /* The part of a request that is left. */

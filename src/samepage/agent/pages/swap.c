@@ -42,7 +42,7 @@ static int map_segment(const struct chunk *c, size_t i, size_t j)
 			strand();
 		return err;
 	}
-	area_readvise(c->area, start, end);
+	area_readvise(area_next(start), start, end);
 	page_set(PAGE_SEGMENT, start >> PAGE_SHIFT, end >> PAGE_SHIFT, true);
 	page_set(PAGE_KNOWN, start >> PAGE_SHIFT, end >> PAGE_SHIFT, true);
 	page_set(PAGE_ISLAND, start >> PAGE_SHIFT, end >> PAGE_SHIFT, false);

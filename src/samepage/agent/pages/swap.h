@@ -13,8 +13,8 @@
 /* The seals of a segment. F_SEAL_SEAL is not required of other processes' segments. */
 #define SEALS (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
-/* Pages of one area that are swapped under one hold of the lock. Pages that are neighbours in memory form a *row*,
- * which lies in one mapping. If they are neighbours in the segment, too, they form a *piece*, which one mapping can
+/* Pages of areas that are swapped under one hold of the lock. Pages that are neighbours in memory form a *row*,
+ * which lies in one area and one mapping. If they are neighbours in the segment, too, they form a *piece*, which one mapping can
  * show. */
 struct chunk {
 	size_t n;			    /* pages, at most SECTION_MAX; with gaps between them, at most a section */
@@ -22,7 +22,6 @@ struct chunk {
 	const uint8_t *target[SECTION_MAX]; /* what each is to become: a page of the view, or zero_page */
 	struct segment *segment;	    /* NULL: zeros */
 	uint8_t *status;		    /* one a page */
-	const struct area *area;
 	uintptr_t scratch;    /* the window that pages are moved to */
 	bool unpinned;	      /* reads_unpinned() */
 	bool stale, unshared; /* busy pages may be free once they are written; they were written */
