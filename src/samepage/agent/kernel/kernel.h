@@ -48,6 +48,7 @@ extern struct kernel kernel;
 
 /* include/uapi/linux/fs.h, Linux 6.7 */
 enum {
+	PAGE_IS_WPALLOWED = 1 << 0, /* writes are followed here, by us or by the application */
 	PAGE_IS_WRITTEN = 1 << 1,
 	PAGE_IS_FILE = 1 << 2,
 	PAGE_IS_PRESENT = 1 << 3,

@@ -102,6 +102,8 @@ static size_t view_of(struct segment *s, uint64_t offset, size_t n, const uint8_
 	return n;
 }
 
+unsigned long views_given;
+
 int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to)
 {
 	uintptr_t from = (uintptr_t)view;
@@ -110,6 +112,7 @@ int view_give(struct segment *s, const uint8_t *view, size_t len, uintptr_t to)
 
 	if (s->lost)
 		return -ENOMEM;
+	views_given++;
 	if (kernel.views_stay && !s->limited && !s->charged) {
 		if (real.mremap((void *)from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)to) !=
 		    MAP_FAILED)

@@ -28,6 +28,7 @@ void prove(const struct sp_prove *req, const uint64_t *vpns, size_t n, uint8_t *
 /* fd: a segment, or -1 if all extents are SP_ZERO_PAGE. Between two slices it calls `pause` without the lock; that
  * returns whether it took calls of the application's. Returns 0, or -errno if fd is not a segment. */
 int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status, bool (*pause)(void));
+extern unsigned long views_given; /* how many mappings merge() has made */
 
 /* Breaks merged pages of [start, end), at most max_pages. out->error is 0: none is left in the range; EAGAIN: max_pages
  * were broken. For any thread; but others than the agent's have no descriptors to restore pages with. */

@@ -22,9 +22,9 @@ struct chunk {
 	const uint8_t *target[SECTION_MAX]; /* what each is to become: a page of the view, or zero_page */
 	struct segment *segment;	    /* NULL: zeros */
 	uint8_t *status;		    /* one a page */
-	uintptr_t scratch;    /* the window that pages are moved to */
-	bool unpinned;	      /* reads_unpinned() */
-	bool stale, unshared; /* busy pages may be free once they are written; they were written */
+	uintptr_t scratch;		    /* the window that pages are moved to */
+	bool unpinned;			    /* reads_unpinned() */
+	bool stale, unshared;		    /* busy pages may be free once they are written; they were written */
 };
 
 /* A segment, and which part of it, in pages, is in the view window. */

@@ -33,8 +33,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SHARE 4		      /* a step takes so many times as long as ending its child, */
-#define LONGEST_NS 50000000UL /* but no longer than this: meanwhile nobody can stop the process */
+#define SHARE 16	       /* a step takes so many times as long as ending its child, */
+#define LONGEST_NS 500000000UL /* but no longer than this: meanwhile nobody can stop the process */
 
 #define CHILD_FLAGS (CLONE_VM | CLONE_VFORK | CLONE_FILES | CLONE_FS | CLONE_UNTRACED)
 
@@ -47,6 +47,7 @@ static struct {
 	unsigned looks;
 	char stat[64]; /* schedstat of the sleeping agent thread */
 	uint64_t cpu_ns;
+	uint64_t began;	 /* now_ns() */
 	uint64_t at_end; /* now_ns(), when the child had done its work */
 	uint64_t ending; /* ns from then until it was gone, of late */
 } step;
@@ -86,9 +87,9 @@ static void note_ending(void)
 
 bool step_goes_on(uint64_t began, uint64_t least)
 {
-	uint64_t most = SHARE * step.ending < LONGEST_NS ? SHARE * step.ending : LONGEST_NS;
+	uint64_t most = SHARE * step.ending;
 
-	return thread_cpu_ns() - began < (most > least ? most : least);
+	return now_ns() - step.began < LONGEST_NS && thread_cpu_ns() - began < (most > least ? most : least);
 }
 
 bool run_unstopped(void (*fn)(void *), void *arg)
@@ -96,6 +97,7 @@ bool run_unstopped(void (*fn)(void *), void *arg)
 	long pid;
 
 	step.ended = step.stranded = false;
+	step.began = now_ns();
 	step.fn = fn;
 	pid = arch_clone(CHILD_FLAGS, NULL, NULL, NULL, child, arg);
 	if (pid < 0) { /* no more processes for this user, or seccomp: better to be stopped now and then than never to
