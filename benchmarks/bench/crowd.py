@@ -13,7 +13,6 @@ from benchmarks.bench import meters, sides
 from benchmarks.bench.growth import PATIENCE, merging_cpu
 from benchmarks.bench.measures import MIB, NEARLY_ALL, Bench, Record, Skipped, compiled
 from benchmarks.bench.process import PAGE_SIZE
-from benchmarks.bench.rows import DEFAULTS
 from benchmarks.bench.sides import Side
 from benchmarks.processes import Commanded, wait_until
 
@@ -106,13 +105,11 @@ def comings(bench: Bench) -> Iterator[Record]:
         command = [compiled("copies.c", Path(folder) / "copies"), "1"]
         for staying in bench.sizes.staying:
             for repeat in range(min(bench.repeats, REPEATS)):
-                for make in (*bench.both(), *([sides.defaults] if bench.kernel() else [])):
+                for make in bench.both():
                     side = make()
                     with sides.switches(bench.say), side:
                         side.start_programs([command] * staying)
-                        if side.name != DEFAULTS:
-                            _until(side, side.saved, NEARLY_ALL * (staying - 1) * MIB)
-                        side.run(1)
+                        _until(side, side.saved, NEARLY_ALL * (staying - 1) * MIB)
                         merging = merging_cpu(side)
                         count, own = _come_and_go(command, side.socket, bench.sizes.coming_seconds)
                         merging = merging_cpu(side) - merging

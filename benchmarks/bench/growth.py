@@ -18,6 +18,9 @@ UNMERGED = 1 << 30
 SHARE = 0.8
 """Of the memory that there is, what processes may take before they are merged."""
 
+LARGE, REPEATS = 8192, 3
+"""So many MiB in all take minutes: they are measured less often."""
+
 PATIENCE = 300.0
 """Seconds for what came last to be merged."""
 
@@ -32,7 +35,7 @@ def growth(bench: Bench) -> Iterator[Record]:
             if at_once * mib * MIB > SHARE * meters.available():
                 bench.skip(f"two processes of {mib} MiB", "there is not enough memory")
                 continue
-            for repeat in range(bench.repeats):
+            for repeat in range(min(bench.repeats, REPEATS) if count * mib >= LARGE else bench.repeats):
                 for make in bench.both():
                     side = make()
                     with sides.switches(bench.say), side:

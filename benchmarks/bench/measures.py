@@ -228,6 +228,12 @@ def same(bench: Bench) -> Iterator[Record]:
         bench.say(f"same, by hand, {kind} memory")
 
 
+def eight(bench: Bench) -> Iterator[Record]:
+    """Eight processes with the same pages in the same order."""
+    npages = pages_of(bench.sizes.eight)
+    yield from _merging(bench, "eight", [memory_worker([(0, npages, 0)])] * 8, 7 * npages * PAGE_SIZE)
+
+
 def by_hand(kind: str, npages: int) -> Record:
     """Two processes that share these pages because they were written so."""
     with contextlib.ExitStack() as stack:
@@ -426,6 +432,7 @@ def _in_turn(side: Side, alone: Side, sizes: Sizes) -> list[dict[str, Record]]:
 
 EXPERIMENTS: dict[str, Callable[[Bench], Iterator[Record]]] = {
     "same": same,
+    "eight": eight,
     "model": model,
     "scattered": scattered,
     "runs": runs,

@@ -10,6 +10,7 @@ class Sizes:
     """How large everything is: in MiB a process, in seconds, in processes."""
 
     same: int = 512
+    eight: int = 256
     scattered: int = 256
     runs: int = 256
     models: int = 8
@@ -41,7 +42,7 @@ class Sizes:
     children: int = 200
     staying: tuple[int, ...] = (2, 100, 400)
     """Beside so many, others come and go for"""
-    coming_seconds: float = 15.0
+    coming_seconds: float = 8.0
     mixed: int = 512
     mixed_seconds: float = 60.0
     paced: int = 2048
@@ -56,6 +57,7 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     same=128,
+    eight=32,
     scattered=64,
     runs=64,
     models=3,

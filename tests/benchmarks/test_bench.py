@@ -161,7 +161,7 @@ def test_an_experiment_that_does_not_exist_is_refused_with_those_that_do(capsys:
     with pytest.raises(SystemExit) as refused:
         main(["sane"])
     assert refused.value.code == 2
-    assert "no experiment sane; there are same, model" in capsys.readouterr().err
+    assert "no experiment sane; there are same, eight, model" in capsys.readouterr().err
 
 
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
