@@ -101,6 +101,7 @@ def at_level(record: Record, level: float | None, what: str) -> float | None:
 def _merging(name: str, records: list[Record]) -> list[Row]:
     title = TITLES[name]
     level = levels(records)
+
     def when(what: str) -> Callable[[Record], float | None]:
         by_hand = {"seconds": "seconds", "cpu_seconds": "cpu_seconds"}[what]
         return lambda r: at_level(r, level.get(r["repeat"]), what) if "curve" in r else r[by_hand]
