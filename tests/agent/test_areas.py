@@ -61,6 +61,14 @@ def test_the_set_of_large_blocks_says_of_every_page_what_a_model_says(tmp_path: 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_a_block_that_is_kept_without_the_lock_has_one_user_at_a_time(tmp_path: Path, sanitizer: str) -> None:
+    flags = ["-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
+    program = model(tmp_path, "kept_model", ["hooks/kept"], flags)
+    done = subprocess.run([str(program), "4", "50000"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("memory", [[], ["short"]], ids=["plenty", "short"])
 def test_the_books_say_of_every_page_what_a_model_says(areas_model: Path, seed: int, memory: list[str]) -> None:

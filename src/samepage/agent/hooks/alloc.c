@@ -8,7 +8,7 @@
  * boundary, within bounds that only ever widen; so for nearly every small block free() costs two comparisons.
  */
 #include "base/real.h"
-#include "hooks/hooks.h"
+#include "hooks/blocks.h"
 #include "pages/pages.h"
 
 #include <malloc.h>
@@ -134,6 +134,15 @@ static void set_up_real_malloc(void)
 		next.free(next.malloc(1));
 }
 
+/* Blocks below 1 MiB are no more worth a thread than what the program maps itself. */
+static void start_agent(size_t len)
+{
+	if (len < MIN_ALLOC_DEFAULT)
+		agent_start_unnamed(len);
+	else
+		agent_start();
+}
+
 static void *allocate(size_t size, size_t align, bool zeroed)
 {
 	size_t len = PAGE_ALIGN_UP(size), dirty;
@@ -143,6 +152,8 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	heed_watchers();
 	if (!alloc_enabled())
 		return NULL;
+	if (align <= PAGE_SIZE && (start = kept_take(len)))
+		return zeroed ? memset((void *)start, 0, len) : (void *)start;
 	mmap_lock(&saved);
 	do
 		start = block_new(len, align, &dirty);
@@ -150,11 +161,13 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	if (start)
 		widen(&block_bounds, start, start + len);
 	mmap_unlock(&saved);
+	if (start)
+		kept_note(start, len);
 	set_up_real_malloc();
 	if (start && zeroed)
 		memset((void *)start, 0, dirty);
 	if (start && dirty < len)
-		agent_start();
+		start_agent(len);
 	return (void *)start;
 }
 
@@ -187,8 +200,11 @@ bool large_free(void *p)
 	if (!maybe_ours(p))
 		return false;
 	heed_watchers();
+	if (alloc_enabled() && kept_put((uintptr_t)p))
+		return true;
 	mmap_lock(&saved);
-	b = block_at(p);
+	kept_forget((uintptr_t)p);
+	b = is_kept((uintptr_t)p) ? NULL : block_at(p); /* freed twice: the real allocator says so */
 	if (b && watched) {
 		len = block_length(b);
 		blocks_forget((uintptr_t)p, (uintptr_t)p + len);
@@ -211,6 +227,7 @@ void *large_resize(void *p, size_t size)
 	if (!is_large(size))
 		return NULL;
 	mmap_lock(&saved);
+	kept_forget((uintptr_t)p);
 	b = block_at(p);
 	if (b)
 		start = block_resize(b, len);
@@ -218,7 +235,7 @@ void *large_resize(void *p, size_t size)
 		widen(&block_bounds, start, start + len);
 	mmap_unlock(&saved);
 	if (start)
-		agent_start();
+		start_agent(len);
 	return (void *)start;
 }
 

@@ -123,7 +123,7 @@ void block_free(struct block *b)
 
 bool blocks_trim(void)
 {
-	bool any = blocks.oldest;
+	bool any = kept_release(false) | !!blocks.oldest;
 
 	for (struct block *b = blocks.oldest, *newer; b; b = newer) {
 		newer = b->newer;
@@ -134,7 +134,7 @@ bool blocks_trim(void)
 
 bool blocks_release(void)
 {
-	bool any = false;
+	bool any = kept_release(false);
 
 	for (struct block *b = blocks.oldest, *newer; b; b = newer) {
 		newer = b->newer;
@@ -148,8 +148,10 @@ bool blocks_release(void)
 
 void blocks_forget(uintptr_t start, uintptr_t end)
 {
-	for (struct block *b; (b = block_behind(start)) && b->start < end;)
+	for (struct block *b; (b = block_behind(start)) && b->start < end;) {
+		kept_forget(b->start);
 		block_remove(b);
+	}
 }
 
 /* ---- giving out ------------------------------------------------------------------------------------------- */
@@ -363,4 +365,5 @@ void blocks_set(int param, size_t value)
 	else if (param != M_TOP_PAD && param != M_MMAP_MAX)
 		return;
 	fixed_thresholds = true;
+	kept_release(true);
 }

@@ -68,6 +68,8 @@ static inline void heed_watchers(void)
 
 /* ---- alloc.c ---- */
 
+#define MIN_ALLOC_DEFAULT (1UL << 20)
+
 /* From now on malloc serves blocks of `bytes` and more from mappings of its own. */
 void alloc_enable(size_t bytes);
 bool alloc_enabled(void);

@@ -23,7 +23,6 @@
 #ifndef FUTEX_LOCK_PI2
 #define FUTEX_LOCK_PI2 13 /* 5.14 */
 #endif
-#define MIN_ALLOC_DEFAULT (1UL << 20)
 #define MIN_ALLOC_LEAST (64UL << 10)
 
 /* ---- prctl and ioctl ----------------------------------------------------------------------------------- */
