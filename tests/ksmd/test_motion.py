@@ -140,6 +140,24 @@ def test_a_newcomer_that_comes_to_rest_is_merged_soon_although_looks_take_time(j
     assert clock.now - began < 0.5
 
 
+def test_looks_at_a_few_new_pages_at_a_time_cost_no_more_than_their_share_either() -> None:
+    clock, machine, spent = Clock(), SimulatedMachine(), [0.0]
+    ksmd = Ksmd(clock=clock, cpu_clock=lambda: spent[0])
+    space = SimulatedAddressSpace(machine, 100)
+    space.map_area(BASE, 100_000)
+    space.scan = takes_time(space.scan, clock, spent)  # type: ignore[method-assign]
+    ksmd.enter(space)
+    written, began = 0, clock.now
+    while clock.now < began + 10.0:
+        clock.now += max(ksmd.next_wait(), 0.001)
+        pages = int((clock.now - began) * 1000) - written
+        space.write(BASE + written, *range(written + 1, written + pages + 1))
+        written += pages
+        ksmd.do_scan()
+    assert space.pages_hashed > 8_000
+    assert spent[0] < 1.2 * 10.0 * SHARE
+
+
 def test_a_process_that_fills_its_memory_keeps_no_other_from_being_merged() -> None:
     clock, machine = Clock(), SimulatedMachine()
     ksmd = new_ksmd(clock)

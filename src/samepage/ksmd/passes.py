@@ -89,8 +89,9 @@ class Passes:
         self._hashed += total.hashed
         self.found_work |= bool(total.changed)
         in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
-        cpu = self.cpu_clock() - started + in_processes / 1e9
-        self.advisor.scanned(self.clock(), cpu, total.hashed, total.first_looks, total.broken, known)
+        own = self.cpu_clock() - started
+        cpu = own + in_processes / 1e9
+        self.advisor.scanned(self.clock(), cpu, total.hashed, total.first_looks, total.broken, known, own)
         if not mm_list.cursor and self._belated:
             mm_list.in_pass = False
             self.advisor.newcomers_seen(self.clock())
