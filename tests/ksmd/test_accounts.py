@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from samepage.ksmd import Ksmd, PageState, books, counters
-from samepage.ksmd.mm_slot import Structured
+from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.stable import SEGMENT_PAGES
 from samepage.memory import (
     RUN,
@@ -74,6 +74,42 @@ def test_rows_that_nobody_reads_are_not_made(
     assert ksmd.rows()[0].merged == len(SAME) - 1
     assert ksmd.rows() is ksmd.rows()
     assert len(made) == 6
+
+
+def test_what_is_shown_is_not_copied_for_each_batch_and_true_whenever_it_is_read(
+    machine: SimulatedMachine, ksmd: Ksmd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    copy = counters.process_facts
+
+    def count(slot: MmSlot) -> counters.ProcessFacts:
+        copied.append(slot.pid)
+        return copy(slot)
+
+    monkeypatch.setattr(counters, "process_facts", count)
+    spaces, slots = processes(machine, ksmd, SAME, SAME, SAME)
+    passes(ksmd, 4)
+    copied.clear()
+    for _ in range(50):
+        ksmd.do_scan()
+    assert not copied
+    assert [row.merged for row in ksmd.rows()] == [len(SAME)] * 3
+    ksmd.exit(slots[0])
+    assert [row.pid for row in ksmd.rows()] == [spaces[1].pid, spaces[2].pid]
+
+
+def test_while_a_batch_goes_on_readers_are_shown_what_was_before_and_then_what_came_of_it(
+    machine: SimulatedMachine, ksmd: Ksmd
+) -> None:
+    processes(machine, ksmd, SAME, SAME)
+    passes(ksmd, 4)
+    before = ksmd.counters()
+    with ksmd.mutex:
+        ksmd._is_stale = True  # as after a batch that was not shown
+        assert ksmd.counters() is before
+    ksmd.do_scan(0)  # somebody asked meanwhile
+    with ksmd.mutex:
+        assert ksmd.counters() is not before
 
 
 def test_states_fit_their_column() -> None:

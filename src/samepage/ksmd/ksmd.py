@@ -32,6 +32,10 @@ from samepage.ksmd.unmerge import Cancelled, UnmergeResult
 from samepage.ksmd.unmerge_all import Unmerging
 from samepage.memory import AddressSpace, AddressSpaceGone
 
+SHOWN_FOR = 0.5
+"""Seconds for which batches may go on without a new snapshot, unless somebody asks for one: it takes some
+microseconds for each process."""
+
 LISTEN_EVERY = 0.2
 """Seconds between two questions whether a process that is to be unmerged answers again."""
 
@@ -68,6 +72,9 @@ class Ksmd:
         self._requests = MergeRequests(self._passes, self.slices)
         self._cpu = 0.0
         self._shown = Snapshot(Counters(run=self._knobs.run))
+        self._shown_at = -math.inf
+        self._is_stale = False  # something happened since,
+        self._is_asked_for = False  # and somebody wanted to see it
         self._urgent = False
 
     # -- who takes part ---------------------------------------------------------------------------------
@@ -83,9 +90,10 @@ class Ksmd:
     def exit(self, slot: MmSlot) -> None:
         """A process leaves (__ksm_exit). Its pages stay as they are; they are just not known any more."""
         slot.gone = True
+        self._is_stale = True
         if self.mutex.acquire(blocking=False):
             try:
-                self._end_of_work()
+                self._end_of_work(is_batch=True)
             finally:
                 self.mutex.release()
 
@@ -101,7 +109,7 @@ class Ksmd:
     # -- one at a time ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _working(self, cancelled: Cancelled = lambda: False) -> Iterator[None]:
+    def _working(self, cancelled: Cancelled = lambda: False, is_batch: bool = False) -> Iterator[None]:
         """Hold the mutex. Whatever is raised meanwhile, the books of all domains agree afterwards. Raises OSError EINTR
         if `cancelled()` says so before the mutex is free."""
         with hold(self.mutex, cancelled):
@@ -116,15 +124,23 @@ class Ksmd:
                 raise
             finally:
                 self._cpu += self._cpu_clock() - started
-                self._end_of_work()
+                self._end_of_work(is_batch)
 
-    def _end_of_work(self) -> None:
+    def _end_of_work(self, is_batch: bool = False) -> None:
+        """What somebody asked for is shown when it is done. What came of a batch is only if the snapshot is old, or
+        somebody wants to see it: see `snapshot`."""
         try:
             self.mm_list.reap()
         except Exception:
             self.mm_list.mend()
             self.mm_list.reap()
-        self._publish()
+        domains, slots = self.mm_list.domains(), self.mm_list.everybody()
+        self._urgent = any(domain.candidates and not domain.patience.is_spent for domain in domains)
+        self._urgent |= any(not slot.passes and not slot.is_put_off and not slot.is_left_out for slot in slots)
+        if is_batch and not self._is_asked_for and self._clock() - self._shown_at < SHOWN_FOR:
+            self._is_stale = True
+        else:
+            self._publish()
 
     def do_scan(self, budget: int | None = None) -> int:
         """One batch (ksm_do_scan): hash at most `budget` pages (None: as many as the advisor says), or merge one slice
@@ -133,7 +149,7 @@ class Ksmd:
         Candidates are matched when a pass is over, not while it goes on: with all of memory in view, runs of
         equal pages are found whole, and one slice is merged at a time, so that nobody waits long for the mutex.
         """
-        with self._working():
+        with self._working(is_batch=True):
             self._unmerging.listen()
             self._places.look()
             if self._knobs.run != Run.MERGE:
@@ -254,22 +270,30 @@ class Ksmd:
         return min(wait, LISTEN_EVERY) if any(slot.owed or slot.leaving for slot in slots) else wait
 
     def snapshot(self) -> Snapshot:
-        """The state after the last batch: counters and all rows, of the same moment."""
+        """The state after the last batch: counters and all rows, of the same moment. While a batch goes on, it may be
+        the state before those of the last half second."""
+        if self._is_stale:
+            if self.mutex.acquire(blocking=False):
+                try:
+                    self._end_of_work()
+                finally:
+                    self.mutex.release()
+            else:
+                self._is_asked_for = True
         return self._shown
 
     def counters(self) -> Counters:
         """Those of the snapshot."""
-        return self._shown.counters
+        return self.snapshot().counters
 
     def rows(self) -> tuple[ProcessRow, ...]:
         """A row for every process, of the same moment."""
-        return self._shown.processes
+        return self.snapshot().processes
 
     def _publish(self) -> None:
         """Make a new snapshot, for readers that must not wait."""
+        self._is_stale, self._is_asked_for, self._shown_at = False, False, self._clock()
         domains, slots = self.mm_list.domains(), self.mm_list.everybody()
-        self._urgent = any(domain.candidates and not domain.patience.is_spent for domain in domains)
-        self._urgent |= any(not slot.passes and not slot.is_put_off and not slot.is_left_out for slot in slots)
         rows = tuple(show.domain_row(domain) for domain in domains)
         counters = Counters(
             run=self._knobs.run,

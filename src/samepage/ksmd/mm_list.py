@@ -107,10 +107,11 @@ class MmList:
                 self.cursor[slot] = 0
         for slot in gone:
             self._forget(slot)
-        with self._lock:
-            named = {slot.domain.key for slot in self._slots.values()}
-            for key in [k for k in self._domains if k not in named]:
-                self._domains.pop(key).release()
+        if gone:
+            with self._lock:
+                named = {slot.domain.key for slot in self._slots.values()}
+                for key in [k for k in self._domains if k not in named]:
+                    self._domains.pop(key).release()
 
     def _forget(self, slot: MmSlot) -> None:
         self.lost.note(slot)

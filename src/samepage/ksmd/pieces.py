@@ -82,6 +82,7 @@ class Pieces:
         self.npages = int((end - start).sum())
         """All their pages."""
         self._by_base: tuple[Ints, npt.NDArray[Any] | None] | None = None
+        self._refs: tuple[Ints, Ints] | None = None
 
     def __len__(self) -> int:
         return len(self.start)
@@ -127,9 +128,11 @@ class Pieces:
 
     def refs(self) -> tuple[Ints, Ints]:
         """Their refs, as ascending ranges [first, last)."""
-        base, order = self._in_order()
-        length = self.end - self.start
-        return joined(base, base + (length if order is None else length[order]))
+        if self._refs is None:
+            base, order = self._in_order()
+            length = self.end - self.start
+            self._refs = joined(base, base + (length if order is None else length[order]))
+        return self._refs
 
     # -- which there are --------------------------------------------------------------------------------
 
@@ -161,7 +164,7 @@ class Pieces:
             _replaced(old, i, j, new)
             for old, new in ((self.start, start[first]), (self.end, end), (self.base, base[first]))
         )
-        self._by_base = None
+        self._by_base = self._refs = None
 
     def remove(self, start: Ints, end: Ints) -> None:
         """Let pages (ascending disjoint runs, each within a piece) have no refs any more."""
@@ -170,7 +173,7 @@ class Pieces:
         piece = np.searchsorted(self.start, left, "right") - 1
         self.base = self.base[piece] + left - self.start[piece]
         self.start, self.end = left, past
-        self._by_base = None
+        self._by_base = self._refs = None
 
 
 def _replaced(old: Ints, i: int, j: int, new: Ints) -> Ints:
