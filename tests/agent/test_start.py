@@ -48,6 +48,13 @@ def test_other_allocators_start_with_all_memory_mergeable(preload: Preload, star
         assert preload.run(command, bare=True) == "agent 1\n"
 
 
+def test_addresses_that_a_program_of_one_thread_gave_back_stay_free(tmp_path: Path) -> None:
+    program = compile_c(HERE / "gap.c", tmp_path / "gap")
+    for _ in range(3):
+        done = subprocess.run(["samepage", "run", "--", str(program)], stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 Serve = Callable[[socket.socket], None]
 
 

@@ -189,24 +189,44 @@ static bool views_stay(void)
 	return stays;
 }
 
-/* All that this thread ever maps lies in one range, which is its own from the start. A program with one thread may
- * unmap memory and map something at the same place a moment later; no mapping of ours may land in between. */
-bool windows_open(void)
-{
-	char *p = real.mmap(NULL, WINDOWS + WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	uintptr_t slack = -(uintptr_t)p % WINDOW;
+/* The agent thread maps nothing but in this range. A program with one thread may unmap memory and map something at the same
+ * place a moment later; no mapping of ours may land in between. So one of the program's own threads reserves the range. */
+static uintptr_t range;
 
+void windows_reserve(void)
+{
+	uintptr_t slack;
+	char *p;
+
+	if (range)
+		return;
+	p = real.mmap(NULL, WINDOWS + WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (p == MAP_FAILED)
-		return false;
+		return;
 	/* Align the copy window so that huge pages fit into it. */
+	slack = -(uintptr_t)p % WINDOW;
 	if (slack)
 		real.munmap(p, slack);
 	real.munmap(p + slack + WINDOWS, WINDOW - slack);
-	kernel.scratch = (uintptr_t)p + slack;
+	range = (uintptr_t)p + slack;
+	real.madvise((void *)range, WINDOWS, MADV_DONTFORK);
+}
+
+void windows_give_up(void)
+{
+	if (range)
+		real.munmap((void *)range, WINDOWS);
+	range = 0;
+}
+
+bool windows_open(void)
+{
+	if (!range || !window_reset(range, WINDOWS, PROT_NONE, -1, 0))
+		return false;
+	kernel.scratch = range;
 	kernel.huge = kernel.scratch + WINDOW;
 	kernel.view = kernel.huge + WINDOW;
 	kernel.copy = kernel.view + VIEW_SPACE;
-	real.madvise((void *)kernel.scratch, WINDOWS, MADV_DONTFORK);
 	huge_reset();
 	kernel.views_stay = views_stay();
 	window_ballast(true);
@@ -230,8 +250,10 @@ bool scratch_works(void)
 
 void windows_close(void)
 {
-	if (kernel.scratch && !holed)
-		real.munmap((void *)kernel.scratch, WINDOWS);
+	if (holed)
+		range = 0;
+	else if (kernel.scratch)
+		window_reset(range, WINDOWS, PROT_NONE, -1, 0);
 	holed = false;
 	kernel.scratch = kernel.huge = kernel.view = kernel.copy = 0;
 }
@@ -242,6 +264,7 @@ void windows_forked(void)
 	if (kernel.view && !holed)
 		real.munmap((void *)kernel.view, VIEW_SPACE);
 	holed = false;
+	range = 0;
 }
 
 #ifdef SAMEPAGE_CHECK

@@ -13,9 +13,11 @@
 #define VIEW_SPACE (VIEW_WINDOW + WINDOW) /* and after it a page that no segment has */
 #define COPY_WINDOW (8 * WINDOW)
 
-bool windows_open(void); /* maps them all. False: there is no memory */
-void windows_close(void);
-void windows_forked(void); /* in a forked child: the windows are the parent's */
+void windows_reserve(void); /* for a thread of the program's: reserves addresses for them, if they can be had */
+bool windows_open(void);    /* maps them all. False: no addresses are reserved, or there is no memory */
+void windows_close(void);   /* empties them; the addresses stay reserved */
+void windows_give_up(void); /* gives the addresses back */
+void windows_forked(void);  /* in a forked child: the windows are the parent's */
 /* Whether `move` really works: moves one page of our own. */
 bool scratch_works(void);
 /* Maps a window, or part of one, afresh: anonymous when fd is -1, else fd shared. NULL: no memory. */

@@ -9,6 +9,7 @@
  */
 #include "base/real.h"
 #include "kernel/kernel.h"
+#include "kernel/window.h"
 #include "pages/pages.h"
 #include "pages/unstopped.h"
 #include "thread/peer.h"
@@ -116,6 +117,7 @@ static void descriptors_lost(void)
 	thread_retires();
 	calls_abandon();
 	peer_forget();
+	window_lost();
 	kernel = KERNEL_CLOSED;
 }
 

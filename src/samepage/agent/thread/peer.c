@@ -244,6 +244,7 @@ void peer_main(void)
 	thread_settle();
 	if (!isolate()) {
 		calls_close();
+		windows_give_up();
 		thread_retires();
 		return;
 	}
@@ -260,5 +261,6 @@ void peer_main(void)
 	}
 	disconnect();
 	kernel_close();
+	windows_give_up();
 	calls_close();
 }

@@ -11,6 +11,7 @@
 #include "base/area.h"
 #include "base/lock.h"
 #include "base/real.h"
+#include "kernel/window.h"
 #include "thread/peer.h"
 
 #include <errno.h>
@@ -152,6 +153,7 @@ int thread_start(void)
 	atomic_store(&thread.stop, false);
 	atomic_store(&thread.state, RUNNING);
 	mmap_lock_watch(forked_unseen);
+	windows_reserve();
 	tid = arch_clone(THREAD_FLAGS, room.stack_top, &thread.tid, room.thread_pointer, thread_main, NULL);
 	if (tid > 0)
 		return 0;
