@@ -32,7 +32,7 @@ def torture(
 ) -> dict[str, int]:
     """Run it against a storm; what the storm did, when not a byte was wrong."""
     program = compile_c(ROOT / "tests" / "agent" / "torture.c", directory / "torture", "-pthread")
-    options = ["huge"] if "HUGE" in flags else []
+    options = ["huge"] * ("HUGE" in flags) + ["unnamed"] * ("SAMEPAGE_MEMORY" in environment)
     command = [str(program), str(seconds), str(directory), str(seed), *options]
     return storm(preload, directory, flags, command, seconds, **environment)
 

@@ -2,7 +2,7 @@
 /*
  * A program that knows nothing of samepage and checks every byte of its memory while it is merged.
  *
- * torture SECONDS DIRECTORY [SEED [huge]]
+ * torture SECONDS DIRECTORY [SEED [huge] [unnamed]]
  *
  * Eight threads share a few regions. Page i of a region belongs to thread i % 8, so that neighbours in one extent are
  * written by different threads. The shadow copy says what each page must hold: one of a few patterns (so that pages are
@@ -11,7 +11,7 @@
  * unmap, protected, freed and allocated anew, and made huge pages; and the program forks children, which verify and
  * write them.
  *
- * With `huge`, regions are made huge pages again most of the time.
+ * With `huge`, regions are made huge pages again most of the time. With `unnamed`, it asks for nothing to be merged.
  *
  * Prints how much of each was done. Exit status 0, or 1 after the first byte that is wrong.
  */
@@ -59,7 +59,7 @@ static struct region regions[REGIONS];
 static int file, direct; /* the patterns, page by page: page cache and O_DIRECT */
 static _Atomic int stop;
 static _Atomic int children;
-static int mostly_huge;
+static int mostly_huge, unnamed;
 
 enum op { FILL, POKE, READ, DIRECT, DISCARD, FREE, VERIFY, REMAP, RESIZE, UNMAP, PROTECT, RENEW, RUNS, FORK, NR_OPS };
 static const char *const names[] = {"fill",  "poke",   "read",	"direct",  "discard", "free",  "verify",
@@ -152,6 +152,12 @@ static void forget(struct region *r, size_t i)
 	r->page[i] = (struct shadow){0, WORDS, 0};
 }
 
+static void name(struct region *r)
+{
+	if (!unnamed)
+		madvise(r->mem, REGION_PAGES * PAGE, MADV_MERGEABLE);
+}
+
 static void new_memory(struct region *r)
 {
 	if (r->heap) {
@@ -163,7 +169,7 @@ static void new_memory(struct region *r)
 		r->mem = mmap(NULL, REGION_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (r->mem == MAP_FAILED)
 			die("mmap");
-		madvise(r->mem, REGION_PAGES * PAGE, MADV_MERGEABLE);
+		name(r);
 	}
 	for (size_t i = 0; i < REGION_PAGES; i++)
 		forget(r, i);
@@ -335,7 +341,7 @@ static void region_op(struct region *r, uint64_t rnd)
 			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
 			die("mmap over a part");
 		if (rnd >> 30 & 1)
-			madvise(r->mem, REGION_PAGES * PAGE, MADV_MERGEABLE);
+			name(r);
 		for (size_t i = cut / 2; i < cut / 2 + (cut + 1) / 2; i++)
 			forget(r, i);
 		break;
@@ -419,7 +425,7 @@ int main(int argc, char **argv)
 	uint64_t seed;
 
 	if (argc < 3) {
-		fprintf(stderr, "usage: torture SECONDS DIRECTORY [SEED [huge]]\n");
+		fprintf(stderr, "usage: torture SECONDS DIRECTORY [SEED [huge] [unnamed]]\n");
 		return 2;
 	}
 	sigaction(SIGSEGV, &(struct sigaction){.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO}, NULL);
@@ -438,8 +444,10 @@ int main(int argc, char **argv)
 			die(path);
 	}
 	fsync(file);
-	for (int i = 4; i < argc; i++)
+	for (int i = 4; i < argc; i++) {
 		mostly_huge |= !strcmp(argv[i], "huge");
+		unnamed |= !strcmp(argv[i], "unnamed");
+	}
 	direct = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
 	if (direct < 0) /* or a tmpfs before 6.6 */
 		direct = file;

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from samepage.commands.run import MEMORY
 from tests.kernels.archive import Archive
 from tests.kernels.boot import apparmor_parser, available, boot, emulator, unpack
 from tests.kernels.table import Results, Row, is_well
@@ -99,7 +100,8 @@ def job(folder: Path) -> list[str]:
         command = ["gcc", "-std=gnu11", "-O2", "-pthread", str(ROOT / "tests" / source), "-o", str(target)]
         subprocess.run(command, check=True)
     named = [f"{name}={folder / Path(source).stem}" for name, source in programs.items()]
-    return ["env", "PYTHONDONTWRITEBYTECODE=1", f"PYTHONPATH={ROOT}", *named, sys.executable, "tests/kernels/job.py"]
+    named += [f"SAMEPAGE_MEMORY={MEMORY}", f"PYTHONPATH={ROOT}", "PYTHONDONTWRITEBYTECODE=1"]
+    return ["env", *named, sys.executable, "tests/kernels/job.py"]
 
 
 def remember(file: Path, results: dict[str, Row]) -> None:

@@ -63,14 +63,13 @@ import mmap, sys
 area = mmap.mmap(-1, {2 * HALF} << 12, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for page in range({2 * HALF}):
     area[page << 12 : (page << 12) + 8] = (page % {HALF} + 1).to_bytes(8, "little")
-area.madvise(12)  # MADV_MERGEABLE
 print("built", flush=True)
 for line in sys.stdin:
     whole = range({2 * HALF})
     right = all(area[p << 12 : (p << 12) + 8] == (p % {HALF} + 1).to_bytes(8, "little") for p in whole)
     print("right" if right else "wrong", flush=True)
 """
-"""A program that has 12 MiB twice."""
+"""A program that has 12 MiB twice, in memory that it maps itself and does not name."""
 
 
 class Program:
@@ -82,9 +81,10 @@ class Program:
         library = Path(socket).with_name("libsamepage.so")
         if not library.exists():
             shutil.copy(agent.library_path(), library)
+        kept = {name: os.environ[name] for name in ("PATH", "SAMEPAGE_MEMORY")}
         self._process = subprocess.Popen(
             ["/usr/bin/python3", "-c", text],  # this one need not be there for others
-            env={"PATH": os.environ["PATH"], "LD_PRELOAD": str(library), "SAMEPAGE_SOCKET": socket},
+            env=kept | {"LD_PRELOAD": str(library), "SAMEPAGE_SOCKET": socket},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -325,7 +325,7 @@ def torture(way: str) -> None:
 
     seconds = int(5 * SLOW)
     with tempfile.TemporaryDirectory() as folder:
-        command = [os.environ["KERNELS_TORTURE"], str(seconds), folder, "1"]
+        command = [os.environ["KERNELS_TORTURE"], str(seconds), folder, "1", "unnamed"]
         flags = ["SWAP_WP"] if way == "wp" else []
         preload = Preload(agent.library_path(), "")
         tally = storm(preload, Path(folder), flags, command, seconds * 10, STORM_PATIENCE=str(SLOW))
