@@ -35,6 +35,8 @@ NUMBERS = {
 }
 """On x86-64. The last two the agent does not call by itself."""
 
+GETPID, GETTID = 39, 186
+
 NOT_OURS = {"process_madvise", "pidfd_open"}
 FATAL = ["kill-process", "kill-thread", "trap"]
 
@@ -42,7 +44,7 @@ FATAL = ["kill-process", "kill-thread", "trap"]
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("filters")
-    for name in ("filter", "filtered"):
+    for name in ("filter", "filtered", "bare"):
         compile_c(ROOT / "tests" / "agent" / f"{name}.c", folder / name)
     return folder
 
@@ -66,6 +68,13 @@ def test_a_program_that_a_filter_was_put_around_under_run_is_left_alone(programs
     assert (status, out) == bare[:2]
     assert "filtered is under a seccomp filter" in err
     assert "no process joined" in err
+
+
+def test_a_program_that_is_left_alone_ends_by_no_other_call_than_its_own(programs: Path) -> None:
+    command = [str(programs / "filter"), "kill-process", f"{GETPID},{GETTID}", str(programs / "bare"), "exit"]
+    assert run(command)[0] == 5
+    status, _, err = run(["samepage", "run", "--", *command])
+    assert (status, "bare is under a seccomp filter" in err) == (5, True), err
 
 
 OF_RUN = {"clone", "sendmsg"}

@@ -52,6 +52,21 @@ def test_processes_begin_and_end_as_they_do_without(preload: Preload, processes:
 
 
 @pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(compile_c(HERE / "bare.c", tmp_path_factory.mktemp("bare") / "bare"))
+
+
+@pytest.mark.parametrize("what", ["unreadable", "confined"])
+def test_calls_that_a_program_makes_by_itself_go_as_they_do_without(preload: Preload, bare: str, what: str) -> None:
+    """Those whose arguments cannot be read have EFAULT, and the end is no call that a filter has to allow besides."""
+    kernel = preload.run([bare, what], bare=True)
+    assert kernel.count("Bad address" if what == "unreadable" else "0x400") >= 3, kernel
+    assert preload.run([bare, what]) == kernel
+    assert preload.run([bare, what], socket="/nowhere", SAMEPAGE_MEMORY="mapped") == kernel
+    assert preload.run([bare, what], merged=True, SAMEPAGE_MEMORY="mapped") == kernel
+
+
+@pytest.fixture(scope="module")
 def memory_merge(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(compile_c(HERE / "memory_merge.c", tmp_path_factory.mktemp("memory_merge") / "memory_merge"))
 

@@ -202,6 +202,21 @@ int pthread_sigmask(int how, const sigset_t *set, sigset_t *saved)
 
 /* ---- helpers made of these ---------------------------------------------------------------------------- */
 
+bool is_readable(const void *p, size_t len)
+{
+	uintptr_t at = (uintptr_t)p, last = at + len - sizeof(uint64_t);
+
+	/* The kernel reads the set before it looks at what to do with it, which is nothing. */
+	while (raw_syscall(SYS_rt_sigprocmask, -1, (long)at, 0, sizeof(uint64_t), 0, 0) != -EFAULT) {
+		if (at >= last)
+			return true;
+		at = PAGE_ALIGN_DOWN(at) + PAGE_SIZE;
+		if (at > last)
+			at = last;
+	}
+	return false;
+}
+
 ssize_t read_file(const char *path, char *buf, size_t size)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC);

@@ -33,6 +33,10 @@
 /* raw_syscall() with syscall(2)'s convention: -1 and errno. */
 long kernel_syscall(long number, ...);
 
+/* Whether the kernel could read all of it, at least 8 bytes. What the application passes to a system call may be any
+ * address, for which the kernel has EFAULT. */
+bool is_readable(const void *p, size_t len);
+
 /* Reads the start of a file. Returns how many bytes it read, or -errno. */
 ssize_t read_file(const char *path, char *buf, size_t size);
 int64_t now_ms(void); /* CLOCK_MONOTONIC */

@@ -4,6 +4,7 @@
  * may replace mappings, and brk(2).
  */
 #include "base/real.h"
+#include "base/system.h"
 #include "hooks/hooks.h"
 
 #include <limits.h>
@@ -39,7 +40,8 @@ long sp_process_madvise(int fd, const void *vec, size_t n, int advice, unsigned 
 	long done = 0;
 
 	/* With no ranges, the kernel checks the other arguments. */
-	if (no_areas() || n > IOV_MAX || real.syscall(SYS_process_madvise, fd, vec, 0, advice, flags) || !is_self(fd))
+	if (no_areas() || !n || n > IOV_MAX || real.syscall(SYS_process_madvise, fd, vec, 0, advice, flags) ||
+	    !is_self(fd) || !is_readable(v, n * sizeof(*v)))
 		return real.syscall(SYS_process_madvise, fd, vec, n, advice, flags);
 	for (size_t i = 0; i < n; i++) {
 		if (sp_madvise(v[i].iov_base, v[i].iov_len, advice))

@@ -169,7 +169,8 @@ bool is_plain_fork(long number, const long *arg)
 #endif
 	if (number == SYS_clone)
 		return !(arg[0] & CLONE_VM) && !arg[1];
-	return number == SYS_clone3 && a && arg[1] >= (long)sizeof(*a) && !(a->flags & CLONE_VM) && !a->stack;
+	return number == SYS_clone3 && arg[1] >= (long)sizeof(*a) && is_readable(a, sizeof(*a)) &&
+	       !(a->flags & CLONE_VM) && !a->stack;
 }
 
 /* ---- calls that demand a process of one thread ----------------------------------------------------------- */
@@ -230,6 +231,6 @@ SP_EXPORT int setns(int fd, int type)
  */
 void leader_exits(void)
 {
-	if (real.syscall(SYS_gettid) == getpid())
+	if (agent_may_run() && real.syscall(SYS_gettid) == getpid())
 		agent_retire();
 }

@@ -35,6 +35,11 @@
 		ret;                                                                                                   \
 	})
 
+static bool leads(void)
+{
+	return agent_may_run() && real.syscall(SYS_gettid) == getpid();
+}
+
 bool changes_identity(long number, const long *arg)
 {
 	switch (number) {
@@ -58,7 +63,7 @@ bool changes_identity(long number, const long *arg)
 	default:
 		return false;
 	}
-	return real.syscall(SYS_gettid) == getpid();
+	return leads();
 }
 
 long syscall_away(long number, const long *arg)
@@ -101,10 +106,6 @@ WRAP2(setgroups, size_t, const gid_t *)
 WRAP2(initgroups, const char *, gid_t)
 
 /* The following calls change only the calling thread, with or without libc. */
-static bool leads(void)
-{
-	return real.syscall(SYS_gettid) == getpid();
-}
 
 SP_EXPORT int setfsuid(uid_t user)
 {

@@ -139,11 +139,12 @@ static int sp_ioctl(int fd, unsigned long request, void *arg)
 	int ret;
 
 	need_next();
-	if (request == UFFD_MOVE && arg && leave_to_move(arg)) {
+	if (request == UFFD_MOVE && is_readable(arg, offsetof(struct uffd_move, move)) && leave_to_move(arg)) {
 		errno = ENOMEM;
 		return -1;
 	}
-	if (request == UFFDIO_REGISTER && arg && leave_to_userfaultfd(&((struct uffdio_register *)arg)->range)) {
+	if (request == UFFDIO_REGISTER && is_readable(arg, offsetof(struct uffdio_register, ioctls)) &&
+	    leave_to_userfaultfd(&((struct uffdio_register *)arg)->range)) {
 		errno = ENOMEM;
 		return -1;
 	}
@@ -238,6 +239,8 @@ SP_EXPORT long syscall(long number, ...)
 	case SYS_set_mempolicy_home_node:
 		return sp_set_policy(number, a);
 	case SYS_setrlimit:
+		if (!a[1]) /* EFAULT, while prlimit64() would do nothing */
+			break;
 		return sp_prlimit(0, (int)a[0], (void *)a[1], NULL);
 	case SYS_prlimit64:
 		return sp_prlimit((pid_t)a[0], (int)a[1], (void *)a[2], (void *)a[3]);

@@ -57,6 +57,11 @@ bool agent_configured(void)
 	return peer.path[0] || atomic_load(&thread.state) == RUNNING;
 }
 
+bool agent_may_run(void)
+{
+	return agent_configured() && atomic_load(&thread.state) != RETIRED;
+}
+
 void peer_forget(void)
 {
 	peer.sock = -1;

@@ -242,7 +242,7 @@ void thread_retires(void)
 
 bool agent_leave(void)
 {
-	if (thread.owner != getpid())
+	if (!agent_may_run() || thread.owner != getpid())
 		return false;
 	/* Don't hold `life` meanwhile: a thread that waits for it has all signals blocked, and when the process changes
 	 * its user, libc waits until every thread has taken a signal. */

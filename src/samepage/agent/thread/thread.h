@@ -32,6 +32,9 @@ void agent_return(bool left);
 void agent_configure(const char *path, const char *domain);
 void agent_unconfigure(void); /* for good */
 bool agent_configured(void);  /* there is a service to join, or one was attached */
+/* Whether there is a thread, or may be one. If not, the program may be under a seccomp filter that kills for whatever it
+ * does not need itself. */
+bool agent_may_run(void);
 
 /* Breaks merged pages as break_ksm() does: on the agent thread, or on this one if there is none. */
 void unmerge_range(uintptr_t start, uintptr_t end, uint64_t max_pages, struct sp_broken *out);
