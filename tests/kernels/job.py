@@ -204,7 +204,8 @@ def left_alone(way: str, service: Service, programs: list[Program], before: int)
     if "UFFDIO_MOVE" not in text:
         return ""
     time.sleep(2 * SLOW)
-    must(before - sum(program.pss for program in programs) < SIZE // 16, f"merged, though: {text}")
+    now = sum(program.pss for program in programs)
+    must(before - now < SIZE // 16, f"{before} bytes became {now}: {text}")
     return text.strip().splitlines()[-1]
 
 
