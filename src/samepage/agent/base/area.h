@@ -65,8 +65,8 @@ extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every w
 extern uint64_t areas_seq;	       /* changes whenever merge_any or the set of mergeable ranges does */
 extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: all that the program maps is mergeable */
 extern _Atomic bool merge_mapped;      /* the same, set by `samepage run --memory` before anything is mapped */
-extern _Atomic bool small_allocs;      /* by --memory all alloc.c serves allocations below 1 MiB */
-bool merges_mapped(void);	       /* merge_any or merge_mapped */
+extern _Atomic bool small_allocs; /* --memory all, and not --min-alloc, has alloc.c serve allocations below 1 MiB */
+bool merges_mapped(void);	  /* merge_any or merge_mapped */
 /* The kernel's KSM serves the processes that have no agent (`run --engine auto`). It must not serve this one too, so
  * the kernel's own PR_SET_MEMORY_MERGE is switched off here. Set before anything is mapped. */
 extern bool kernel_serves_others;

@@ -134,10 +134,10 @@ static void set_up_real_malloc(void)
 		next.free(next.malloc(1));
 }
 
-/* Blocks below 1 MiB are no more worth a thread than what the program maps itself. */
+/* Blocks below 1 MiB that nobody asked for are no more worth a thread than what the program maps itself. */
 static void start_agent(size_t len)
 {
-	if (len < MIN_ALLOC_DEFAULT)
+	if (small_allocs && len < MIN_ALLOC_DEFAULT)
 		agent_start_unnamed(len);
 	else
 		agent_start();

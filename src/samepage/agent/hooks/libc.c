@@ -71,12 +71,11 @@ static void look_up(void)
 
 void next_init(void)
 {
-	static _Atomic pid_t owner;
-	pid_t nobody = 0, self;
+	static _Atomic uintptr_t owner;
+	uintptr_t nobody = 0, self = (uintptr_t)arch_thread_pointer();
 
 	if (next_ready)
 		return;
-	self = (pid_t)real.syscall(SYS_gettid);
 	if (!atomic_compare_exchange_strong(&owner, &nobody, self)) {
 		/* Inside this thread's own dlsym(), go on with what is there; another thread waits. */
 		while (!next_ready && owner != self)

@@ -308,7 +308,8 @@ __attribute__((constructor)) static void initialise(void)
 	}
 	if (least && *least)
 		bytes = strtoul(least, NULL, 10);
-	small_allocs = all && bytes < MIN_ALLOC_DEFAULT;
+	else
+		small_allocs = all;
 	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
 	if (all)
 		heap_enable();
