@@ -22,8 +22,8 @@ FULL_RATE = [
     *("--memory", "all", "--min-alloc", "64K", "--set", "sleep_millisecs=0"),
     *("--set", "advisor_mode=none", "--set", "pages_to_scan=1000000"),
 ]
-"""As much merging as there can be: every pass follows the last at once, and all memory that can be takes part, from the first block of 64
-KiB on."""
+"""As much merging as there can be: every pass follows the last at once, and all memory that can be takes part, from the
+first block of 64 KiB on."""
 
 AT_ONCE = """
 command=$1; shift
