@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -133,6 +134,17 @@ def test_pages_that_the_kernel_merged_are_told_apart_and_never_counted_again(sca
     assert more.by_page.saved_bytes - report.by_page.saved_bytes >= 300 * PAGE_SIZE
 
 
+def agents_windows(pid: int) -> set[int]:
+    """Where those of an agent start that it moves pages to."""
+    found, start = set(), 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-", line):
+            start = int(line.partition("-")[0], 16)
+        elif line.startswith("VmFlags:") and {"uw", "dc", "dd"}.issubset(line.split()):
+            found.add(start)
+    return found
+
+
 def test_pages_that_samepage_merged_are_told_apart(scan: Scan) -> None:
     if not agent.library_path().exists():
         pytest.skip(f"needs the agent, and there is no {agent.library_path()}")
@@ -147,8 +159,11 @@ def test_pages_that_samepage_merged_are_told_apart(scan: Scan) -> None:
             pids = [int(run.stdout.readline()) for _ in range(2)]
             wait_for(lambda: scan(*pids).already_shared.samepage >= 2 * 2000, "not merged")
             report = scan(*pids)
+            windows = agents_windows(pids[0])
         finally:
             os.killpg(run.pid, signal.SIGKILL)
+    assert windows
+    assert not windows & {mapping.start for mapping in report.sources[0].mappings}
     assert any(mapping.kind == Kind.SEGMENT for source in report.sources for mapping in source.mappings)
     assert report.samepage_run.saved_bytes < 1 << 20
 

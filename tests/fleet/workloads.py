@@ -43,9 +43,6 @@ class Worker:
 
     def __init__(self, socket: str, python: Path) -> None:
         loaded = {"LD_PRELOAD": str(agent.library_path()), "SAMEPAGE_SOCKET": socket}
-        # Where huge pages are wanted khugepaged makes 512 pages of one, and the zeros around it cause no fault that the
-        # agent would see: they are in the recording, but not in the counters.
-        loaded["NUMPY_MADVISE_HUGEPAGE"] = "0"
         self._process = subprocess.Popen(
             [python, "-c", PROGRAM],
             env=environment() | loaded,

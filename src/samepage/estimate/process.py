@@ -38,6 +38,10 @@ from samepage.memory import PAGE_SIZE, U64
 from samepage.memory.pagemap import PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_SWAPPED, regions
 from samepage.process.mappings import NOT_COMPATIBLE
 
+WINDOW = {"uw", "dc", "dd"}
+"""VmFlags of the agent's windows: registered, not for children, and in no core. They hold pages only while these are
+swapped; whoever reads them a moment later makes the kernel put zeros there."""
+
 # Documentation/admin-guide/mm/pagemap.rst
 PM_PRESENT, PM_SWAP, PM_FILE, PM_MMAP_EXCLUSIVE = (np.uint64(1 << n) for n in (63, 62, 61, 56))
 PM_PFN = np.uint64((1 << 55) - 1)
@@ -264,7 +268,7 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
             anonymous = line.split()[1] != "0"
         elif line.startswith("VmFlags:") and header:
             vmflags = line.split()[1:]
-            if NOT_COMPATIBLE.isdisjoint(vmflags):
+            if NOT_COMPATIBLE.isdisjoint(vmflags) and not (registers and WINDOW.issubset(vmflags)):
                 guarded = before is not None and _is_guard(before, header)
                 left = None if not merge_any and "mg" in vmflags else _left(header, agent, dynamic, guarded)
                 registered = registers and "uw" in vmflags
