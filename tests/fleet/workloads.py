@@ -19,7 +19,7 @@ from samepage.fleet import key
 from samepage.service.control import Client
 
 EVERY = 0.5
-LOOKS = 6
+LOOKS = 8
 """For so many looks nothing changes before the counters are compared. The simulation knows what changed only from the
 look after it, and samepage can have merged it by then; the simulation takes its time from there."""
 

@@ -213,7 +213,9 @@ class Replay:
         self._setting, self._fraction, self._pids = setting, fraction, pids
         self._meter = Meter(COSTS[setting.engine], 1 / fraction)
         self.now = 0.0
-        self._ksmd = Ksmd(clock=lambda: self.now, cpu_clock=lambda: self._meter.seconds)
+        # The meter counts what agents take, too, which ksmd does not count as its own.
+        new = COSTS[setting.engine].looked / fraction
+        self._ksmd = Ksmd(clock=lambda: self.now, cpu_clock=lambda: self._meter.seconds, new_seconds=new)
         kernel = KERNEL_DEFAULTS if setting.engine is Engine.KERNEL else {}
         for name, value in (kernel | setting.knobs).items():
             self._ksmd.set(name, value)

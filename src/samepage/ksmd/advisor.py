@@ -42,8 +42,8 @@ BREAK_SECONDS = 7.5e-6
 class Advisor:
     """Turns what batches cost into what to do next. Times are in seconds, of the clock given to `Ksmd`."""
 
-    def __init__(self, knobs: Knobs) -> None:
-        self._knobs = knobs
+    def __init__(self, knobs: Knobs, new_seconds: float = NEW_SECONDS) -> None:
+        self._knobs, self._new_seconds = knobs, new_seconds
         self._paid = 0.0  # by then, looking again will have cost no more than its share of the time
         self._caught_up = 0.0  # when that was last so: since then memory is in motion
         self._last = 0.0  # when something was last spent
@@ -77,7 +77,7 @@ class Advisor:
         self._pass_cpu += cpu
         again = (cpu + hashed * FAULT_SECONDS) * (1 - first_looks / hashed) if hashed else cpu * known
         if hashed:
-            again += known * max(0.0, own * first_looks / hashed - first_looks * NEW_SECONDS)
+            again += known * max(0.0, own * first_looks / hashed - first_looks * self._new_seconds)
         # Bounded: that all memory was overwritten once is no reason to stay away for long.
         most = IDLE_SECONDS * self._knobs.advisor_max_cpu / 100
         self.spent_in_vain(now, again + min(broken * BREAK_SECONDS, most))

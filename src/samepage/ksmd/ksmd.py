@@ -17,7 +17,7 @@ from functools import partial
 
 from samepage.ksmd import counters as show
 from samepage.ksmd import knobs as knob_rules
-from samepage.ksmd.advisor import Advisor
+from samepage.ksmd.advisor import NEW_SECONDS, Advisor
 from samepage.ksmd.counters import Counters, ProcessRow, Snapshot
 from samepage.ksmd.knobs import Knobs, Run
 from samepage.ksmd.look import recount_zeros
@@ -58,12 +58,14 @@ class Ksmd:
         clock: Callable[[], float] = time.monotonic,
         cpu_clock: Callable[[], float] = time.thread_time,
         owner: int | None = None,
+        new_seconds: float = NEW_SECONDS,
     ) -> None:
+        """`new_seconds`: for a page that is seen for the first time, so much by `cpu_clock` is free of charge."""
         self.mutex = threading.Lock()
         self.mm_list = MmList(owner)
         self._clock, self._cpu_clock = clock, cpu_clock
         self._knobs = Knobs()
-        self._advisor = Advisor(self._knobs)
+        self._advisor = Advisor(self._knobs, new_seconds)
         self._work = MergeWork(concurrently)
         self._passes = Passes(self.mm_list, self._knobs, self._advisor, self._work, clock, cpu_clock)
         self._unmerging = Unmerging(self._passes)
