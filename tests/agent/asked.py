@@ -7,10 +7,11 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from samepage.agent import forbid_huge_pages
-from samepage.memory import RunKind, wire
+from samepage.memory import RunKind, ScanFlag, ScanResult, wire
 from samepage.memory.agent import AgentAddressSpace
 from samepage.memory.handshake import Terms
 from samepage.memory.wire import Flags
@@ -133,11 +134,16 @@ class Process:
 
     def scan(self, budget: int) -> int:
         """Look at everything, so many pages at a time; returns how many were hashed."""
-        vpn, hashed = 0, 0
-        while True:
-            found = self.space.scan(vpn, budget)
+        hashed = 0
+        for found in self.look(budget):
             hashed += len(found.checksums)
             assert all(run["kind"] == RunKind.HASHED for run in found.runs)
-            vpn = found.next_vpn
-            if not vpn:
-                return hashed
+        return hashed
+
+    def look(self, budget: int = 1 << 20, flags: ScanFlag = ScanFlag.NONE) -> Iterator[ScanResult]:
+        """One look at everything, so many pages at a time: each answer."""
+        found = self.space.scan(0, budget, flags)
+        yield found
+        while found.next_vpn:
+            found = self.space.scan(found.next_vpn, budget, flags)
+            yield found

@@ -105,15 +105,11 @@ def merge(process: Process, address: int) -> int:
 def look(process: Process, budget: int) -> dict[RunKind, list[int]]:
     """One look at everything, so many pages at a time: pages by kind, each as often as it was told."""
     said: dict[RunKind, list[int]] = {kind: [] for kind in RunKind}
-    vpn = 0
-    while True:
-        found = process.space.scan(vpn, budget)
+    for found in process.look(budget):
         for run in found.runs:
             at = int(run["vpn"]) - process.address // 4096
             said[RunKind(run["kind"])] += range(at, at + int(run["npages"]))
-        vpn = found.next_vpn
-        if not vpn:
-            return said
+    return said
 
 
 @pytest.mark.parametrize("budget", [1 << 20, 100])
@@ -212,13 +208,8 @@ for line in sys.stdin:
 
 def hashed(process: Process, flags: ScanFlag) -> set[int]:
     """The pages that a look from the first page on hashes."""
-    runs, at = [], 0
-    while True:
-        found = process.space.scan(at, 1 << 20, flags)
-        runs += [run for run in found.runs if run["kind"] == RunKind.HASHED]
-        at = found.next_vpn
-        if not at:
-            return {vpn for run in runs for vpn in range(run["vpn"], run["vpn"] + run["npages"])}
+    runs = [run for found in process.look(flags=flags) for run in found.runs if run["kind"] == RunKind.HASHED]
+    return {vpn for run in runs for vpn in range(run["vpn"], run["vpn"] + run["npages"])}
 
 
 def test_a_look_at_named_memory_passes_over_the_rest_which_a_later_look_finds(preload: Preload, tmp_path: Path) -> None:

@@ -84,16 +84,13 @@ def vpn(process: Process, area: int) -> int:
 
 def look(process: Process, flags: ScanFlag = ScanFlag.NONE) -> list[int]:
     """The areas whose pages a look at everything hashes."""
-    areas, at = [], 0
-    while True:
-        found = process.space.scan(at, 1 << 20, flags)
+    areas = []
+    for found in process.look(flags=flags):
         for run in found.runs:
             assert run["kind"] == RunKind.HASHED
             assert run["npages"] == 1
             areas.append((int(run["vpn"]) - process.address // 4096) // 2)
-        at = found.next_vpn
-        if not at:
-            return areas
+    return areas
 
 
 def tell(process: Process, how: str, areas: list[int]) -> None:

@@ -106,7 +106,6 @@ WRAP2(setgroups, size_t, const gid_t *)
 WRAP2(initgroups, const char *, gid_t)
 
 /* The following calls change only the calling thread, with or without libc. */
-
 SP_EXPORT int setfsuid(uid_t user)
 {
 	need_next();
