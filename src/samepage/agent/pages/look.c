@@ -173,6 +173,7 @@ uint64_t look_at_anonymous(struct out *o, const struct area *a, uint64_t vpn, ui
 	const struct pm_walk written = {.must = PAGE_IS_WRITTEN, .max_pages = STEP_PAGES};
 	uintptr_t start = vpn << PAGE_SHIFT, stop, walked;
 	struct page_region v[NR_REGIONS];
+	uint32_t before;
 	struct vma vma;
 	int n = 1;
 
@@ -199,15 +200,20 @@ uint64_t look_at_anonymous(struct out *o, const struct area *a, uint64_t vpn, ui
 		return stop >> PAGE_SHIFT;
 	}
 	track(start, stop);
-	/* First take the quick look at what was written, which usually is nothing at all. */
+	/* First take the quick look at what was written, which usually is nothing at all. But where all pages before these
+	 * were, so probably are the next; up to where a huge page may begin, no more than is looked at in one step. */
+	if (start == o->dense)
+		stop = min_addr(stop, (start | (WINDOW - 1)) + 1);
 	v[0] = (struct page_region){start, walked = stop, 0};
-	if (kernel.tracking && !(o->flags & SP_SCAN_ALL) && stop - start > SMALL_PAGES * PAGE_SIZE)
+	if (kernel.tracking && !(o->flags & SP_SCAN_ALL) && stop - start > SMALL_PAGES * PAGE_SIZE && start != o->dense)
 		n = pagemap_walk(start, stop, &written, v, NR_REGIONS, &walked);
 	/* The walk may have stopped in the middle of a huge page. */
 	if (n > 0 && v[n - 1].end == walked)
 		v[n - 1].end = walked = min_addr((walked + WINDOW - 1) & ~(WINDOW - 1), stop);
+	before = o->nsums;
 	if (!look_at_regions(o, v, n, &walked))
 		return walked >> PAGE_SHIFT;
+	o->dense = walked > start && o->nsums - before == (walked - start) >> PAGE_SHIFT ? walked : 0;
 	return (n < 0 ? stop : walked) >> PAGE_SHIFT;
 }
 

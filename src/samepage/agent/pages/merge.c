@@ -30,7 +30,9 @@
 
 #define VIEW_PAGES (VIEW_WINDOW >> PAGE_SHIFT)
 
-#define SLICE_NS 2000000 /* roughly how long the lock is held at a time */
+/* Roughly how long the lock is held at a time, unless somebody waits for it; and where a guest is to run in between. */
+#define SLICE_NS 8000000
+#define GUEST_SLICE_NS 2000000
 
 /* How much of the kernel's memory one slice takes before it gives pages back: 530 bytes a page if each is merged alone
  * (two mappings), for less than twice SECTION_MAX pages; page tables; and what the kernel charges ahead on a CPU. */
@@ -270,6 +272,7 @@ struct rest {
 	struct cursor at;
 	uint8_t *status;
 	bool unpinned; /* reads_unpinned() */
+	bool shortly;  /* a guest is to run between slices */
 };
 
 static void answered(struct rest *rest, size_t pages)
@@ -279,12 +282,12 @@ static void answered(struct rest *rest, size_t pages)
 }
 
 /* Whether a slice goes on. `pages` are those since the headroom was looked at. */
-static bool slice_goes_on(uint64_t began, size_t *pages)
+static bool slice_goes_on(const struct rest *rest, uint64_t began, size_t *pages)
 {
 	if (*pages < SECTION_MAX)
-		return step_goes_on(began, SLICE_NS);
+		return step_goes_on(began, rest->shortly ? GUEST_SLICE_NS : SLICE_NS);
 	*pages = 0;
-	return step_goes_on(began, 0) && room_to_merge(SLICE_TAKES);
+	return !rest->shortly && step_goes_on(began, SLICE_NS) && room_to_merge(SLICE_TAKES);
 }
 
 /* Merges chunks for one hold of the lock: beginning one costs as much as swapping ten pages. */
@@ -300,7 +303,7 @@ static void merge_slice(void *arg)
 		answered(rest, did);
 		pages += did;
 	} while (rest->at.extent < rest->at.last && !mmap_lock_contended() && !thread_woke() &&
-		 slice_goes_on(began, &pages));
+		 slice_goes_on(rest, began, &pages));
 }
 
 /* False: the child that did it was killed. */
@@ -355,11 +358,14 @@ static bool sane(const struct sp_extent *e, uint64_t pages)
 	       (e->offset == SP_ZERO_PAGE || (e->offset <= pages && e->npages <= pages - e->offset));
 }
 
-int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status, bool (*pause)(void))
+int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status, void (*pause)(void))
 {
 	int64_t pages = fd >= 0 ? segment_pages(fd) : 0;
 	struct segment segment = {.fd = fd, .npages = (uint64_t)pages};
-	struct rest rest = {.segment = &segment, .at = {.extent = extents, .last = extents + n}, .status = status};
+	struct rest rest = {.segment = &segment,
+			    .at = {.extent = extents, .last = extents + n},
+			    .status = status,
+			    .shortly = pause};
 
 	if (pages < 0)
 		return (int)pages;
@@ -376,7 +382,8 @@ int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status, bo
 
 			memset(rest.status, why_not, left);
 			answered(&rest, left);
-		} else if (rest.at.extent < rest.at.last && pause()) {
+		} else if (rest.at.extent < rest.at.last && pause) {
+			pause();
 			segment.end = 0; /* a call may have used the view window */
 		}
 	}

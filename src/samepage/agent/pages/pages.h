@@ -25,9 +25,10 @@ int donate(const struct sp_area *runs, size_t n, uint8_t *status);
 
 /* Hashes each of n pages under a key, as a proof that they are here. `proof` has SP_PROOF_SIZE bytes a page. */
 void prove(const struct sp_prove *req, const uint64_t *vpns, size_t n, uint8_t *status, uint8_t *proof);
-/* fd: a segment, or -1 if all extents are SP_ZERO_PAGE. Between two slices it calls `pause` without the lock; that
- * returns whether it took calls of the application's. Returns 0, or -errno if fd is not a segment. */
-int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status, bool (*pause)(void));
+/* fd: a segment, or -1 if all extents are SP_ZERO_PAGE. Between two slices, which are short then, it calls `pause`
+ * without the lock, unless that is NULL; calls of the application's may be taken there. Returns 0, or -errno if fd is
+ * not a segment. */
+int merge(int fd, const struct sp_extent *extents, size_t n, uint8_t *status, void (*pause)(void));
 extern unsigned long views_given; /* how many mappings merge() has made */
 
 /* Breaks merged pages of [start, end), at most max_pages. out->error is 0: none is left in the range; EAGAIN: max_pages

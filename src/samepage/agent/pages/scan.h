@@ -15,8 +15,9 @@ struct out {
 	struct sp_run *runs;
 	uint64_t *sums;
 	uint32_t nruns, max_runs, nsums, max_sums;
-	uint32_t flags; /* enum sp_scan_flags */
-	bool small;	/* the last step was at a few pages */
+	uint32_t flags;	 /* enum sp_scan_flags */
+	bool small;	 /* the last step was at a few pages */
+	uintptr_t dense; /* where the last step ended, if all its pages were hashed; else 0 */
 };
 
 static inline bool full(const struct out *o)

@@ -160,12 +160,9 @@ _Atomic bool has_guest;
  * Each swap makes KVM take pages out of its own page tables several times. Meanwhile the guest stands still, and
  * afterwards it faults on every page. So the guest gets most of the time; the application's calls are taken meanwhile.
  */
-static bool let_guest_run(void)
+static void let_guest_run(void)
 {
-	if (!atomic_load_explicit(&has_guest, memory_order_relaxed))
-		return false;
 	wait_for(-1, 0, GUEST_MS);
-	return true;
 }
 
 static int do_merge(int fd, const struct sp_extent *extents, size_t n, size_t *len)
@@ -177,7 +174,8 @@ static int do_merge(int fd, const struct sp_extent *extents, size_t n, size_t *l
 	for (size_t i = 0; i < n; i++)
 		if (!sane(extents[i].vpn, extents[i].npages, &total))
 			return -EPROTO;
-	err = merge(fd, extents, n, (uint8_t *)(head + 1), let_guest_run);
+	err = merge(fd, extents, n, (uint8_t *)(head + 1),
+		    atomic_load_explicit(&has_guest, memory_order_relaxed) ? let_guest_run : NULL);
 	if (err)
 		return err;
 	*head = (struct sp_done){thread_cpu_ns() + unstopped_cpu_ns() - cpu, total};
