@@ -7,14 +7,15 @@ import socket
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
 from samepage.memory import PAGE_SIZE, ZERO_PAGE, PageStatus, wire
-from samepage.memory.proof import AT_FIRST, expected
+from samepage.memory.proof import AHEAD, AT_FIRST, expected
 from samepage.memory.wire import Op
 from samepage.service.control import Client
 from tests.memory.test_agent_space import Make, extents, make, runs, short_timeout
-from tests.service.fake_agent import FakeAgent, some_pages
+from tests.service.fake_agent import BASE_VPN, FakeAgent, some_pages
 from tests.service.test_server import NPAGES, Start, both_merged, folder, path, start, until
 
 __all__ = ["folder", "make", "path", "short_timeout", "start"]
@@ -113,6 +114,40 @@ def test_a_process_proves_once_what_it_has_of_a_segment_and_nothing_of_its_own(m
         assert not space.merge(donation.segment, extents((vpn, 50, vpn))).status.any()
     assert agent.asked[-3:-2] == [(Op.PROVE, wire.KEY_SIZE + 8 * AT_FIRST)]
     assert asked(agent, Op.PROVE) == 1
+    donation.close()
+
+
+def test_what_is_proved_ahead_is_asked_for_once_for_all_segments_also_those_still_to_be_made(make: Make) -> None:
+    donor = make(npages=100)[0]
+    there = donor.donate(runs((0, 50)))
+    space, agent = make(npages=100)
+    space.prove_ahead([(there.segment, BASE_VPN + np.arange(50)), (None, BASE_VPN + np.arange(50, 100))])
+    to_come = donor.donate(runs((50, 50)))
+    for donation, vpn in ((there, 0), (to_come, 50)):
+        assert not space.merge(donation.segment, extents((vpn, 10, 0), (vpn + 10, 40, 10))).status.any()
+        donation.close()
+    assert [of for of in agent.asked if of[0] == Op.PROVE] == [(Op.PROVE, wire.KEY_SIZE + 8 * 2 * AHEAD)]
+
+
+def test_pages_that_were_written_since_they_were_proved_are_asked_for_again(make: Make) -> None:
+    donation = make(npages=100)[0].donate(runs((0, 100)))
+    for written, wanted in ((100, [DIFFERENT] * 100), (99, [DIFFERENT] * 99 + [0])):
+        space, agent = make(npages=100)
+        agent.pages[:written, 7] ^= 1
+        space.prove_ahead([(donation.segment, BASE_VPN + np.arange(written)), (None, BASE_VPN + np.arange(written))])
+        assert space.merge(donation.segment, extents((0, 100, 0))).status.tolist() == wanted
+        assert asked(agent, Op.PROVE) >= 2
+    donation.close()
+
+
+def test_what_was_proved_of_other_pages_says_nothing_of_these(make: Make) -> None:
+    """Whoever has the second page of a segment as its own tenth has not proved the first."""
+    donation = make(npages=2)[0].donate(runs((0, 2)))
+    space, agent = make(npages=20, seed=2)
+    agent.pages[10] = some_pages(1, 2)[1]
+    space.prove_ahead([(donation.segment, np.array([BASE_VPN + 10])), (None, np.array([BASE_VPN + 10]))])
+    assert space.merge(donation.segment, extents((3, 2, 0))).status.tolist() == [DIFFERENT] * 2
+    assert asked(agent, Op.MERGE) == 0
     donation.close()
 
 

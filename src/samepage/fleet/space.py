@@ -24,6 +24,7 @@ from samepage.memory import (
     AddressSpaceGone,
     Areas,
     BreakResult,
+    Claims,
     Donation,
     MergeResult,
     PageStatus,
@@ -271,6 +272,9 @@ class RecordedAddressSpace:
         if not self._in_place:
             busy[there] = self._forked[at[there]]
         return busy
+
+    def prove_ahead(self, claims: Claims) -> None:
+        """See `AddressSpace.prove_ahead`: nothing has to be proved here."""
 
     def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
         """See `AddressSpace.merge`."""

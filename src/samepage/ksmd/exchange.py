@@ -7,6 +7,7 @@ more than that: while one merges with what another has just donated, the other d
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot, Structured
 from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.stable import SEGMENT_PAGES, StableSegment
-from samepage.memory import AREA, DONE, EXTENT, U8, U32, U64, PageStatus, Segment
+from samepage.memory import AREA, DONE, EXTENT, U8, U32, U64, Claims, PageStatus, Segment
 
 HUGE_PAGE = 512
 """Pages of a huge page. A process swaps it as a whole if it is asked for all of it at once."""
@@ -57,6 +58,7 @@ class _Task:
 class _Queue:
     """The requests still to be sent to one process."""
 
+    first: _Task | None = None
     merges: deque[_Task] = field(default_factory=deque)
     donations: deque[_Task] = field(default_factory=deque)
     asked: int = 0
@@ -66,6 +68,9 @@ class _Queue:
 
     def next(self) -> _Task | None:
         """Copies first, since others wait for them; but not many ahead, since they take memory."""
+        if self.first:
+            first, self.first = self.first, None
+            return first
         if self.donations and self.ahead < AHEAD:
             self.ahead += 1
             return self.donations.popleft()
@@ -80,6 +85,10 @@ class _Queues:
         self._is_over = is_over
         self._changed = threading.Condition()
         self._queues: dict[MmSlot, _Queue] = {}
+
+    def first(self, slot: MmSlot, task: _Task) -> None:
+        """Have a process do this before all else. Call it before `run`."""
+        self._queues.setdefault(slot, _Queue()).first = task
 
     def donate(self, slot: MmSlot, task: _Task) -> None:
         """Queue a donation. Call it before `run`."""
@@ -103,7 +112,7 @@ class _Queues:
 
     def run(self) -> None:
         """Work until nothing is left to do."""
-        while ready := [slot for slot, queue in self._queues.items() if queue.merges or queue.donations]:
+        while ready := [slot for slot, queue in self._queues.items() if queue.first or queue.merges or queue.donations]:
             for slot in ready:
                 while slot.is_away and (task := self._queues[slot].next()):
                     task.drop()
@@ -259,6 +268,8 @@ class Exchange:
     def run(self, each: Each, is_over: Callable[[], bool] = lambda: False) -> None:
         """Do all of it, or as much as begins before `is_over`; the rest is treated as if its processes were silent."""
         queues = _Queues(each, is_over)
+        for slot, claims in self._claims().items():
+            queues.first(slot, self._proving(slot, claims))
         for segment, share in self._with_nodes:
             queues.merge(share.slot, self._joining(segment, share))
         for copy, shares in zip(self._copies, self._with_copies, strict=True):
@@ -277,6 +288,25 @@ class Exchange:
             for copy in self._copies:
                 if copy.segment is not None:
                     copy.segment.close()
+
+    def _claims(self) -> dict[MmSlot, Claims]:
+        """The segments that each process is to merge with, and did not make: those that there are, and (None) those to
+        come; and with which of its pages."""
+        claims: dict[MmSlot, Claims] = {}
+        for segment, share in self._with_nodes:
+            claims.setdefault(share.slot, []).append((segment, share.vpns))
+        for share in itertools.chain.from_iterable(self._with_copies):
+            if len(share.pages):
+                claims.setdefault(share.slot, []).append((None, share.vpns))
+        return {slot: theirs for slot, theirs in claims.items() if len(theirs) > 1}
+
+    @staticmethod
+    def _proving(slot: MmSlot, claims: Claims) -> _Task:
+        def do() -> None:
+            with slot.waited_for():
+                slot.space.prove_ahead(claims)
+
+        return _Task(do, lambda: None)
 
     def _joining(self, segment: Segment | None, share: _Share) -> _Task:
         def drop() -> None:

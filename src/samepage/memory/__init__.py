@@ -194,6 +194,10 @@ class Segment(Protocol):
         ...
 
 
+Claims = list[tuple[Segment | None, npt.NDArray[np.int64]]]
+"""Segments (None: one still to be made), and pages of one process that are to be merged with each, ascending."""
+
+
 @dataclass(slots=True)
 class Donation:
     """Outcome of `AddressSpace.donate`.
@@ -329,6 +333,11 @@ class AddressSpace(Protocol):
     def donate(self, runs: npt.NDArray[np.void]) -> Donation:
         """Copy runs of pages (dtype `AREA`) into a new sealed segment. The process keeps its own pages: it merges
         with the segment like anybody else, by `merge`. A page shared with a fork is BUSY: a copy would save nothing."""
+        ...
+
+    def prove_ahead(self, claims: Claims) -> None:
+        """It is about to be asked to merge with these. What it has to prove before it is given them, it proves now for
+        all of them."""
         ...
 
     def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:

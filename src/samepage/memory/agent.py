@@ -26,6 +26,7 @@ from samepage.memory import (
     ZERO_PAGE,
     Areas,
     BreakResult,
+    Claims,
     Donation,
     MergeResult,
     PageStatus,
@@ -92,6 +93,7 @@ class AgentAddressSpace(Conversation):
         self.zero_checksum = ready["zero_checksum"]
         self._unnamed = bool(ready["unnamed"])
         self._has: weakref.WeakSet[MemfdSegment] = weakref.WeakSet()  # segments that it made, or was given
+        self._proved = proof.Proved()
 
     @classmethod
     def welcome(
@@ -181,6 +183,11 @@ class AgentAddressSpace(Conversation):
             self._has.add(donation.segment)
         return donation
 
+    def prove_ahead(self, claims: Claims) -> None:
+        """As the protocol says."""
+        new = [vpns for segment, vpns in claims if segment not in self._has]
+        self._proved = proof.ahead(new, self._prove) if len(new) > 1 else proof.Proved()
+
     def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
         """As the protocol says. A segment must be a `MemfdSegment`, and is not passed before the process proved
         that it has a page of it. Many extents go in several packets, and when the process goes between two of them,
@@ -194,7 +201,7 @@ class AgentAddressSpace(Conversation):
             fd = segment.fileno()
             named = extents["offset"] != ZERO_PAGE
             if segment not in self._has and named.any():
-                refuted = proof.refuted(fd, extents[named], self._prove)
+                refuted = proof.refuted(fd, extents[named], self._prove, self._proved)
                 if refuted is not None:
                     return self._merge_zeros(extents, named, refuted)
                 self._has.add(segment)

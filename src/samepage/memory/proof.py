@@ -6,6 +6,10 @@ A claim is a checksum, which others may know, too. So the process hashes pages u
 enough: a process that has one could claim that page alone, so nothing is gained by asking for more. The service asks
 for a few at once, since any of them may just have been written. If none of these is equal it asks for more, until no
 claim is left. So an honest process loses no page by this, and a liar learns nothing.
+
+A question takes the service half as much time as a merge. So a process that is about to be given several segments is
+asked for a few pages of each at once (`ahead`), some of which are still to be copied. Only where none of these is equal
+to the segment's page is it asked again.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +28,9 @@ from samepage.memory.wire import BODY_MAX, DONE, KEY_SIZE, PROOF_SIZE
 
 AT_FIRST = 4
 """How many pages it asks for at first."""
+
+AHEAD = 2
+"""How many pages of each of several segments."""
 
 MORE = 8
 """If none was equal, it asks for so many times more."""
@@ -34,9 +42,42 @@ Ask = Callable[[bytes, U64], tuple[U8, list[bytes]]]
 """Asks a process to hash pages under a key: the status of each, and its proof."""
 
 
-def refuted(fd: int, extents: npt.NDArray[np.void], ask: Ask) -> U8 | None:
-    """None if the process has one of the pages of `extents` as it is in the segment `fd`; else what it says of each, or
-    that it is different."""
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """What a process proved ahead: the proofs of pages, all under one key."""
+
+    key: bytes = b""
+    vpns: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
+    proofs: list[bytes] = field(default_factory=list)
+
+    def of(self, fd: int, extents: npt.NDArray[np.void]) -> bool:
+        """Whether one of the pages of `extents` (ascending) is as it is in the segment `fd`."""
+        first = np.ascontiguousarray(extents["vpn"])
+        which = np.maximum(np.searchsorted(first, self.vpns, "right") - 1, 0)
+        nth = self.vpns - first[which]  # of what lies before them all, very many
+        its = np.flatnonzero(nth < extents["npages"][which])
+        offsets = (extents["offset"][which[its]] + nth[its]).tolist()
+        return any(
+            self.proofs[i] == expected(self.key, _page(fd, offset))
+            for i, offset in zip(its.tolist(), offsets, strict=True)
+        )
+
+
+def ahead(claims: Sequence[npt.NDArray[np.int64]], ask: Ask) -> Proved:
+    """What the process proves of a few pages of each claim."""
+    chosen = [vpns[random.sample(range(len(vpns)), min(AHEAD, len(vpns)))] for vpns in claims]
+    vpns: U64 = np.concatenate(chosen).astype(np.uint64)[:AT_MOST]
+    key = os.urandom(KEY_SIZE)
+    status, proofs = ask(key, vpns)
+    done = np.flatnonzero(status == PageStatus.DONE)
+    return Proved(key, vpns[done], [proofs[i] for i in done.tolist()])
+
+
+def refuted(fd: int, extents: npt.NDArray[np.void], ask: Ask, proved: Proved) -> U8 | None:
+    """None if the process has one of the pages of `extents` as it is in the segment `fd`, as it `proved` or proves now;
+    else what it says of each, or that it is different."""
+    if proved.of(fd, extents):
+        return None
     npages = extents["npages"].astype(np.int64)
     ends = np.cumsum(npages)
     status: U8 = np.full(int(ends[-1]), PageStatus.DIFFERENT, np.uint8)

@@ -27,6 +27,7 @@ from samepage.memory import (
     AddressSpaceSilent,
     Areas,
     BreakResult,
+    Claims,
     Donation,
     MergeResult,
     PageStatus,
@@ -209,6 +210,9 @@ class SimulatedAddressSpace(SimulatedProcess):
             return PageStatus.NOMEM
         content.append(page.content)
         return PageStatus.DONE
+
+    def prove_ahead(self, claims: Claims) -> None:
+        """See `AddressSpace.prove_ahead`: nothing has to be proved here."""
 
     def merge(self, segment: Segment | None, extents: npt.NDArray[np.void]) -> MergeResult:
         """See `AddressSpace.merge`."""
