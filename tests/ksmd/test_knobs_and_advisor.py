@@ -241,16 +241,26 @@ def test_stopped_or_alone_there_is_nothing_to_wait_for() -> None:
     assert ksmd.do_scan() == 0
 
 
-def test_new_memory_is_seen_and_merged_without_a_pause_but_the_one_between_two_passes() -> None:
+@pytest.mark.parametrize("took", [0.0, 0.004, 0.05])
+def test_new_memory_is_seen_and_merged_without_a_pause_but_the_one_between_two_passes(
+    took: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of that, what the first pass takes is a part."""
     clock = Clock()
     ksmd = new_ksmd(clock)
     machine = SimulatedMachine()
-    processes(machine, ksmd, SAME, SAME)
+    for space in processes(machine, ksmd, SAME, SAME)[0]:
+        monkeypatch.setattr(space, "scan", functools.partial(slow, space.scan, clock, took))
     begun = clock.now
     while not machine.saved:
         clock.now += ksmd.next_wait()
         ksmd.do_scan()
-    assert clock.now - begun == pytest.approx(0.02)
+    assert clock.now - begun == pytest.approx(max(0.02, 2 * took) + 2 * took)
+
+
+def slow(scan: Callable[..., ScanResult], clock: Clock, seconds: float, *how: Any) -> ScanResult:
+    clock.now += seconds
+    return scan(*how)
 
 
 def test_a_pass_does_not_end_before_a_forked_child_had_the_time_to_join() -> None:

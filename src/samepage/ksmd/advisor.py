@@ -106,11 +106,12 @@ class Advisor:
         self._rest = 0.0
         self._rest_until = now + self._knobs.sleep_millisecs / 1000
 
-    def pass_over(self, now: float, quiet: bool) -> None:
-        """Called at the end of a pass; `quiet`: nothing had changed, nothing was merged."""
+    def pass_over(self, since: float, quiet: bool) -> None:
+        """Called at the end of a pass; `quiet`: nothing had changed, nothing was merged. The pause is counted `since`
+        then."""
         sleep = self._knobs.sleep_millisecs / 1000
         self._rest = min(max(2 * self._rest, sleep), max(IDLE_SECONDS, sleep)) if quiet else sleep
-        self._rest_until = now + self._rest
+        self._rest_until = since + self._rest
         if self._knobs.advisor_mode == "scan-time" and self._pass_pages:
             self._knobs.pages_to_scan = self._scan_time_target(sleep)
         self._pass_pages, self._pass_cpu = 0, 0.0

@@ -65,6 +65,7 @@ class Passes:
         self._took = {False: 0.0, True: 0.0}  # seconds of this pass, by whether a foreign domain had them
         self._hashed = 0  # pages, in this pass
         self._joins_until = -math.inf  # until then the pass waits for forked children
+        self._began = -math.inf  # of this pass
         self._pruned = -math.inf
         self._belated = False  # newcomers are looked at, and it is no pass
 
@@ -120,6 +121,7 @@ class Passes:
         mm_list.cursor = {slot: mm_list.carried.get(slot, 0) for slot in slots}
         mm_list.carried = {}
         mm_list.in_pass = True
+        self._began = self.clock()
         self._took = {False: 0.0, True: 0.0}
         self._hashed = 0
 
@@ -236,7 +238,8 @@ class Passes:
             self._pruned = self.clock()
         for domain in self.mm_list.domains():
             self._end_of(domain, prune)
-        self.advisor.pass_over(self.clock(), quiet=not self.found_work)
+        # No page is looked at again before as much time as a pass takes has gone by, so that is part of the pause.
+        self.advisor.pass_over(self._began if self.found_work else self.clock(), quiet=not self.found_work)
         self.found_work = False
 
     def _end_of(self, domain: Domain, prune: bool) -> None:
