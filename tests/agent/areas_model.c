@@ -8,6 +8,7 @@
  */
 #include "base/area.h"
 #include "base/check.h"
+#include "base/descriptors.h"
 #include "base/maps.h"
 #include "base/planes.h"
 #include "base/real.h"
@@ -31,11 +32,18 @@ static struct page {
 } model[PAGES];
 
 static size_t largest = SIZE_MAX; /* mapping to be had */
+static bool agents;		  /* the agent's thread is at work */
 
 /* ---- what the books need of the rest of the agent ---- */
 
+bool on_agent_thread(void)
+{
+	return agents;
+}
+
 static void *limited_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {
+	CHECK(!agents);
 	return len > largest ? MAP_FAILED : mmap(addr, len, prot, flags, fd, offset);
 }
 
@@ -245,6 +253,27 @@ static void grow_and_shrink(void)
 	CHECK(!nr_areas);
 }
 
+/* It cuts areas as long as there is room, and maps nothing; then it excludes whole ones. */
+static void agent_at_work(void)
+{
+	const size_t many = 100000;
+	size_t cuts = 0;
+
+	for (size_t i = 0; i < many; i++)
+		CHECK(!area_add(address(4 * i), address(4 * i + 3), AREA_LOCKED, 0));
+	agents = true;
+	for (size_t i = 0; i < many; i++) {
+		area_change(address(4 * i + 1), address(4 * i + 2), AREA_EXCLUDED, 0, -1);
+		CHECK(area_next(address(4 * i + 1))->flags & AREA_EXCLUDED);
+		cuts += !(area_next(address(4 * i))->flags & AREA_EXCLUDED);
+	}
+	agents = false;
+	CHECK(cuts > 1000 && cuts < many);
+	CHECK(!area_add(address(4 * many), address(4 * many + 1), AREA_LOCKED, 0));
+	area_remove(address(0), address(4 * many + 1));
+	CHECK(!nr_areas);
+}
+
 /* What was to be mergeable, but lies where the planes do not reach, is left alone. */
 static void beyond_the_planes(void)
 {
@@ -282,6 +311,7 @@ int main(int argc, char **argv)
 		largest = 16 << 10; /* the least that the set begins with */
 	} else {
 		grow_and_shrink();
+		agent_at_work();
 	}
 	beyond_the_planes();
 	merging_any();

@@ -10,6 +10,7 @@
  */
 #include "base/area.h"
 #include "base/check.h"
+#include "base/descriptors.h"
 #include "base/real.h"
 
 #include <sys/mman.h>
@@ -99,6 +100,9 @@ int area_set_reserve(struct area_set *s, size_t more)
 		capacity *= 2;
 	if (s->node && capacity == s->capacity)
 		return 0;
+	/* The agent's thread maps nothing (window.c). The next thread of the program's that changes an area makes room. */
+	if (on_agent_thread())
+		return want <= s->capacity ? 0 : -ENOMEM;
 	for (; capacity >= LEAST_CAPACITY && capacity >= want && capacity > s->capacity; capacity /= 2)
 		if (capacity <= UINT32_MAX / 2 && resize(s, (uint32_t)capacity))
 			return 0;
