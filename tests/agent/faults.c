@@ -1,18 +1,22 @@
 /*
  * Linked into an agent for tests: makes calls of the agent's thread fail as a test says. The test shares `struct plan`
  * with the process through the file that SAMEPAGE_FAULTS names. -Wl,--wrap=pread brings pread(2) here.
+ *
+ * It can also kill the child that makes a step (unstopped.c), before or after any call that changes something.
  */
 #include "base/descriptors.h"
 #include "base/real.h"
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #define MOVE 0x05
@@ -54,10 +58,30 @@ struct plan {
 	_Atomic uint32_t armed, failed;
 	_Atomic uint32_t calls[NR_KINDS];
 	struct rule rules[NR_RULES];
+	_Atomic uint32_t moments; /* how often a child was about to change something, or just had */
+	_Atomic uint32_t fatal;	  /* at which of these moments it is killed, counted from 1; 0: never */
 };
+
+#define LINGER_NS 3000000 /* before it dies, so that others meet what is half done */
 
 static struct plan *plan;
 static struct real kernel_calls;
+static long owner; /* the process */
+
+/* Every call of the agent's that changes mappings, or what is in them, is between two such moments. */
+static void moment(void)
+{
+	const struct timespec linger = {.tv_nsec = LINGER_NS};
+	long pid;
+
+	if (!plan || !atomic_load(&plan->armed) || !on_agent_thread())
+		return;
+	pid = kernel_calls.syscall(SYS_getpid);
+	if (pid == owner || atomic_fetch_add(&plan->moments, 1) + 1 != atomic_load(&plan->fatal))
+		return;
+	kernel_calls.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &linger, NULL);
+	kernel_calls.syscall(SYS_kill, pid, SIGKILL);
+}
 
 /* The rule by which this call of a kind is to fail, or NULL. */
 static const struct rule *fails(enum kind kind)
@@ -93,8 +117,14 @@ static int uffd_ioctl(int fd, unsigned long request, void *arg, enum kind kind)
 	uint64_t len = word[at];
 	const struct rule *r = fails(kind);
 
-	if (!r)
-		return kernel_calls.ioctl(fd, request, arg);
+	if (!r) {
+		int ret;
+
+		moment();
+		ret = kernel_calls.ioctl(fd, request, arg);
+		moment();
+		return ret;
+	}
 	if (r->done == HALF)
 		word[at] = half(len);
 	if (r->done != NOTHING && word[at])
@@ -157,8 +187,14 @@ static void *faulty_mremap(void *addr, size_t old_len, size_t new_len, int flags
 	target = va_arg(args, void *);
 	va_end(args);
 	r = fails(K_MREMAP);
-	if (!r)
-		return kernel_calls.mremap(addr, old_len, new_len, flags, target);
+	if (!r) {
+		void *ret;
+
+		moment();
+		ret = kernel_calls.mremap(addr, old_len, new_len, flags, target);
+		moment();
+		return ret;
+	}
 	if (r->done == GAP && flags & MREMAP_FIXED)
 		kernel_calls.munmap(target, new_len);
 	fail(r);
@@ -168,11 +204,26 @@ static void *faulty_mremap(void *addr, size_t old_len, size_t new_len, int flags
 static void *faulty_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {
 	const struct rule *r = fails(K_MMAP);
+	void *ret;
 
-	if (!r)
-		return kernel_calls.mmap(addr, len, prot, flags, fd, offset);
-	fail(r);
-	return MAP_FAILED;
+	if (r) {
+		fail(r);
+		return MAP_FAILED;
+	}
+	moment();
+	ret = kernel_calls.mmap(addr, len, prot, flags, fd, offset);
+	moment();
+	return ret;
+}
+
+static int fatal_munmap(void *addr, size_t len)
+{
+	int ret;
+
+	moment();
+	ret = kernel_calls.munmap(addr, len);
+	moment();
+	return ret;
 }
 
 static int faulty_mprotect(void *addr, size_t len, int prot)
@@ -190,8 +241,14 @@ static int faulty_madvise(void *addr, size_t len, int advice)
 							 : K_ADVICE;
 	const struct rule *r = fails(kind);
 
-	if (!r)
-		return kernel_calls.madvise(addr, len, advice);
+	if (!r) {
+		int ret;
+
+		moment();
+		ret = kernel_calls.madvise(addr, len, advice);
+		moment();
+		return ret;
+	}
 	if (r->done == HALF && half(len))
 		kernel_calls.madvise(addr, half(len), advice);
 	return fail(r);
@@ -253,9 +310,11 @@ __attribute__((constructor)) static void interpose(void)
 	real.ioctl = faulty_ioctl;
 	real.mremap = faulty_mremap;
 	real.mmap = faulty_mmap;
+	real.munmap = fatal_munmap;
 	real.mprotect = faulty_mprotect;
 	real.madvise = faulty_madvise;
 	real.munlock = faulty_munlock;
 	real.syscall = faulty_syscall;
+	owner = kernel_calls.syscall(SYS_getpid);
 	plan = p;
 }

@@ -8,6 +8,11 @@
  *   overwrite  gives every page another content
  *   pause      keeps the readers from it until it is renewed
  *   check      says how many pages hold a wrong word, and how often the readers came round since the last time
+ *   advise     gives it advice (MADV_DONTFORK) that all of it must have from then on
+ *   squat      maps pages elsewhere all the time from now on, wherever there is room, by system calls that pass no
+ *              wrapper; a page of these that holds another word than its own counts as wrong
+ *   crowd      makes as many mappings as the kernel allows, and gives them back
+ *   discard    gives all of it up (MADV_DONTNEED); says how many pages are not zeros then
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -18,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define PAGE 4096UL
@@ -100,6 +106,123 @@ static unsigned long check(void)
 	return bad;
 }
 
+/* Not by libc, whose functions are the agent's. */
+static long bare(long number, long a, long b, long c, long d, long e, long f)
+{
+	register long four __asm__("r10") = d, five __asm__("r8") = e, six __asm__("r9") = f;
+	long ret;
+
+	__asm__ volatile("syscall"
+			 : "=a"(ret)
+			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(four), "r"(five), "r"(six)
+			 : "rcx", "r11", "memory");
+	return ret;
+}
+
+static uintptr_t bare_page(void)
+{
+	return (uintptr_t)bare(SYS_mmap, 0, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
+
+#define BELOW (64UL << 20)
+#define SQUATTED 1024
+
+static void *squatter(void *arg)
+{
+	uintptr_t page[SQUATTED] = {0};
+
+	(void)arg;
+	for (size_t i = 0;; i = (i + 1) % SQUATTED) {
+		if (page[i]) {
+			if (*(volatile uintptr_t *)page[i] != page[i])
+				atomic_fetch_add(&wrong, 1);
+			bare(SYS_munmap, (long)page[i], PAGE, 0, 0, 0, 0);
+		}
+		page[i] = bare_page();
+		if (page[i] % PAGE) /* an error: there may be a crowd */
+			page[i] = 0;
+		else
+			*(volatile uintptr_t *)page[i] = page[i];
+		usleep(5);
+	}
+	return NULL;
+}
+
+static void squat(void)
+{
+	pthread_t thread;
+
+	/* The kernel takes the highest gap. Then there is none above the area, nor above the agent's windows. */
+	while (bare_page() > (uintptr_t)area - BELOW)
+		;
+	pthread_create(&thread, NULL, squatter, NULL);
+}
+
+#define CROWD 70000UL
+
+static void crowd(void)
+{
+	char *at = mmap(NULL, 2 * CROWD * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	for (size_t i = 0; i < CROWD && !mprotect(at + 2 * i * PAGE, PAGE, PROT_READ); i++)
+		;
+	munmap(at, 2 * CROWD * PAGE);
+}
+
+static unsigned long discard(void)
+{
+	unsigned long left = 0;
+
+	madvise(area, PAGES * PAGE, MADV_DONTNEED);
+	for (size_t page = 0; page < PAGES; page++)
+		left += *page_at(page) != 0;
+	return left;
+}
+
+static void obey(const char *line)
+{
+	if (!strcmp(line, "renew\n")) {
+		pause_readers(true);
+		renew();
+		pause_readers(false);
+		puts("renewed");
+	} else if (!strcmp(line, "change\n")) {
+		pause_readers(true);
+		for (size_t page = 0; page < PAGES; page++)
+			if (page % 9 == 4 || (page > HUGE + 100 && page < HUGE + 120))
+				write_page(page, ~((page + 1) << 32));
+		pause_readers(false);
+		puts("changed");
+	} else if (!strcmp(line, "overwrite\n")) {
+		pause_readers(true);
+		for (size_t page = 0; page < PAGES; page++)
+			write_page(page, (page + 1) << 32 | 1UL << 31);
+		pause_readers(false);
+		puts("overwritten");
+	} else if (!strcmp(line, "pause\n")) {
+		pause_readers(true);
+		puts("paused");
+	} else if (!strcmp(line, "advise\n")) {
+		madvise(area, PAGES * PAGE, MADV_DONTFORK);
+		puts("advised");
+	} else if (!strcmp(line, "squat\n")) {
+		squat();
+		puts("squatting");
+	} else if (!strcmp(line, "crowd\n")) {
+		crowd();
+		puts("crowded");
+	} else if (!strcmp(line, "discard\n")) {
+		pause_readers(true);
+		printf("%lu\n", discard());
+	} else {
+		unsigned long before = atomic_load(&rounds);
+
+		while (!atomic_load(&paused) && atomic_load(&rounds) < before + 2)
+			usleep(50);
+		printf("%lu\n", check());
+	}
+}
+
 int main(void)
 {
 	char *space = mmap(NULL, (PAGES + 2 * HUGE) * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -112,35 +235,7 @@ int main(void)
 	pthread_create(&thread, NULL, reader, NULL);
 	pause_readers(false);
 	printf("%lu\n", (unsigned long)area);
-	while (fgets(line, sizeof(line), stdin)) {
-		if (!strcmp(line, "renew\n")) {
-			pause_readers(true);
-			renew();
-			pause_readers(false);
-			puts("renewed");
-		} else if (!strcmp(line, "change\n")) {
-			pause_readers(true);
-			for (size_t page = 0; page < PAGES; page++)
-				if (page % 9 == 4 || (page > HUGE + 100 && page < HUGE + 120))
-					write_page(page, ~((page + 1) << 32));
-			pause_readers(false);
-			puts("changed");
-		} else if (!strcmp(line, "overwrite\n")) {
-			pause_readers(true);
-			for (size_t page = 0; page < PAGES; page++)
-				write_page(page, (page + 1) << 32 | 1UL << 31);
-			pause_readers(false);
-			puts("overwritten");
-		} else if (!strcmp(line, "pause\n")) {
-			pause_readers(true);
-			puts("paused");
-		} else {
-			unsigned long before = atomic_load(&rounds);
-
-			while (!atomic_load(&paused) && atomic_load(&rounds) < before + 2)
-				usleep(50);
-			printf("%lu\n", check());
-		}
-	}
+	while (fgets(line, sizeof(line), stdin))
+		obey(line);
 	return 0;
 }

@@ -189,9 +189,21 @@ static bool views_stay(void)
 	return stays;
 }
 
-/* The agent thread maps nothing but in this range. A program with one thread may unmap memory and map something at the same
- * place a moment later; no mapping of ours may land in between. So one of the program's own threads reserves the range. */
+/*
+ * The agent thread maps nothing but in this range. A program with one thread may unmap memory and map something at the same
+ * place a moment later; no mapping of ours may land in between. So one of the program's own threads reserves the range.
+ *
+ * It lies far below all that the kernel maps where it likes, which is from the top of the address space down, or from
+ * a third of it up. So no mapping of another thread's lands in a hole that window_give() leaves, nor in one that stays
+ * because somebody killed the child that made the step.
+ */
 static uintptr_t range;
+
+/* Randomized as libraries are. */
+static void *low_address(void)
+{
+	return (void *)PAGE_ALIGN_DOWN((uintptr_t)&range >> 2);
+}
 
 void windows_reserve(void)
 {
@@ -200,7 +212,7 @@ void windows_reserve(void)
 
 	if (range)
 		return;
-	p = real.mmap(NULL, WINDOWS + WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	p = real.mmap(low_address(), WINDOWS + WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (p == MAP_FAILED)
 		return;
 	/* Align the copy window so that huge pages fit into it. */

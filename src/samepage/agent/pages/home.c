@@ -105,11 +105,17 @@ static bool map_home(uintptr_t home, uintptr_t page)
 		window_drop(page, PAGE_SIZE);
 		return true;
 	}
-	if (page_holds(home, 1, &there) || there || window_give(page, PAGE_SIZE, home))
+	if (page_holds(home, 1, &there) || there)
 		return false;
-	real.madvise((void *)home, PAGE_SIZE, MADV_DOFORK);
-	real.madvise((void *)home, PAGE_SIZE, MADV_DODUMP);
-	area_readvise(area_next(home), home, home + PAGE_SIZE);
+	/* Before it is given, since somebody may kill this child right after. */
+	real.madvise((void *)page, PAGE_SIZE, MADV_DOFORK);
+	real.madvise((void *)page, PAGE_SIZE, MADV_DODUMP);
+	area_readvise(area_next(home), page, page + PAGE_SIZE);
+	if (window_give(page, PAGE_SIZE, home)) {
+		real.madvise((void *)page, PAGE_SIZE, MADV_DONTFORK);
+		real.madvise((void *)page, PAGE_SIZE, MADV_DONTDUMP);
+		return false;
+	}
 	if (!window_fill(page, PAGE_SIZE, PROT_READ | PROT_WRITE, -1, 0) ||
 	    uffd_register(kernel.move, page, PAGE_SIZE, UFFDIO_REGISTER_MODE_WP))
 		window_lost();

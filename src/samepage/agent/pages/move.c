@@ -6,7 +6,6 @@
  * hint; where pages are is read from the pagemap. No section ends before every page is at home, or equal to the segment
  * page that is mapped there. Only the originals of the latter, which nobody needs, are left in the scratch.
  */
-#include "base/maps.h"
 #include "base/planes.h"
 #include "base/real.h"
 #include "base/settings.h"
@@ -414,30 +413,12 @@ void swap_by_move(struct chunk *c, size_t i, size_t j)
 	}
 }
 
-/* Whether page m of the chunk is mapped from a segment now; none of the chunk was before. */
-static bool was_mapped(const struct chunk *c, size_t m)
-{
-	struct vma vma;
-
-	vma_forget();
-	return vma_find(kernel.maps, c->addr[m], &vma) && vma.start <= c->addr[m] && vma_is_segment(&vma);
-}
-
-void swap_recover(void)
+void move_recover(void)
 {
 	struct chunk *c = now.chunk;
 
 	if (!c)
 		return;
-	for (size_t m = now.i; m < now.j; m++) {
-		uint64_t vpn = c->addr[m] >> PAGE_SHIFT;
-
-		if (c->segment && was_mapped(c, m)) {
-			c->status[m] = DONE;
-			page_set(PAGE_SEGMENT, vpn, vpn + 1, true);
-			page_set(PAGE_KNOWN, vpn, vpn + 1, false); /* nobody will be told of it now */
-		}
-	}
 	if (now.i < now.j)
 		bring_home(c, now.i, c->scratch, now.j - now.i);
 	watch_no_more(c, 0, c->n);

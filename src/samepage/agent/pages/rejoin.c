@@ -102,15 +102,21 @@ static bool grow(uintptr_t page, uintptr_t len)
 	return true;
 }
 
-/* Whether the page is in the window: nothing else ever is there. */
-static bool is_away(uintptr_t page)
+static bool holds(uintptr_t page)
 {
-	bool holds;
+	bool there;
 
-	for (int tries = 0; page_holds(page, 1, &holds); tries++)
+	for (int tries = 0; page_holds(page, 1, &there); tries++)
 		if (tries == HOME_TRIES)
 			strand();
-	return holds;
+	return there;
+}
+
+/* Whether the page that belongs at `home` is in the window. If nothing is mapped there any more, something of another
+ * thread's may be. */
+static bool is_away(uintptr_t page, uintptr_t home)
+{
+	return holds(page) && !holds(home);
 }
 
 /* Ends the critical section, however far it came; also one that was killed in the middle. Returns whether the pages are
@@ -119,7 +125,7 @@ static bool end_section(void)
 {
 	const uintptr_t page = kernel.copy, merged = kernel.view, behind = now.start + PAGE_SIZE;
 	const uintptr_t rest = now.len - PAGE_SIZE;
-	bool away = is_away(page), joined;
+	bool away = is_away(page, now.start), joined;
 	struct vma vma;
 
 	vma_forget();

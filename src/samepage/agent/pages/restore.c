@@ -86,9 +86,24 @@ static uintptr_t copy_home(uintptr_t start, uintptr_t done, uintptr_t len)
 	return done;
 }
 
+/* Finds what of [at, end) in the window holds nothing to be brought home, and fills it again if nothing is mapped there.
+ * Returns where that ends; `at` if there is none, or the kernel does not say. */
+static uintptr_t empty_end(uintptr_t at, uintptr_t end)
+{
+	struct vma vma;
+
+	vma_forget();
+	if (!vma_find(kernel.maps, at, &vma) || (vma.start <= at && vma.ino))
+		return at;
+	if (vma.start <= at)
+		return min_addr(vma.end, end);
+	refill(at, min_addr(vma.start, end) - at);
+	return min_addr(vma.start, end);
+}
+
 /* Moves the pages in the window back over [start, start + len), with their mappings. That takes no more mappings than
  * there were, but other threads may have taken them meanwhile. After some tries copies will do, if the pages are
- * `unheld`. */
+ * `unheld`. A child that was killed may have brought home some of them. */
 static void go_home(uintptr_t start, uintptr_t len, bool unheld)
 {
 	const struct timespec nap = {.tv_nsec = 1000000};
@@ -97,13 +112,19 @@ static void go_home(uintptr_t start, uintptr_t len, bool unheld)
 
 	unmigrated(view, len);
 	for (int tries = 0; done < len; tries++) {
-		while (done < len && (stop = mapping_end(view + done)) > view + done) {
-			uintptr_t n = min_addr(stop - view, len) - done;
-
-			if (window_give(view + done, n, start + done))
-				break;
-			refill(view + done, n);
-			done += n;
+		while (done < len) {
+			stop = mapping_end(view + done);
+			if (stop > view + done) {
+				stop = min_addr(stop, view + len);
+				if (window_give(view + done, stop - view - done, start + done))
+					break;
+				refill(view + done, stop - view - done);
+			} else {
+				stop = empty_end(view + done, view + len);
+				if (stop == view + done)
+					break;
+			}
+			done = stop - view;
 		}
 		if (unheld && tries >= COPY_TRIES)
 			done = copy_home(start, done, len);
@@ -235,10 +256,9 @@ static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 }
 
 /* Finishes a step that was killed in the middle. If the copy was put in place, it was put as a whole. If it was not,
- * the pages in the window, mapping by mapping from its start on, are the only ones. */
+ * the pages in the window are the only ones. */
 static void restore_recover(void)
 {
-	uintptr_t came = 0, stop;
 	struct vma vma;
 	bool replaced;
 
@@ -246,10 +266,8 @@ static void restore_recover(void)
 		return;
 	vma_forget();
 	replaced = vma_find(kernel.maps, now.start, &vma) && vma.start <= now.start && !vma.ino;
-	while (!replaced && came < now.len && (stop = mapping_end(kernel.view + came)) > kernel.view + came)
-		came = min_addr(stop - kernel.view, now.len);
 	if (!replaced)
-		go_home(now.start, came, false);
+		go_home(now.start, now.len, false);
 	end_section(now.start, now.len, replaced ? 0 : -EBUSY);
 }
 

@@ -91,6 +91,8 @@ void track_again(uintptr_t start, uintptr_t end, bool watched)
 	}
 }
 
+static struct chunk *swapping;
+
 /* We don't check the pages first: nearly all can be swapped, and a failed attempt says why. Under write-protection, a
  * page in a segment's mapping can be swapped, too, if it was written. */
 void swap_chunk(struct chunk *c)
@@ -101,6 +103,7 @@ void swap_chunk(struct chunk *c)
 		memset(c->status, REFUSED, c->n);
 		return;
 	}
+	swapping = c;
 	for (size_t k = 0; k < c->n; k++)
 		go[k] = kernel.protects || !page_test(PAGE_SEGMENT, c->addr[k] >> PAGE_SHIFT);
 	for (size_t i = 0, j; i < c->n; i = j) {
@@ -115,5 +118,53 @@ void swap_chunk(struct chunk *c)
 				end = row_end(c, at, j);
 				swap_by_protect(c, at, end);
 			}
+	}
+	swapping = NULL;
+}
+
+/* Notes the pages of the chunk that are mapped from a segment by now. map_segment() may not have come to that. */
+static void note_mapped(struct chunk *c)
+{
+	struct vma vma;
+
+	for (size_t i = 0, end; i < c->n; i = end) {
+		uintptr_t start = c->addr[i];
+		uint64_t vpn;
+
+		vma_forget(); /* advice cuts mappings */
+		if (!vma_find(kernel.maps, start, &vma) || vma.start > start)
+			vma = (struct vma){.end = start + PAGE_SIZE};
+		for (end = i + 1; end < c->n && same_row(c, end) && c->addr[end] < vma.end; end++)
+			;
+		if (!vma_is_segment(&vma))
+			continue;
+		memset(c->status + i, DONE, end - i);
+		area_readvise(area_next(start), start, start + (end - i) * PAGE_SIZE);
+		vpn = start >> PAGE_SHIFT;
+		page_set(PAGE_SEGMENT, vpn, vpn + (end - i), true);
+		page_set(PAGE_KNOWN, vpn, vpn + (end - i), false); /* nobody will be told of it now */
+	}
+}
+
+void swap_recover(void)
+{
+	struct chunk *c = swapping;
+
+	if (!c)
+		return;
+	swapping = NULL;
+	if (c->segment)
+		note_mapped(c);
+	if (!kernel.protects) {
+		move_recover();
+		return;
+	}
+	for (size_t i = 0, end; i < c->n; i = end) {
+		uintptr_t start = c->addr[i], stop;
+
+		end = row_end(c, i, c->n);
+		stop = c->addr[end - 1] + PAGE_SIZE;
+		uffd_release(&kernel.wp, start, stop - start);
+		track_again(start, stop, false);
 	}
 }

@@ -101,9 +101,11 @@ void swap_by_move(struct chunk *c, size_t i, size_t j);
 bool scratch_ready(size_t n);
 /* Swaps those pages of a chunk that may be swapped, and sets a status for each page. Needs the lock. */
 void swap_chunk(struct chunk *c);
-/* Finishes what a swap_chunk() that was killed in the middle had begun. Afterwards every page is in its place. Needs
- * the lock. */
+/* Finishes what a swap_chunk() that was killed in the middle had begun. Afterwards every page is in its place, and the
+ * books say so. Needs the lock. */
 void swap_recover(void);
+/* move.c's part: brings home what is away and not DONE. */
+void move_recover(void);
 /* Gives back the originals that are left in the scratch; call it before a request is answered. False: they are still
  * there. */
 bool scratch_drop(void);
