@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Tests the blocks that are kept without the lock (kept.c): threads take, free, resize and allocate blocks, and a signal
- * handler does so in the middle of that. No block may have two users at once, no more than 128 KiB is kept, and all
- * blocks are found again at the end.
+ * handler does so in the middle of that. No block may have two users at once, no more than 384 KiB is kept, long blocks
+ * are kept only until the next allocation and not if something was done to blocks, and all blocks are found again at the end.
  *
  * Usage: kept_model THREADS ROUNDS. Exit status 0, or 1 after saying what was wrong.
  */
@@ -16,10 +16,11 @@
 #define BLOCKS 256
 #define BASE 0x7f0000000000UL
 
-/* Block i lies at BASE + 64 * i pages, and has 16 or 17. */
+/* Block i lies at BASE + 64 * i pages, and has 16, 17, 40 or 41. */
 static _Atomic int users[BLOCKS]; /* 1: in use, or kept */
 static _Atomic unsigned long reused, returned;
-static _Atomic bool failed;
+static _Atomic bool failed, merged;
+_Atomic bool blocks_changed;
 
 static uintptr_t start_of(size_t i)
 {
@@ -28,7 +29,7 @@ static uintptr_t start_of(size_t i)
 
 static size_t length_of(size_t i)
 {
-	return (16 + i % 2) * PAGE_SIZE;
+	return (16 + i % 2 + i / 2 % 2 * 24) * PAGE_SIZE;
 }
 
 static size_t number_of(uintptr_t start)
@@ -40,6 +41,11 @@ static void check(bool holds, const char *what)
 {
 	if (!holds && !atomic_exchange(&failed, true))
 		printf("%s\n", what);
+}
+
+bool has_segments(uintptr_t start, uintptr_t end)
+{
+	return start < end && merged;
 }
 
 struct block *block_at(const void *p)
@@ -63,6 +69,7 @@ static uintptr_t get(size_t len)
 		atomic_fetch_add(&reused, 1);
 		return start;
 	}
+	kept_release_long();
 	for (size_t i = 0; i < BLOCKS; i++) {
 		int free = 0;
 
@@ -114,6 +121,35 @@ static void *work(void *arg)
 	return NULL;
 }
 
+/* Whether block i, freed, is kept. */
+static bool keeps(size_t i)
+{
+	kept_note(start_of(i), length_of(i));
+	users[i] = 1;
+	if (kept_put(start_of(i)))
+		return true;
+	kept_forget(start_of(i));
+	users[i] = 0;
+	return false;
+}
+
+static void check_long_ones(void)
+{
+	check(keeps(2) && is_kept(start_of(2)), "a long block is not kept");
+	check(kept_take(length_of(2)) == start_of(2) && kept_put(start_of(2)), "a long block is not used again");
+	check(!keeps(3), "more is kept than may be");
+	check(keeps(0), "a short block is not kept");
+	kept_release_long();
+	check(!is_kept(start_of(2)) && is_kept(start_of(0)), "a short block was let go of, or a long one was not");
+	merged = true;
+	check(!keeps(2), "a merged block is kept");
+	merged = false;
+	blocks_changed = true;
+	check(!keeps(2), "a block is kept to which something may have been done");
+	blocks_changed = false;
+	kept_release();
+}
+
 int main(int argc, char **argv)
 {
 	struct itimerval every = {{0, 200}, {0, 200}}, never = {{0, 0}, {0, 0}};
@@ -121,6 +157,8 @@ int main(int argc, char **argv)
 	size_t kept = 0, used = 0;
 	pthread_t ids[64];
 
+	kept_limit(256 << 10);
+	check_long_ones();
 	rounds = argc > 2 ? strtoul(argv[2], NULL, 0) : 100000;
 	signal(SIGALRM, interrupted);
 	setitimer(ITIMER_REAL, &every, NULL);
@@ -133,8 +171,8 @@ int main(int argc, char **argv)
 		used += (size_t)users[i];
 		kept += users[i] ? length_of(i) : 0;
 	}
-	check(used && kept <= 128 << 10, "too much is kept, or nothing");
-	kept_release(true);
+	check(used && kept <= 384 << 10, "too much is kept, or nothing");
+	kept_limit(0);
 	for (size_t i = 0; i < BLOCKS; i++)
 		check(!users[i], "a block was lost");
 	check(reused > rounds / 10, "hardly a block was used again");

@@ -3,9 +3,12 @@
 #include "base/area.h"
 #include "base/planes.h"
 
+#include <sys/mman.h>
+
 static struct area_set areas;
 _Atomic unsigned long nr_areas;
 uint64_t areas_seq = 1;
+_Atomic bool blocks_changed;
 
 _Atomic bool merge_any, merge_mapped, small_allocs;
 bool kernel_serves_others;
@@ -91,6 +94,13 @@ static void delete(struct area *a)
 	nr_areas = areas.nr;
 }
 
+bool is_plain_block(const struct area *a)
+{
+	const unsigned allowed = AREA_ALLOC | AREA_HUGEPAGE | AREA_NOHUGEPAGE | area_new_flags();
+
+	return a->flags & AREA_ALLOC && !(a->flags & ~allowed) && a->prot == (PROT_READ | PROT_WRITE);
+}
+
 /* Makes `addr` a boundary between areas if it lies inside one. Needs room for one more area. */
 static void split_at(uintptr_t addr)
 {
@@ -153,6 +163,8 @@ static void exclude(uintptr_t start, uintptr_t end)
 	for (struct area *a = area_next(start); a && a->start < end; a = area_next(a->end)) {
 		areas_seq += mergeable(a->flags);
 		a->flags |= AREA_EXCLUDED;
+		if (a->flags & AREA_ALLOC)
+			blocks_changed = true;
 	}
 }
 
@@ -174,6 +186,8 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 		a->flags = flags;
 		if (prot >= 0)
 			a->prot = prot;
+		if (flags & AREA_ALLOC && !is_plain_block(a))
+			blocks_changed = true;
 	}
 	join_around(start, end);
 }

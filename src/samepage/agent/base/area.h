@@ -62,6 +62,7 @@ void area_set_delete(struct area_set *s, struct area *a);
 void area_set_trim(struct area_set *s);
 
 extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every wrapper passes straight through */
+extern _Atomic bool blocks_changed;    /* something was done to memory of AREA_ALLOC that its next user would notice */
 extern uint64_t areas_seq;	       /* changes whenever merge_any or the set of mergeable ranges does */
 extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: all that the program maps is mergeable */
 extern _Atomic bool merge_mapped;      /* the same, set by `samepage run --memory` before anything is mapped */
@@ -101,6 +102,8 @@ void area_forget_plain(uintptr_t start, uintptr_t end);
 /* Existing areas in the range get `set` and lose `clear`; the gaps between them become areas with `set`. All get
  * `prot`; where `prot` is 0, existing areas keep theirs. Returns 0 or -ENOMEM. */
 int area_cover(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, int prot);
+/* Whether it is memory of alloc.c, and nothing was done to it that its next user would notice. */
+bool is_plain_block(const struct area *a);
 /* The flags of a new area: AREA_LOCKED under mlockall(MCL_FUTURE). */
 unsigned area_new_flags(void);
 void area_lock_future(bool on);

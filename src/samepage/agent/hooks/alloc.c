@@ -161,8 +161,6 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	if (start)
 		widen(&block_bounds, start, start + len);
 	mmap_unlock(&saved);
-	if (start)
-		kept_note(start, len);
 	set_up_real_malloc();
 	if (start && zeroed)
 		memset((void *)start, 0, dirty);

@@ -54,13 +54,10 @@ static bool unmap(uintptr_t start, uintptr_t end)
 /* Whether nothing was done to the range that its next user would notice. */
 static bool is_plain(uintptr_t start, uintptr_t end)
 {
-	const unsigned allowed = AREA_ALLOC | AREA_HUGEPAGE | AREA_NOHUGEPAGE | area_new_flags();
-
 	while (start < end) {
 		const struct area *a = area_next(start);
 
-		if (!a || a->start > start || !(a->flags & AREA_ALLOC) || a->flags & ~allowed ||
-		    a->prot != (PROT_READ | PROT_WRITE))
+		if (!a || a->start > start || !is_plain_block(a))
 			return false;
 		start = a->end;
 	}
@@ -108,6 +105,7 @@ void block_free(struct block *b)
 	if (b->alone && !fixed_thresholds && len > mmap_threshold && len <= LARGEST) {
 		mmap_threshold = len;
 		trim_threshold = 2 * len;
+		kept_limit(len);
 	}
 	if ((b->alone || !plain) && unmap(b->start, b->end)) {
 		block_remove(b);
@@ -123,7 +121,7 @@ void block_free(struct block *b)
 
 bool blocks_trim(void)
 {
-	bool any = kept_release(false) | !!blocks.oldest;
+	bool any = kept_release() | !!blocks.oldest;
 
 	for (struct block *b = blocks.oldest, *newer; b; b = newer) {
 		newer = b->newer;
@@ -134,7 +132,7 @@ bool blocks_trim(void)
 
 bool blocks_release(void)
 {
-	bool any = kept_release(false);
+	bool any = kept_release();
 
 	for (struct block *b = blocks.oldest, *newer; b; b = newer) {
 		newer = b->newer;
@@ -268,6 +266,7 @@ uintptr_t block_new(size_t len, size_t align, size_t *dirty)
 	*dirty = 0;
 	if (!blocks_reserve(3))
 		return 0;
+	kept_release_long();
 	decay();
 	b = spare <= PTRDIFF_MAX - len ? block_fitting(len + spare) : NULL;
 	if (b)
@@ -278,6 +277,8 @@ uintptr_t block_new(size_t len, size_t align, size_t *dirty)
 		b = map_alone(len, align, len > mmap_threshold);
 	else
 		b = grow(len, dirty);
+	if (b && !b->alone)
+		kept_note(b->start, len);
 	return b ? b->start : 0;
 }
 
@@ -365,5 +366,5 @@ void blocks_set(int param, size_t value)
 	else if (param != M_TOP_PAD && param != M_MMAP_MAX)
 		return;
 	fixed_thresholds = true;
-	kept_release(true);
+	kept_limit(0);
 }

@@ -44,17 +44,22 @@ void block_claim(struct block *b);
 /* Makes a free block the last that decay() looks at. */
 void block_later(struct block *b);
 
-/* ---- kept.c: without the lock, but for kept_release() ---- */
+/* ---- kept.c: without the lock, but for the last three ---- */
 
 /* A block of that length, which is in use from now on; 0: none is kept. */
 uintptr_t kept_take(size_t len);
 /* A block that its user frees. False: it is as it was, and not kept. */
 bool kept_put(uintptr_t start);
-/* Says how long a block is that somebody uses, and that this is not known any more. */
+/* Says how long a block is that somebody uses, and that this is not known any more. A block that is mapped alone must
+ * not be kept. */
 void kept_note(uintptr_t start, size_t len);
 void kept_forget(uintptr_t start);
 bool is_kept(uintptr_t start);
-/* Frees all that is kept; for_good: and keeps no more. Returns whether there was any. */
-bool kept_release(bool for_good);
+/* Frees all that is kept. Returns whether there was any. */
+bool kept_release(void);
+/* The same, only what is kept until the next allocation. */
+void kept_release_long(void);
+/* How many bytes may be kept; 0: frees all, and keeps no more. */
+void kept_limit(size_t len);
 
 #endif
