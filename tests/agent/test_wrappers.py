@@ -114,6 +114,17 @@ def test_what_is_merged_of_a_program_that_says_nothing_is_what_samepage_run_says
     assert words["intact"] == "1 1"
 
 
+@pytest.mark.parametrize(("memory", "became"), [("large", 0), ("mapped", 1), ("all", 1)])
+def test_what_is_taken_before_the_agents_constructor_runs_is_like_what_is_taken_after(
+    preload: Preload, tmp_path: Path, memory: str, became: int
+) -> None:
+    library = compile_c(HERE / "early.c", tmp_path / "libearly.so", "-DLIBRARY", "-shared", "-fPIC")
+    program = compile_c(HERE / "early.c", tmp_path / "early", str(library), f"-Wl,-rpath,{tmp_path}")
+    command = [str(program), "1000" if became else "100"]
+    said = preload.run(command, merged=True, SAMEPAGE_MEMORY=memory).splitlines()
+    assert said == [f"mapped: {became}, taken: {became}", "intact: 1 1 1 1"]
+
+
 HANDLERS = """
 #define _GNU_SOURCE
 #include <pthread.h>

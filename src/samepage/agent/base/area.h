@@ -65,7 +65,7 @@ extern _Atomic unsigned long nr_areas; /* read without the lock: 0 means every w
 extern _Atomic bool blocks_changed;    /* something was done to memory of AREA_ALLOC that its next user would notice */
 extern uint64_t areas_seq;	       /* changes whenever merge_any or the set of mergeable ranges does */
 extern _Atomic bool merge_any;	       /* PR_SET_MEMORY_MERGE: all that the program maps is mergeable */
-extern _Atomic bool merge_mapped;      /* the same, set by `samepage run --memory` before anything is mapped */
+extern _Atomic bool merge_mapped;      /* the same, set by `samepage run --memory` in the constructor */
 extern _Atomic bool small_allocs; /* --memory all, and not --min-alloc, has alloc.c serve allocations below 1 MiB */
 bool merges_mapped(void);	  /* merge_any or merge_mapped */
 /* The kernel's KSM serves the processes that have no agent (`run --engine auto`). It must not serve this one too, so
@@ -97,6 +97,7 @@ bool area_named(const struct area *a);
 bool any_mergeable(void);
 /* Sets merge_any. Excludes memory whose planes there is no room for. */
 void area_merge_any(bool on);
+void area_merge_mapped(void); /* once, in the constructor */
 /* Drops the areas of [start, end) that need not be remembered: not ours, not mergeable, nothing merged in them. */
 void area_forget_plain(uintptr_t start, uintptr_t end);
 /* Existing areas in the range get `set` and lose `clear`; the gaps between them become areas with `set`. All get

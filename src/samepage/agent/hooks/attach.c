@@ -136,7 +136,7 @@ static uintptr_t current_break(void)
 /* Of no concern to the agent, now or later. */
 static bool break_is_free(void)
 {
-	return no_areas() && !agent_configured();
+	return no_areas() && !agent_may_come();
 }
 
 /*
@@ -151,7 +151,7 @@ static size_t break_moved(uintptr_t before, uintptr_t after)
 	if (from >= to)
 		return 0;
 	area_remove(from, to);
-	if (after < before || !agent_configured())
+	if (after < before || !agent_may_come())
 		return 0;
 	area_add(from, to, AREA_MAPPED | area_new_flags(), PROT_READ | PROT_WRITE);
 	return to - from;

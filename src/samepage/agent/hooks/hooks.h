@@ -45,6 +45,14 @@ static inline bool no_areas(void)
 	return !atomic_load_explicit(&nr_areas, memory_order_relaxed);
 }
 
+extern _Atomic bool begun; /* the constructor has run */
+
+/* What the program does to its memory may concern the agent now or, before the constructor, later. */
+static inline bool agent_may_come(void)
+{
+	return agent_configured() || !atomic_load_explicit(&begun, memory_order_relaxed);
+}
+
 /* ---- watched.c ---- */
 
 #define LIBC_CODE_WORDS 2

@@ -281,7 +281,7 @@ int sp_madvise(void *addr, size_t len, int advice)
 	int ret;
 
 	heed_watchers();
-	merging = merging && (agent_configured() || !no_areas());
+	merging = merging && (agent_may_come() || !no_areas());
 	if (merging && nonsense) {
 		errno = EINVAL;
 		return -1;

@@ -11,7 +11,7 @@
  * be advised later; with prot 0 the agent will not look at it. */
 static void mark_locked(uintptr_t start, uintptr_t end)
 {
-	if (area_overlaps(start, end) || agent_configured())
+	if (area_overlaps(start, end) || agent_may_come())
 		area_cover(start, end, AREA_LOCKED, 0, PROT_NONE);
 }
 
@@ -27,7 +27,7 @@ int sp_mlock(const void *addr, size_t len, unsigned flags, bool second)
 	int ret;
 
 	need_next();
-	if (start >= end || (no_areas() && !agent_configured()))
+	if (start >= end || (no_areas() && !agent_may_come()))
 		return real_mlock(addr, len, flags, second);
 	if (unmerge_first(start, end))
 		return -1;

@@ -61,7 +61,9 @@ static unsigned mapped_flags(int flags)
 {
 	int type = flags & MAP_TYPE;
 
-	if (!agent_configured() || !(flags & MAP_ANONYMOUS) || flags & MAP_HUGETLB ||
+	if (!begun)
+		mmap_note_memory();
+	if (!agent_may_come() || !(flags & MAP_ANONYMOUS) || flags & MAP_HUGETLB ||
 	    (type != MAP_PRIVATE && type != MAP_DROPPABLE))
 		return 0;
 	if (type == MAP_DROPPABLE || flags & MAP_GROWSDOWN)
@@ -207,10 +209,10 @@ long sp_set_policy(long number, const long *arg)
 	sigset_t saved;
 	long ret;
 
-	if (start >= end || (number == SYS_mbind && arg[2] == MPOL_DEFAULT) || (no_areas() && !agent_configured()))
+	if (start >= end || (number == SYS_mbind && arg[2] == MPOL_DEFAULT) || (no_areas() && !agent_may_come()))
 		return real.syscall(number, arg[0], arg[1], arg[2], arg[3], arg[4], arg[5]);
 	mmap_lock(&saved);
-	if (area_overlaps(start, end) || agent_configured())
+	if (area_overlaps(start, end) || agent_may_come())
 		area_cover(start, end, AREA_EXCLUDED, 0, PROT_NONE);
 	mmap_unlock(&saved);
 	if (unmerge_first(start, end))

@@ -276,9 +276,11 @@ SP_EXPORT long syscall(long number, ...)
 
 /* ---- the constructor --------------------------------------------------------------------------------------- */
 
+_Atomic bool begun;
+
 /* Runs in every process of a tree, also in those that live for a millisecond: it starts no thread and opens no file or
- * socket. */
-__attribute__((constructor)) static void initialise(void)
+ * socket. Returns whether the process has an agent, as far as is known. */
+static bool set_up(void)
 {
 	const char *service = secure_getenv("SAMEPAGE_SOCKET"), *least = secure_getenv("SAMEPAGE_MIN_ALLOC");
 	const char *memory = secure_getenv("SAMEPAGE_MEMORY"), *engine = secure_getenv("SAMEPAGE_ENGINE");
@@ -288,14 +290,15 @@ __attribute__((constructor)) static void initialise(void)
 	need_next();
 	fork_look_up();
 	if (!service || !*service)
-		return;
+		return false;
 	if (sanitizer()) {
 		say_left_alone(" was built with ", sanitizer());
-		return;
+		return false;
 	}
 	if (!seccomp_allows(secure_getenv("SAMEPAGE_SECCOMP")))
-		return;
-	merge_mapped = all || mapped;
+		return false;
+	if (all || mapped)
+		area_merge_mapped();
 	agent_configure(service, secure_getenv("SAMEPAGE_DOMAIN"));
 	mmap_note_memory();
 	kernel_serves_others = engine && !strcmp(engine, "auto");
@@ -313,4 +316,19 @@ __attribute__((constructor)) static void initialise(void)
 	alloc_enable(bytes < MIN_ALLOC_LEAST ? MIN_ALLOC_LEAST : bytes);
 	if (all)
 		heap_enable();
+	return true;
+}
+
+/* Allocators may have taken memory in constructors that ran before, and the wrappers noted it. */
+__attribute__((constructor)) static void initialise(void)
+{
+	bool serves = set_up();
+	sigset_t saved;
+
+	begun = true;
+	if (serves || no_areas())
+		return;
+	mmap_lock(&saved);
+	area_remove(0, ADDRESS_END);
+	mmap_unlock(&saved);
 }
