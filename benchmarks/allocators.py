@@ -1,6 +1,6 @@
 """What allocating and freeing costs with libc's malloc, with others, and under samepage with each `--memory`.
 
-    python -m benchmarks.allocators                 # the table: ns of CPU for each step, MiB of memory at most
+    python -m benchmarks.allocators                 # the table: ns of CPU for each step, MiB of memory at most, or left
     python -m benchmarks.allocators --rounds 9 --only glibc,all
 
 `benchmarks/bench/blocks.c` says what the steps are. The sides take turns; the table has the medians. What merging
@@ -22,7 +22,7 @@ from benchmarks.processes import environment, service
 from samepage import agent
 
 SOURCE = Path(__file__).parent / "bench" / "blocks.c"
-STEPS = ("one", "some", "written", "small", "growing")
+STEPS = ("one", "some", "written", "small", "growing", "freed")
 OTHERS = {
     "jemalloc": LIBRARIES / "libjemalloc.so.2",
     "mimalloc": LIBRARIES / "libmimalloc.so.2",
@@ -40,7 +40,7 @@ def _sides(socket: str) -> dict[str, dict[str, str]]:
 
 
 def _run(program: Path, step: str, more: dict[str, str]) -> tuple[float, float]:
-    """ns for each, and MiB at most."""
+    """ns for each, and MiB at most; for the last step, when all is freed."""
     command = [str(program), step, str(SECONDS)]
     done = subprocess.run(command, env=environment() | more, stdout=subprocess.PIPE, text=True, check=True)
     ns, kib = done.stdout.split()
