@@ -62,13 +62,16 @@ static bool map_view(struct segment *s, uint64_t start, uint64_t end)
 /*
  * Whether n pages of the view can be read without taking memory that is not there. A page that is not in memory may
  * have been swapped out; or it is a hole, which would be filled at our expense (segment_pages() lets few through: a
- * huge page that reaches beyond the end of the file counts as a whole).
+ * huge page that reaches beyond the end of the file counts as a whole). Where there is memory for all of them, nobody
+ * need ask the kernel, which would look each of them up.
  */
 static bool may_read(const uint8_t *view, size_t n)
 {
 	uint8_t present[SECTION_MAX];
 	uint64_t absent = 0;
 
+	if (room_to_merge(n * PAGE_SIZE + SLICE_TAKES))
+		return true;
 	if (real.syscall(SYS_mincore, view, n * PAGE_SIZE, present))
 		return false;
 	for (size_t k = 0; k < n; k++)
