@@ -93,6 +93,13 @@ static bool copy_home(uintptr_t home, uintptr_t page)
 	return !err || (err == -EEXIST && came_home(home, page));
 }
 
+void advise_home(uintptr_t start, uintptr_t end)
+{
+	real.madvise((void *)start, end - start, MADV_DOFORK);
+	real.madvise((void *)start, end - start, MADV_DODUMP);
+	area_readvise(area_next(start), start, end);
+}
+
 /* Gives the page a mapping at home. If there is a mapping that is not ours any more, the application made it after it
  * unmapped the page's old place. */
 static bool map_home(uintptr_t home, uintptr_t page)
@@ -105,17 +112,9 @@ static bool map_home(uintptr_t home, uintptr_t page)
 		window_drop(page, PAGE_SIZE);
 		return true;
 	}
-	if (page_holds(home, 1, &there) || there)
+	if (page_holds(home, 1, &there) || there || window_give(page, PAGE_SIZE, home))
 		return false;
-	/* Before it is given, since somebody may kill this child right after. */
-	real.madvise((void *)page, PAGE_SIZE, MADV_DOFORK);
-	real.madvise((void *)page, PAGE_SIZE, MADV_DODUMP);
-	area_readvise(area_next(home), page, page + PAGE_SIZE);
-	if (window_give(page, PAGE_SIZE, home)) {
-		real.madvise((void *)page, PAGE_SIZE, MADV_DONTFORK);
-		real.madvise((void *)page, PAGE_SIZE, MADV_DONTDUMP);
-		return false;
-	}
+	advise_home(home, home + PAGE_SIZE);
 	if (!window_fill(page, PAGE_SIZE, PROT_READ | PROT_WRITE, -1, 0) ||
 	    uffd_register(kernel.move, page, PAGE_SIZE, UFFDIO_REGISTER_MODE_WP))
 		window_lost();

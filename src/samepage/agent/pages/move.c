@@ -421,6 +421,10 @@ void move_recover(void)
 		return;
 	if (now.i < now.j)
 		bring_home(c, now.i, c->scratch, now.j - now.i);
+	for (size_t i = now.i, end; i < now.j; i = end) { /* bring_home() may not have come to that */
+		end = row_end(c, i, now.j);
+		advise_home(c->addr[i], c->addr[end - 1] + PAGE_SIZE);
+	}
 	watch_no_more(c, 0, c->n);
 	now.chunk = NULL;
 	spent = SECTION_MAX;

@@ -116,6 +116,8 @@ bool scratch_holds(uintptr_t scratch, size_t n, bool *here);
 /* Brings those of n pages of a scratch that hold something and are not DONE home to page i of the chunk and the
  * following. Does not return before they are there. Returns whether the scratch is empty then. */
 bool bring_home(struct chunk *c, size_t i, uintptr_t scratch, size_t n);
+/* Gives [start, end) of an area the area's advice, if a page of it came home with a mapping of the scratch. */
+void advise_home(uintptr_t start, uintptr_t end);
 
 /* merge.c. Maps [view, view + len) of the view of a segment over what is mapped at `to`. Returns 0; or -errno, with the
  * old mapping still there or, rarely (window_give()), nothing. */
