@@ -14,6 +14,9 @@
 static struct mutex lock;
 static _Atomic int waiters; /* application threads that want the lock */
 static _Atomic bool agent_has_it;
+static _Atomic uint32_t agent_waits; /* 1: for the lock. Others wait on it for the agent's turn. */
+static uint64_t fork_began;	     /* ns; under the lock */
+static _Atomic uint64_t fork_took;   /* ns, the last one */
 uint64_t mmap_lock_held;
 
 /*
@@ -51,19 +54,58 @@ static void wait_for_lock(void)
 		stalls_note(1, now_ns() - began);
 }
 
-void mmap_lock(sigset_t *saved)
+static void note_child(void)
 {
-	block_signals(saved);
 	if (here && __builtin_expect(!atomic_load_explicit(here, memory_order_relaxed), 0))
 		when_forked();
+}
+
+static void lock_now(void)
+{
 	if (!mutex_trylock(&lock))
 		wait_for_lock();
 	mmap_lock_held++;
 }
 
+void mmap_lock(sigset_t *saved)
+{
+	block_signals(saved);
+	note_child();
+	lock_now();
+}
+
+#define TURN_MAX_NS 100000000UL
+
+/*
+ * A fork of a process with many mappings takes tenths of a second. If the application forks again at once, the agent,
+ * which sleeps until the lock is free, finds it taken each time that it wakes. So a fork for which the agent would have to
+ * wait once more waits itself until the agent has had the lock, for as long as the fork before took, at most. (That may end
+ * first: the agent may not get a CPU.)
+ */
+void mmap_lock_for_fork(sigset_t *saved)
+{
+	uint64_t took = atomic_load(&fork_took), waited = 0;
+	const struct timespec turn = {.tv_nsec = (long)(took < TURN_MAX_NS ? took : TURN_MAX_NS)};
+
+	block_signals(saved);
+	note_child();
+	if (atomic_load(&agent_waits)) {
+		waited = now_ns();
+		futex_wait(&agent_waits, 1, &turn);
+		waited = now_ns() - waited;
+	}
+	lock_now();
+	if (waited)
+		stalls_note(1, waited);
+	fork_began = now_ns();
+}
+
 void mmap_unlock(const sigset_t *saved)
 {
 	check_books();
+	if (fork_began)
+		atomic_store(&fork_took, now_ns() - fork_began);
+	fork_began = 0;
 	area_trim();
 	mutex_unlock(&lock);
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
@@ -90,7 +132,12 @@ static void stand_back(void)
 void agent_mmap_lock(void)
 {
 	stand_back();
-	mutex_lock(&lock);
+	if (!mutex_trylock(&lock)) {
+		atomic_store(&agent_waits, 1);
+		mutex_lock(&lock);
+		atomic_store(&agent_waits, 0);
+		futex_wake(&agent_waits);
+	}
 	atomic_store_explicit(&agent_has_it, true, memory_order_relaxed);
 	mmap_lock_held++;
 	descriptors_are_ours(); /* if they are not, this forgets them, so that the step uses none */
@@ -129,6 +176,8 @@ void mmap_lock_reinit(void)
 	lock = (struct mutex){0};
 	atomic_store(&waiters, 0);
 	atomic_store(&agent_has_it, false);
+	atomic_store(&agent_waits, 0);
+	fork_began = 0;
 	stalls_forget();
 	if (here)
 		atomic_store(here, 1);

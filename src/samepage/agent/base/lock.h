@@ -15,6 +15,8 @@
 #include <signal.h>
 
 void mmap_lock(sigset_t *saved);
+/* The same for a fork: if the agent waits for the lock, it has its turn first, within a tenth of a second. */
+void mmap_lock_for_fork(sigset_t *saved);
 void mmap_unlock(const sigset_t *saved);
 void agent_mmap_lock(void);
 void agent_mmap_unlock(void);

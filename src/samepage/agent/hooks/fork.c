@@ -22,7 +22,7 @@ static sigset_t fork_mask;
 /* Takes the lock for a fork, and notes it. */
 static void lock_for_fork(sigset_t *saved)
 {
-	mmap_lock(saved);
+	mmap_lock_for_fork(saved);
 	note_fork();
 }
 
