@@ -165,6 +165,20 @@ def test_a_process_that_is_slow_is_put_off_and_one_that_stays_so_is_dropped(monk
     assert ksmd.slots(666) == []
 
 
+@pytest.mark.parametrize("owner", [0, 5])
+def test_that_the_owners_processes_had_no_cpu_is_not_held_against_them(owner: int) -> None:
+    """Guests may keep their own processes from a CPU."""
+    machine, ksmd = SimulatedMachine(), Ksmd(owner=owner)
+    starved = process(machine, 1, domain=5)
+    slot = ksmd.enter(starved)
+    slot.domain.patience = slot.patience = Patience(1.0, 0.0)
+    starved.without_cpu = 3.0
+    slot.kept_waiting(3.1)
+    assert slot.is_put_off == (owner != 5)
+    slot.kept_waiting(1.1)  # nothing kept it
+    assert slot.is_put_off
+
+
 class Laborious(SimulatedAddressSpace):
     """Breaks as many pages a second as a disk at its worst takes, and is not waited for longer than a process is."""
 

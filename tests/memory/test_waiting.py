@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,10 +22,13 @@ from samepage.memory import (
     AddressSpaceGone,
     AddressSpaceSilent,
     PageStatus,
+    ScanResult,
+    conversation,
     wire,
 )
 from samepage.memory import agent as module
 from samepage.memory.agent import AgentAddressSpace
+from samepage.process.halt import Work
 from samepage.process.identity import identify
 from samepage.process.merge_domain import MergeDomain
 from tests.memory.test_agent_space import Make, make, runs, short_timeout
@@ -146,3 +150,72 @@ def test_who_has_little_time_for_an_answer_has_more_for_a_copy_of_many_pages(mak
     space, _ = make(npages=1024, donate=slow)
     space.hurry = 0.1
     assert (space.donate(runs((0, 1024))).status == PageStatus.DONE).all()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """An answer that takes 0.2 s is late, and one that takes 1.5 s is not waited for however busy the process is. Says
+    whether it is."""
+    monkeypatch.setattr(conversation, "TIMEOUT", 0.2)
+    monkeypatch.setattr(conversation, "LONGEST", 1.5)
+    monkeypatch.setattr(conversation, "LOOK_EVERY", 0.05)
+    return lambda busy: monkeypatch.setattr(conversation, "work_of", lambda *_: Work(busy, 0))
+
+
+def late(seconds: float) -> fake_agent.Lie:
+    def answer(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
+        time.sleep(seconds)
+        return agent.honest(request)
+
+    return answer
+
+
+def caught_up(space: AgentAddressSpace) -> list[ScanResult]:
+    found: list[ScanResult] = []
+    silent = "silent"
+    while silent:
+        time.sleep(0.02)
+        silent, more = space.catch_up()
+        found += more
+    return found
+
+
+def test_one_that_is_at_work_may_be_late_and_nobody_waits_for_it(make: Make, hasty: Callable[[bool], None]) -> None:
+    hasty(True)
+    space, _ = make(scan=late(0.9))
+    began = time.monotonic()
+    with pytest.raises(AddressSpaceSilent):
+        space.scan(0, 8)
+    assert time.monotonic() - began < 0.7
+    assert [len(scan.checksums) for scan in caught_up(space)] == [8]
+    assert len(space.areas().ranges)
+
+
+def test_one_that_is_late_and_not_at_work_is_dropped(make: Make, hasty: Callable[[bool], None]) -> None:
+    hasty(False)
+    space, _ = make(scan=late(0.9))
+    with pytest.raises(AddressSpaceGone, match="no answer in time"):
+        space.scan(0, 8)
+
+
+def test_one_that_is_late_for_good_is_dropped_however_busy_it_is(make: Make, hasty: Callable[[bool], None]) -> None:
+    hasty(True)
+    space, _ = make(scan=lambda *_: None)
+    began = time.monotonic()
+    with pytest.raises(AddressSpaceSilent):
+        space.scan(0, 8)
+    with pytest.raises(AddressSpaceGone, match="no answer in time"):
+        caught_up(space)
+    assert 1.0 < time.monotonic() - began < 4.0
+
+
+def test_one_that_fell_asleep_is_dropped_at_the_next_look(make: Make, hasty: Callable[[bool], None]) -> None:
+    hasty(True)
+    space, _ = make(scan=lambda *_: None)
+    with pytest.raises(AddressSpaceSilent):
+        space.scan(0, 8)
+    hasty(False)
+    began = time.monotonic()
+    with pytest.raises(AddressSpaceGone, match="no answer in time"):
+        caught_up(space)
+    assert time.monotonic() - began < 1.0

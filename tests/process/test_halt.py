@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,41 @@ def test_a_mount_may_be_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     original = halt.lines_of
     monkeypatch.setattr(halt, "lines_of", lambda _: original(str(file)))
     assert halt._mounts.__wrapped__() == (None, ("/", "/sys/fs/cgroup"))
+
+
+@pytest.fixture(params=["while :; do :; done", "kill -STOP $$"])
+def program(request: pytest.FixtureRequest) -> Iterator[tuple[int, bool]]:
+    """One that works, or one that does not, and whether it does."""
+    with subprocess.Popen(["sh", "-c", request.param]) as process:
+        yield process.pid, "STOP" not in request.param
+        process.kill()
+
+
+def test_a_process_gets_on_if_it_wants_to_run_or_did(program: tuple[int, bool]) -> None:
+    pid, works = program
+    time.sleep(0.3)
+    before = halt.work_of(pid, pid)
+    time.sleep(0.3)
+    now = halt.work_of(pid, pid)
+    assert now is not None
+    assert now.gets_on(before) == works
+
+
+def test_a_process_that_slept_does_not_get_on_and_one_that_spent_time_does() -> None:
+    assert not halt.Work(False, 7).gets_on(halt.Work(False, 7))
+    assert not halt.Work(False, 7).gets_on(None)
+    assert halt.Work(False, 8).gets_on(halt.Work(False, 7))
+    assert halt.Work(True, 7).gets_on(halt.Work(True, 7))
+
+
+def test_a_thread_that_has_to_share_its_cpu_is_kept_from_it() -> None:
+    command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), "sh", "-c", "while :; do :; done"]
+    pids = [subprocess.Popen(command) for _ in range(2)]
+    try:
+        time.sleep(1.0)
+        assert 0.1 < halt.kept_from_cpu(pids[0].pid, pids[0].pid) < 1.5
+    finally:
+        for process in pids:
+            process.kill()
+            process.wait()
+    assert halt.kept_from_cpu(pids[0].pid, pids[0].pid) == 0.0

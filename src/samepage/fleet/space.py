@@ -183,6 +183,9 @@ class RecordedAddressSpace:
     def halted(self) -> str:
         return ""
 
+    def starved(self) -> float:
+        return 0.0
+
     def catch_up(self) -> tuple[str, list[ScanResult]]:
         return "", []
 

@@ -175,7 +175,10 @@ class MmSlot:
             self.kept_waiting(wait.took - wait.free)
 
     def kept_waiting(self, seconds: float) -> None:
-        """Take it off the accounts, if it is any time at all."""
+        """Take it off the accounts, if it is any time at all. That the owner's processes had no CPU is not their fault.
+        (Others may see to it that they have none.)"""
+        if seconds > 0 and not self.domain.is_foreign:
+            seconds -= self.space.starved()
         if seconds > 0:
             self.patience.spend(seconds)
             self.domain.patience.spend(seconds)

@@ -297,6 +297,10 @@ class AddressSpace(Protocol):
         """Why it cannot answer at this moment (`samepage.process.halt`); "" if it can. The process is not asked."""
         ...
 
+    def starved(self) -> float:
+        """Seconds since the last call of this for which it would have answered and had no CPU. It is not asked."""
+        ...
+
     def catch_up(self) -> tuple[str, list[ScanResult]]:
         """After `AddressSpaceSilent`: why it is silent still ("": it is not), and the scans that it has answered since.
         AddressSpaceGone: it was silent in the middle of what can be told only by asking it for everything anew."""

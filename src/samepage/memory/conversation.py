@@ -23,11 +23,15 @@ from typing import TypeVar
 from samepage.memory import AddressSpaceGone, AddressSpaceSilent, ScanResult, wire
 from samepage.memory.segments import SegmentError
 from samepage.memory.wire import Op, Packet, WireError
-from samepage.process.halt import SILENT, TRACED, Halt, agent_thread, halt_of
+from samepage.process.halt import SILENT, TRACED, Halt, Work, agent_thread, halt_of, kept_from_cpu, work_of
 from samepage.process.identity import Identity, has_ended, identify
 
 TIMEOUT = 10.0
 """How long an agent has for one answer, in seconds."""
+
+LONGEST = 60.0
+"""The same, for one whose process the kernel sees at work: on a machine with far more work than CPUs, or while the
+process forks a hundred children, an agent may not come to answer. After `TIMEOUT` nobody waits for it any more."""
 
 T = TypeVar("T")
 
@@ -51,13 +55,21 @@ ENDED = "it ended"
 @dataclass(slots=True, eq=False)
 class _Request:
     """One that was sent. `ends`: until when its answer is waited for, as soon as it is its turn, `patience` seconds
-    longer than usual; `scan`: how to understand it, if it is a scan."""
+    longer than usual; `last`: until when it is waited for at the most; `before`: what the process had done by then;
+    `scan`: how to understand it, if it is a scan."""
 
     op: Op
     seq: int
     patience: float = 0.0
     scan: Callable[[Packet], ScanResult] | None = None
     ends: float = math.inf
+    last: float = math.inf
+    before: Work | None = None
+
+    def begin(self) -> None:
+        """From now on its answer is waited for."""
+        self.ends = time.monotonic() + TIMEOUT + self.patience
+        self.last = self.ends - TIMEOUT + LONGEST
 
 
 class Conversation:
@@ -84,6 +96,7 @@ class Conversation:
         self._owed: deque[_Request] = deque()  # nobody waits for these answers any more: the process is silent
         self._silence = ""
         self._thread = 0
+        self._starved = 0.0
         self._gone: str | None = None
         self._cancelled: Callable[[], bool] | None = None
         sock.settimeout(LOOK_EVERY)
@@ -131,6 +144,11 @@ class Conversation:
         halt = halt_of(self.pid, self._thread)
         return halt if halt is None or self.is_there() else None
 
+    def starved(self) -> float:
+        self._thread = self._thread or agent_thread(self.pid)
+        before, self._starved = self._starved, kept_from_cpu(self.pid, self._thread)
+        return max(0.0, self._starved - before)
+
     def catch_up(self) -> tuple[str, list[ScanResult]]:
         found: list[ScanResult] = []
         ready = select.poll()
@@ -140,8 +158,8 @@ class Conversation:
             if not ready.poll(0):
                 self._silence = self.halted() or SILENT
                 if self._silence != SILENT:
-                    owed.ends = time.monotonic() + TIMEOUT
-                elif time.monotonic() >= owed.ends:
+                    owed.begin()
+                elif time.monotonic() >= owed.ends and not self._may_be_late(owed):
                     raise self.lost("no answer in time")
                 return self._silence, found
             with self._answer(owed, wire.recv_plain if owed.op != Op.DONATE else wire.recv_memfd) as answer:
@@ -150,7 +168,16 @@ class Conversation:
                 if owed.scan is not None:
                     found.append(owed.scan(answer))
             self._owed.popleft()
+            if self._owed:
+                self._owed[0].begin()
         return self.halted(), found
+
+    def _may_be_late(self, request: _Request) -> bool:
+        """Whether the process has a while longer for an answer that should have come: it was at work."""
+        now = time.monotonic()
+        work, before = work_of(self.pid, self._thread), request.before
+        request.ends, request.before = now + TIMEOUT, work
+        return now < request.last and work is not None and work.gets_on(before) and self.is_there()
 
     @contextlib.contextmanager
     def interruptible(self, cancelled: Callable[[], bool]) -> Iterator[None]:
@@ -243,8 +270,8 @@ class Conversation:
                         raise TimeoutError
                 if self._owed:  # what was asked before this
                     raise AddressSpaceSilent(self.pid, self._silence)
-            request.ends = time.monotonic() + TIMEOUT + request.patience
-            return self._insist(lambda: recv(self._sock), request.ends, request.patience)
+            request.begin()
+            return self._insist(lambda: recv(self._sock), request.ends, request.patience, request)
         except AddressSpaceSilent as e:
             with self._asking:
                 self._owed.append(request)
@@ -255,10 +282,10 @@ class Conversation:
                 self._unanswered.remove(request)
                 self._asking.notify_all()
 
-    def _insist(self, do: Callable[[], T], ends: float, patience: float = 0.0) -> T:
+    def _insist(self, do: Callable[[], T], ends: float, patience: float = 0.0, request: _Request | None = None) -> T:
         """Do something with the socket. Raises TimeoutError at `ends`, or a while after a cancellation: not at once,
         because without the answer everything would have to be asked anew. Raises AddressSpaceSilent as soon as the
-        process is seen not to run."""
+        process is seen not to run; or at `ends`, if the answer to `request` may be late."""
         called_off = False
         hurries = time.monotonic() + self.hurry + patience
         before: Halt | None = None
@@ -270,8 +297,12 @@ class Conversation:
                 if not called_off and self._cancelled is not None and self._cancelled():
                     called_off, ends = True, min(ends, now + CANCEL_PATIENCE)
                 if now >= ends:
+                    if request is not None and not called_off and self._may_be_late(request):
+                        raise AddressSpaceSilent(self.pid, SILENT) from None
                     raise
             halt = self._halt()
+            if request is not None and request.before is None:
+                request.before = work_of(self.pid, self._thread)
             if (halt is not None and halt == before) or now >= hurries:
                 raise AddressSpaceSilent(self.pid, halt.why if halt else SILENT)
             before = halt

@@ -79,6 +79,8 @@ class SimulatedProcess(SimulatedMemory):
         """What `stirring` says."""
         self.elsewhere = ""
         """What `misplaced` says."""
+        self.without_cpu = 0.0
+        """What `starved` says next."""
 
     def _called(self, what: str) -> None:
         self.calls.append(what)
@@ -107,6 +109,10 @@ class SimulatedProcess(SimulatedMemory):
 
     def halted(self) -> str:
         return self.halt
+
+    def starved(self) -> float:
+        starved, self.without_cpu = self.without_cpu, 0.0
+        return starved
 
     def catch_up(self) -> tuple[str, list[ScanResult]]:
         return self.halt, []

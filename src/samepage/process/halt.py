@@ -60,6 +60,37 @@ def halt_of(pid: int, tid: int) -> Halt | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Signs that a process gets on: `runnable`, whether a thread wants to run, or waits inside the kernel; `ticks`, the
+    CPU time of all threads of the process so far, in hundredths of a second."""
+
+    runnable: bool
+    ticks: int
+
+    def gets_on(self, before: Work | None) -> bool:
+        """Whether it seems to have got on since."""
+        return self.runnable or (before is not None and self.ticks > before.ticks)
+
+
+def work_of(pid: int, tid: int) -> Work | None:
+    """None: there is no such process or thread."""
+    try:
+        whole = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        state = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return None
+    return Work(state in (b"R", b"D"), int(whole[11]) + int(whole[12]))
+
+
+def kept_from_cpu(pid: int, tid: int) -> float:
+    """Seconds for which a thread wanted to run so far, and had no CPU (sched-stats.rst); 0.0 if there is none such."""
+    try:
+        return int(Path(f"/proc/{pid}/task/{tid}/schedstat").read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 def _is_frozen(path: str) -> bool:
     """Whether the cgroup that a file of /proc names, or one above it, is frozen."""
     with contextlib.suppress(OSError):
