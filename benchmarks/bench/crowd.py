@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from benchmarks.bench import meters, sides
@@ -60,10 +61,13 @@ def _may_have(mappings: int, stack: contextlib.ExitStack) -> bool:
     return int(MAX_MAP_COUNT.read_text()) >= mappings
 
 
-def _until(side: Side, done: Callable[[], int], goal: float) -> tuple[float, float]:
-    """Merge until something is as large as that; seconds of time, and of CPU."""
+def _until(
+    side: Side, done: Callable[[], int], goal: float, begin: Callable[[], object] = lambda: None
+) -> tuple[float, float]:
+    """Merge until something is as large as that, while `begin` goes on and afterwards; seconds of time, and of CPU."""
     cpu, started = merging_cpu(side), time.monotonic()
     side.run(1)
+    begin()
     wait_until(lambda: done() >= goal, "merged", PATIENCE, 0.05)
     return time.monotonic() - started, merging_cpu(side) - cpu
 
@@ -87,9 +91,8 @@ def forks(bench: Bench) -> Iterator[Record]:
                     sharing = NEARLY_ALL * 2 * extents
                     _until(side, side.pages_merged, sharing)
                     for name, count in ("first", AT_ONCE), ("rest", children - 2 * AT_ONCE), ("last", AT_ONCE):
-                        parent.ask(count)
                         sharing += NEARLY_ALL * count * extents
-                        seconds, cpu = _until(side, side.pages_merged, sharing)
+                        seconds, cpu = _until(side, side.pages_merged, sharing, partial(parent.ask, count))
                         cost = 1e6 * cpu / (count * extents)
                         bench.say(f"forks, {side.name}, {name} {count} children: {cost:.2f} µs of CPU for each page")
                         record: Record = {"experiment": "forks", "side": side.name, "repeat": repeat, "which": name}
