@@ -29,6 +29,7 @@
 #define MASK_WORDS (8192 / 64)
 #define NODES_MAX 1024
 #define TIMER_SLACK_NS 50000L
+#define NICE_MORE 5 /* as ksmd: set_user_nice() in ksm_scan_thread() of mm/ksm.c */
 
 struct thread thread;
 struct mutex life;
@@ -95,7 +96,8 @@ void thread_note_defaults(void)
 /*
  * The thread inherits the scheduling and memory policy of the thread that happened to allocate first. That one may have
  * real-time priority, whose share of a CPU this thread must not take; or it may be pinned to a CPU on which something
- * spins, where this thread would sleep with the lock held; or it may take memory from a far node.
+ * spins, where this thread would sleep with the lock held; or it may take memory from a far node. The program's own
+ * threads come first: this one is as nice as the process was started, and NICE_MORE.
  */
 void thread_settle(void)
 {
@@ -103,8 +105,8 @@ void thread_settle(void)
 	long nice = raw_syscall(SYS_getpriority, PRIO_PROCESS, getpid(), 0, 0, 0, 0);
 
 	raw_syscall(SYS_sched_setscheduler, 0, SCHED_OTHER, (long)&no_priority, 0, 0, 0);
-	if (nice > 0) /* the system call returns 20 - nice */
-		raw_syscall(SYS_setpriority, PRIO_PROCESS, 0, 20 - nice, 0, 0, 0);
+	if (nice > 0) /* the system call returns 20 - nice; setpriority(2) takes more than 19 for 19 */
+		raw_syscall(SYS_setpriority, PRIO_PROCESS, 0, 20 - nice + NICE_MORE, 0, 0, 0);
 	if (defaults.affinity_bytes > 0)
 		raw_syscall(SYS_sched_setaffinity, 0, defaults.affinity_bytes, (long)defaults.affinity, 0, 0, 0);
 	if (defaults.policy >= 0)
