@@ -303,6 +303,8 @@ static __attribute__((noinline)) void free_carefully(void *p)
 		end_advice(p);
 		next.free(p);
 	}
+	if (at_heap_end(p))
+		heap_unpin();
 	errno = saved;
 }
 
@@ -310,7 +312,7 @@ static __attribute__((noinline)) void free_carefully(void *p)
 SP_EXPORT void free(void *p)
 {
 	need_next();
-	if (!p || is_early(p) || maybe_ours(p) || within(&advised_bounds, p))
+	if (!p || is_early(p) || maybe_ours(p) || within(&advised_bounds, p) || at_heap_end(p))
 		free_carefully(p);
 	else
 		next.free(p);

@@ -44,6 +44,7 @@ static void after_fork_parent(void)
 static void after_fork_child(const sigset_t *saved, bool plain)
 {
 	forked(plain);
+	heap_forked();
 	pthread_sigmask(SIG_SETMASK, saved, NULL);
 }
 

@@ -2,8 +2,9 @@
 /*
  * The small blocks of glibc's malloc, for `--memory all`. malloc moves the break from within libc, past all wrappers, so the agent
  * must know which part of the heap malloc cannot give back. It gives back only what lies above its last block. So the agent
- * has blocks of its own there, its *pins*, which it never frees: what is below one stays mapped as long as the process lives, whatever
- * the program calls, and however it finds the function.
+ * has blocks of its own there, its *pins*: what is below one stays mapped, whatever the program calls, and however it finds the
+ * function. When nothing above the last pin is in use any more, and much below it is free, the agent unmerges what only that pin
+ * keeps, and frees it; so malloc gives back nearly all that it would give back without pins.
  *
  * malloc_trim(3) discards pages inside free blocks, also below a pin. What becomes of these does not matter: malloc
  * takes no free block for zeros, but only what it just took above the last block.
@@ -20,9 +21,20 @@
 
 #define PIN_EVERY (256UL << 10) /* at most so much of the heap's end is not pinned */
 #define STRAYS_MAX 64
+#define PIN_SIZE 1040		 /* bytes: malloc keeps a free block of that size in no list of its own (tcache) */
+#define UNPINNED_FROM (PIN_EVERY / 4) /* so much must be free below a pin: or it would come and go with every block there */
+#define PREV_INUSE 1
 
-_Atomic uintptr_t heap_next_pin = HEAP_NEVER;
-static uintptr_t pinned; /* needs the lock: below that all of the heap is */
+struct pin {
+	struct pin *below; /* or NULL */
+};
+
+_Atomic uintptr_t heap_watched = HEAP_NEVER, heap_next_pin = HEAP_NEVER;
+/* These need the lock. */
+static uintptr_t heap_start, pinned; /* between them all of the heap is pinned */
+static struct pin *last;	     /* or NULL */
+
+static _Atomic bool unpinning; /* one thread at a time */
 
 /* As libc has it. Whoever stands in front of that need not keep blocks where they are. */
 bool is_libcs(void *function)
@@ -48,7 +60,7 @@ void heap_enable(void)
 	mmap_lock(&saved);
 	if (start + HEAP_MAX <= ADDRESS_END && !area_overlaps(start, start + HEAP_MAX) &&
 	    !area_add(start, start + HEAP_MAX, AREA_MAPPED | AREA_UNPINNED, PROT_READ | PROT_WRITE)) {
-		pinned = start;
+		heap_start = pinned = start;
 		heap_next_pin = start + PIN_EVERY;
 	}
 	mmap_unlock(&saved);
@@ -56,7 +68,7 @@ void heap_enable(void)
 
 void heap_leave(void)
 {
-	heap_next_pin = HEAP_NEVER;
+	heap_next_pin = heap_watched = HEAP_NEVER;
 }
 
 /* A block that is not above the heap, but somewhere else: where the heap lies close to other mappings, not one in 64. */
@@ -68,8 +80,28 @@ static void note_stray(void)
 		heap_next_pin = HEAP_NEVER;
 }
 
+/* `pin` is the last one from now on. Needs the lock. */
+static void set_last(struct pin *pin)
+{
+	uintptr_t at = pin ? (uintptr_t)pin : heap_start, next_pin = heap_next_pin;
+
+	last = pin;
+	pinned = PAGE_ALIGN_DOWN(at);
+	if (next_pin == HEAP_NEVER)
+		return;
+	heap_watched = !pin ? HEAP_NEVER : pin->below ? (uintptr_t)pin->below : heap_start;
+	if (!atomic_compare_exchange_strong(&heap_next_pin, &next_pin, at + PIN_EVERY))
+		heap_watched = HEAP_NEVER; /* another thread called heap_leave() */
+}
+
+static void make_mergeable(uintptr_t start, uintptr_t end)
+{
+	if (start < end && !page_reserve(start >> PAGE_SHIFT, end >> PAGE_SHIFT))
+		area_change(start, end, 0, AREA_UNPINNED, -1);
+}
+
 /* Returns how much more of the heap is mergeable now. */
-static size_t note_pin(uintptr_t pin)
+static size_t note_pin(struct pin *pin)
 {
 	uintptr_t end = PAGE_ALIGN_DOWN(pin), grown = 0;
 	sigset_t saved;
@@ -77,10 +109,9 @@ static size_t note_pin(uintptr_t pin)
 	mmap_lock(&saved);
 	if (heap_next_pin != HEAP_NEVER && end > pinned) {
 		grown = end - pinned;
-		if (!page_reserve(pinned >> PAGE_SHIFT, end >> PAGE_SHIFT))
-			area_change(pinned, end, 0, AREA_UNPINNED, -1);
-		pinned = end;
-		heap_next_pin = pin + PIN_EVERY;
+		make_mergeable(pinned, end);
+		pin->below = last;
+		set_last(pin);
 	}
 	mmap_unlock(&saved);
 	return grown;
@@ -99,10 +130,96 @@ void *heap_pin(void *p, size_t size, bool zeroed)
 	other = zeroed ? next.calloc(1, size) : next.malloc(size);
 	if (!other)
 		return p;
-	pin = next.realloc(p, 1); /* stays where it is, and gives the rest back */
-	grown = pin == p ? note_pin((uintptr_t)pin) : 0;
+	pin = next.realloc(p, PIN_SIZE); /* stays where it is, if there is room */
+	grown = heap_grew(pin) && pin < next.sbrk(0) ? note_pin(pin) : 0;
 	if (grown)
 		agent_start_unnamed(grown);
 	errno = saved;
 	return other;
+}
+
+/* Of a block of malloc's. The size of a block, with 16 bytes of malloc's own, stands before it, in whose last three bits are
+ * flags (malloc_chunk in malloc/malloc.c of glibc). */
+static size_t chunk_size(uintptr_t block)
+{
+	return ((volatile const size_t *)block)[-1] & ~7UL;
+}
+
+/* How many bytes are free right below the pin, if malloc has them in one block. */
+static size_t free_below(const struct pin *pin)
+{
+	volatile const size_t *at = (volatile const size_t *)pin;
+
+	return at[-1] & PREV_INUSE ? 0 : at[-2];
+}
+
+/* Whether the pin alone keeps a part of the heap that malloc would give back: nothing is in use above it, nor right below.
+ * What is free at the end of the heap is one block, up to the break. Another thread may use it in the next moment. */
+static bool is_in_the_way(const struct pin *pin)
+{
+	uintptr_t end = (uintptr_t)next.sbrk(0), behind = (uintptr_t)pin + chunk_size((uintptr_t)pin);
+
+	return behind < end && behind + chunk_size(behind) == end + 2 * sizeof(size_t) && free_below(pin) >= UNPINNED_FROM;
+}
+
+static bool has_merged(uintptr_t start, uintptr_t end)
+{
+	sigset_t saved;
+	bool has;
+
+	mmap_lock(&saved);
+	has = has_segments(start, end);
+	mmap_unlock(&saved);
+	return has;
+}
+
+/* Makes the last pin one that nothing depends on any more. False: it is to stay, since there is no memory to unmerge what it
+ * keeps. Other threads may set pins meanwhile. */
+static bool let_go(struct pin *pin)
+{
+	struct pin *below;
+	uintptr_t start, end;
+	sigset_t saved;
+
+	mmap_lock(&saved);
+	below = pin->below;
+	if (pin != last || (below && ((uintptr_t)below < heap_start || below >= pin))) { /* the program overwrote it */
+		mmap_unlock(&saved);
+		return false;
+	}
+	end = pinned;
+	set_last(below);
+	start = pinned;
+	area_change(start, end, AREA_UNPINNED, 0, -1);
+	mmap_unlock(&saved);
+	if (!unmerge_first(start, end) && !has_merged(start, end))
+		return true;
+	mmap_lock(&saved);
+	if (last == below) {
+		make_mergeable(start, end);
+		set_last(pin);
+	}
+	mmap_unlock(&saved);
+	return false;
+}
+
+void heap_unpin(void)
+{
+	int saved = errno;
+	bool gone = true;
+
+	while (gone && !atomic_exchange(&unpinning, true)) {
+		struct pin *pin = last; /* nobody else frees it */
+
+		gone = pin && is_in_the_way(pin) && let_go(pin);
+		if (gone)
+			next.free(pin);
+		atomic_store(&unpinning, false);
+	}
+	errno = saved;
+}
+
+void heap_forked(void)
+{
+	atomic_store(&unpinning, false);
 }

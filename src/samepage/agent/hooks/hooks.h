@@ -128,14 +128,23 @@ void heap_enable(void);
 /* Before a seccomp filter is installed, which may allow malloc no system call any more. */
 void heap_leave(void);
 bool is_libcs(void *function);
+extern _Atomic uintptr_t heap_next_pin; /* or HEAP_NEVER */
+extern _Atomic uintptr_t heap_watched;	/* the last pin but one, or the heap's start; or HEAP_NEVER: there is no pin */
+
 /* The heap grew far enough beyond what is known to stay: `p`, of `size` bytes, which libc's malloc or calloc just returned, becomes a
  * pin. Returns the block that the program gets in its place. */
 void *heap_pin(void *p, size_t size, bool zeroed);
-extern _Atomic uintptr_t heap_next_pin; /* or HEAP_NEVER */
-
 static inline bool heap_grew(const void *p)
 {
 	return (uintptr_t)p - atomic_load_explicit(&heap_next_pin, memory_order_relaxed) < HEAP_MAX;
+}
+
+/* A block of the heap's end was freed: frees the pins that nothing needs any more. */
+void heap_unpin(void);
+void heap_forked(void); /* in the child */
+static inline bool at_heap_end(const void *p)
+{
+	return (uintptr_t)p - atomic_load_explicit(&heap_watched, memory_order_relaxed) < HEAP_MAX;
 }
 
 /* ---- mmap.c ---- */
