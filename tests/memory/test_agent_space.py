@@ -306,12 +306,13 @@ def test_a_segment_that_is_missing_short_or_could_change_is_refused(make: Make, 
         space.donate(runs((0, 2)))
 
 
-def test_a_segment_for_a_donation_that_failed_is_refused(make: Make) -> None:
+@pytest.mark.parametrize(("npages", "why"), [(1, "bytes instead of 0 pages"), (0, "0 pages donated, a segment of 0")])
+def test_a_segment_for_a_donation_that_failed_is_refused(make: Make, npages: int, why: str) -> None:
     def lie(agent: FakeAgent, request: wire.Packet) -> tuple[bytes, int]:
         body = wire.pack(wire.DONE, 0, 2) + bytes([PageStatus.NOMEM] * 2)
-        return wire.encode(request.op, request.seq, body), fake_agent.sealed(b"x" * PAGE_SIZE)
+        return wire.encode(request.op, request.seq, body), fake_agent.sealed(b"x" * npages * PAGE_SIZE)
 
-    with pytest.raises(AddressSpaceGone, match="bytes instead of 0 pages"):
+    with pytest.raises(AddressSpaceGone, match=why):
         make(donate=lie)[0].donate(runs((0, 2)))
 
 

@@ -110,12 +110,12 @@ def statuses(status: npt.NDArray[np.uint8], npages: int, told_of: int | None = N
 
 
 def donated(donation: Donation, npages: int) -> None:
-    """A segment must hold exactly the pages that were donated."""
+    """A segment must hold exactly the pages that were donated, and one at least."""
     statuses(donation.status, npages)
     _require(not np.isin(donation.status, COMPARED).any(), "a donation that failed as none can")
     done = int(np.count_nonzero(donation.status == DONE))
-    held = donation.segment.npages if donation.segment else 0
-    _require(done == held, f"{done} pages donated, {'a' if donation.segment else 'no'} segment")
+    held = donation.segment.npages if donation.segment else None
+    _require((done or None) == held, f"{done} pages donated, {'no segment' if held is None else f'a segment of {held}'}")
     _require(donation.cpu_ns >= 0, "negative CPU time")
 
 
