@@ -115,7 +115,9 @@ def donated(donation: Donation, npages: int) -> None:
     _require(not np.isin(donation.status, COMPARED).any(), "a donation that failed as none can")
     done = int(np.count_nonzero(donation.status == DONE))
     held = donation.segment.npages if donation.segment else None
-    _require((done or None) == held, f"{done} pages donated, {'no segment' if held is None else f'a segment of {held}'}")
+    _require(
+        (done or None) == held, f"{done} pages donated, {'no segment' if held is None else f'a segment of {held}'}"
+    )
     _require(donation.cpu_ns >= 0, "negative CPU time")
 
 
