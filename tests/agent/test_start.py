@@ -172,8 +172,8 @@ def test_a_process_whose_last_thread_ends_by_an_inline_system_call_ends(preload:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, for SCHED_FIFO")
 def test_the_thread_runs_as_the_process_was_started(preload: Preload, start: str) -> None:
-    """And not as the thread that allocated first (of real time, pinned, nice, with another memory policy); but nicer, as
-    ksmd is."""
+    """And not as the thread that allocated first: of real time, pinned, nice, with another memory policy. But it is
+    nicer, as ksmd is."""
     expected = f"agent 1\npolicy 0\nsame CPUs 1\nnice {min(max(os.nice(0), 0) + 5, 19)}\nI/O priority 0\n"
     assert preload.run([start, "settings"], socket="/nowhere") == expected
 
