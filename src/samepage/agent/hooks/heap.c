@@ -21,8 +21,8 @@
 
 #define PIN_EVERY (256UL << 10) /* at most so much of the heap's end is not pinned */
 #define STRAYS_MAX 64
-#define PIN_SIZE 1040		 /* bytes: malloc keeps a free block of that size in no list of its own (tcache) */
-#define UNPINNED_FROM (PIN_EVERY / 4) /* so much must be free below a pin: or it would come and go with every block there */
+#define PIN_SIZE 1040		      /* bytes: malloc keeps a free block of that size in no list of its own (tcache) */
+#define UNPINNED_FROM (PIN_EVERY / 4) /* so much must be free below a pin, or it would come and go with each block */
 #define PREV_INUSE 1
 
 struct pin {
@@ -157,9 +157,10 @@ static size_t free_below(const struct pin *pin)
  * What is free at the end of the heap is one block, up to the break. Another thread may use it in the next moment. */
 static bool is_in_the_way(const struct pin *pin)
 {
-	uintptr_t end = (uintptr_t)next.sbrk(0), behind = (uintptr_t)pin + chunk_size((uintptr_t)pin);
+	const uintptr_t end = (uintptr_t)next.sbrk(0), behind = (uintptr_t)pin + chunk_size((uintptr_t)pin);
 
-	return behind < end && behind + chunk_size(behind) == end + 2 * sizeof(size_t) && free_below(pin) >= UNPINNED_FROM;
+	return behind < end && behind + chunk_size(behind) == end + 2 * sizeof(size_t) &&
+	       free_below(pin) >= UNPINNED_FROM;
 }
 
 static bool has_merged(uintptr_t start, uintptr_t end)
