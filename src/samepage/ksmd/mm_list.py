@@ -100,8 +100,6 @@ class MmList:
             gone = [slot for slot in self._slots.values() if slot.gone]
             for slot in joining:
                 slot.domain.slots.append(slot)
-            for slot in gone:
-                del self._slots[slot.number]
         for slot in joining:
             if self.in_pass:
                 self.cursor[slot] = 0
@@ -115,10 +113,12 @@ class MmList:
 
     def _forget(self, slot: MmSlot) -> None:
         self.lost.note(slot)
+        slot.domain.drop(slot)  # if that fails, the slot is here still, and the next `reap` begins again
         self.cursor.pop(slot, None)
         self.carried.pop(slot, None)
         self.departed_cpu_ns += slot.cpu_ns
-        slot.domain.drop(slot)
+        with self._lock:
+            del self._slots[slot.number]
 
     def to_the_head(self) -> None:
         """Put the cursor back to the head: the current pass does not count."""
