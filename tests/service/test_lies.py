@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz import service
 
-FOUND = (49, 73, 215, 1139, 2619, 2665, 100330)
+FOUND = (49, 73, 215, 1139, 2619, 2665, 4073, 5256, 100330)
 
 
 @pytest.mark.parametrize("seed", [*FOUND, *range(2000, 2050)])

@@ -131,11 +131,12 @@ class Ksmd:
     def _end_of_work(self, is_batch: bool = False) -> None:
         """What somebody asked for is shown when it is done. What came of a batch is only if the snapshot is old, or
         somebody wants to see it: see `snapshot`."""
-        try:
-            self.mm_list.reap()
-        except Exception:
-            self.mm_list.mend()
-            self.mm_list.reap()
+        for _ in range(2):
+            try:
+                self.mm_list.reap()
+                break
+            except Exception:  # whoever is left is forgotten the next time
+                self.mm_list.mend()
         domains, slots = self.mm_list.domains(), self.mm_list.everybody()
         self._urgent = any(domain.candidates and not domain.patience.is_spent for domain in domains)
         self._urgent |= any(not slot.passes and not slot.is_put_off and not slot.is_left_out for slot in slots)

@@ -163,12 +163,19 @@ class _Outcome:
         at = np.flatnonzero(~self._donating & (self._node >= 0))
         self._settle(at)
         different = at[self._status[at] == PageStatus.DIFFERENT]
+        self._unpublish_unused(self._node[different[~self._copied[different]]])
         proven = ~self._copied[different] | (self._domain.stable.sharers[self._node[different]] > 0)
         settle.collide(self._domain, self._refs[different[proven]], self._work)
         unproven = different[~proven]
         again: U32 = self._refs[unproven]
         self._disproven = (self._target[unproven] - COPY).astype(np.uint32)
         return again
+
+    def _unpublish_unused(self, nodes: Ints) -> None:
+        """Pages were not equal to these nodes, by whose checksum they had found them. Where nobody uses a node, nobody
+        is to find it again: whoever made it may have lied, and left."""
+        unused = np.unique(nodes[self._domain.stable.sharers[nodes] == 0])
+        self._domain.stable.unpublish(unused.astype(np.uint32))
 
     def settle_donors(self) -> None:
         """Settle donors of which there are copies. Call it after all others."""
