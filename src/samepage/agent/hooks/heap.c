@@ -32,7 +32,7 @@ struct pin {
 _Atomic uintptr_t heap_watched = HEAP_NEVER, heap_next_pin = HEAP_NEVER;
 /* These need the lock. */
 static uintptr_t heap_start, pinned; /* between them all of the heap is pinned */
-static struct pin *last;	     /* or NULL */
+static struct pin *_Atomic last;     /* or NULL; heap_unpin() reads it without */
 
 static _Atomic bool unpinning; /* one thread at a time */
 
