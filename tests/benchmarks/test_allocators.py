@@ -26,4 +26,4 @@ def test_time_and_memory_of_each_step_are_told_for_each_allocator(
         nanoseconds, mebibytes = (float(number.replace(",", "")) for number in cells["growing"].split("; "))
         assert nanoseconds > 1_000_000  # 32 MiB are written
         assert mebibytes > 30  # how much more depends on where mremap finds room
-        assert float(cells["freed"].split("; ")[1]) < 10  # also where the agent has pins in the heap (agent/hooks/heap.c)
+        assert float(cells["freed"].split("; ")[1]) < 10  # also with pins in the heap (agent/hooks/heap.c)
