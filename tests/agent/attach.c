@@ -6,6 +6,8 @@
  * attach WHAT [merged] [raw] raw: make the calls through syscall(2)
  */
 #define _GNU_SOURCE
+#include "inline_call.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -175,21 +177,6 @@ static void the_break(void)
 	else
 		say("brk", brk(p + LENGTH / 2)), sbrk(LENGTH / 2);
 	show(p);
-}
-
-/* A system call that nobody can stand in front of. */
-static long inline_call(long number, long a, long b, long c, long d, long e, long f)
-{
-	register long r10 __asm__("r10") = d;
-	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = f;
-	long ret;
-
-	__asm__ volatile("syscall"
-			 : "=a"(ret)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-			 : "rcx", "r11", "memory");
-	return ret;
 }
 
 /* Something else is mapped over what was merged, and nobody was told. */

@@ -68,7 +68,7 @@ static struct plan *plan;
 static struct real kernel_calls;
 static long owner; /* the process */
 
-/* Every call of the agent's that changes mappings, or what is in them, is between two such moments. */
+/* Before and after every call of the agent's that changes mappings, or what is in them. */
 static void moment(void)
 {
 	const struct timespec linger = {.tv_nsec = LINGER_NS};
@@ -82,6 +82,16 @@ static void moment(void)
 	kernel_calls.syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &linger, NULL);
 	kernel_calls.syscall(SYS_kill, pid, SIGKILL);
 }
+
+/* Makes a call that changes mappings, or what is in them; its value. */
+#define BETWEEN_MOMENTS(call)                                                                                          \
+	({                                                                                                             \
+		__typeof__(call) ret_;                                                                                 \
+		moment();                                                                                              \
+		ret_ = (call);                                                                                         \
+		moment();                                                                                              \
+		ret_;                                                                                                  \
+	})
 
 /* The rule by which this call of a kind is to fail, or NULL. */
 static const struct rule *fails(enum kind kind)
@@ -117,14 +127,8 @@ static int uffd_ioctl(int fd, unsigned long request, void *arg, enum kind kind)
 	uint64_t len = word[at];
 	const struct rule *r = fails(kind);
 
-	if (!r) {
-		int ret;
-
-		moment();
-		ret = kernel_calls.ioctl(fd, request, arg);
-		moment();
-		return ret;
-	}
+	if (!r)
+		return BETWEEN_MOMENTS(kernel_calls.ioctl(fd, request, arg));
 	if (r->done == HALF)
 		word[at] = half(len);
 	if (r->done != NOTHING && word[at])
@@ -187,14 +191,8 @@ static void *faulty_mremap(void *addr, size_t old_len, size_t new_len, int flags
 	target = va_arg(args, void *);
 	va_end(args);
 	r = fails(K_MREMAP);
-	if (!r) {
-		void *ret;
-
-		moment();
-		ret = kernel_calls.mremap(addr, old_len, new_len, flags, target);
-		moment();
-		return ret;
-	}
+	if (!r)
+		return BETWEEN_MOMENTS(kernel_calls.mremap(addr, old_len, new_len, flags, target));
 	if (r->done == GAP && flags & MREMAP_FIXED)
 		kernel_calls.munmap(target, new_len);
 	fail(r);
@@ -204,26 +202,16 @@ static void *faulty_mremap(void *addr, size_t old_len, size_t new_len, int flags
 static void *faulty_mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {
 	const struct rule *r = fails(K_MMAP);
-	void *ret;
 
-	if (r) {
-		fail(r);
-		return MAP_FAILED;
-	}
-	moment();
-	ret = kernel_calls.mmap(addr, len, prot, flags, fd, offset);
-	moment();
-	return ret;
+	if (!r)
+		return BETWEEN_MOMENTS(kernel_calls.mmap(addr, len, prot, flags, fd, offset));
+	fail(r);
+	return MAP_FAILED;
 }
 
 static int fatal_munmap(void *addr, size_t len)
 {
-	int ret;
-
-	moment();
-	ret = kernel_calls.munmap(addr, len);
-	moment();
-	return ret;
+	return BETWEEN_MOMENTS(kernel_calls.munmap(addr, len));
 }
 
 static int faulty_mprotect(void *addr, size_t len, int prot)
@@ -241,14 +229,8 @@ static int faulty_madvise(void *addr, size_t len, int advice)
 							 : K_ADVICE;
 	const struct rule *r = fails(kind);
 
-	if (!r) {
-		int ret;
-
-		moment();
-		ret = kernel_calls.madvise(addr, len, advice);
-		moment();
-		return ret;
-	}
+	if (!r)
+		return BETWEEN_MOMENTS(kernel_calls.madvise(addr, len, advice));
 	if (r->done == HALF && half(len))
 		kernel_calls.madvise(addr, half(len), advice);
 	return fail(r);

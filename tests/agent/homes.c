@@ -15,6 +15,8 @@
  *   discard    gives all of it up (MADV_DONTNEED); says how many pages are not zeros then
  */
 #define _GNU_SOURCE
+#include "inline_call.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -107,21 +109,9 @@ static unsigned long check(void)
 }
 
 /* Not by libc, whose functions are the agent's. */
-static long bare(long number, long a, long b, long c, long d, long e, long f)
-{
-	register long four __asm__("r10") = d, five __asm__("r8") = e, six __asm__("r9") = f;
-	long ret;
-
-	__asm__ volatile("syscall"
-			 : "=a"(ret)
-			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(four), "r"(five), "r"(six)
-			 : "rcx", "r11", "memory");
-	return ret;
-}
-
 static uintptr_t bare_page(void)
 {
-	return (uintptr_t)bare(SYS_mmap, 0, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	return (uintptr_t)inline_call(SYS_mmap, 0, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 }
 
 #define BELOW (64UL << 20)
@@ -136,7 +126,7 @@ static void *squatter(void *arg)
 		if (page[i]) {
 			if (*(volatile uintptr_t *)page[i] != page[i])
 				atomic_fetch_add(&wrong, 1);
-			bare(SYS_munmap, (long)page[i], PAGE, 0, 0, 0, 0);
+			inline_call(SYS_munmap, (long)page[i], PAGE, 0, 0, 0, 0);
 		}
 		page[i] = bare_page();
 		if (page[i] % PAGE) /* an error: there may be a crowd */

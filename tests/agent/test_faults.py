@@ -83,6 +83,11 @@ class Fault:
     done: int = NOTHING
 
 
+RULES, RULE_WORDS = 3, 5
+MOMENTS = 2 + len(KINDS) + RULES * RULE_WORDS
+"""Where `struct plan` has its last two words."""
+
+
 class Plan:
     """`struct plan` of faults.c."""
 
@@ -95,12 +100,21 @@ class Plan:
     def calls(self) -> dict[str, int]:
         return dict(zip(KINDS, self.words[2:].tolist(), strict=False))
 
+    @property
+    def moments(self) -> int:
+        """How often the child that makes a step was about to change something, or just had, since `arm`."""
+        return int(self.words[MOMENTS])
+
+    def kill_at(self, moment: int) -> None:
+        """Have that child killed at one of these moments, counted from 1; 0: never. Call it after `arm`."""
+        self.words[MOMENTS + 1] = moment
+
     def arm(self, *faults: Fault) -> None:
         self.words[:] = 0
         for i, fault in enumerate(faults):
-            at = 2 + len(KINDS) + 5 * i
+            at = 2 + len(KINDS) + RULE_WORDS * i
             error = getattr(errno, fault.error)
-            self.words[at : at + 5] = [KINDS.index(fault.kind), fault.first, fault.count, error, fault.done]
+            self.words[at : at + RULE_WORDS] = [KINDS.index(fault.kind), fault.first, fault.count, error, fault.done]
         self.words[0] = 1
 
     def disarm(self) -> int:

@@ -13,28 +13,17 @@ import pytest
 
 from samepage.memory import AREA, EXTENT, AddressSpaceGone, PageStatus
 from samepage.memory.wire import Flags
-from tests.agent.preload import ROOT, Preload, build_agent, compile_c
-from tests.agent.test_faults import ALWAYS, HUGE, KINDS, PAGES, Fault, Stage
+from tests.agent.preload import Preload
+from tests.agent.test_faults import ALWAYS, HUGE, PAGES, Fault, Stage, faulty, program
+
+__all__ = ["faulty", "program"]
 
 MOMENTS = int(os.environ.get("SAMEPAGE_TEST_MOMENTS", "40"))
 """How many of the moments of a step are tried, evenly."""
 
 MOST = int(Path("/proc/sys/vm/max_map_count").read_text())
 FEW = 12
-FATAL = 2 + len(KINDS) + 5 * 3 + 1
-"""Where `struct plan` has it."""
 MOVE, LIMITED, PROTECT, CROWDED = "move", "limited", "write-protect", "crowded"  # the last takes a second each
-
-
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory, preload: Preload) -> Preload:
-    faults = ROOT / "tests" / "agent" / "faults.c"
-    return Preload(build_agent(tmp_path_factory.mktemp("faulty"), "-Wl,--wrap=pread", str(faults)), preload.merge_all)
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_c(ROOT / "tests" / "agent" / "homes.c", tmp_path_factory.mktemp("homes") / "homes", "-pthread")
 
 
 class Scene(Stage):
@@ -62,16 +51,8 @@ class Scene(Stage):
         self.process.space.restore(np.array([(self.first + HUGE, FEW)], AREA))
 
     def look(self) -> None:
-        vpn = 0
-        while vpn := self.process.space.scan(vpn, 1 << 20).next_vpn:
+        for _ in self.process.look():
             pass
-
-    def kill_at(self, moment: int, *faults: Fault) -> None:
-        self.plan.arm(*faults)
-        self.plan.words[FATAL] = moment
-
-    def moments(self) -> int:
-        return int(self.plan.words[FATAL - 1])
 
     def crowd(self) -> None:
         """The agent is asked for mappings, and joins pieces."""
@@ -141,9 +122,10 @@ def test_a_step_may_be_killed_at_any_moment(name: str, faulty: Preload, program:
         try:
             prepare(scene)
             assert scene.process.tell("squat") == "squatting\n"
-            scene.kill_at(fatal, *faults)
+            scene.plan.arm(*faults)
+            scene.plan.kill_at(fatal)
             step(scene)
-            moments_now = scene.moments()
+            moments_now = scene.plan.moments
             scene.plan.disarm()
             scene.check()
             scene.check()

@@ -192,33 +192,30 @@ void area_change(uintptr_t start, uintptr_t end, unsigned set, unsigned clear, i
 	join_around(start, end);
 }
 
-/* What was an area before may be mergeable now. */
-static void take_up(void)
+/* merge_any or merge_mapped has changed. `on`: what was an area before may be mergeable now. */
+static void merging_changed(bool on)
 {
-	for (struct area *a = area_next(0); a; a = area_next(a->end))
+	for (struct area *a = area_next(0); on && a; a = area_next(a->end))
 		if (!mergeable(a->flags))
 			continue;
 		else if (page_reserve(a->start >> PAGE_SHIFT, a->end >> PAGE_SHIFT))
 			a->flags |= AREA_EXCLUDED;
 		else if (!(a->flags & (AREA_ALLOC | AREA_ADVISED)))
 			a->flags |= AREA_AFRESH;
+	join_around(0, ADDRESS_END);
+	areas_seq++;
 }
 
 void area_merge_any(bool on)
 {
 	merge_any = on;
-	if (on)
-		take_up();
-	join_around(0, ADDRESS_END);
-	areas_seq++;
+	merging_changed(on);
 }
 
 void area_merge_mapped(void)
 {
 	merge_mapped = true;
-	take_up();
-	join_around(0, ADDRESS_END);
-	areas_seq++;
+	merging_changed(true);
 }
 
 /* Cuts [start, end) out of `a`, which overlaps it. Needs room for one more area if two pieces are left. */
