@@ -44,7 +44,7 @@ def _container(path: str, container: Json, filters: int) -> list[Json]:
     if "value" not in before:
         return []  # it comes from a secret, say, and is not known here
     wanted = {"LD_PRELOAD": f"{AGENT}:{before['value']}".rstrip(":"), "SAMEPAGE_SOCKET": f"{FOLDER}/socket"}
-    wanted |= {"SAMEPAGE_MEMORY": "mapped"} | ({"SAMEPAGE_SECCOMP": str(filters)} if filters else {})
+    wanted |= {"SAMEPAGE_MEMORY": "all"} | ({"SAMEPAGE_SECCOMP": str(filters)} if filters else {})
     added = [{"name": name, "value": value} for name, value in wanted.items() if name not in set_here]
     others = [variable for variable in container.get("env", []) if variable["name"] != "LD_PRELOAD"]
     mount = {"name": VOLUME, "mountPath": FOLDER, "readOnly": True}

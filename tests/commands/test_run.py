@@ -111,8 +111,8 @@ def test_the_agent_is_told_which_memory_to_take(run: Run, memory: str) -> None:
     assert run("--memory", memory, "sh", "-c", 'echo "$SAMEPAGE_MEMORY"').stdout == f"{memory}\n"
 
 
-def test_what_programs_map_themselves_is_taken_unless_the_user_says_otherwise(run: Run) -> None:
-    assert run("sh", "-c", 'echo "$SAMEPAGE_MEMORY"').stdout == "mapped\n"
+def test_all_memory_is_taken_unless_the_user_says_otherwise(run: Run) -> None:
+    assert run("sh", "-c", 'echo "$SAMEPAGE_MEMORY"').stdout == "all\n"
 
 
 def test_what_was_preloaded_before_stays(run: Run, environment: dict[str, str], library: Path) -> None:

@@ -109,7 +109,7 @@ def mutated(webhook: Any, change: Any = None) -> Json:
 def test_each_container_gets_what_it_needs_and_keeps_what_it_has(webhook: Any) -> None:
     spec = mutated(webhook)["spec"]
     server, sidecar = spec["containers"]
-    needed = {"SAMEPAGE_SOCKET": "/run/samepage/socket", "SAMEPAGE_MEMORY": "mapped", "SAMEPAGE_SECCOMP": "1"}
+    needed = {"SAMEPAGE_SOCKET": "/run/samepage/socket", "SAMEPAGE_MEMORY": "all", "SAMEPAGE_SECCOMP": "1"}
     preload = "/run/samepage/libsamepage.so"
     assert variables(server) == needed | {"LD_PRELOAD": f"{preload}:/usr/lib/libjemalloc.so.2", "N": "4"}
     assert variables(sidecar) == needed | {"LD_PRELOAD": preload}

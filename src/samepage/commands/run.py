@@ -28,7 +28,7 @@ NOBODY_JOINED = (
     "is statically linked, or is setuid"
 )
 
-MEMORY = "mapped"
+MEMORY = "all"
 """What of a program's memory is taken unless --memory says otherwise ($SAMEPAGE_MEMORY, agent/hooks/wrappers.c)."""
 
 
@@ -76,7 +76,7 @@ class Run:
             metavar="SIZE",
             type=size,
             help="allocations of at least this size are merged: bytes, or with K, M or G "
-            "(default: 1M; with --memory all 64K)",
+            "(default: 64K; 1M with --memory large or mapped)",
         )
         parser.add_argument(
             "--domain",

@@ -48,9 +48,6 @@ Progress = Callable[[int, str], None]
 HEADER = struct.Struct("<QQ")
 """Of a chunk of malloc's: the size of the one before, and its own with the flags."""
 
-MMAP_THRESHOLD = 128 << 10
-"""Bytes from which on glibc's malloc maps a block by itself (mallopt(3))."""
-
 
 @dataclass(slots=True)
 class MappingRows:
@@ -335,10 +332,8 @@ class _Looker:
             if whole.kind is not Kind.ANONYMOUS or (block and address < block.end):
                 continue
             size = _chunk_size(work.opened.fd, address + work.batch.shift)
-            large = size - HEADER.size >= MIN_ALLOC
-            small = size >= MMAP_THRESHOLD and whole.left is Left.MAPPED
-            if (large or small) and address + size <= whole.stretch:
-                left = Left.STATIC if whole.left is Left.STATIC else None if large else Left.BLOCKS
+            if size - HEADER.size >= MIN_ALLOC and address + size <= whole.stretch:
+                left = Left.STATIC if whole.left is Left.STATIC else None
                 block = Mapping(address, address + size, Kind.ALLOCATION, "", taken=left is None, left=left)
                 blocks.append(block)
         self._block = block

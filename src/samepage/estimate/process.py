@@ -258,6 +258,7 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
     # Memory that the agent swaps is registered with its userfaultfd (VM_UFFD_WP).
     registers = agent and re.search(r"^VmFlags:.* uw\b", smaps, re.MULTILINE) is not None
     dynamic = re.search(r"/(ld-|ld\.so|libc[.-])", smaps) is not None
+    heap = Left.LARGE_ONLY if re.search(r"/libc(\.so\.6|-2\.)", smaps) else Left.BLOCKS  # glibc's
     header: re.Match[str] | None = None
     before: re.Match[str] | None = None
     anonymous, count = False, 0
@@ -270,10 +271,10 @@ def _compatible(smaps: str, merge_any: bool) -> tuple[list[Mapping], int]:
             vmflags = line.split()[1:]
             if NOT_COMPATIBLE.isdisjoint(vmflags) and not (registers and WINDOW.issubset(vmflags)):
                 guarded = before is not None and _is_guard(before, header)
-                left = None if not merge_any and "mg" in vmflags else _left(header, agent, dynamic, guarded)
+                left = None if not merge_any and "mg" in vmflags else _left(header, agent, dynamic, guarded, heap)
                 registered = registers and "uw" in vmflags
-                if registers and left in (None, Left.MAPPED) and _kind(header[5]) is Kind.ANONYMOUS:
-                    left = None if registered or "mg" in vmflags else Left.MAPPED
+                if registers and left in (None, Left.LARGE_ONLY) and _kind(header[5]) is Kind.ANONYMOUS:
+                    left = None if registered or "mg" in vmflags else Left.LARGE_ONLY
                 found.append(_mapping(header, left))
                 # All that is registered may have been merged with the page of zeros, which is not anonymous.
                 if anonymous or registered or found[-1].kind is Kind.SEGMENT:
@@ -288,20 +289,21 @@ def _mapping(header: re.Match[str], left: Left | None) -> Mapping:
     return Mapping(start, end, _kind(name), name, taken=left is None, left=left)
 
 
-def _left(header: re.Match[str], agent: bool, dynamic: bool, guarded: bool) -> Left | None:
-    """Why `samepage run` would not take a mapping that is not advised MADV_MERGEABLE; None: it would."""
+def _left(header: re.Match[str], agent: bool, dynamic: bool, guarded: bool, heap: Left) -> Left | None:
+    """Why `samepage run` would not take a mapping that is not advised MADV_MERGEABLE; None: it would. `heap`: why not
+    the brk heap."""
     kind = _kind(header[5])
     if kind is Kind.SEGMENT:
         return None
     if not dynamic:
         return Left.STATIC
     if kind is not Kind.ANONYMOUS:
-        return {Kind.HEAP: Left.BLOCKS, Kind.STACK: Left.STACK}.get(kind, Left.FILE)
+        return {Kind.HEAP: heap, Kind.STACK: Left.STACK}.get(kind, Left.FILE)
     if guarded:
         return Left.STACK
     # Under samepage large allocations are mappings without a header of glibc's, so their size has to do.
     large = agent and int(header[2], 16) - int(header[1], 16) >= MIN_ALLOC
-    return None if large else Left.MAPPED
+    return None if large else Left.LARGE_ONLY
 
 
 def _is_guard(mapping: re.Match[str], of: re.Match[str]) -> bool:
@@ -312,7 +314,7 @@ def _is_guard(mapping: re.Match[str], of: re.Match[str]) -> bool:
 
 def _without_arena(mapping: Mapping, mem: int, pagemap: int) -> Mapping:
     """The same, and left alone if it is an arena of libc's."""
-    if mapping.left is not Left.MAPPED or mapping.start % HEAP_ALIGN:
+    if mapping.left is not Left.LARGE_ONLY or mapping.start % HEAP_ALIGN:
         return mapping
     try:
         (entry,) = struct.unpack("Q", os.pread(pagemap, 8, mapping.start // PAGE_SIZE * 8))

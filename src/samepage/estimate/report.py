@@ -216,10 +216,10 @@ class Report(msgspec.Struct):
     by_extent: ByExtent
     """samepage, if all of the memory were registered with it."""
     samepage_run: ByExtent
-    """samepage, as `samepage run` does it: large allocations, what programs map themselves, and what is advised
-    MADV_MERGEABLE."""
+    """samepage, as `samepage run` does it: large allocations, what programs map themselves, glibc's main heap, and what
+    is advised MADV_MERGEABLE."""
     samepage_run_large: ByExtent
-    """samepage, as `samepage run --memory large` does it: without what programs map themselves."""
+    """samepage, as `samepage run --memory large` does it: without the heap and what programs map themselves."""
     left_alone: list[LeftAlone]
     """What `samepage run` would not take, by reason, most duplicates first."""
     sources: list[SourceReport]
@@ -418,7 +418,7 @@ def _taken(look: Look) -> Bools:
     taken = np.zeros(look.rows, np.bool_)
     for rows in look.sources:
         for part, first, end in _ranges(rows):
-            taken[first:end] = part.mapping.left is Left.MAPPED or part.mapping.taken
+            taken[first:end] = part.mapping.left is Left.LARGE_ONLY or part.mapping.taken
     return taken
 
 
@@ -427,7 +427,7 @@ def _left_alone(sources: list[SourceReport], look: Look, forked: int) -> list[Le
     found = {FORKED: LeftAlone(FORKED, forked, 0)} if forked else {}
     for source, rows in zip(sources, look.sources, strict=True):
         for report, part in zip(source.mappings, rows.mappings, strict=True):
-            if part.mapping.left not in (None, Left.MAPPED):
+            if part.mapping.left not in (None, Left.LARGE_ONLY):
                 row = found.setdefault(part.mapping.left, LeftAlone(part.mapping.left, 0, 0))
                 pages = report.pages
                 row.pages += pages.total - pages.already_shared

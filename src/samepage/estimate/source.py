@@ -80,7 +80,8 @@ class Left(StrEnum):
     STACK = "stacks"
     FILE = "data of programs and libraries"
     STATIC = "statically linked programs"
-    MAPPED = "mapped by programs themselves; --memory large leaves it"
+    LARGE_ONLY = "left by --memory large alone"
+    """What programs map themselves, blocks of malloc's below 1 MiB that are mappings of their own, and the brk heap."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -150,7 +150,7 @@ def _mappings_table(mappings: list[tuple[SourceRows, MappingRows]], head: schema
     rows = []
     for number, (source_rows, part) in enumerate(mappings):
         source, mapping = source_rows.source, part.mapping
-        mapped = mapping.left is Left.MAPPED and id(source) not in has_agent
+        by_default = mapping.left is Left.LARGE_ONLY and id(source) not in has_agent
         if id(source) not in who:
             who[id(source)] = _who(source)
         service, image = who[id(source)]
@@ -166,7 +166,7 @@ def _mappings_table(mappings: list[tuple[SourceRows, MappingRows]], head: schema
                 "image": image,
                 "kind": str(mapping.kind),
                 "library": mapping.name if mapping.kind is Kind.FILE else "",
-                "taken": mapping.taken or mapped or mapping.kind is Kind.SEGMENT,
+                "taken": mapping.taken or by_default or mapping.kind is Kind.SEGMENT,
                 "vpn": mapping.start // PAGE_SIZE,
                 "end": -(-mapping.end // PAGE_SIZE),
                 "pages": part.npages,
