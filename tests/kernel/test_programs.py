@@ -39,7 +39,7 @@ class Command:
 
     def __init__(self, folder: Path, command: list[str]) -> None:
         script = f'echo "$SAMEPAGE_SOCKET" > {folder}/name; mv {folder}/name {folder}/socket; exec "$@"'
-        run = [sys.executable, "-m", "samepage", "run", "--engine", "auto", "--memory", "mapped", "--"]
+        run = [sys.executable, "-m", "samepage", "run", "--engine", "auto", "--"]
         run += ["sh", "-c", script, "sh", *command]
         pipe = subprocess.PIPE
         self._run = subprocess.Popen(run, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True)

@@ -46,16 +46,24 @@ sys.exit(main())
 """Limits are for machines that are as fast as machines are."""
 
 SIZE = 16 * MIB
+BLOCK = 9 * 4096
+"""Bytes that are used of an allocation so small that the heap serves it."""
 
 SAME = f"""
-import sys
-data = bytearray(b"".join(i.to_bytes(8, "little") * 512 for i in range(1, {SIZE} // 4096 + 1)))
+import ctypes, sys
+malloc = ctypes.CDLL(None).malloc
+malloc.restype, malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+blocks = [malloc({BLOCK} + 4096) for _ in range({SIZE} // 2 // {BLOCK})]
+parts = [bytearray({SIZE} // 2), *((ctypes.c_char * {BLOCK}).from_address(block + -block % 4096) for block in blocks)]
+pages = [(part, at) for part in parts for at in range(0, len(part), 4096)]
+for number, (part, at) in enumerate(pages, 1):
+    part[at : at + 4096] = number.to_bytes(8, "little") * 512
 print("built", flush=True)
 for line in sys.stdin:
-    right = all(data[p : p + 8] == (p // 4096 + 1).to_bytes(8, "little") for p in range(0, len(data), 4096))
+    right = all(part[at : at + 8] == number.to_bytes(8, "little") for number, (part, at) in enumerate(pages, 1))
     print("right" if right else "wrong", flush=True)
 """
-"""A program whose copies have the same memory."""
+"""A program whose copies have the same memory: half of it in one large allocation, half in the heap."""
 
 HALF = 3072
 TWICE = f"""
@@ -213,8 +221,10 @@ def main_job(way: str, user: int = 0) -> str:
     """Two processes with the same memory: merged, unmerged each in its own way, and not a byte wrong."""
     with ExitStack() as stack:
         service = Service(way, stack)
+        service.set("run", 0)  # else some of it is merged before all of it is there
         programs = [service.start(SAME, user=user) for _ in range(2)]
         before = sum(program.pss for program in programs)
+        service.set("run", 1)
         if why := left_alone(way, service, programs, before):
             return f"left alone: {why}"
         merged(programs, SIZE * 4 // 5, before)
