@@ -184,6 +184,23 @@ static bool all_own(uintptr_t start, uintptr_t len)
 	return true;
 }
 
+/* libc may have discarded islands in its heap (malloc_trim(3)), which then show the segment's page: makes them private again. False:
+ * one is shared with a fork, or swapped out, or there is no memory. */
+static bool make_own(uintptr_t start, uintptr_t len)
+{
+	uint8_t kind[RESTORE_MAX];
+	bool holds[RESTORE_MAX];
+	size_t n = len >> PAGE_SHIFT;
+
+	if (page_kinds(start, n, kind) || page_holds(start, n, holds))
+		return false;
+	for (size_t i = 0; i < n; i++)
+		if (kind[i] == PAGE_FORKED || (kind[i] == PAGE_ABSENT && holds[i]) ||
+		    (kind[i] != PAGE_OWN && populate_write(start + (i << PAGE_SHIFT), PAGE_SIZE)))
+			return false;
+	return all_own(start, len);
+}
+
 /* Replaces [start, start + len), whose pages are in the window, by a copy of them. Returns 0, or -errno with the pages
  * still in the window. *unheld: nobody else holds one of them. */
 static int replace(const struct area *a, uintptr_t start, uintptr_t len, uintptr_t copy, bool *unheld)
@@ -235,11 +252,11 @@ static int restore_section(const struct area *a, uintptr_t start, uintptr_t len)
 	bool unheld = false;
 	int err = -EBUSY;
 
-	if (!all_own(start, len)) /* shared with a fork, or swapped out */
-		return -EBUSY;
 	copy = fresh_pages(len, start);
 	if (!copy)
 		return -ENOMEM;
+	if (!all_own(start, len) && !make_own(start, len))
+		return -EBUSY;
 	if (uffd_register(kernel.move, start, len, UFFDIO_REGISTER_MODE_MINOR)) {
 		uffd_unregister(kernel.move, start, len);
 		return -EINVAL;
