@@ -2,7 +2,9 @@
 /*
  * The heap that brk(2) moves. "sbrk": the program's own part of it, as an allocator has it that takes its memory there. "malloc":
  * glibc's small blocks. "trim": the same, given back behind everybody's back. "storm SECONDS": many threads, blocks of all sizes,
- * and a heap that grows and shrinks, here and in children; every block is checked, and what calloc gives is zero.
+ * and a heap that grows and shrinks, here and in children; every block is checked, and what calloc gives is zero. "islands": malloc
+ * discards what was merged and written since. "short": all of the heap is freed while there is no memory to unmerge it; for a cgroup of
+ * 128 MiB.
  */
 #define _GNU_SOURCE
 #include "segments.h"
@@ -69,7 +71,7 @@ static void small_blocks(bool behind)
 	char *last;
 
 	from_segments(0, 0); /* stdio's blocks lie below ours, and malloc keeps them for the next time */
-	if (behind) /* as Python programs do it */
+	if (behind)	     /* as Python programs do it */
 		*(void **)&trim = dlsym(dlopen("libc.so.6", RTLD_LAZY), "malloc_trim");
 	for (int i = 0; i < BLOCKS; i++)
 		memset(block[i] = malloc(SIZE), i % 100 + 1, SIZE);
@@ -93,6 +95,66 @@ static void small_blocks(bool behind)
 		free(block[i]);
 	trim(0);
 	printf("wrong: %lu, given back: %d\n", wrong, last >= (char *)sbrk(0));
+}
+
+static void islands(void)
+{
+	static char *block[BLOCKS];
+	char *first, *last;
+
+	from_segments(0, 0);
+	for (int i = 0; i < BLOCKS; i++)
+		memset(block[i] = malloc(SIZE), i % 100 + 1, SIZE);
+	first = block[BLOCKS / 4]; /* freed first, so malloc keeps some of these (tcache) */
+	last = block[BLOCKS - BLOCKS / 50];
+	until_merged("malloc", block[BLOCKS / 50], last);
+	for (int i = 0; i < BLOCKS; i++)
+		block[i][0]++;
+	nanosleep(&(struct timespec){.tv_sec = 1}, NULL); /* the agent looks */
+	for (int i = BLOCKS / 4; i < BLOCKS / 2; i++)
+		free(block[i]);
+	malloc_trim(0);
+	for (int i = 0; i < BLOCKS / 4; i++)
+		free(block[i]);
+	for (int i = BLOCKS / 2; i < BLOCKS; i++)
+		free(block[i]);
+	printf("given back: %d\n", (char *)sbrk(0) < first + MIB);
+}
+
+static void fill(void *p, size_t len)
+{
+	static uint32_t r = 1;
+
+	for (size_t i = 0; i < len / 4; i++)
+		((uint32_t *)p)[i] = r = r * 1664525 + 1013904223;
+}
+
+static void short_of_memory(void)
+{
+	enum { PAGES = 64 * 256, ROOM = PAGE - 16 };
+	static char *block[PAGES];
+	size_t more = 48 * MIB;
+	char *first;
+
+	from_segments(0, 0);
+	for (int i = 0; i < PAGES; i++) {
+		block[i] = malloc(ROOM);
+		if (i % 50 < 2)
+			memset(block[i], 'x', ROOM);
+		else
+			fill(block[i], ROOM);
+	}
+	first = block[0];
+	for (int i = 0; i < patience && from_segments((uintptr_t)first, (uintptr_t)sbrk(0)) < MIB; i++)
+		nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+	printf("merged: %d\n", from_segments((uintptr_t)first, (uintptr_t)sbrk(0)) >= MIB);
+	fflush(stdout);
+	fill(malloc(more), more);
+	for (int i = 0; i < PAGES; i++)
+		free(block[i]);
+	more = 48 * MIB;
+	fill(malloc(more), more);
+	printf("alive\n");
 }
 
 static _Atomic unsigned long wrong;
@@ -198,6 +260,10 @@ int main(int argc, char **argv)
 		own();
 	else if (!strcmp(what, "malloc") || !strcmp(what, "trim"))
 		small_blocks(!strcmp(what, "trim"));
+	else if (!strcmp(what, "islands"))
+		islands();
+	else if (!strcmp(what, "short"))
+		short_of_memory();
 	else
 		storms(argc > 2 ? (unsigned)atoi(argv[2]) : 5);
 	return 0;

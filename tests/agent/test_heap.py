@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.agent.headroom import MIB
 from tests.agent.preload import Preload, compile_c
+from tests.agent.test_headroom_in_cgroups import MemoryCgroup, cgroup
+
+__all__ = ["cgroup"]
 
 HERE = Path(__file__).parent
 
@@ -40,3 +47,22 @@ def test_small_blocks_are_left_alone_with_mapped_and_given_back(preload: Preload
 def test_no_byte_is_wrong_in_a_heap_that_grows_and_shrinks_under_threads(preload: Preload, heap: str) -> None:
     said = preload.run([heap, "storm", "8"], merged=True, SAMEPAGE_MEMORY="all").splitlines()
     assert said == ["merged: some, wrong: 0"]
+
+
+def test_a_heap_of_which_malloc_discarded_pages_that_were_merged_and_written_is_given_back(
+    preload: Preload, heap: str
+) -> None:
+    said = preload.run([heap, "islands"], merged=True, SAMEPAGE_MEMORY="all").splitlines()
+    assert said == ["malloc: merged", "given back: 1"]
+
+
+def test_the_memory_of_a_heap_is_given_back_where_there_is_none_to_unmerge_it(
+    heap: str, cgroup: Callable[..., MemoryCgroup]
+) -> None:
+    within = cgroup(128 * MIB)
+    at_once = ["--set", "advisor_mode=none", "--set", "pages_to_scan=100000"]
+    enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(within.path / "cgroup.procs")]
+    command = [sys.executable, "-m", "samepage", "run", "--memory", "all", *at_once, "--", *enter, heap, "short"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, within.killed()) == (0, 0), done.stderr
+    assert done.stdout.splitlines() == ["merged: 1", "alive"]

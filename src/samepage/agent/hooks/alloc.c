@@ -148,12 +148,14 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	size_t len = PAGE_ALIGN_UP(size), dirty;
 	uintptr_t start;
 	sigset_t saved;
+	int err;
 
 	heed_watchers();
 	if (!alloc_enabled())
 		return NULL;
 	if (align <= PAGE_SIZE && (start = kept_take(len)))
 		return zeroed ? memset((void *)start, 0, len) : (void *)start;
+	err = errno;
 	mmap_lock(&saved);
 	do
 		start = block_new(len, align, &dirty);
@@ -161,6 +163,7 @@ static void *allocate(size_t size, size_t align, bool zeroed)
 	if (start)
 		widen(&block_bounds, start, start + len);
 	mmap_unlock(&saved);
+	errno = err; /* the kernel may have refused one place before it gave another */
 	set_up_real_malloc();
 	if (start && zeroed)
 		memset((void *)start, 0, dirty);
@@ -304,7 +307,7 @@ static __attribute__((noinline)) void free_carefully(void *p)
 		next.free(p);
 	}
 	if (at_heap_end(p))
-		heap_unpin();
+		heap_unpin(false);
 	errno = saved;
 }
 
@@ -457,7 +460,9 @@ SP_EXPORT int malloc_trim(size_t pad)
 	mmap_lock(&saved);
 	any = blocks_trim();
 	mmap_unlock(&saved);
-	return next.malloc_trim(pad) || any;
+	any |= next.malloc_trim(pad) != 0;
+	heap_unpin(true);
+	return any;
 }
 
 SP_EXPORT int mallopt(int param, int value)

@@ -35,6 +35,10 @@ static uintptr_t heap_start, pinned; /* between them all of the heap is pinned *
 static struct pin *_Atomic last;     /* or NULL; heap_unpin() reads it without */
 
 static _Atomic bool unpinning; /* one thread at a time */
+static struct {		       /* under `unpinning`: the pin that had to stay for lack of memory, or NULL */
+	const struct pin *pin;
+	size_t frees, next_try; /* since then; after how many it is worth another try */
+} refused;
 
 /* As libc has it. Whoever stands in front of that need not keep blocks where they are. */
 bool is_libcs(void *function)
@@ -134,6 +138,8 @@ void *heap_pin(void *p, size_t size, bool zeroed)
 	grown = heap_grew(pin) && pin < next.sbrk(0) ? note_pin(pin) : 0;
 	if (grown)
 		agent_start_unnamed(grown);
+	else
+		next.free(pin ? pin : p);
 	errno = saved;
 	return other;
 }
@@ -199,12 +205,36 @@ static bool let_go(struct pin *pin)
 	if (last == below) {
 		make_mergeable(start, end);
 		set_last(pin);
+		if (heap_next_pin != HEAP_NEVER)
+			heap_watched = heap_start; /* whatever is freed may be the memory that is missing */
 	}
 	mmap_unlock(&saved);
 	return false;
 }
 
-void heap_unpin(void)
+/* Whether enough was freed since the pin had to stay. */
+static bool is_worth_a_try(const struct pin *pin)
+{
+	if (pin != refused.pin)
+		return true;
+	return ++refused.frees >= refused.next_try;
+}
+
+/* What is free below pins may be all the memory that there is for what they keep: malloc gives back the pages of free blocks
+ * first, of which it needs none. */
+static bool let_go_when_short(struct pin *pin)
+{
+	next.malloc_trim(0);
+	if (let_go(pin))
+		return true;
+	if (pin != refused.pin)
+		refused.frees = 0;
+	refused.pin = pin;
+	refused.next_try = refused.frees + refused.frees / 4 + 16;
+	return false;
+}
+
+void heap_unpin(bool trimmed)
 {
 	int saved = errno;
 	bool gone = true;
@@ -212,9 +242,13 @@ void heap_unpin(void)
 	while (gone && !atomic_exchange(&unpinning, true)) {
 		struct pin *pin = last; /* nobody else frees it */
 
-		gone = pin && is_in_the_way(pin) && let_go(pin);
-		if (gone)
+		if (trimmed)
+			refused.pin = NULL;
+		gone = pin && is_in_the_way(pin) && is_worth_a_try(pin) && (let_go(pin) || let_go_when_short(pin));
+		if (gone) {
+			refused.pin = NULL;
 			next.free(pin);
+		}
 		atomic_store(&unpinning, false);
 	}
 	errno = saved;

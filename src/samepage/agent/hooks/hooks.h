@@ -139,8 +139,8 @@ static inline bool heap_grew(const void *p)
 	return (uintptr_t)p - atomic_load_explicit(&heap_next_pin, memory_order_relaxed) < HEAP_MAX;
 }
 
-/* A block of the heap's end was freed: frees the pins that nothing needs any more. */
-void heap_unpin(void);
+/* A block of the heap's end was freed, or all free memory was given back (`trimmed`): frees the pins that nothing needs any more. */
+void heap_unpin(bool trimmed);
 void heap_forked(void); /* in the child */
 static inline bool at_heap_end(const void *p)
 {
