@@ -26,7 +26,8 @@ import numpy as np
 from samepage.agent import MIN_ALLOC
 from samepage.arrays import Bools, Ints
 from samepage.estimate import pages
-from samepage.estimate.sample import Column, Sampler
+from samepage.estimate.blocks import HeapPages, is_heap, moved
+from samepage.estimate.sample import Column, Sampler, threshold
 from samepage.estimate.source import (
     Batch,
     Denied,
@@ -131,6 +132,17 @@ def _highest_frame() -> int:
 
 
 @dataclass(slots=True)
+class Blocks:
+    """`blocks.Moved` of all sources: how many; the rows of their pages now; and of the pages that they would have at
+    the start of pages, the checksums and the numbers of their sources."""
+
+    count: int
+    rows: U32
+    moved: U64
+    moved_sources: U32
+
+
+@dataclass(slots=True)
 class Look:
     """Everything that one look saw. There is one row a page, unless it is a sample. `starts` are the rows at which a
     run of pages starts that follow each other in memory, and `start_vpns`, when asked for, their page numbers. `scale`
@@ -152,6 +164,9 @@ class Look:
     seconds: float
     cpu_seconds: float
     pages_read: int
+    blocks: Blocks = field(
+        default_factory=lambda: Blocks(0, *map(np.empty, (0, 0, 0), (np.uint32, np.uint64, np.uint32)))
+    )
 
     @property
     def rows(self) -> int:
@@ -191,6 +206,9 @@ class _Looker:
         self._rows = 0
         self._after: tuple[SourceRows, int] | None = None  # where a run of pages would go on
         self._block: Mapping | None = None  # the large allocation that the last page was in
+        self._heaps: dict[Mapping, list[HeapPages]] = {}  # of the source that is being put down
+        self._nblocks = 0
+        self._block_rows, self._moved, self._moved_sources = Column(np.uint32), Column(np.uint64), Column(np.uint32)
         self.frames_known = True
         self._denied = 0
 
@@ -286,6 +304,10 @@ class _Looker:
 
     def _end(self, work: _Work) -> None:
         rows, opened = work.rows, work.opened
+        remains = rows.npages > rows.unreadable or not opened.gone
+        for heap in self._heaps.values() if remains else ():
+            self._move(opened.fd, heap)
+        self._heaps = {}
         for fd in (opened.fd, *opened.more):
             os.close(fd)
         rows.swapped = opened.swapped
@@ -300,8 +322,26 @@ class _Looker:
         elif rows.unreadable > (0 if rows.source.pid is None else rows.npages // 2):
             # Of a process that runs, some always go away before they are read.
             self.problems.append(f"{label(rows.source)}: {rows.unreadable} of {rows.npages} pages could not be read")
-        if rows.npages > rows.unreadable or not opened.gone:
+        if remains:
             self.sources.append(rows)
+
+    def _move(self, fd: int, parts: list[HeapPages]) -> None:
+        """Put down what the blocks of a heap would be elsewhere."""
+        vpns, alone, rows = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("vpns", "alone", "rows")
+        )
+        found = moved(fd, HeapPages(vpns, alone, rows, parts[0].end))
+        if self.sample is not None:
+            found.checksum = found.checksum[found.checksum < threshold(self.sample.share)]
+        self._nblocks += found.count
+        self._block_rows.extend(found.rows)
+        self._moved.extend(found.checksum)
+        self._moved_sources.extend(np.full(len(found.checksum), len(self.sources)))
+
+    @property
+    def blocks(self) -> Blocks:
+        """What is put down of them."""
+        return Blocks(self._nblocks, self._block_rows.values, self._moved.values, self._moved_sources.values)
 
     def _bounds(self, work: _Work) -> list[tuple[int, Mapping]]:
         """Where in the batch a mapping, or a large allocation in one, starts: (position, which it is)."""
@@ -360,6 +400,10 @@ class _Looker:
             if not rows.mappings or rows.mappings[-1].mapping is not mapping:
                 rows.mappings.append(MappingRows(mapping, int(row[at])))
             rows.mappings[-1].npages += end - at
+            if is_heap(mapping):
+                alone = flags[at:end] & (PageFlag.SHARED | PageFlag.KSM | PageFlag.ELSEWHERE) == 0
+                part = HeapPages(vpns[at:end], alone, np.where(kept, row, -1)[at:end], mapping.end)
+                self._heaps.setdefault(mapping, []).append(part)
         if len(work.slots):
             self.shared_slots.extend(work.slots[kept[_has_slot(flags)]])
         starts = np.flatnonzero(kept & ~goes_on)
@@ -420,4 +464,5 @@ def look(
         seconds=time.monotonic() - began,
         cpu_seconds=time.process_time() - cpu,
         pages_read=sum(rows.read for rows in looker.sources),
+        blocks=looker.blocks,
     )

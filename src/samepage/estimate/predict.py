@@ -362,6 +362,39 @@ def _salt(look: Look, salts: U64) -> None:
         look.checksum[rows.first : rows.end] ^= salt
 
 
+def by_moving_blocks(look: Look, among: Bools, joins: Bools) -> int:
+    """Pages that can be saved besides if blocks of malloc's begin with a page each (`Blocks`). `among`: these rows can
+    be saved anyway. `joins`: the blocks of these sources count."""
+    blocks, zero = look.blocks, np.uint64(zero_checksum())
+    salts = _salts(look)
+    rows = blocks.rows.astype(np.int64)
+    rows = rows[(look.checksum[rows] != zero) & joins[look.source_of(rows)]]
+    has_data = (blocks.moved != zero) & joins[blocks.moved_sources]
+    now = look.checksum[rows] ^ salts[look.source_of(rows)]
+    then = blocks.moved[has_data] ^ salts[blocks.moved_sources[has_data]]
+    contents = np.unique(np.concatenate([now, then]))
+    if not len(contents):
+        return 0
+    of_block = np.zeros(look.rows, np.bool_)
+    of_block[rows] = True
+    others = np.zeros(len(contents), np.int64)
+    for at in range(0, look.rows, BLOCK):
+        part = np.arange(at, min(at + BLOCK, look.rows))
+        part = part[representative(look.flags[part]) & among[part] & ~of_block[part]]
+        others += _count(contents, look.checksum[part] ^ salts[look.source_of(part)])
+    saved = []
+    for blocks_pages in (_count(contents, now), _count(contents, then)):
+        count = others + blocks_pages
+        saved.append(int(count.sum()) - int(np.count_nonzero(count)))
+    return round(max(0, saved[1] - saved[0]) * look.scale)
+
+
+def _count(contents: U64, checksum: U64) -> Ints:
+    """How often each of these contents is among them."""
+    place = np.minimum(np.searchsorted(contents, checksum), len(contents) - 1)
+    return np.bincount(place[contents[place] == checksum], minlength=len(contents))
+
+
 @dataclass(slots=True)
 class _Extents:
     """The extents of every source, and which of them its budget of mappings has room for."""

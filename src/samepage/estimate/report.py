@@ -38,6 +38,10 @@ with pages_to_scan at 10 million and no sleep (Linux 6.18)."""
 SAMEPAGE_PAGE_BYTES, SAMEPAGE_UNSHARED_BYTES, SAMEPAGE_NODE_BYTES = 9, 4, 13
 """samepage/ksmd: a page, more while it is in the unstable index, and a stable node."""
 
+WORTH_A_THREAD = 16 << 20
+"""Bytes that a program must have mapped before the agent starts a thread, unless it has a large allocation
+(agent/thread/thread.c)."""
+
 SAMEPAGE_EXTENT_SECONDS, SAMEPAGE_PAGE_SECONDS = 11.0e-6, 1.2e-6
 """samepage's time to swap an extent: 495 thousand pages/s in extents of 16 pages, 815 thousand in extents of 512, so
 for each swap and each page in it (Linux 6.18, by move)."""
@@ -118,6 +122,14 @@ class ByExtent(msgspec.Struct):
     seconds: float
     """CPU seconds to hash and merge all of it once."""
     errors: dict[str, int] = {}
+
+
+class Blocks(msgspec.Struct):
+    """Blocks of 64 KiB and more in heaps of glibc's malloc, which `samepage run` has begin with a page each."""
+
+    count: int
+    saved_bytes: int
+    """What more of them is equal then, also to other memory that `samepage run` takes."""
 
 
 class LeftAlone(msgspec.Struct):
@@ -220,6 +232,7 @@ class Report(msgspec.Struct):
     is advised MADV_MERGEABLE."""
     samepage_run_large: ByExtent
     """samepage, as `samepage run --memory large` does it: without the heap and what programs map themselves."""
+    blocks: Blocks
     left_alone: list[LeftAlone]
     """What `samepage run` would not take, by reason, most duplicates first."""
     sources: list[SourceReport]
@@ -231,7 +244,10 @@ class Report(msgspec.Struct):
 def build(look: Look, host: predict.Host, analysis: predict.Analysis, watch: Watch | None, version: str) -> Report:
     """The report of a look."""
     all_memory = predict.by_extent(look, host, Knobs().max_page_sharing)
-    run = predict.by_extent(look, host, Knobs().max_page_sharing, _taken(look))
+    npages = np.bincount(look.blocks.moved_sources, minlength=len(look.sources)) * look.scale
+    joins = np.array([_joins(rows, n * PAGE_SIZE) for rows, n in zip(look.sources, npages, strict=True)], np.bool_)
+    taken = _taken(look, joins)
+    run = predict.by_extent(look, host, Knobs().max_page_sharing, taken)
     large = predict.by_extent(look, host, Knobs().max_page_sharing, large_only=True)
     rate = look.pages_read / look.cpu_seconds if look.cpu_seconds and look.pages_read else 1e6
     sources, shared = [], np.zeros(4, np.int64)
@@ -266,7 +282,8 @@ def build(look: Look, host: predict.Host, analysis: predict.Analysis, watch: Wat
         by_extent=_by_extent(all_memory, rate),
         samepage_run=_by_extent(run, rate),
         samepage_run_large=_by_extent(large, rate),
-        left_alone=_left_alone(sources, look, int(shared[0])),
+        blocks=Blocks(look.blocks.count, predict.by_moving_blocks(look, taken, joins) * PAGE_SIZE),
+        left_alone=_left_alone(sources, look, joins, int(shared[0])),
         sources=sources,
         pairs=_pairs(analysis),
         watch=watch,
@@ -413,22 +430,32 @@ def _source(look: Look, rows: SourceRows, classes: U8) -> tuple[SourceReport, In
     return report, shared
 
 
-def _taken(look: Look) -> Bools:
-    """The rows that `samepage run` would take."""
+def _joins(rows: SourceRows, blocks: float) -> bool:
+    """Whether the agent would start a thread there. `blocks`: bytes in blocks of malloc's that it would serve."""
+    mappings = [part.mapping for part in rows.mappings]
+    size = sum(mapping.end - mapping.start for mapping in mappings if mapping.left is Left.LARGE_ONLY)
+    return max(size, blocks) >= WORTH_A_THREAD or any(mapping.taken for mapping in mappings)
+
+
+def _taken(look: Look, joins: Bools) -> Bools:
+    """The rows that `samepage run` would take. `joins`: these sources have an agent's thread."""
     taken = np.zeros(look.rows, np.bool_)
-    for rows in look.sources:
+    for rows, joined in zip(look.sources, joins, strict=True):
         for part, first, end in _ranges(rows):
-            taken[first:end] = part.mapping.left is Left.LARGE_ONLY or part.mapping.taken
+            taken[first:end] = joined and (part.mapping.left is Left.LARGE_ONLY or part.mapping.taken)
     return taken
 
 
-def _left_alone(sources: list[SourceReport], look: Look, forked: int) -> list[LeftAlone]:
+def _left_alone(sources: list[SourceReport], look: Look, joins: Bools, forked: int) -> list[LeftAlone]:
     """`forked`: pages that still are shared by fork, of which there is but one frame."""
     found = {FORKED: LeftAlone(FORKED, forked, 0)} if forked else {}
-    for source, rows in zip(sources, look.sources, strict=True):
+    for source, rows, joined in zip(sources, look.sources, joins, strict=True):
         for report, part in zip(source.mappings, rows.mappings, strict=True):
-            if part.mapping.left not in (None, Left.LARGE_ONLY):
-                row = found.setdefault(part.mapping.left, LeftAlone(part.mapping.left, 0, 0))
+            left = part.mapping.left
+            if left is Left.LARGE_ONLY:
+                left = None if joined else Left.SMALL
+            if left:
+                row = found.setdefault(left, LeftAlone(left, 0, 0))
                 pages = report.pages
                 row.pages += pages.total - pages.already_shared
                 row.duplicate += pages.zero + pages.duplicate_inside + pages.duplicate_between

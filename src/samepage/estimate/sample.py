@@ -52,7 +52,7 @@ class Sampler:
     """Says which pages are kept: those whose checksum is small, hence of equal pages all or none."""
 
     def __init__(self, share: float) -> None:
-        self._share = share
+        self.share = share
         self._thinned = 0.0
         self._position = 0
         self._every = Column(np.uint64)
@@ -66,11 +66,11 @@ class Sampler:
         """Which of these pages are kept. Of pages whose content says nothing (zeros, or not read), as many as make the
         same share."""
         silent = (sums == np.uint64(zero_checksum())) | (flags & (PageFlag.ELSEWHERE | PageFlag.UNREADABLE) != 0)
-        kept: Bools = (sums < threshold(self._share)) & ~silent
+        kept: Bools = (sums < threshold(self.share)) & ~silent
         at = np.flatnonzero(silent)
-        steps = np.floor(self._thinned + self._share * np.arange(len(at) + 1))
+        steps = np.floor(self._thinned + self.share * np.arange(len(at) + 1))
         kept[at[np.diff(steps) > 0]] = True
-        self._thinned = (self._thinned + self._share * len(at)) % 1.0
+        self._thinned = (self._thinned + self.share * len(at)) % 1.0
         position = self._position + np.arange(len(sums))
         self._position += len(sums)
         self._every.extend(sums[(position % STRIDE == 0) & ~silent & (flags & PageFlag.FRAME != 0)])

@@ -80,6 +80,7 @@ class Left(StrEnum):
     STACK = "stacks"
     FILE = "data of programs and libraries"
     STATIC = "statically linked programs"
+    SMALL = "processes of less than 16 MiB"
     LARGE_ONLY = "left by --memory large alone"
     """What programs map themselves, blocks of malloc's below 1 MiB that are mappings of their own, and the brk heap."""
 
