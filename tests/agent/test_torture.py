@@ -134,3 +134,11 @@ def test_nor_is_one_in_a_crowd_after_five_minutes(preload: Preload, tmp_path: Pa
 def test_nor_is_one_after_ten_minutes(preload: Preload, tmp_path: Path, way: str) -> None:
     tally = torture(preload, tmp_path, WAYS[way], seconds=600, seed=1)
     assert tally["merge DONE"] + tally.get("huge DONE", 0) > 100_000
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("way", ["move", "write-protect"])
+def test_nor_is_one_after_ten_minutes_with_all_memory(preload: Preload, tmp_path: Path, way: str) -> None:
+    tally = torture(preload, tmp_path, WAYS[way], seconds=600, seed=1, SAMEPAGE_MEMORY="all")
+    assert tally["merge DONE"] > 10_000
