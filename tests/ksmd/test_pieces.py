@@ -15,7 +15,7 @@ from samepage.ksmd import books, quota
 from samepage.ksmd import refs as refs_module
 from samepage.ksmd.domain import Domain
 from samepage.ksmd.mm_slot import MmSlot
-from samepage.ksmd.pieces import GRANULE
+from samepage.ksmd.pieces import GRANULE, MANY
 from samepage.ksmd.quota import Quotas
 from samepage.ksmd.rmap import slices
 from samepage.memory import AREA, PAGE_SIZE, RUN, VPN_END, ScanFlag, ScanResult
@@ -98,6 +98,8 @@ class Model:
             pages, refs = (np.array(found, np.int64).reshape(-1, 2)[:, k] for k in (0, 1))
             assert np.array_equal(slot.pieces.refs_of(pages), refs)
             assert np.array_equal(slot.pieces.vpns_of(refs), pages)
+            many = np.argsort(refs).repeat(MANY + 1)  # that ascend are looked up in another way
+            assert np.array_equal(slot.pieces.vpns_of(refs[many]), pages[many])
             assert not len(known) or len(slot.pieces) <= len(slot.areas) + PAGES // GRANULE
             whose.update(dict.fromkeys(known.values(), slot))
         refs = np.array(sorted(whose), np.int64)

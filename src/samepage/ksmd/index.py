@@ -25,18 +25,19 @@ LATELY = 1 << 16
 def by_checksum(sums: U64) -> tuple[Ints, U64]:
     """The order of checksums, equal ones in that of their positions; and the checksums in that order.
 
-    As np.argsort(sums, kind="stable"), in a third of the time: what is sorted is numbers, positions taking the place of
-    their last bits, and hardly ever do two checksums differ in those alone.
+    As np.argsort(sums, kind="stable"), in a third of the time or less: numpy sorts 16 bits by counting. The upper 32
+    are sorted so, and hardly ever do two checksums differ in the lower alone.
     """
-    mask = np.uint64((1 << max(1, (len(sums) - 1).bit_length())) - 1)
-    keyed = sums & ~mask
-    keyed |= np.arange(len(sums), dtype=np.uint64)
-    keyed.sort()
-    order = (keyed & mask).astype(np.int64)
+    parts = sums.view(np.uint16).reshape(-1, 4)
+    order = np.argsort(parts[:, 2], kind="stable")
+    order = order[np.argsort(parts[:, 3][order], kind="stable")]
     in_order = sums[order]
-    if (in_order[1:] < in_order[:-1]).any():
-        order = np.argsort(sums, kind="stable")
-        in_order = sums[order]
+    wrong = np.flatnonzero(in_order[1:] < in_order[:-1])
+    if len(wrong):
+        upper = in_order >> np.uint64(32)
+        at = np.flatnonzero(np.isin(upper, upper[wrong]))
+        order[at] = order[at][np.argsort(in_order[at], kind="stable")]
+        in_order[at] = sums[order[at]]
     return order, in_order
 
 

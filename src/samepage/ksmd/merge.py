@@ -174,8 +174,8 @@ class _Outcome:
     def _unpublish_unused(self, nodes: Ints) -> None:
         """Pages were not equal to these nodes, by whose checksum they had found them. Where nobody uses a node, nobody
         is to find it again: whoever made it may have lied, and left."""
-        unused = np.unique(nodes[self._domain.stable.sharers[nodes] == 0])
-        self._domain.stable.unpublish(unused.astype(np.uint32))
+        unused = nodes[self._domain.stable.sharers[nodes] == 0]
+        self._domain.stable.unpublish(sorted_refs([unused.astype(np.uint32)]))
 
     def settle_donors(self) -> None:
         """Settle donors of which there are copies. Call it after all others."""

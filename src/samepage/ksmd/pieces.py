@@ -25,6 +25,9 @@ GRANULE = 8
 PIECE_BYTES = 40
 """24, and what finds the pages of refs."""
 
+MANY = 16
+"""Of more refs a piece that ascend, the pieces are looked up in the refs."""
+
 NONE: Ints = np.empty(0, np.int64)
 
 
@@ -112,8 +115,11 @@ class Pieces:
     def vpns_of(self, refs: Ints) -> Ints:
         """The page of each ref, which must be one of these."""
         base, order = self._in_order()
-        piece = np.searchsorted(base, refs, "right") - 1
         start = self.start if order is None else self.start[order]
+        if len(base) * MANY < len(refs) and (refs[1:] >= refs[:-1]).all():
+            count = np.diff(np.append(np.searchsorted(refs, base), len(refs)))
+            return refs + np.repeat(start - base, count)
+        piece = np.searchsorted(base, refs, "right") - 1
         return start[piece] + refs - base[piece]
 
     def _in_order(self) -> tuple[Ints, npt.NDArray[Any] | None]:

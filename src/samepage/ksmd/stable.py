@@ -201,7 +201,7 @@ class StableTree:
 
     def publish(self, nodes: U32) -> None:
         """Make nodes findable by their checksum from now on."""
-        nodes = np.sort(nodes)  # new segments lie wherever there is room: not in the order of their pages
+        nodes = np.sort(nodes, kind="stable")  # new segments lie wherever there is room, but each in one piece
         if self.index.insert(nodes):
             self._chain(nodes, +1)
 
