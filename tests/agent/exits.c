@@ -4,8 +4,12 @@
  * must learn that the last one died. Other threads have their stacks in such a block: each must be joined.
  */
 #define _GNU_SOURCE
+#include "segments.h"
+
+#include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -112,11 +116,33 @@ static void stacks(void)
 	pause();
 }
 
+/* By the older call, which says where a stack ends. */
+static void stack_end(void)
+{
+	const size_t len = 4096 * PAGE, room = 16 * PAGE;
+	int (*set_end)(pthread_attr_t *, void *); /* linking to it by name warns */
+	unsigned char *stack_end;
+	pthread_attr_t attr;
+
+	begin(len);
+	stack_end = block + len / 2;
+	*(void **)&set_end = dlsym(RTLD_DEFAULT, "pthread_attr_setstackaddr");
+	pthread_attr_init(&attr);
+	set_end(&attr, stack_end);
+	for (int i = 0; i < 3000 && from_segments((uintptr_t)block, (uintptr_t)block + len) < len - 2 * room; i++)
+		nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+	printf("merged: %d, of the stack's end: %zu\n",
+	       from_segments((uintptr_t)block, (uintptr_t)block + len) >= len - 2 * room,
+	       (size_t)from_segments((uintptr_t)stack_end - room, (uintptr_t)stack_end));
+}
+
 int main(int argc, char **argv)
 {
 	if (argc > 1 && !strcmp(argv[1], "mutexes"))
 		mutexes();
 	if (argc > 1 && !strcmp(argv[1], "stacks"))
 		stacks();
+	if (argc > 1 && !strcmp(argv[1], "end"))
+		stack_end();
 	return 0;
 }

@@ -21,3 +21,9 @@ def test_a_thread_that_ends_leaves_no_robust_mutex_locked(preload: Preload, tmp_
 
 def test_a_thread_on_a_stack_of_the_programs_is_joined(preload: Preload, tmp_path: Path, exits: str) -> None:
     assert while_merged_and_restored(preload, tmp_path, [exits, "stacks"]) == "not joined 0\n"
+
+
+def test_the_end_of_a_stack_of_which_the_program_says_only_that_is_left_in_its_place(
+    preload: Preload, exits: str
+) -> None:
+    assert preload.run([exits, "end"], merged=True) == "merged: 1, of the stack's end: 0\n"

@@ -218,6 +218,6 @@ def test_only_what_libc_has_and_the_c_api_is_exported(preload: Preload) -> None:
         *("setrlimit", "setrlimit64", "prlimit", "prlimit64"),
         *("setuid", "seteuid", "setreuid", "setresuid", "setgid", "setegid", "setregid", "setresgid", "setgroups"),
         *("initgroups", "setfsuid", "setfsgid", "capset", "chroot"),
-        *("dl_iterate_phdr", "pthread_attr_setstack", "pthread_mutex_init"),
+        *("dl_iterate_phdr", "pthread_attr_setstack", "pthread_attr_setstackaddr", "pthread_mutex_init"),
         *("_Fork", "clone", "unshare", "setns", "__register_atfork", "prctl", "ioctl", "syscall"),
     }

@@ -7,6 +7,8 @@
  */
 #include "hooks/hooks.h"
 
+#define LIBCS_MAX (64UL << 10)
+
 void left_in_place(const void *p, size_t len)
 {
 	uintptr_t start = PAGE_ALIGN_DOWN(p), end = PAGE_ALIGN_UP((uintptr_t)p + len);
@@ -49,4 +51,15 @@ SP_EXPORT int pthread_attr_setstack(pthread_attr_t *attr, void *stack, size_t le
 	if (!err)
 		left_in_place(stack, len);
 	return err;
+}
+
+/* The older call, which says where a stack ends but not where it begins. What the kernel writes is libc's, at the end: libc's words of the
+ * thread, and thread-local variables before or behind them. */
+SP_EXPORT int pthread_attr_setstackaddr(pthread_attr_t *attr, void *end)
+{
+	int (*real)(pthread_attr_t *, void *);
+
+	*(void **)&real = dlsym(RTLD_NEXT, "pthread_attr_setstackaddr"); /* musl has none, and nobody there calls it */
+	left_in_place((char *)end - LIBCS_MAX, LIBCS_MAX);
+	return real(attr, end);
 }
