@@ -81,6 +81,8 @@ static void show(const char *what, const char *at, size_t n)
 	putchar('\n');
 }
 
+#define UNTOUCHED EL2HLT
+
 static void say(const char *what, long ret)
 {
 	int err = errno;
@@ -91,11 +93,13 @@ static void say(const char *what, long ret)
 		printf("%s: base%+ld\n", what, (ret - (long)base) / (long)PAGE);
 	else
 		printf("%s: %s\n", what, ret ? "elsewhere" : "0");
+	if (ret != -1 && err != UNTOUCHED)
+		printf("  errno became %d\n", err);
 }
 
 #define DO(name, ...)                                                                                                  \
 	do {                                                                                                           \
-		errno = 0;                                                                                             \
+		errno = UNTOUCHED;                                                                                     \
 		say(#name "(" #__VA_ARGS__ ")", CALL(name, __VA_ARGS__));                                              \
 	} while (0)
 

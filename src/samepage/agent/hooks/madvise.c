@@ -42,7 +42,7 @@ static int discard_merged(uintptr_t start, uintptr_t end, int advice)
  * everything behind that keeps its contents. */
 static int discard(uintptr_t start, uintptr_t end, int advice)
 {
-	int err = 0, hole = 0;
+	int err = 0, hole = 0, before = errno;
 
 	area_disown(start, end, -1);
 	if (advice == MADV_GUARD_INSTALL) /* a guard would give the agent a SIGSEGV, too */
@@ -64,7 +64,7 @@ static int discard(uintptr_t start, uintptr_t end, int advice)
 			err = 0;
 		}
 	}
-	errno = err ? -err : -hole;
+	errno = err ? -err : hole ? -hole : before;
 	return err || hole ? -1 : 0;
 }
 
@@ -214,7 +214,7 @@ static void remember(uintptr_t start, uintptr_t end, int advice)
 static int wipe_on_fork(uintptr_t start, uintptr_t end)
 {
 	uint64_t last = end >> PAGE_SHIFT, stop;
-	int hole = 0;
+	int hole = 0, before = errno;
 
 	for (uint64_t vpn = start >> PAGE_SHIFT; vpn < last; vpn = stop) {
 		bool merged = page_test(PAGE_SEGMENT, vpn);
@@ -228,7 +228,7 @@ static int wipe_on_fork(uintptr_t start, uintptr_t end)
 		}
 		area_change(at, stop << PAGE_SHIFT, AREA_WIPE, 0, -1);
 	}
-	errno = hole;
+	errno = hole ? hole : before;
 	return hole ? -1 : 0;
 }
 
