@@ -7,6 +7,7 @@ else keeps its connection open.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -134,9 +135,17 @@ def _state(pid: int) -> tuple[bytes, int]:
 
 
 def memory_of(pid: int) -> int:
-    """KiB that a process had resident at most, and those that are swapped out now."""
-    lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")  # its name may have any other character
-    return sum(int(line.split()[1]) for line in lines if line.startswith((b"VmHWM:", b"VmSwap:")))
+    """KiB that a process had resident at most, and those that are swapped out now. ProcessLookupError: it has none any
+    more, for it ends."""
+    folder = Path(f"/proc/{pid}")
+    # The first thread has no memory once it has ended, and others may run on.
+    for status in (folder / "status", *folder.glob("task/*/status")):
+        with contextlib.suppress(OSError):
+            lines = status.read_bytes().split(b"\n")  # its name may have any other character
+            kib = [int(line.split()[1]) for line in lines if line.startswith((b"VmHWM:", b"VmSwap:"))]
+            if kib:
+                return sum(kib)
+    raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
 
 def _read(name: str, folder: int) -> bytes:
