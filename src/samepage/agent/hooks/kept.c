@@ -85,10 +85,11 @@ uintptr_t kept_take(size_t len)
 	return 0;
 }
 
-/* Whether its next user would find it as a new one. A short one may be merged. */
+/* Whether its next user would find it as a new one. One that lies in libc's heap without the agent may be merged, or what its last
+ * user made it; SHORT is where libc maps blocks by themselves. */
 static bool is_keepable(uintptr_t start, size_t len)
 {
-	return len <= SHORT ||
+	return len < SHORT ||
 	       (!atomic_load_explicit(&blocks_changed, memory_order_relaxed) && !has_segments(start, start + len));
 }
 
