@@ -305,9 +305,7 @@ class Ksmd:
             full_scans=self._passes.seqnr - any(domain.candidates for domain in domains),
             pages_scanned=self._passes.pages_scanned,
             pages_skipped=self._passes.pages_skipped,
-            cpu_seconds=self._cpu
-            + self._passes.cpu_elsewhere
-            + (self.mm_list.departed_cpu_ns + sum(slot.cpu_ns for slot in slots)) / 1e9,
+            cpu_seconds=self._cpu + (self.mm_list.departed_cpu_ns + sum(slot.cpu_ns for slot in slots)) / 1e9,
             merge_failures=show.failures(self._work.statuses.tolist()),
             **show.total(domains, rows),
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -24,7 +23,7 @@ from samepage.ksmd.mm_slot import MmSlot, Scope
 from samepage.ksmd.motion import Motion
 from samepage.ksmd.patience import A_MOMENT
 from samepage.ksmd.unmerge import free_sparse_segments, retry_pending
-from samepage.memory import AddressSpaceGone, ScanFlag
+from samepage.memory import AddressSpaceGone, AddressSpaceSilent, ScanFlag
 
 ROUNDS, LOOKS = 16, 4
 """Steps in one batch at most, and looks at a process in a step. These are bounds, so that one process that makes no
@@ -69,9 +68,6 @@ class Passes:
         self._began = -math.inf  # of this pass
         self._pruned = -math.inf
         self._belated = False  # newcomers are looked at, and it is no pass
-        self._taking_in = threading.Lock()  # the books are of one thread at a time
-        self.cpu_elsewhere = 0.0
-        """Seconds of CPU time that taking in what was found took in other threads than ksmd's own."""
 
     # -- a batch ----------------------------------------------------------------------------------------
 
@@ -83,7 +79,7 @@ class Passes:
             if not mm_list.cursor:  # nobody is there: that is no pass
                 mm_list.in_pass = False
                 return 0
-        started = self.cpu_clock() + self.cpu_elsewhere
+        started = self.cpu_clock()
         scanned = list(mm_list.cursor)
         known = sum(slot.is_known for slot in scanned) / max(1, len(scanned))
         spent_before = sum(slot.cpu_ns for slot in scanned)
@@ -94,7 +90,7 @@ class Passes:
         self._hashed += total.hashed
         self.found_work |= bool(total.changed)
         in_processes = sum(slot.cpu_ns for slot in scanned) - spent_before
-        own = self.cpu_clock() + self.cpu_elsewhere - started
+        own = self.cpu_clock() - started
         cpu = own + in_processes / 1e9
         self.advisor.scanned(self.clock(), cpu, total.hashed, total.first_looks, total.broken, known, own)
         if not mm_list.cursor and self._belated:
@@ -196,38 +192,40 @@ class Passes:
         cursor = self.mm_list.cursor
         slots = slots[: max(1, budget // STEP_PAGES)]
         share = budget // len(slots)
-        here = threading.get_ident()
-        self.work.each(slots, lambda slot: self._look(slot, share, total, here))
+        looks = self.work.each(slots, lambda slot: self._ask(slot, cursor[slot], share))
         for slot in slots:
+            try:
+                for seen in looks.get(slot, []):
+                    self.take_in(slot, seen, total)
+                    cursor[slot] = seen.reply.next_vpn
+            except AddressSpaceGone as e:
+                slot.lose(e)
+            except Exception as e:  # whatever it said that ksmd cannot cope with, the others are looked at all the same
+                slot.lose(e)
+                self.mm_list.mend()
             if slot.is_away:
                 del cursor[slot]
             elif not cursor[slot]:
                 del cursor[slot]
                 slot.looked_at()
 
-    def _look(self, slot: MmSlot, budget: int, total: Seen, home: int) -> None:
-        """Several looks. What one found is taken in while other processes are at theirs. Runs in any thread; `home` is
-        that of ksmd."""
+    def _ask(self, slot: MmSlot, vpn: int, budget: int) -> list[Look]:
+        """Several looks, without waiting for others in between. If areas changed, that look is the last: it must be
+        taken in first. Runs in any thread."""
+        looks: list[Look] = []
         named = ScanFlag.NAMED if slot.scope is Scope.NAMED else ScanFlag.NONE
-        for _ in range(LOOKS):
-            vpn, end = slot.ages.ahead(self.mm_list.cursor[slot])
-            seen = look(slot, vpn, budget, self.flags(slot) | named, end)
-            with self._taking_in:
-                began = self.cpu_clock()
-                try:
-                    self.take_in(slot, seen, total)
-                except AddressSpaceGone as e:
-                    slot.lose(e)
-                except Exception as e:  # that ksmd cannot cope with what it said; the others are looked at all the same
-                    slot.lose(e)
-                    self.mm_list.mend()
-                self.mm_list.cursor[slot] = seen.reply.next_vpn
-                if threading.get_ident() != home:
-                    self.cpu_elsewhere += self.cpu_clock() - began
-            budget -= len(seen.reply.checksums)
-            others_wait = seen.areas is not None or seen.wall_ns > A_MOMENT * 1e9
-            if slot.is_away or not seen.reply.next_vpn or budget <= 0 or others_wait:
+        while len(looks) < LOOKS and budget > 0:
+            first, end = slot.ages.ahead(vpn)
+            try:
+                looks.append(look(slot, first, budget, self.flags(slot) | named, end))
+            except AddressSpaceSilent as e:
+                slot.lose(e)
+                self.work.wary = True
+                break  # what it said before counts
+            vpn, budget = looks[-1].reply.next_vpn, budget - len(looks[-1].reply.checksums)
+            if not vpn or looks[-1].areas is not None or looks[-1].wall_ns > A_MOMENT * 1e9:
                 break
+        return looks
 
     def _end(self) -> None:
         self.mm_list.in_pass = False

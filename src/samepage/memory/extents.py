@@ -18,11 +18,6 @@ EXTENTS_MAX = wire.BODY_MAX // EXTENT.itemsize
 def packets(extents: npt.NDArray[np.void], most: int = MERGE_MAX) -> Iterator[npt.NDArray[np.void]]:
     """Split `extents`, in order, so that each part has at most so many pages (a power of 2), fits into a packet, and so
     does the answer to it."""
-    if len(extents) == 1:  # as it mostly is
-        first = int(extents["vpn"][0])
-        if first // most == (first + int(extents["npages"][0]) - 1) // most:
-            yield extents.astype(EXTENT, copy=False)
-            return
     extents = _shorten(extents.astype(EXTENT, copy=False), most)
     ends = np.cumsum(extents["npages"])
     start = 0
