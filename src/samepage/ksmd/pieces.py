@@ -118,7 +118,8 @@ class Pieces:
         start = self.start if order is None else self.start[order]
         if len(base) * MANY < len(refs) and (refs[1:] >= refs[:-1]).all():
             count = np.diff(np.append(np.searchsorted(refs, base), len(refs)))
-            return refs + np.repeat(start - base, count)
+            vpns: Ints = refs + np.repeat(start - base, count)
+            return vpns
         piece = np.searchsorted(base, refs, "right") - 1
         return start[piece] + refs - base[piece]
 
