@@ -77,12 +77,13 @@ def compare_with_ksm(mebibytes: int, **knobs: int) -> dict[str, dict[str, int]]:
 
 def compare_with_samepage(mebibytes: int) -> dict[str, dict[str, int]]:
     """Bytes that `samepage run` was predicted to save, of the programs as they run without it and then with it (not
-    merging yet), and bytes of PSS that went when it merged. PSS of the programs that stay as they are: gcc and git
-    come and go, and have hardly an allocation that is large."""
+    merging yet), and bytes of PSS that went when it merged. All of the programs that stay as they are: gcc and git
+    come and go."""
     with tempfile.TemporaryDirectory() as directory:
         with scan_workload.running(Path(directory), mebibytes) as workload:
             time.sleep(SETTLE_SECONDS)
-            plain = scan(*workload.stop())["samepage_run"]
+            workload.stop()
+            plain = scan(*workload.steady)["samepage_run"]
         command = [sys.executable, "-m", "samepage", "run", "--set", "run=0", "--"]
         command += [sys.executable, "-m", "benchmarks.scan", "--hold", directory, "--mebibytes", str(mebibytes)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
