@@ -61,31 +61,24 @@ def is_heap(mapping: Mapping) -> bool:
 
 def moved(fd: int, heap: HeapPages) -> Moved:
     """Its blocks. `fd` is /proc/PID/mem. Pages that are not there are not read."""
+    vpns, their_rows = heap.vpns[heap.alone], heap.rows[heap.alone]
     rows, sums = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
-    count = 0
-    for chunk, size in _chunks(fd, heap):
-        count += 1
-        inside = np.arange(-(-(chunk + ALIGN) // PAGE_SIZE), (chunk + size) // PAGE_SIZE)
-        rows.append(heap.rows[_places(heap, inside)])
-        starts = chunk + PAGE_SIZE * np.arange(1, (size + WORD) // PAGE_SIZE)
-        there = np.isin(starts // PAGE_SIZE, heap.vpns[heap.alone])
-        there &= np.isin((starts + PAGE_SIZE - 1) // PAGE_SIZE, heap.vpns[heap.alone])
-        sums.append(_checksums(fd, starts[there]))
+    chunks = _chunks(fd, heap)
+    for chunk, size in chunks:
+        first, end = np.searchsorted(vpns, (-(-(chunk + ALIGN) // PAGE_SIZE), (chunk + size) // PAGE_SIZE))
+        rows.append(their_rows[first:end])
+        page, shift = divmod(chunk, PAGE_SIZE)
+        first, end = np.searchsorted(vpns, (page + 1, page + (size + WORD) // PAGE_SIZE + (shift > 0)))
+        there = vpns[first:end]
+        if shift:  # each lies in two pages
+            there = there[:-1][np.diff(there) == 1]
+        sums.append(_checksums(fd, pages.runs(there, shift), len(there)))
     kept = np.concatenate(rows)
-    return Moved(count, kept[kept >= 0], np.concatenate(sums))
+    return Moved(len(chunks), kept[kept >= 0], np.concatenate(sums))
 
 
-def _places(heap: HeapPages, vpns: Ints) -> Ints:
-    """Where in the heap those of these pages are that no other process has."""
-    _, places, _ = np.intersect1d(heap.vpns, vpns, assume_unique=True, return_indices=True)
-    out: Ints = places[heap.alone[places]]
-    return out
-
-
-def _checksums(fd: int, starts: Ints) -> U64:
-    runs = np.empty(len(starts), pages.RUN)
-    runs["offset"], runs["npages"] = starts, 1
-    sums, states = np.empty(len(starts), np.uint64), np.empty(len(starts), np.uint8)
+def _checksums(fd: int, runs: pages.Runs, npages: int) -> U64:
+    sums, states = np.empty(npages, np.uint64), np.empty(npages, np.uint8)
     pages.hash_runs(fd, runs, sums, states)
     out: U64 = sums[states != 0]
     return out
@@ -112,16 +105,11 @@ def _chunks(fd: int, heap: HeapPages) -> list[tuple[int, int]]:
 
 def _pieces(fd: int, heap: HeapPages) -> Iterator[tuple[int, U64]]:
     """Address of each piece, and the second word of every 16 bytes in it."""
-    for first, end in _runs(heap.vpns):
-        for vpn in range(first, end, PIECE_PAGES):
-            data = _read(fd, vpn * PAGE_SIZE, min(PIECE_PAGES, end - vpn) * PAGE_SIZE)
-            yield vpn * PAGE_SIZE, np.frombuffer(data, np.uint64)[1::2]
-
-
-def _runs(vpns: Ints) -> list[tuple[int, int]]:
-    starts = np.flatnonzero(np.diff(vpns, prepend=-2) != 1)
-    counts = np.diff(np.append(starts, len(vpns)))
-    return [(int(vpns[start]), int(vpns[start] + count)) for start, count in zip(starts, counts, strict=True)]
+    for start, npages in pages.runs(heap.vpns, 0).tolist():
+        for at in range(0, npages, PIECE_PAGES):
+            address = start + at * PAGE_SIZE
+            data = _read(fd, address, min(PIECE_PAGES, npages - at) * PAGE_SIZE)
+            yield address, np.frombuffer(data, np.uint64)[1::2]
 
 
 def _is_header(fd: int, heap: HeapPages, address: int) -> bool:

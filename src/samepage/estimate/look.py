@@ -272,7 +272,7 @@ class _Looker:
             self.frames_known = False
         wanted = np.flatnonzero(read)
         sums, states = np.empty(len(wanted), np.uint64), np.empty(len(wanted), np.uint8)
-        runs = _runs(batch.vpns[wanted], batch.shift)
+        runs = pages.runs(batch.vpns[wanted], batch.shift)
         reading = pool.submit(pages.hash_runs, opened.fd, runs, sums, states)
         return _Work(rows, opened, batch, wanted, slots, sums, states, reading)
 
@@ -418,15 +418,6 @@ class _Looker:
 def _has_slot(flags: U8) -> Bools:
     out: Bools = (flags & (PageFlag.SHARED | PageFlag.KSM) != 0) & (flags & PageFlag.ELSEWHERE == 0)
     return out
-
-
-def _runs(vpns: Ints, shift: int) -> pages.Runs:
-    starts = np.flatnonzero(np.diff(vpns, prepend=-2) != 1)
-    runs = np.empty(len(starts), pages.RUN)
-    # Modulo 2**64: a core dump may have pages at the very end of the address space.
-    runs["offset"] = vpns[starts].astype(np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(shift % (1 << 64))
-    runs["npages"] = np.diff(np.append(starts, len(vpns)))
-    return runs
 
 
 def _chunk_size(fd: int, offset: int) -> int:

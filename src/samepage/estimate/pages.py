@@ -11,6 +11,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from samepage.arrays import Ints, run_starts
 from samepage.libraries import installed
 from samepage.memory import PAGE_SIZE, U8, U64
 
@@ -35,6 +36,16 @@ def _library() -> ctypes.CDLL:
     library.samepage_scan_frames.argtypes = [ctypes.c_int, pointer, u64, pointer]
     library.samepage_scan_frames.restype = None
     return library
+
+
+def runs(vpns: Ints, shift: int) -> Runs:
+    """Pages by number, each `shift` bytes further up in the file, as runs."""
+    starts = run_starts(vpns)
+    out = np.empty(len(starts), RUN)
+    # Modulo 2**64: a core dump may have pages at the very end of the address space.
+    out["offset"] = vpns[starts].astype(np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(shift % (1 << 64))
+    out["npages"] = np.diff(np.append(starts, len(vpns)))
+    return out
 
 
 def hash_runs(fd: int, runs: Runs, sums: U64, states: U8) -> int:
