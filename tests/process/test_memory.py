@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import wait_until
 from samepage.process.identity import has_ended, memory_of
 
 WITHOUT_ITS_FIRST_THREAD = """
@@ -20,25 +20,20 @@ ctypes.CDLL(None).pthread_exit(None)
 """
 
 
-def test_what_a_process_without_its_first_thread_has_is_told():
+def test_what_a_process_without_its_first_thread_has_is_told() -> None:
     with subprocess.Popen([sys.executable, "-c", WITHOUT_ITS_FIRST_THREAD], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             process.stdout.readline()
-            until = time.monotonic() + 60
-            while b"Vm" in Path(f"/proc/{process.pid}/status").read_bytes():
-                assert time.monotonic() < until
-                time.sleep(0.01)
+            status = Path(f"/proc/{process.pid}/status")
+            wait_until(lambda: b"Vm" not in status.read_bytes(), "without its first thread", 60, every=0.01)
             assert memory_of(process.pid) > 40 << 10
         finally:
             process.kill()
 
 
-def test_a_process_that_has_no_memory_any_more_has_ended():
+def test_a_process_that_has_no_memory_any_more_has_ended() -> None:
     with subprocess.Popen(["true"]) as process:
-        until = time.monotonic() + 60
-        while not has_ended(process.pid):
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        wait_until(lambda: has_ended(process.pid), "ended", 60, every=0.01)
         with pytest.raises(ProcessLookupError):
             memory_of(process.pid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import select
 import socket
@@ -139,7 +140,7 @@ def memory_of(pid: int) -> int:
     more, for it ends."""
     folder = Path(f"/proc/{pid}")
     # The first thread has no memory once it has ended, and others may run on.
-    for status in (folder / "status", *folder.glob("task/*/status")):
+    for status in itertools.chain([folder / "status"], folder.glob("task/*/status")):
         with contextlib.suppress(OSError):
             lines = status.read_bytes().split(b"\n")  # its name may have any other character
             kib = [int(line.split()[1]) for line in lines if line.startswith((b"VmHWM:", b"VmSwap:"))]
