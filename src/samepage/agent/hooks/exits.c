@@ -57,9 +57,7 @@ SP_EXPORT int pthread_attr_setstack(pthread_attr_t *attr, void *stack, size_t le
  * thread, and thread-local variables before or behind them. */
 SP_EXPORT int pthread_attr_setstackaddr(pthread_attr_t *attr, void *end)
 {
-	int (*real)(pthread_attr_t *, void *);
-
-	*(void **)&real = dlsym(RTLD_NEXT, "pthread_attr_setstackaddr"); /* musl has none, and nobody there calls it */
+	need_next();
 	left_in_place((char *)end - LIBCS_MAX, LIBCS_MAX);
-	return real(attr, end);
+	return next.pthread_attr_setstackaddr(attr, end); /* musl has none, and nobody there calls it */
 }

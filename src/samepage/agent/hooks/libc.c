@@ -61,6 +61,7 @@ static const struct {
 	{&next.pthread_mutexattr_getrobust, "pthread_mutexattr_getrobust"},
 	{&next.pthread_mutexattr_getprotocol, "pthread_mutexattr_getprotocol"},
 	{&next.pthread_attr_setstack, "pthread_attr_setstack"},
+	{&next.pthread_attr_setstackaddr, "pthread_attr_setstackaddr"},
 };
 
 static void look_up(void)

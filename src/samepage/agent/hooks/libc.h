@@ -68,6 +68,7 @@ extern struct next {
 	int (*pthread_mutexattr_getrobust)(const pthread_mutexattr_t *, int *);
 	int (*pthread_mutexattr_getprotocol)(const pthread_mutexattr_t *, int *);
 	int (*pthread_attr_setstack)(pthread_attr_t *, void *, size_t);
+	int (*pthread_attr_setstackaddr)(pthread_attr_t *, void *);
 } next;
 
 /* Fills `next`. Safe to call from anywhere, also from inside malloc while dlsym runs. */

@@ -42,7 +42,7 @@ static int discard_merged(uintptr_t start, uintptr_t end, int advice)
  * everything behind that keeps its contents. */
 static int discard(uintptr_t start, uintptr_t end, int advice)
 {
-	int err = 0, hole = 0, before = errno;
+	int err = 0, hole = 0;
 
 	area_disown(start, end, -1);
 	if (advice == MADV_GUARD_INSTALL) /* a guard would give the agent a SIGSEGV, too */
@@ -64,7 +64,7 @@ static int discard(uintptr_t start, uintptr_t end, int advice)
 			err = 0;
 		}
 	}
-	errno = err ? -err : hole ? -hole : before;
+	errno = err ? -err : -hole;
 	return err || hole ? -1 : 0;
 }
 
@@ -214,7 +214,7 @@ static void remember(uintptr_t start, uintptr_t end, int advice)
 static int wipe_on_fork(uintptr_t start, uintptr_t end)
 {
 	uint64_t last = end >> PAGE_SHIFT, stop;
-	int hole = 0, before = errno;
+	int hole = 0;
 
 	for (uint64_t vpn = start >> PAGE_SHIFT; vpn < last; vpn = stop) {
 		bool merged = page_test(PAGE_SEGMENT, vpn);
@@ -228,7 +228,7 @@ static int wipe_on_fork(uintptr_t start, uintptr_t end)
 		}
 		area_change(at, stop << PAGE_SHIFT, AREA_WIPE, 0, -1);
 	}
-	errno = hole ? hole : before;
+	errno = hole;
 	return hole ? -1 : 0;
 }
 
@@ -277,8 +277,8 @@ int sp_madvise(void *addr, size_t len, int advice)
 	bool merging = advice == MADV_MERGEABLE || advice == MADV_UNMERGEABLE;
 	uintptr_t start = (uintptr_t)addr, end = PAGE_ALIGN_UP(start + len);
 	bool nonsense = start % PAGE_SIZE || PAGE_ALIGN_UP(len) < len || end < start;
+	int ret, before = errno;
 	sigset_t saved;
-	int ret;
 
 	heed_watchers();
 	merging = merging && (agent_may_come() || !no_areas());
@@ -304,6 +304,8 @@ int sp_madvise(void *addr, size_t len, int advice)
 		else
 			ret = real.madvise(addr, len, advice);
 		mmap_unlock(&saved);
+		if (!ret)
+			errno = before; /* what libc's call leaves alone */
 		/* EAGAIN: the kernel had no mapping left for a cut. */
 		if (!ret || errno != EAGAIN || tries || !relieve_mappings())
 			return ret;
