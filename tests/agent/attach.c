@@ -6,7 +6,7 @@
  * attach WHAT [merged] [raw] raw: make the calls through syscall(2)
  */
 #define _GNU_SOURCE
-#include "inline_call.h"
+#include "arch/arch.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -187,9 +187,9 @@ static void mapped_inline(void)
 
 	say("", ftruncate(fd, LENGTH));
 	file = mmap(NULL, LENGTH, RW, MAP_SHARED, fd, 0);
-	inline_call(SYS_mmap, (long)p, quarter, RW, MAP_SHARED | MAP_FIXED, fd, 0);
-	inline_call(SYS_munmap, (long)q, LENGTH, 0, 0, 0, 0);
-	q = (char *)inline_call(SYS_mmap, (long)q, LENGTH, RW, MAP_SHARED | MAP_FIXED, fd, 0);
+	raw_syscall(SYS_mmap, (long)p, quarter, RW, MAP_SHARED | MAP_FIXED, fd, 0);
+	raw_syscall(SYS_munmap, (long)q, LENGTH, 0, 0, 0, 0);
+	q = (char *)raw_syscall(SYS_mmap, (long)q, LENGTH, RW, MAP_SHARED | MAP_FIXED, fd, 0);
 	for (int i = 0; i < 30; i++)
 		nap();
 	for (size_t i = 0; i < LENGTH; i++)
@@ -209,14 +209,14 @@ static void changed_inline(void)
 {
 	char *p = map(), *q = map();
 
-	inline_call(SYS_mmap, (long)p, LENGTH, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-	inline_call(SYS_mprotect, (long)q, LENGTH / 2, PROT_NONE, 0, 0, 0);
+	raw_syscall(SYS_mmap, (long)p, LENGTH, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	raw_syscall(SYS_mprotect, (long)q, LENGTH / 2, PROT_NONE, 0, 0, 0);
 	for (int i = 0; i < 30; i++)
 		nap();
 	show(p);
 	say("write", write(open("/dev/zero", O_RDWR), q, PAGE) == (ssize_t)PAGE ? 0 : 0);
 	say("read", read(open("/dev/zero", O_RDWR), q, PAGE));
-	inline_call(SYS_mprotect, (long)q, LENGTH / 2, RW, 0, 0, 0);
+	raw_syscall(SYS_mprotect, (long)q, LENGTH / 2, RW, 0, 0, 0);
 	show(q);
 }
 
@@ -232,7 +232,7 @@ static void forked_inline(void)
 		pid_t pid;
 
 		memset(busy, i + 1, 16 * LENGTH);
-		pid = (pid_t)inline_call(SYS_clone, SIGCHLD, 0, 0, 0, 0, 0);
+		pid = (pid_t)raw_syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0, 0);
 		if (!pid) {
 			char *mine = malloc(3UL << 20);
 

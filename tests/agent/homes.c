@@ -15,7 +15,7 @@
  *   discard    gives all of it up (MADV_DONTNEED); says how many pages are not zeros then
  */
 #define _GNU_SOURCE
-#include "inline_call.h"
+#include "arch/arch.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -111,7 +111,7 @@ static unsigned long check(void)
 /* Not by libc, whose functions are the agent's. */
 static uintptr_t bare_page(void)
 {
-	return (uintptr_t)inline_call(SYS_mmap, 0, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	return (uintptr_t)raw_syscall(SYS_mmap, 0, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 }
 
 #define BELOW (64UL << 20)
@@ -126,7 +126,7 @@ static void *squatter(void *arg)
 		if (page[i]) {
 			if (*(volatile uintptr_t *)page[i] != page[i])
 				atomic_fetch_add(&wrong, 1);
-			inline_call(SYS_munmap, (long)page[i], PAGE, 0, 0, 0, 0);
+			raw_syscall(SYS_munmap, (long)page[i], PAGE, 0, 0, 0, 0);
 		}
 		page[i] = bare_page();
 		if (page[i] % PAGE) /* an error: there may be a crowd */

@@ -5,6 +5,8 @@
  * Its inline system calls pass no wrapper of the agent's.
  */
 #define _GNU_SOURCE
+#include "arch/arch.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -28,14 +30,6 @@ static uint64_t *block[BLOCKS];
 static uint64_t seed[BLOCKS];
 static atomic_bool stop;
 static atomic_ulong touched;
-
-static long inline_call(long number, long a, long b, long c)
-{
-	long ret;
-
-	__asm__ volatile("syscall" : "=a"(ret) : "a"(number), "D"(a), "S"(b), "d"(c) : "rcx", "r11", "memory");
-	return ret;
-}
 
 static uint64_t word(uint64_t s, size_t i)
 {
@@ -178,12 +172,13 @@ static void refuse(const char *how)
 	if (strstr(how, "onfault"))
 		flags |= MCL_ONFAULT;
 	if (flags && strstr(how, "inline"))
-		inline_call(SYS_mlockall, flags, 0, 0);
+		raw_syscall(SYS_mlockall, flags, 0, 0, 0, 0, 0);
 	else if (flags)
 		mlockall((int)flags);
 	else if (strstr(how, "mlock2"))
 		for (int b = 0; b < BLOCKS; b += 2)
-			inline_call(SYS_mlock2, (long)block[b], BLOCK, strstr(how, "onfault") ? MLOCK_ONFAULT : 0);
+			raw_syscall(SYS_mlock2, (long)block[b], BLOCK, strstr(how, "onfault") ? MLOCK_ONFAULT : 0, 0, 0,
+				    0);
 	if (strstr(how, "unlock"))
 		munlockall();
 }

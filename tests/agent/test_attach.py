@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.preload import Preload, compile_c
+from tests.agent.preload import SOURCES, Preload, compile_c
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def attach(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(compile_c(HERE / "attach.c", tmp_path_factory.mktemp("attach") / "attach"))
+    return str(compile_c(HERE / "attach.c", tmp_path_factory.mktemp("attach") / "attach", f"-I{SOURCES}"))
 
 
 @pytest.mark.parametrize("how", [[], ["raw"]], ids=["libc", "syscall"])

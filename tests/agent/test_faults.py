@@ -17,7 +17,7 @@ import pytest
 from samepage.memory import AREA, EXTENT, AddressSpaceGone, PageStatus
 from samepage.memory.wire import Flags
 from tests.agent.asked import Process
-from tests.agent.preload import ROOT, Preload, build_agent, compile_c
+from tests.agent.preload import ROOT, SOURCES, Preload, build_agent, compile_c
 
 HUGE, SMALL = 512, 256
 PAGES = HUGE + SMALL
@@ -243,7 +243,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory, preload: Preload) -> Preloa
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_c(ROOT / "tests" / "agent" / "homes.c", tmp_path_factory.mktemp("homes") / "homes", "-pthread")
+    built = tmp_path_factory.mktemp("homes") / "homes"
+    return compile_c(ROOT / "tests" / "agent" / "homes.c", built, f"-I{SOURCES}", "-pthread")
 
 
 @pytest.fixture(params=["move", "write-protect"])

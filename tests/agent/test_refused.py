@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.preload import ROOT, Preload, compile_c
+from tests.agent.preload import ROOT, SOURCES, Preload, compile_c
 
 LIMITS = ["data", "data-below", "as", "as-below", "memlock", "mappings", "mappings-few"]
 """Reached as soon as there is something merged; "below": the process has more than it may have."""
@@ -30,7 +30,8 @@ LOCKS = [
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_c(ROOT / "tests" / "agent" / "refused.c", tmp_path_factory.mktemp("refused") / "refused", "-pthread")
+    built = tmp_path_factory.mktemp("refused") / "refused"
+    return compile_c(ROOT / "tests" / "agent" / "refused.c", built, f"-I{SOURCES}", "-pthread")
 
 
 @pytest.mark.parametrize("how", LIMITS)
